@@ -1,0 +1,1 @@
+"""Token-level credit assignment in agentic reinforcement learning: ActFocus and its relatives."""

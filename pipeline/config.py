@@ -1,0 +1,533 @@
+"""The schema of ``params.yaml``: every setting, its unit, its range and its default.
+
+``load`` reads a params file, checks it against the schema and returns a frozen ``Config``. Everything that is wrong is
+reported at once, one line each, with the dotted key, the value and what is allowed (``ConfigError``).
+"""
+
+from __future__ import annotations
+
+import difflib
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from ruamel.yaml import YAML
+from ruamel.yaml.error import YAMLError
+
+Probability = Annotated[float, Field(ge=0.0, le=1.0)]
+Positive = Annotated[float, Field(gt=0.0)]
+NonNegative = Annotated[float, Field(ge=0.0)]
+Count = Annotated[int, Field(ge=1)]
+Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
+
+
+class ConfigError(Exception):
+    """A params file that cannot be used; ``str()`` is one line per mistake."""
+
+
+class Section(BaseModel):
+    """A frozen section of ``params.yaml`` that refuses unknown keys."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, strict=False)
+
+
+class Environment(Section):
+    """One environment and the shape of its dialogue."""
+
+    id: str
+    """gymnasium id, ``module:Id-v0`` included; ours are ``actfocus/...`` (see pipeline/environments)."""
+    settings: dict[str, Any] = {}
+    """Keyword arguments of the environment's constructor."""
+    layout: Literal["compact", "published"] = "compact"
+    """Dialogue: ``compact`` sends the observation alone, ``published`` the wording of the published runs."""
+    max_turns: Count = 8
+    """Turns after which an episode is cut off."""
+    actions_per_turn: Count = 1
+    """Actions of one response that are executed; further ones are dropped."""
+    response_tokens: Count = 48
+    """Longest response of a turn, in tokens."""
+    context_tokens: Count = 1024
+    """Longest episode, in tokens; an episode that would outgrow it ends as ``context``."""
+    format_penalty: float = -0.1
+    """Reward of a turn without a parsable, allowed action."""
+
+
+class Demonstrations(Section):
+    """Supervision that makes a from-scratch policy know the task, and play it badly."""
+
+    phases: list[Phase] = Field(min_length=1)
+    """Stages of supervision, in order; a first one with short reasoning makes acting learnable."""
+    action_noise: Probability = 0.5
+    """Share of turns in which the expert's action is replaced by a uniformly random one."""
+    action_weight: Positive = 12.0
+    """Weight of an action token in the supervised loss; other response tokens weigh 1."""
+    episodes: Count = 2000
+    """Demonstrated episodes per phase."""
+    batch_episodes: Count = 32
+    """Episodes per supervised step."""
+    learning_rate: Positive = 3e-3
+    """Peak learning rate of the supervision (AdamW, linear warm-up then cosine to zero over all phases)."""
+
+
+class Phase(Section):
+    """One stage of supervision."""
+
+    steps: Count
+    """Optimizer steps."""
+    reasoning_words: tuple[int, int]
+    """Least and greatest number of words in a turn's reasoning."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Phase:
+        if not 0 <= self.reasoning_words[0] <= self.reasoning_words[1]:
+            raise ValueError("reasoning_words must be two numbers, 0 <= least <= greatest")
+        return self
+
+
+class ScratchPolicy(Section):
+    """A small Qwen2-architecture model and tokenizer, made on the spot; needs no download."""
+
+    kind: Literal["scratch"]
+    hidden_size: Count = 64
+    """Width of the residual stream."""
+    layers: Count = 2
+    """Number of transformer blocks."""
+    heads: Count = 4
+    """Number of attention heads; divides hidden_size."""
+    vocabulary: Annotated[int, Field(ge=300)] = 420
+    """Tokenizer entries (byte-level BPE: 256 bytes, markers, the rest merges)."""
+    seed: int = 0
+    """Seed of initial weights, demonstrations and their order."""
+    demonstrations: Demonstrations
+
+    @model_validator(mode="after")
+    def _divisible(self) -> ScratchPolicy:
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(f"hidden_size {self.hidden_size} must be divisible by 2 * heads ({2 * self.heads})")
+        return self
+
+
+class PretrainedPolicy(Section):
+    """Any transformers causal language model."""
+
+    kind: Literal["pretrained"]
+    model: str
+    """Hub id or path of a local directory."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; give a commit to make runs repeatable."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision of the weights; anything below float32 changes numbers."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Leave it off unless you have read that code."""
+
+
+class Rollout(Section):
+    """How episodes are sampled for training."""
+
+    groups: Count = 8
+    """Initial states per iteration."""
+    group_size: Annotated[int, Field(ge=2)] = 16
+    """Episodes per initial state (G)."""
+    temperature: Positive = 1.0
+    """Sampling temperature; log-probabilities, ratio and entropy are those of the tempered policy."""
+    prefill: Literal["", "<think>"] = ""
+    """Text that the protocol forces at the start of each response; recorded as not sampled, never trained on."""
+    batch_episodes: Count = 128
+    """Episodes that an engine decodes together."""
+
+
+class Bottleneck(Section):
+    """The Action Bottleneck diagnostic."""
+
+    groups: Count = 256
+    """Groups in the annotated table, sampled by the reference policy; a multiple of rollout.groups."""
+    resamples: Annotated[int, Field(ge=100)] = 2000
+    """Bootstrap resamples of its intervals."""
+
+
+class AllGroups(Section):
+    """S2: train on every group."""
+
+    kind: Literal["all"]
+
+
+class RewardVariance(Section):
+    """S2: keep the groups whose returns vary most; groups of equal returns are always dropped (StarPO-S, DAPO)."""
+
+    kind: Literal["reward_variance"]
+    keep: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    """Share of the iteration's groups that is kept, by standard deviation of their returns."""
+
+
+class GroupAdvantage(Section):
+    """S3: GRPO, the return standardised within its group."""
+
+    kind: Literal["group"]
+    std: bool = True
+    """Divide by the group's standard deviation."""
+    ddof: Literal[0, 1] = 1
+    """Delta degrees of freedom of that standard deviation; libraries differ."""
+    eps: Positive = 1e-6
+    """Added to that standard deviation."""
+
+
+class Critic(Section):
+    """The value function of GAE."""
+
+    kind: Literal["trunk", "model"] = "trunk"
+    """``trunk``: a linear head on the policy's last hidden state; ``model``: a copy of the reference policy's trunk."""
+    learning_rate: Positive = 1e-3
+    """Learning rate of the head (trunk) or of the whole critic (model)."""
+    coefficient: Positive = 0.5
+    """Weight of the value loss beside the policy loss."""
+    warmup_iterations: Annotated[int, Field(ge=0)] = 0
+    """First iterations in which only the critic is updated."""
+    clip: Positive | None = None
+    """Value clipping: largest change of a value per iteration; null for none."""
+
+
+class GAE(Section):
+    """S3: token-level generalised advantage estimation over sampled tokens only."""
+
+    kind: Literal["gae"]
+    gamma: Probability = 1.0
+    """Discount per sampled token."""
+    lam: Probability = 1.0
+    """Lambda of GAE."""
+    whiten: bool = True
+    """Standardise advantages over the iteration's sampled tokens."""
+    critic: Critic = Critic()
+
+
+class UniformWeight(Section):
+    """S4: every response token weighs 1."""
+
+    kind: Literal["uniform"]
+
+
+Signal = Literal["reference_energy", "reference_entropy", "behaviour_nll", "logprob_shift"]
+
+
+class ActFocusWeight(Section):
+    """S4: ActFocus (arXiv 2605.14558)."""
+
+    kind: Literal["actfocus"]
+    reasoning_downweight: NonNegative = 0.1
+    """alpha: weight of reasoning tokens, think tags and malformed text."""
+    redistribution_strength: NonNegative = 0.5
+    """beta: how much weight the signal adds to action tokens."""
+    redistribution_temperature: Positive = 1.0
+    """tau: 1 is the paper; large is flat, small is a threshold at the mean."""
+    form: Literal["sigmoid", "softmax"] = "sigmoid"
+    """``sigmoid`` is the paper's; ``softmax`` keeps the total weight of a trajectory's action tokens (needs beta <= 1)."""
+    signal: Signal = "reference_energy"
+    """What is z-scored over the action tokens of the update batch."""
+
+    @model_validator(mode="after")
+    def _effective(self) -> ActFocusWeight:
+        if self.form == "softmax" and self.redistribution_strength > 1:
+            raise ValueError("form softmax needs redistribution_strength <= 1")
+        if self.redistribution_strength == 0:
+            ignored = {"redistribution_temperature", "signal", "form"} & self.model_fields_set
+            changed = sorted(k for k in ignored if getattr(self, k) != type(self).model_fields[k].default)
+            if changed:
+                raise ValueError(f"{', '.join(changed)} has no effect while redistribution_strength is 0")
+        return self
+
+
+class PPOClip(Section):
+    """S5: the clipped surrogate with two bounds."""
+
+    kind: Literal["ppo_clip"]
+    low: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
+    """The ratio is not pushed below 1 - low."""
+    high: Positive = 0.28
+    """The ratio is not pushed above 1 + high."""
+
+
+class Regulariser(Section):
+    """S6: terms added to the loss, as plain token means whatever the token weights are."""
+
+    entropy: NonNegative = 0.0
+    """Coefficient of the entropy bonus."""
+    kl: NonNegative = 0.0
+    """Coefficient of the KL to the reference policy."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """How the KL is estimated from sampled tokens. As a loss, k1 has zero expected gradient on-policy."""
+
+
+Filter = Annotated[Union[AllGroups, RewardVariance], Field(discriminator="kind")]
+Advantage = Annotated[Union[GroupAdvantage, GAE], Field(discriminator="kind")]
+Weight = Annotated[Union[UniformWeight, ActFocusWeight], Field(discriminator="kind")]
+Surrogate = Annotated[PPOClip, Field()]
+
+
+class Method(Section):
+    """One choice per slot, and the step size. In ``methods`` every key is optional; ``method_defaults`` fills the rest."""
+
+    filter: Filter
+    """S2: which groups are trained on."""
+    advantage: Advantage
+    """S3: what is A_t."""
+    weight: Weight
+    """S4: the token weight w_t."""
+    aggregation: Literal["weight_sum", "token_mean", "sequence_mean"]
+    """S4: what divides the sum: the minibatch's total weight, its token count, or each trajectory's weight."""
+    surrogate: Surrogate
+    """S5: how ratio and advantage become a per-token loss."""
+    regulariser: Regulariser
+    """S6: entropy and KL terms."""
+    learning_rate: Positive
+    """Adam's learning rate of the policy."""
+
+
+class Train(Section):
+    """The optimisation that all methods of a comparison share."""
+
+    iterations: Count = 40
+    """Collect, annotate, update: how many times."""
+    passes: Count = 2
+    """Passes over an iteration's episodes."""
+    minibatch: Count = 32
+    """Trajectories per optimizer step."""
+    gradient_clip: Positive = 1.0
+    """Largest norm of the gradient."""
+    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    """Adam's two decay rates."""
+    schedule: Literal["constant", "linear"] = "constant"
+    """Learning rate over the iterations; ``linear`` falls to zero."""
+    tokens_per_forward: Count = 4096
+    """Padded tokens that pass through the model at once; bounds memory, gradients are accumulated exactly."""
+    validate_every: Count = 10
+    """Iterations between two validations; one is made before training too."""
+
+
+class Evaluation(Section):
+    """Evaluation on held-out initial states."""
+
+    states: Count = 64
+    """Distinct initial states of the test split."""
+    rollouts: Count = 4
+    """Episodes per state, seed and temperature."""
+    temperatures: list[Positive] = Field(default=[0.5, 1.0], min_length=1)
+    """Sampling temperatures; the first one is the headline."""
+    validation_states: Count = 32
+    """Initial states of the validation split, used during training."""
+    validation_rollouts: Count = 4
+    """Episodes per validation state."""
+
+
+class Compare(Section):
+    """The statistical comparison."""
+
+    uniform: dict[str, str] = {}
+    """Method -> its uniform counterpart, for paired differences."""
+    control: dict[str, str] = {}
+    """Method -> its matched control, for paired differences."""
+    resamples: Annotated[int, Field(ge=100)] = 5000
+    """Bootstrap resamples."""
+
+
+class Tracking(Section):
+    """MLflow."""
+
+    uri: str | None = None
+    """Tracking URI; null is MLFLOW_TRACKING_URI or else mlflow.db in the project's root."""
+    traces: Annotated[int, Field(ge=0)] = 4
+    """Episodes per training that are stored as traces with a span per turn (0.1 to 0.2 s each)."""
+
+
+class Config(Section):
+    """All of ``params.yaml``."""
+
+    root: str = "."
+    """Path from the params file's folder to the project's root (dvc.yaml works from there)."""
+    out: str = "."
+    """Folder under the root that receives data/, models/ and reports/."""
+    params_file: str = "params.yaml"
+    """This file, relative to the root."""
+    comparison: Name
+    """Name that groups the comparison's runs in MLflow."""
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+    """Training seeds; every method is trained once per seed."""
+    environments: dict[Name, Environment] = Field(min_length=1)
+    """What is compared on."""
+    policy: Annotated[Union[ScratchPolicy, PretrainedPolicy], Field(discriminator="kind")]
+    """The reference policy."""
+    rollout: Rollout = Rollout()
+    bottleneck: Bottleneck = Bottleneck()
+    train: Train = Train()
+    method_defaults: Method
+    """Slots of a method that ``methods`` does not name."""
+    methods: dict[Name, Method] = Field(min_length=1)
+    """What is compared."""
+    evaluation: Evaluation = Evaluation()
+    compare: Compare = Compare()
+    tracking: Tracking = Tracking()
+    workers: Count = 2
+    """Single-threaded processes that sample, train and evaluate."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit_slots(cls, raw: Any) -> Any:
+        """Fill each method's missing slots from ``method_defaults``; a slot is inherited whole, never merged."""
+        if not isinstance(raw, dict) or not isinstance(raw.get("methods"), dict):
+            return raw
+        defaults = raw.get("method_defaults")
+        if not isinstance(defaults, dict):
+            return raw
+        methods = {
+            name: {**defaults, **own} if isinstance(own, dict) else own for name, own in raw["methods"].items()
+        }
+        return {**raw, "methods": methods}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds must be distinct, got {self.seeds}")
+        if self.bottleneck.groups % self.rollout.groups:
+            raise ValueError(
+                f"bottleneck.groups ({self.bottleneck.groups}) must be a multiple of rollout.groups ({self.rollout.groups})"
+            )
+        episodes = self.rollout.groups * self.rollout.group_size
+        if self.train.minibatch > episodes:
+            raise ValueError(f"train.minibatch ({self.train.minibatch}) exceeds an iteration's {episodes} episodes")
+        for field in ("uniform", "control"):
+            for method, baseline in getattr(self.compare, field).items():
+                for name in (method, baseline):
+                    if name not in self.methods:
+                        raise ValueError(f"compare.{field}: unknown method {name!r}{_nearest(name, self.methods)}")
+        for name, method in self.methods.items():
+            if self.train.passes * episodes <= self.train.minibatch:
+                raise ValueError(
+                    f"methods.{name}.surrogate: clipping does nothing with one update per iteration; "
+                    "lower train.minibatch or raise train.passes"
+                )
+        return self
+
+
+Demonstrations.model_rebuild()
+
+
+def _nearest(name: str, allowed: Any) -> str:
+    close = difflib.get_close_matches(str(name), [str(a) for a in allowed], n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; allowed: {', '.join(sorted(map(str, allowed)))}"
+
+
+def read_yaml(path: str | Path) -> Any:
+    """Parse a YAML 1.2 file (``1e-4`` is a number).
+
+    Raises:
+        ConfigError: the file is missing or not YAML.
+    """
+    try:
+        return YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file") from None
+    except (YAMLError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+
+
+def load(path: str | Path = "params.yaml") -> Config:
+    """Read and check a params file.
+
+    Raises:
+        ConfigError: with one line per mistake, ``file: dotted.key: what is wrong; what is allowed``.
+    """
+    return parse(read_yaml(path), str(path))
+
+
+def parse(raw: Any, source: str = "params.yaml") -> Config:
+    """Check a parsed params file; ``source`` is what errors call it. Raises ``ConfigError`` like ``load``."""
+    if not isinstance(raw, dict):
+        raise ConfigError(f"{source}: must be a mapping of settings, got {type(raw).__name__}")
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        lines = dict.fromkeys(_explain(source, item) for item in error.errors(include_url=False))
+        raise ConfigError("\n".join(_without_inherited(list(lines), raw))) from None
+
+
+def _without_inherited(lines: list[str], raw: dict[str, Any]) -> list[str]:
+    """Drop a method's copy of a mistake that stands in ``method_defaults``."""
+    defaults = raw.get("method_defaults")
+    if not isinstance(defaults, dict):
+        return lines
+    kept = []
+    for line in lines:
+        key = line.split(": ", 2)[1]
+        parts = key.split(".")
+        if parts[0] == "methods" and len(parts) > 2:
+            own = raw.get("methods", {}).get(parts[1])
+            if isinstance(own, dict) and parts[2] not in own and parts[2] in defaults:
+                continue
+        kept.append(line)
+    return kept
+
+
+def _explain(source: str, error: Any) -> str:
+    path = _dotted(error["loc"])
+    value = error["input"]
+    kind = error["type"]
+    where = f"{source}: {path}" if path else source
+    if kind == "extra_forbidden":
+        allowed = _fields_at(error["loc"][:-1])
+        return f"{where}: unknown key{_nearest(str(error['loc'][-1]), allowed)}"
+    if kind == "missing":
+        return f"{where}: missing"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        expected = error["ctx"].get("expected_tags", "").replace("'", "") if "ctx" in error else ""
+        tag = value.get("kind") if isinstance(value, dict) else value
+        allowed = [t.strip() for t in expected.split(",") if t.strip()]
+        return f"{where}.kind: {tag!r} is not known{_nearest(str(tag), allowed)}" if allowed else f"{where}.kind: missing"
+    if kind == "value_error":
+        return f"{where}: {error['ctx']['error']}"
+    if kind == "literal_error":
+        return f"{where}: {value!r} is not allowed; allowed: {error['ctx']['expected']}"
+    return f"{where}: {error['msg'].lower()}, got {value!r}"
+
+
+def _dotted(location: tuple[Any, ...]) -> str:
+    """The key as the user wrote it: pydantic puts a union's chosen ``kind`` into the path, which is left out."""
+    parts: list[str] = []
+    section: Any = Config
+    for part in location:
+        chosen = _member(section, part)
+        if chosen is not None:
+            section = chosen
+            continue
+        parts.append(str(part))
+        section = _descend(section, part)
+    return ".".join(parts)
+
+
+def _member(annotation: Any, kind: Any) -> type[Section] | None:
+    """The member of a union of sections that has this ``kind``."""
+    if isinstance(annotation, type):
+        return None
+    for option in _sections(annotation):
+        tag = option.model_fields.get("kind")
+        if tag is not None and kind in get_args(tag.annotation) and len(_sections(annotation)) > 1:
+            return option
+    return None
+
+
+def _sections(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [s for argument in get_args(annotation) for s in _sections(argument)]
+
+
+def _descend(section: Any, part: Any) -> Any:
+    if isinstance(section, type) and issubclass(section, Section):
+        field = section.model_fields.get(str(part))
+        return field.annotation if field else None
+    arguments = get_args(section)
+    return arguments[-1] if arguments else None
+
+
+def _fields_at(location: tuple[Any, ...]) -> list[str]:
+    section: Any = Config
+    for part in location:
+        section = _member(section, part) or _descend(section, part)
+    return [name for option in _sections(section) for name in option.model_fields]

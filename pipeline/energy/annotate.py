@@ -1,0 +1,64 @@
+"""One forward pass of the reference policy over what was sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import numpy as np
+import torch
+
+from pipeline.policy.model import Policy
+from pipeline.policy.scoring import TokenScores, length_batches, predicting_hidden, score_tokens
+from pipeline.trajectory import Trajectories
+
+
+@torch.inference_mode()
+def score_trajectories(
+    policy: Policy,
+    trajectories: Trajectories,
+    temperature: float,
+    tokens_per_forward: int,
+    progress: Callable[[int], None] = lambda episodes: None,
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Log-probability, entropy and log-partition of every sampled token.
+
+    Returns:
+        Three float32 arrays (N,), 0 where not sampled.
+    """
+    result = tuple(np.zeros(len(trajectories.input_ids), dtype=np.float32) for _ in TokenScores._fields)
+    for batch in length_batches(trajectories.lengths, tokens_per_forward):
+        spans = [slice(trajectories.offsets[e], trajectories.offsets[e + 1]) for e in batch]
+        wanted = [trajectories.sampled[span] for span in spans]
+        hidden = predicting_hidden(policy, [trajectories.input_ids[span] for span in spans], wanted)
+        flat = np.concatenate([np.arange(s.start, s.stop)[w] for s, w in zip(spans, wanted, strict=True)])
+        tokens = torch.from_numpy(trajectories.input_ids[flat].astype(np.int64)).to(policy.device)
+        for values, scored in zip(result, score_tokens(hidden, tokens, policy.head, temperature), strict=True):
+            values[flat] = scored.float().cpu().numpy()
+        progress(len(batch))
+    return result
+
+
+def annotate(
+    trajectories: Trajectories,
+    reference: Policy,
+    temperature: float,
+    tokens_per_forward: int,
+    progress: Callable[[int], None] = lambda episodes: None,
+) -> Trajectories:
+    """Add the reference policy's energy, log-probability and entropy to trajectories.
+
+    Energy is ``-logsumexp`` of the raw float32 logits that predict a token (arXiv 2605.14558): low where the reference
+    policy is confident, whatever was sampled there; no temperature enters.
+
+    Args:
+        trajectories: any.
+        reference: the frozen reference policy.
+        temperature: of log-probability and entropy, as in sampling.
+        tokens_per_forward: padded tokens per forward pass.
+        progress: called with episodes done, batch by batch.
+    """
+    logprob, entropy, logsumexp = score_trajectories(
+        reference, trajectories, temperature, tokens_per_forward, progress
+    )
+    return replace(trajectories, energy=-logsumexp, ref_logprob=logprob, ref_entropy=entropy)

@@ -1,0 +1,217 @@
+"""FrozenLake with coordinates: gymnasium's dynamics, described in text.
+
+Every instance has a random start and goal, and holes that leave a path between them. The grid is drawn with the
+published symbols; coordinates (row, column), zero-indexed, stand beside it ("CoordFrozenLake").
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from typing import Any, ClassVar
+
+import gymnasium
+import numpy as np
+from gymnasium.envs.toy_text.frozen_lake import FrozenLakeEnv
+
+MOVES = {"Left": (0, -1), "Down": (1, 0), "Right": (0, 1), "Up": (-1, 0)}
+"""Action names in gymnasium's order, with the step in (row, column) that they intend."""
+
+Cell = tuple[int, int]
+
+
+class FrozenLake(gymnasium.Env[str, str]):
+    """Reach the goal without falling into a hole. Reward 1 at the goal, else 0.
+
+    Args:
+        size: side of the square lake, 2 to 10.
+        frozen: chance that a cell other than start and goal is ice rather than a hole.
+        success_rate: chance that a move goes as intended; the rest is shared by the two sides. 1 is deterministic.
+        least_distance: least number of moves from start to goal.
+        max_actions: moves after which the episode is cut off; every start can reach its goal within them.
+        grid: draw the grid in every observation, in the first one, or never; coordinates are always given.
+    """
+
+    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
+
+    def __init__(
+        self,
+        size: int = 4,
+        frozen: float = 0.9,
+        success_rate: float = 1.0,
+        least_distance: int = 1,
+        max_actions: int = 10,
+        grid: str = "always",
+    ) -> None:
+        if not 2 <= size <= 10:
+            raise ValueError(f"size must be 2 to 10, got {size}")
+        if not 0.0 < frozen <= 1.0:
+            raise ValueError(f"frozen must be in (0, 1], got {frozen}")
+        if not 1 / 3 <= success_rate <= 1.0:
+            raise ValueError(f"success_rate must be in [1/3, 1], got {success_rate}")
+        if not 1 <= least_distance <= min(max_actions, 2 * (size - 1)):
+            raise ValueError(f"least_distance must be 1 to {min(max_actions, 2 * (size - 1))}, got {least_distance}")
+        if grid not in ("always", "first", "never"):
+            raise ValueError(f"grid must be always, first or never, got {grid!r}")
+        self.size, self.frozen, self.success_rate = size, frozen, success_rate
+        self.least_distance, self.max_actions, self.grid = least_distance, max_actions, grid
+        self.observation_space = gymnasium.spaces.Text(max_length=2000)
+        self.action_space = gymnasium.spaces.Text(max_length=100)
+        self.done, self.success = True, False
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+        """Start an episode: the lake comes from ``options["state_seed"]`` (or ``seed``), slipping from ``seed``."""
+        super().reset(seed=seed)
+        state_seed = (options or {}).get("state_seed")
+        self._draw_lake(self.np_random if state_seed is None else np.random.default_rng(state_seed))
+        lake = FrozenLakeEnv(desc=self._desc(), is_slippery=self.success_rate < 1, success_rate=self.success_rate)
+        lake.reset(seed=int(self.np_random.integers(2**31)))
+        self._lake, self.actions_left, self.done, self.success = lake, self.max_actions, False, False
+        return self._observe(first=True), {}
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        """Move. ``action`` must be what ``parse_action`` returned.
+
+        Raises:
+            RuntimeError: the episode is over.
+        """
+        if self.done:
+            raise RuntimeError("step called after the episode's end: call reset")
+        _, reward, terminated, _, _ = self._lake.step(list(MOVES).index(action))
+        self.actions_left -= 1
+        self.success = self.player == self.goal
+        truncated = not terminated and self.actions_left == 0
+        self.done = terminated or truncated
+        return self._observe(first=False), float(reward), bool(terminated), truncated, {}
+
+    def parse_action(self, text: str) -> str | None:
+        """``Left``, ``Down``, ``Right`` or ``Up`` in any case, surrounded by any space; else None."""
+        name = text.strip().capitalize()
+        return name if name in MOVES else None
+
+    @property
+    def player(self) -> Cell:
+        """Row and column of the player."""
+        row, column = divmod(int(self._lake.s), self.size)
+        return row, column
+
+    @property
+    def state_key(self) -> str:
+        """Lake and player; actions left are not part of it, so that a state met twice has one key."""
+        return f"{'/'.join(self._desc())}@{self.player[0]},{self.player[1]}"
+
+    @property
+    def instructions(self) -> str:
+        """Task, symbols, actions and limits."""
+        last = self.size - 1
+        slip = (
+            "The ice is not slippery."
+            if self.success_rate == 1
+            else f"The ice is slippery: a move goes as intended with probability {self.success_rate:g}, else to a side."
+        )
+        return (
+            f"You are walking on a frozen lake of {self.size}x{self.size} cells. Reach the goal without falling into a "
+            f"hole. {slip}\nSymbols: P player, _ frozen, O hole, G goal, X player in a hole, √ player on the goal.\n"
+            f"Coordinates are (row, column) from (0, 0), top left, to ({last}, {last}), bottom right.\n"
+            f"Actions: {', '.join(MOVES)}. You have {self.max_actions} actions."
+        )
+
+    def distances(self) -> dict[Cell, int]:
+        """Least number of intended moves from each ice cell that can reach the goal."""
+        return _distances(self.size, self.holes, self.goal)
+
+    def _draw_lake(self, draws: np.random.Generator) -> None:
+        cells = [(r, c) for r in range(self.size) for c in range(self.size)]
+        for _ in range(10_000):
+            start, goal = (cells[i] for i in draws.choice(len(cells), size=2, replace=False))
+            melted = draws.random(len(cells)) >= self.frozen
+            holes = frozenset(
+                c for c, hole in zip(cells, melted, strict=True) if hole and c not in (start, goal)
+            )
+            distance = _distances(self.size, holes, goal).get(start)
+            if distance is not None and self.least_distance <= distance <= self.max_actions:
+                self.start, self.goal, self.holes = start, goal, holes
+                return
+        raise RuntimeError(f"no lake found with frozen={self.frozen}, least_distance={self.least_distance}")
+
+    def _desc(self) -> list[str]:
+        kinds = {self.start: "S", self.goal: "G", **dict.fromkeys(self.holes, "H")}
+        return ["".join(kinds.get((r, c), "F") for c in range(self.size)) for r in range(self.size)]
+
+    def _observe(self, first: bool) -> str:
+        player = self.player
+        coordinates = f"player {player[0]} {player[1]} goal {self.goal[0]} {self.goal[1]} holes"
+        coordinates += "".join(f" {r} {c}" for r, c in sorted(self.holes)) if self.holes else " none"
+        if self.grid == "never" or (self.grid == "first" and not first):
+            return coordinates
+        symbols = {self.goal: "G", **dict.fromkeys(self.holes, "O")}
+        symbols[player] = "X" if player in self.holes else "√" if player == self.goal else "P"
+        rows = [" ".join(symbols.get((r, c), "_") for c in range(self.size)) for r in range(self.size)]
+        return "\n".join([*rows, coordinates])
+
+
+def _distances(size: int, holes: frozenset[Cell], goal: Cell) -> dict[Cell, int]:
+    distance = {goal: 0}
+    queue = deque([goal])
+    while queue:
+        row, column = queue.popleft()
+        for step_row, step_column in MOVES.values():
+            cell = (row + step_row, column + step_column)
+            inside = 0 <= cell[0] < size and 0 <= cell[1] < size
+            if inside and cell not in holes and cell not in distance:
+                distance[cell] = distance[row, column] + 1
+                queue.append(cell)
+    return distance
+
+
+class FrozenLakeExpert:
+    """Walks a shortest path, and describes the state in words that never name the move."""
+
+    def act(self, lake: FrozenLake, draws: np.random.Generator) -> str:
+        """A move on a shortest path; ties are broken by ``draws``.
+
+        On slippery ice the move is still the one a shortest path intends.
+        """
+        distance = lake.distances()
+        row, column = lake.player
+        reachable = {
+            name: distance[row + dr, column + dc]
+            for name, (dr, dc) in MOVES.items()
+            if (row + dr, column + dc) in distance
+        }
+        best = min(reachable.values())
+        choices = [name for name, d in reachable.items() if d == best]
+        return choices[int(draws.integers(len(choices)))]
+
+    def random_action(self, draws: np.random.Generator) -> str:
+        """Any move."""
+        return list(MOVES)[int(draws.integers(len(MOVES)))]
+
+    def reason(self, lake: FrozenLake, words: int, draws: np.random.Generator) -> str:
+        """Facts about the state in varied words and order, about ``words`` words; never a move's name."""
+        facts = self._facts(lake, draws)
+        spoken: list[str] = []
+        while len(spoken) < words:
+            if not facts:
+                facts = self._facts(lake, draws)
+            spoken += facts.pop(int(draws.integers(len(facts)))).split()
+        return " ".join(spoken[:words])
+
+    def _facts(self, lake: FrozenLake, draws: np.random.Generator) -> list[str]:
+        def pick(*options: str) -> str:
+            return options[int(draws.integers(len(options)))]
+
+        (row, column), (goal_row, goal_column) = lake.player, lake.goal
+        facts = [
+            f"{pick('I am at', 'player at', 'now at')} {row} {column}",
+            f"{pick('goal at', 'the goal is at', 'target at')} {goal_row} {goal_column}",
+            f"{pick('rows apart', 'row distance', 'rows to go')} {abs(goal_row - row)}",
+            f"{pick('columns apart', 'column distance', 'columns to go')} {abs(goal_column - column)}",
+            pick("let me think", "careful", "stay on the ice", "hmm", "look again", "so"),
+        ]
+        if lake.holes:
+            hole = sorted(lake.holes)[int(draws.integers(len(lake.holes)))]
+            facts.append(f"{pick('hole at', 'a hole at', 'avoid')} {hole[0]} {hole[1]}")
+        return facts
+
+
+expert = FrozenLakeExpert

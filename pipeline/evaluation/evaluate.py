@@ -1,0 +1,103 @@
+"""Playing held-out initial states and recording what happened, episode by episode."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from pipeline.config import Config
+from pipeline.environments import initial_states, make
+from pipeline.randomness import generator
+from pipeline.rollout.collector import EpisodeSpec, collect, group_specs
+from pipeline.rollout.engine import RolloutEngine
+from pipeline.trajectory import Role, Trajectories
+
+
+def evaluation_specs(
+    config: Config, name: str, split: str, states: int, rollouts: int, seed: int, purpose: str
+) -> list[EpisodeSpec]:
+    """``rollouts`` episodes of each of ``states`` distinct initial states of a split.
+
+    The states are the same for every method and seed; noise and token draws depend on the seed, not on the method.
+    """
+    draws = generator(0, "evaluation states", name, split)
+    found = initial_states(make(config.environments[name]), split, states, draws, distinct=True)
+    return group_specs(name, found, rollouts, seed, 0, purpose)
+
+
+def evaluate(
+    engine: RolloutEngine,
+    tokenizer: Any,
+    config: Config,
+    name: str,
+    seed: int,
+    temperature: float,
+    progress: Callable[[int], None] = lambda episodes: None,
+) -> Trajectories:
+    """Play the test split at one temperature, as ``evaluation`` in params.yaml says."""
+    plan = config.evaluation
+    specs = evaluation_specs(config, name, "test", plan.states, plan.rollouts, seed, f"test at {temperature:g}")
+    return collect(engine, tokenizer, config, name, specs, temperature, progress)
+
+
+def validate(engine: RolloutEngine, tokenizer: Any, config: Config, name: str, seed: int) -> Trajectories:
+    """Play the validation split at the headline temperature."""
+    plan = config.evaluation
+    specs = evaluation_specs(
+        config, name, "validation", plan.validation_states, plan.validation_rollouts, seed, "validation"
+    )
+    return collect(engine, tokenizer, config, name, specs, plan.temperatures[0])
+
+
+def episode_results(trajectories: Trajectories, **labels: Any) -> pa.Table:
+    """One row per episode, the input of every comparison.
+
+    Columns: the labels (environment, method, seed, temperature), state (initial state's key), rollout (number among the
+    state's episodes), success, return, end_reason, turns, valid_turns, tokens (sampled), action_tokens.
+    """
+    turns = np.diff(trajectories.turn_offsets)
+    valid = np.add.reduceat(
+        np.array(trajectories.turns["valid"], dtype=np.int64), trajectories.turn_offsets[:-1]
+    )
+    sampled = np.add.reduceat(trajectories.sampled.astype(np.int64), trajectories.offsets[:-1])
+    action = np.add.reduceat(
+        (trajectories.sampled & (trajectories.role == Role.ACTION)).astype(np.int64), trajectories.offsets[:-1]
+    )
+    seen: dict[str, int] = {}
+    rollout = []
+    for group in trajectories.episodes["group_id"]:
+        rollout.append(seen.get(group, 0))
+        seen[group] = rollout[-1] + 1
+    count = len(trajectories)
+    return pa.table(
+        {
+            **{label: [value] * count for label, value in labels.items()},
+            "state": trajectories.episodes["state_key"],
+            "rollout": rollout,
+            "success": trajectories.episodes["success"],
+            "return": trajectories.episodes["return"],
+            "end_reason": trajectories.episodes["end_reason"],
+            "turns": turns,
+            "valid_turns": valid,
+            "tokens": sampled,
+            "action_tokens": action,
+        }
+    )
+
+
+def summary(trajectories: Trajectories) -> dict[str, float]:
+    """Rates that are watched during training, in [0, 1], and lengths in tokens and turns per episode."""
+    sampled = trajectories.sampled
+    ends = trajectories.episodes["end_reason"]
+    return {
+        "success": float(np.mean(trajectories.episodes["success"])),
+        "return": float(np.mean(trajectories.returns)),
+        "valid_action_rate": float(np.mean(trajectories.turns["valid"])),
+        "action_token_share": float((sampled & (trajectories.role == Role.ACTION)).sum() / max(1, sampled.sum())),
+        "tokens_per_episode": float(sampled.sum() / len(trajectories)),
+        "turns_per_episode": float(np.diff(trajectories.turn_offsets).mean()),
+        "truncated": sum(ends.count(reason) for reason in ("turns", "context")) / len(ends),
+    }

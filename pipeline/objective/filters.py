@@ -1,0 +1,41 @@
+"""Slot S2: which groups of trajectories are trained on."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from jaxtyping import Bool, Float, Int
+from torch import Tensor
+
+
+def group_deviation(returns: Float[Tensor, " e"], group: Int[Tensor, " e"]) -> Float[Tensor, " g"]:
+    """Population standard deviation of the returns within each group; exactly 0 where all are equal."""
+    groups = int(group.max()) + 1
+    deviation = torch.zeros(groups, dtype=returns.dtype)
+    for index in range(groups):
+        members = returns[group == index]
+        if len(members) and not bool((members == members[0]).all()):
+            deviation[index] = members.std(unbiased=False)
+    return deviation
+
+
+def reward_variance(returns: Float[Tensor, " e"], group: Int[Tensor, " e"], keep: float) -> Bool[Tensor, " e"]:
+    """Keep the ``ceil(keep * g)`` groups whose returns vary most (StarPO-S, arXiv 2504.20073).
+
+    Groups of equal returns are always dropped (DAPO, arXiv 2503.14476), so fewer may remain, or none. Ties go to the
+    group that comes first.
+
+    Args:
+        returns: one per trajectory.
+        group: index of its group.
+        keep: share of groups, in (0, 1].
+
+    Returns:
+        Which trajectories are trained on.
+    """
+    deviation = group_deviation(returns, group)
+    order = torch.sort(deviation, descending=True, stable=True).indices
+    chosen = torch.zeros(len(deviation), dtype=torch.bool)
+    chosen[order[: math.ceil(keep * len(deviation))]] = True
+    return (chosen & (deviation > 0))[group]

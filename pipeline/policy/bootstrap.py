@@ -1,0 +1,193 @@
+"""A policy from scratch: a small Qwen2 model supervised on noisy demonstrations of the scripted expert.
+
+It ends up knowing the task and playing it badly, which is where reinforcement learning starts.
+"""
+
+from __future__ import annotations
+
+import importlib
+import math
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from pipeline.config import ConfigError, Environment, Phase, ScratchPolicy
+from pipeline.environments import initial_states, make
+from pipeline.policy.model import Policy
+from pipeline.policy.scoring import predicting_hidden, score_tokens
+from pipeline.policy.tokenizer import train_tokenizer
+from pipeline.prompting import Dialogue
+from pipeline.randomness import generator, key
+from pipeline.trajectory import Role
+
+Demonstration = list[tuple[str, str, str]]
+"""Turns of one episode: observation, reasoning, action."""
+
+
+def bootstrap(
+    settings: ScratchPolicy, environments: dict[str, Environment], report: Callable[[int, int, float], None]
+) -> Policy:
+    """Make tokenizer and model, and supervise the model on demonstrations of all environments.
+
+    Args:
+        settings: ``policy`` of params.yaml.
+        environments: where demonstrations come from; each needs an expert beside it.
+        report: called with step, number of steps and loss.
+
+    Returns:
+        The reference policy, in evaluation mode.
+    """
+    plan = settings.demonstrations
+    phases = [
+        _demonstrations(environments, settings, phase, index) for index, phase in enumerate(plan.phases)
+    ]
+    tokenizer = train_tokenizer(
+        (text for demos in phases for _, turns in demos[:300] for turn in turns for text in turn), settings.vocabulary
+    )
+    model = _new_model(settings, tokenizer, max(e.context_tokens for e in environments.values()))
+    policy = Policy(model, tokenizer)
+    _supervise(policy, settings, phases, environments, report)
+    model.eval()
+    return policy
+
+
+def expert_of(environment: Any) -> Any:
+    """The scripted expert beside an environment.
+
+    Raises:
+        ConfigError: its module has no ``expert``.
+    """
+    module = importlib.import_module(type(environment).__module__)
+    if not hasattr(module, "expert"):
+        raise ConfigError(f"policy: {type(environment).__name__} has no expert to learn from; use kind: pretrained")
+    return module.expert()
+
+
+def demonstrate(
+    environment: Any, expert: Any, state_seed: int, phase: Phase, noise: float, draws: np.random.Generator
+) -> Demonstration:
+    """One episode of the expert, its actions replaced by random ones with probability ``noise``."""
+    observation, _ = environment.reset(seed=int(draws.integers(2**31)), options={"state_seed": state_seed})
+    turns: Demonstration = []
+    done = False
+    while not done:
+        words = int(draws.integers(phase.reasoning_words[0], phase.reasoning_words[1] + 1))
+        reasoning = expert.reason(environment, words, draws)
+        action = expert.act(environment, draws)
+        if draws.random() < noise:
+            action = expert.random_action(draws)
+        turns.append((observation, reasoning, action))
+        observation, _, terminated, truncated, _ = environment.step(action)
+        done = terminated or truncated
+    return turns
+
+
+def _demonstrations(
+    environments: dict[str, Environment], settings: ScratchPolicy, phase: Phase, index: int
+) -> list[tuple[str, Demonstration]]:
+    plan, found = settings.demonstrations, []
+    for name, section in environments.items():
+        environment = make(section)
+        expert = expert_of(environment)
+        draws = generator(settings.seed, "demonstrations", name, index)
+        states = initial_states(environment, "demonstrations", plan.episodes, draws)
+        found += [(name, demonstrate(environment, expert, s, phase, plan.action_noise, draws)) for s in states]
+    order = generator(settings.seed, "demonstration order", index).permutation(len(found))
+    return [found[i] for i in order]
+
+
+def _new_model(settings: ScratchPolicy, tokenizer: Any, context: int) -> Any:
+    torch.manual_seed(key(settings.seed, "initial weights") % 2**63)
+    return Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=settings.hidden_size,
+            intermediate_size=4 * settings.hidden_size,
+            num_hidden_layers=settings.layers,
+            num_attention_heads=settings.heads,
+            num_key_value_heads=settings.heads,
+            max_position_embeddings=context,
+            tie_word_embeddings=True,
+            initializer_range=0.05,
+            bos_token_id=None,
+            eos_token_id=tokenizer.eos_token_id,
+            pad_token_id=tokenizer.pad_token_id,
+            attn_implementation="sdpa",
+        )
+    )
+
+
+def _supervise(
+    policy: Policy,
+    settings: ScratchPolicy,
+    phases: list[list[tuple[str, Demonstration]]],
+    environments: dict[str, Environment],
+    report: Callable[[int, int, float], None],
+) -> None:
+    plan = settings.demonstrations
+    dialogues = {
+        name: Dialogue(policy.tokenizer, e.layout, "", e.response_tokens) for name, e in environments.items()
+    }
+    instructions = {name: _instructions(e) for name, e in environments.items()}
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    total = sum(phase.steps for phase in plan.phases)
+    schedule = torch.optim.lr_scheduler.LambdaLR(
+        optimizer, lambda step: min((step + 1) / 20, 0.5 * (1 + math.cos(math.pi * step / total)))
+    )
+    policy.model.train()
+    step = 0
+    for demos, phase in zip(phases, plan.phases, strict=True):
+        encoded = [_encode(dialogues[name], instructions[name], turns) for name, turns in demos]
+        for batch in range(phase.steps):
+            chosen = [encoded[(batch * plan.batch_episodes + i) % len(encoded)] for i in range(plan.batch_episodes)]
+            loss = _supervised_loss(policy, chosen, plan.action_weight)
+            optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+            optimizer.step()
+            schedule.step()
+            step += 1
+            report(step, total, float(loss.detach()))
+
+
+def _instructions(section: Environment) -> str:
+    environment = make(section)
+    environment.reset(seed=0)
+    return environment.instructions
+
+
+def _encode(dialogue: Dialogue, instructions: str, turns: Demonstration) -> tuple[np.ndarray, np.ndarray]:
+    """Token ids and roles of a demonstrated episode; prompts exactly as the collector will send them."""
+    ids: list[int] = []
+    roles: list[int] = []
+
+    def add(piece: list[int], role: Role) -> None:
+        ids.extend(piece)
+        roles.extend([role] * len(piece))
+
+    for number, (observation, reasoning, action) in enumerate(turns, start=1):
+        if number == 1:
+            add(dialogue.opening(instructions, observation), Role.PROMPT)
+        else:
+            add(dialogue.following(number, observation, 0.0, ended_by_eos=False), Role.OBSERVATION)
+        encode = dialogue.encode
+        add(encode(f"<think>{reasoning}"), Role.REASONING)
+        add(encode("</think><answer>"), Role.REASONING)
+        add(encode(action), Role.ACTION)
+        add(encode("</answer>"), Role.ANSWER_TAG)
+    return np.array(ids), np.array(roles)
+
+
+def _supervised_loss(
+    policy: Policy, batch: list[tuple[np.ndarray, np.ndarray]], action_weight: float
+) -> torch.Tensor:
+    wanted = [roles >= Role.REASONING for _, roles in batch]
+    hidden = predicting_hidden(policy, [ids for ids, _ in batch], wanted)
+    tokens = torch.from_numpy(np.concatenate([ids[mask] for (ids, _), mask in zip(batch, wanted, strict=True)]))
+    roles = torch.from_numpy(np.concatenate([r[mask] for (_, r), mask in zip(batch, wanted, strict=True)]))
+    weight = torch.where(roles == Role.ACTION, action_weight, 1.0)
+    scores = score_tokens(hidden, tokens, policy.head, temperature=1.0)
+    return -(weight * scores.logprob).sum() / weight.sum()

@@ -1,0 +1,104 @@
+"""Loading and saving policies: a causal language model with its tokenizer, as a Hugging Face directory."""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
+from transformers.models.auto.tokenization_auto import get_tokenizer_config
+
+from pipeline.config import ConfigError
+
+
+@dataclass(frozen=True)
+class Policy:
+    """A causal language model and its tokenizer."""
+
+    model: Any
+    tokenizer: Any
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights are."""
+        return next(self.model.parameters()).device
+
+    @property
+    def backbone(self) -> torch.nn.Module:
+        """The model without its output head: token ids to hidden states."""
+        backbone: torch.nn.Module = self.model.base_model
+        return backbone
+
+    @property
+    def head(self) -> torch.nn.Linear:
+        """The output head: hidden states to logits."""
+        head: torch.nn.Linear = self.model.get_output_embeddings()
+        return head
+
+    def frozen_copy(self) -> Policy:
+        """An independent copy without gradients."""
+        model = copy.deepcopy(self.model).eval()
+        model.requires_grad_(False)
+        return Policy(model, self.tokenizer)
+
+    def save(self, directory: str | Path) -> None:
+        """Write weights (safetensors), configuration and tokenizer; equal policies give equal bytes."""
+        self.model.save_pretrained(directory)
+        self.tokenizer.save_pretrained(directory)
+
+
+def load_policy(
+    source: str | Path, *, revision: str | None = None, dtype: str = "float32", trust_remote_code: bool = False
+) -> Policy:
+    """Load a policy from a local directory or the hub.
+
+    Raises:
+        ConfigError: it cannot be loaded, has no fast tokenizer, or is not a head on a trunk.
+    """
+    path = Path(source)
+    if (path.is_absolute() or str(source).startswith(".")) and not path.is_dir():
+        raise ConfigError(f"policy: {source}: no such model directory")
+    options: dict[str, Any] = {"revision": revision, "trust_remote_code": trust_remote_code}
+    try:
+        tokenizer = _load_tokenizer(source, options)
+        model = AutoModelForCausalLM.from_pretrained(
+            source, dtype=getattr(torch, dtype), attn_implementation="sdpa", use_safetensors=True, **options
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"policy: {str(source)!r} cannot be loaded: {_first_line(error)}") from None
+    if not tokenizer.is_fast:
+        raise ConfigError(f"policy: {str(source)!r} has no fast tokenizer, which tracking token roles needs")
+    policy = Policy(model.eval(), tokenizer)
+    _check_head(policy, str(source))
+    return policy
+
+
+def _load_tokenizer(source: str | Path, options: dict[str, Any]) -> Any:
+    """``AutoTokenizer``, unless the directory names the plain fast class.
+
+    For a model type that has a tokenizer class of its own (qwen2), ``AutoTokenizer`` then rebuilds that class's
+    pre-tokenizer around the vocabulary, and silently encodes differently from ``tokenizer.json``.
+    """
+    named = get_tokenizer_config(source, **options).get("tokenizer_class")
+    if named in ("TokenizersBackend", "PreTrainedTokenizerFast"):
+        return PreTrainedTokenizerFast.from_pretrained(source, **options)
+    return AutoTokenizer.from_pretrained(source, **options)
+
+
+@torch.no_grad()
+def _check_head(policy: Policy, source: str) -> None:
+    """Log-probabilities are computed from trunk and head; refuse a model whose logits are anything else."""
+    if policy.head is None:
+        raise ConfigError(f"policy: {source!r} has no output head")
+    ids = torch.arange(4, device=policy.device).unsqueeze(0)
+    ours = policy.head(policy.backbone(input_ids=ids).last_hidden_state)
+    theirs = policy.model(input_ids=ids).logits
+    if not torch.allclose(ours.float(), theirs.float(), atol=1e-4, rtol=1e-3):
+        raise ConfigError(f"policy: {source!r} transforms its logits after the output head, which is not supported")
+
+
+def _first_line(error: BaseException) -> str:
+    return next((line for line in str(error).splitlines() if line.strip()), type(error).__name__)

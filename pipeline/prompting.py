@@ -1,0 +1,165 @@
+"""Between text and tokens: the chat layout, the roles of sampled tokens, and the action parser.
+
+Prompts are rendered with the tokenizer's own chat template and encoded once, piece by piece; what was sampled is decoded
+to be read, and never encoded again (invariant 1).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Literal
+
+from tokenizers.decoders import DecodeStream
+
+from pipeline.trajectory import Role
+
+END_OF_RESPONSE = "</answer>"
+"""A response is over once the policy has written this, its end-of-sequence token, or as many tokens as it may."""
+
+PLAIN_TEMPLATE = (
+    "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}assistant: {% endif %}"
+)
+"""Used for a tokenizer without a chat template (base models)."""
+
+_TAGS = re.compile(r"<(/?)(think|answer)>")
+_STRICT = re.compile(r"\s*<think>((?:(?!</?(?:think|answer)>).)*)</think>\s*<answer>((?:(?!</?(?:think|answer)>).)*)</answer>\s*", re.S)
+_PRIORITY = {Role.ACTION: 4, Role.ANSWER_TAG: 3, Role.THINK_TAG: 2, Role.REASONING: 1, Role.OTHER: 0}
+
+
+@dataclass(frozen=True)
+class DecodedResponse:
+    """A response's text, and which characters each token wrote."""
+
+    text: str
+    spans: list[tuple[int, int]]
+    """Start and end character per token; tokens that write one character together share its span."""
+
+
+def decode(tokenizer: Any, ids: Sequence[int]) -> DecodedResponse:
+    """Decode token by token, so that each token's characters are known whatever the tokenizer's units."""
+    stream = DecodeStream(skip_special_tokens=False)
+    text, spans, pending = "", [], 0
+    for token in ids:
+        pending += 1
+        piece = stream.step(tokenizer.backend_tokenizer, int(token))
+        if piece is None:
+            continue
+        spans += [(len(text), len(text) + len(piece))] * pending
+        text, pending = text + piece, 0
+    spans += [(len(text), len(text))] * pending
+    return DecodedResponse(text, spans)
+
+
+def token_roles(response: DecodedResponse) -> list[Role]:
+    """The role of each token of a response, from character offsets.
+
+    Regions are read off the tags left to right: text after ``<think>`` is reasoning until ``</think>``, text after
+    ``<answer>`` is action until ``</answer>``, anything else is other. An unclosed region reaches to the end. A token
+    across a border has the most consequential role it touches: action, then answer tag, think tag, reasoning, other.
+    """
+    roles: list[Role] = [Role.OTHER] * len(response.text)
+    inside, position = Role.OTHER, 0
+    for tag in _TAGS.finditer(response.text):
+        roles[position : tag.start()] = [inside] * (tag.start() - position)
+        tag_role = Role.THINK_TAG if tag[2] == "think" else Role.ANSWER_TAG
+        roles[tag.start() : tag.end()] = [tag_role] * (tag.end() - tag.start())
+        opened = Role.REASONING if tag[2] == "think" else Role.ACTION
+        inside, position = (Role.OTHER if tag[1] else opened), tag.end()
+    roles[position:] = [inside] * (len(response.text) - position)
+    result = []
+    for start, end in response.spans:
+        touched = roles[start:end] or roles[start : start + 1] or [inside]
+        result.append(max(touched, key=_PRIORITY.__getitem__))
+    return result
+
+
+def parse_response(text: str, limit: int) -> list[str] | None:
+    """The actions of a response, at most ``limit`` of them; None unless it is exactly ``<think>…</think><answer>…</answer>``.
+
+    Several actions are separated by ``||``; those beyond the limit are dropped.
+    """
+    match = _STRICT.fullmatch(text)
+    if match is None:
+        return None
+    actions = [part.strip() for part in match[2].split("||")]
+    return [action for action in actions if action][:limit] or None
+
+
+class Dialogue:
+    """Renders an environment's texts as token ids, by the tokenizer's chat template.
+
+    Args:
+        tokenizer: a fast transformers tokenizer.
+        layout: ``compact`` sends observations alone; ``published`` adds task, turn, limits and format.
+        prefill: text that opens each response, not sampled.
+        response_tokens: the limit that the published layout states.
+    """
+
+    def __init__(
+        self, tokenizer: Any, layout: Literal["compact", "published"], prefill: str, response_tokens: int
+    ) -> None:
+        self.tokenizer, self.layout, self.response_tokens = tokenizer, layout, response_tokens
+        self.template = None if tokenizer.chat_template else PLAIN_TEMPLATE
+        self.prefill_ids = self.encode(prefill) if prefill else []
+        self._encode_cached = lru_cache(maxsize=4096)(self.encode)
+        marks = ("\x01observation\x01", "\x01response\x01", "\x01next\x01")
+        rendered = self._render(
+            [
+                {"role": "user", "content": marks[0]},
+                {"role": "assistant", "content": marks[1]},
+                {"role": "user", "content": marks[2]},
+            ]
+        )
+        self._before, self._after = rendered.split(marks[1], 1)[1].split(marks[2], 1)
+
+    def opening(self, instructions: str, observation: str, actions_left: int | None = None) -> list[int]:
+        """Token ids of everything before the first response (without the prefill)."""
+        messages = [{"role": "user", "content": self._user(1, observation, actions_left)}]
+        if self.layout == "published":
+            messages.insert(0, {"role": "system", "content": instructions})
+        return self.encode(self._render(messages))
+
+    def following(
+        self, turn: int, observation: str, reward: float, ended_by_eos: bool, actions_left: int | None = None
+    ) -> list[int]:
+        """Token ids between a response and the next one (without the prefill).
+
+        Args:
+            turn: number of the coming turn, from 1.
+            observation: what the environment showed.
+            reward: the last turn's reward.
+            ended_by_eos: the policy has itself sampled its end-of-sequence token, which is then not repeated.
+            actions_left: stated by the published layout if the environment knows it.
+        """
+        content = self._user(turn, observation, actions_left)
+        if self.layout == "published":
+            content = f"Reward:\n{reward:g}\n{content}"
+        before = self._before
+        if ended_by_eos and self.tokenizer.eos_token:
+            before = before.removeprefix(self.tokenizer.eos_token)
+        return list(self._encode_cached(before + content + self._after))
+
+    def _user(self, turn: int, observation: str, actions_left: int | None) -> str:
+        if self.layout == "compact":
+            return observation
+        left = "" if actions_left is None else f"You have {actions_left} actions left. "
+        return (
+            f"Turn {turn}:\nState:\n{observation}\n{left}Always output: <think> [Your thoughts] </think> <answer> "
+            "[your answer] </answer> with no extra text. Strictly follow this format. Max response length: "
+            f"{self.response_tokens} words (tokens)."
+        )
+
+    def _render(self, messages: list[dict[str, str]]) -> str:
+        return str(
+            self.tokenizer.apply_chat_template(
+                messages, chat_template=self.template, tokenize=False, add_generation_prompt=True
+            )
+        )
+
+    def encode(self, text: str) -> list[int]:
+        """Token ids of a piece of text, nothing added."""
+        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])

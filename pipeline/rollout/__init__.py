@@ -1,0 +1,1 @@
+"""Sampling episodes: the engine contract, the transformers engine, and the collector."""

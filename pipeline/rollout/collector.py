@@ -1,0 +1,203 @@
+"""Playing episodes: environments on one side, an engine on the other, ``Trajectories`` out."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from pipeline.config import Config, Environment
+from pipeline.environments import environment_label, initial_states, make
+from pipeline.prompting import END_OF_RESPONSE, Dialogue, decode, parse_response, token_roles
+from pipeline.randomness import generator
+from pipeline.rollout.engine import Continuation, Request, RolloutEngine, Sampling
+from pipeline.trajectory import EpisodeBuilder, Role, Trajectories, build
+
+INVALID = "Invalid response: the state is unchanged."
+"""Opens the observation after a turn without a parsable, allowed action."""
+
+
+@dataclass(frozen=True)
+class EpisodeSpec:
+    """One episode to be played, and where its randomness comes from."""
+
+    episode_id: str
+    group_id: str
+    state_seed: int
+    seed: int
+    iteration: int
+    noise: int
+    """Seed of the environment's noise."""
+    tokens: np.random.Generator
+    """Draws of the episode's tokens."""
+
+
+def iteration_specs(config: Config, name: str, seed: int, iteration: int) -> list[EpisodeSpec]:
+    """The episodes of one iteration of training: ``rollout.groups`` states of the train split, ``group_size`` each.
+
+    They depend on (environment, seed, iteration) alone, so every method meets the same states and the same noise.
+    """
+    draws = generator(seed, "train states", name, iteration)
+    states = initial_states(make(config.environments[name]), "train", config.rollout.groups, draws)
+    return group_specs(name, states, config.rollout.group_size, seed, iteration, "train")
+
+
+def group_specs(
+    name: str, states: Sequence[int], group_size: int, seed: int, iteration: int, purpose: str
+) -> list[EpisodeSpec]:
+    """``group_size`` episodes of each initial state, with noise and draws of their own."""
+    specs = []
+    for group, state in enumerate(states):
+        for member in range(group_size):
+            place = (name, purpose, iteration, group, member)
+            specs.append(
+                EpisodeSpec(
+                    episode_id=f"{name}-{purpose}-{seed}-{iteration}-{group}-{member}",
+                    group_id=f"{name}-{purpose}-{seed}-{iteration}-{group}",
+                    state_seed=state,
+                    seed=seed,
+                    iteration=iteration,
+                    noise=int(generator(seed, "environment noise", *place).integers(2**31)),
+                    tokens=generator(seed, "tokens", *place),
+                )
+            )
+    return specs
+
+
+def collect(
+    engine: RolloutEngine,
+    tokenizer: Any,
+    config: Config,
+    name: str,
+    specs: Sequence[EpisodeSpec],
+    temperature: float,
+    progress: Callable[[int], None] = lambda episodes: None,
+) -> Trajectories:
+    """Play episodes to their end.
+
+    Args:
+        engine: samples the policy's responses.
+        tokenizer: the policy's.
+        config: params.yaml.
+        name: key in ``environments``.
+        specs: what to play; ``rollout.batch_episodes`` are decoded together.
+        temperature: of sampling.
+        progress: called with the number of episodes finished, batch by batch.
+
+    Returns:
+        The episodes in the order of ``specs``.
+    """
+    section = config.environments[name]
+    dialogue = Dialogue(tokenizer, section.layout, config.rollout.prefill, section.response_tokens)
+    finished: list[EpisodeBuilder] = []
+    for start in range(0, len(specs), config.rollout.batch_episodes):
+        engine.forget()
+        batch = [_Episode(section, dialogue, spec) for spec in specs[start : start + config.rollout.batch_episodes]]
+        _assert_groups_share_prompts(batch)
+        active = batch
+        while active:
+            requests = [episode.request() for episode in active]
+            answers = engine.generate(requests, Sampling(temperature, END_OF_RESPONSE))
+            for episode, answer in zip(active, answers, strict=True):
+                episode.take(answer)
+            active = [episode for episode in active if not episode.done]
+        finished += [episode.builder for episode in batch]
+        progress(len(batch))
+    return build(finished)
+
+
+def _assert_groups_share_prompts(batch: list[_Episode]) -> None:
+    """Invariant 3: a group is one initial state."""
+    first: dict[str, list[int]] = {}
+    for episode in batch:
+        prompt = first.setdefault(episode.spec.group_id, episode.builder.ids)
+        if prompt != episode.builder.ids:
+            raise RuntimeError(f"group {episode.spec.group_id} has members with different prompts")
+
+
+class _Episode:
+    """One environment, its dialogue and the tokens so far."""
+
+    def __init__(self, section: Environment, dialogue: Dialogue, spec: EpisodeSpec) -> None:
+        self.section, self.dialogue, self.spec, self.done, self.turn = section, dialogue, spec, False, 1
+        self.environment = make(section)
+        self.observation, _ = self.environment.reset(seed=spec.noise, options={"state_seed": spec.state_seed})
+        self.builder = EpisodeBuilder(
+            episode_id=spec.episode_id,
+            group_id=spec.group_id,
+            environment=environment_label(section),
+            state_key=self.environment.state_key,
+            seed=spec.seed,
+            iteration=spec.iteration,
+        )
+        opening = dialogue.opening(self.environment.instructions, self.observation, self._actions_left())
+        self.builder.append_text(opening, Role.PROMPT)
+
+    def request(self) -> Request:
+        """Force the prefill, then ask for a response."""
+        self._start = len(self.builder)
+        prefill = self.dialogue.prefill_ids
+        self.builder.append_text(prefill, Role.THINK_TAG)
+        uniforms = self.spec.tokens.random(self.section.response_tokens)
+        room = self.section.context_tokens - len(self.builder)
+        return Request(self.spec.episode_id, self.builder.ids, uniforms[: max(1, room)], forced=len(prefill))
+
+    def take(self, answer: Continuation) -> None:
+        """Record a response, act on it and prepare the next turn."""
+        prefill = self.dialogue.prefill_ids
+        response = decode(self.dialogue.tokenizer, [*prefill, *answer.ids])
+        roles = token_roles(response)[len(prefill) :]
+        self.builder.identity["policy_version"] = answer.policy_version
+        self.builder.append_sampled(answer.ids, roles, answer.logprob, answer.entropy)
+        text = response.text
+        if answer.finish == "eos":
+            text = text[: response.spans[-1][0]]
+        state_key = self.environment.state_key
+        actions = self._allowed(parse_response(text, self.section.actions_per_turn))
+        reward, over = self._act(actions)
+        executed = "||".join(actions) if actions else ""
+        self.builder.close_turn(self._start, reward, executed, actions is not None, state_key)
+        if over:
+            self._finish("goal" if self.environment.success else "failed")
+        elif self.turn == self.section.max_turns:
+            self._finish("turns")
+        else:
+            self._next_turn(reward, answer.finish == "eos")
+
+    def _allowed(self, actions: list[str] | None) -> list[str] | None:
+        """Canonical actions, or None as soon as one is not allowed."""
+        parsed = [self.environment.parse_action(action) for action in actions or []]
+        return [p for p in parsed if p is not None] if parsed and None not in parsed else None
+
+    def _act(self, actions: list[str] | None) -> tuple[float, bool]:
+        """Execute a turn's actions; returns its reward and whether the environment's episode is over."""
+        if actions is None:
+            if not self.observation.startswith(INVALID):
+                self.observation = f"{INVALID}\n{self.observation}"
+            return self.section.format_penalty, False
+        total = 0.0
+        for action in actions:
+            self.observation, reward, terminated, truncated, _ = self.environment.step(action)
+            total += reward
+            if terminated or truncated:
+                return total, True
+        return total, False
+
+    def _next_turn(self, reward: float, ended_by_eos: bool) -> None:
+        self.turn += 1
+        following = self.dialogue.following(
+            self.turn, self.observation, reward, ended_by_eos, self._actions_left()
+        )
+        if len(self.builder) + len(following) + len(self.dialogue.prefill_ids) >= self.section.context_tokens:
+            self._finish("context")
+        else:
+            self.builder.append_text(following, Role.OBSERVATION)
+
+    def _finish(self, reason: str) -> None:
+        self.done = True
+        self.builder.finish(bool(self.environment.success), reason)
+
+    def _actions_left(self) -> int | None:
+        return getattr(self.environment, "actions_left", None)

@@ -1,0 +1,1 @@
+"""Training a policy with one method: collect, annotate, advantages, weights, update."""

@@ -1,0 +1,105 @@
+"""What a training leaves, where it is kept, and the key under which it may be used again."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.config import Config
+from pipeline.trajectory import Trajectories
+
+SOURCES = ("config.py", "trajectory.py", "randomness.py", "prompting.py", "environments", "policy", "rollout", "energy/annotate.py", "objective", "evaluation/evaluate.py", "training")
+"""Code under pipeline/ that decides a training's bytes; dvc.yaml lists the same for the train stage."""
+
+
+@dataclass(frozen=True)
+class TrainingTask:
+    """One training: a method, an environment and a seed."""
+
+    config: Config
+    environment: str
+    method: str
+    seed: int
+    policy: Path
+    """Directory of the reference policy."""
+    key: str
+    """Hash of everything that decides the result; see ``training_key``."""
+    cache: Path
+    """Folder of this training, named by its key: checkpoint while it runs, result when it is finished."""
+
+    @property
+    def result(self) -> Path:
+        """Folder of the finished result: the policy, curve.json, run.json, timings.json."""
+        return self.cache / "result"
+
+    @property
+    def finished(self) -> bool:
+        """Whether the result is there; it appears all at once."""
+        return self.result.is_dir()
+
+
+def training_task(
+    config: Config, environment: str, method: str, seed: int, policy: Path, cache: Path
+) -> TrainingTask:
+    """Name a training by the hash of its resolved inputs."""
+    key = training_key(config, environment, method, seed, policy)
+    return TrainingTask(config, environment, method, seed, policy, key, cache / "train" / key)
+
+
+def training_key(config: Config, environment: str, method: str, seed: int, policy: Path) -> str:
+    """Hash of all that decides a training's bytes: settings, reference policy, code and seed.
+
+    The annotated table is not among them: its slices are what the training would sample itself (invariant 4).
+    """
+    resolved: dict[str, Any] = {
+        "environment": {environment: config.environments[environment].model_dump(mode="json")},
+        "rollout": config.rollout.model_dump(mode="json"),
+        "train": config.train.model_dump(mode="json"),
+        "method": config.methods[method].model_dump(mode="json"),
+        "evaluation": {
+            k: getattr(config.evaluation, k) for k in ("validation_states", "validation_rollouts", "temperatures")
+        },
+        "seed": seed,
+        "policy": tree_hash([policy]),
+        "code": tree_hash(Path(__file__).parents[1] / source for source in SOURCES),
+    }
+    return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def tree_hash(paths: Iterable[Path]) -> str:
+    """SHA-256 of files and folders: names and bytes, caches left out."""
+    digest = hashlib.sha256()
+    for path in paths:
+        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+        for file in files:
+            if "__pycache__" not in file.parts:
+                digest.update(f"{file.relative_to(path.parent).as_posix()}\0".encode())
+                digest.update(hashlib.sha256(file.read_bytes()).digest())
+    return digest.hexdigest()
+
+
+def publish(partial: Path, result: Path) -> None:
+    """Make a finished result appear at once."""
+    if result.exists():
+        shutil.rmtree(result)
+    partial.rename(result)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Stable JSON: sorted keys, one trailing newline; replaces the file at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    partial.replace(path)
+
+
+def table_slice(table: Trajectories, config: Config, environment: str, seed: int) -> Trajectories | None:
+    """The rows of the annotated table that are this seed's first iteration, or None if it has none."""
+    rows = [i for i, s in enumerate(table.episodes["seed"]) if s == seed]
+    expected = config.rollout.groups * config.rollout.group_size
+    return table.select(rows) if len(rows) == expected else None

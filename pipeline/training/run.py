@@ -1,0 +1,163 @@
+"""Running trainings: resumable, each in a process of its own, finished results kept by key."""
+
+from __future__ import annotations
+
+import logging
+import os
+import shutil
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lightning
+from lightning.pytorch.callbacks import Callback
+
+from pipeline.evaluation.evaluate import summary, validate
+from pipeline.policy.model import load_policy
+from pipeline.processes import Report
+from pipeline.tracking.training import RunSettings, TrainingRun
+from pipeline.training.module import PolicyGradient
+from pipeline.training.result import TrainingTask, publish, table_slice, write_json
+from pipeline.trajectory import read
+
+def train_one(task: TrainingTask, table: Path | None, tracking: RunSettings, report: Report) -> Path:
+    """Train one seed, or go on where it was killed; returns the folder of its result.
+
+    Args:
+        task: what to train.
+        table: annotated trajectories of the rollout stage, if the first iteration may come from there.
+        tracking: where and under which tags MLflow holds the run; see ``TrainingRun``.
+        report: progress.
+    """
+    if task.finished:
+        return task.result
+    _quiet()
+    config = task.config
+    dtype = config.policy.dtype if config.policy.kind == "pretrained" else "float32"
+    policy = load_policy(task.policy, dtype=dtype)
+    first = None
+    if table is not None and not (task.cache / "checkpoint.ckpt").exists():
+        first = table_slice(read(table), config, task.environment, task.seed)
+    lightning.seed_everything(task.seed, workers=False, verbose=False)
+    module = PolicyGradient(config, task.environment, task.method, task.seed, policy, first)
+    task.cache.mkdir(parents=True, exist_ok=True)
+    run = TrainingRun(tracking, task.cache)
+    trainer = lightning.Trainer(
+        accelerator="auto",
+        devices=1,
+        max_epochs=config.train.iterations,
+        logger=run.logger,
+        callbacks=[_Clock(), _Validation(), _Progress(report, config.train.iterations), _Log(run), _Checkpoint(task)],
+        enable_progress_bar=False,
+        enable_model_summary=False,
+        enable_checkpointing=False,
+        use_distributed_sampler=False,
+        default_root_dir=task.cache,
+    )
+    checkpoint = task.cache / "checkpoint.ckpt"
+    trainer.fit(module, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
+
+    partial = task.cache / "partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    module.policy.save(partial)
+    timings = [{k: row.pop(k) for k in ("seconds", "tokens_per_second")} for row in module.curve]
+    write_json(partial / "curve.json", module.curve)
+    write_json(partial / "timings.json", timings)
+    write_json(partial / "run.json", run.finish(policy.tokenizer, module.last_episodes))
+    publish(partial, task.result)
+    checkpoint.unlink(missing_ok=True)
+    return task.result
+
+
+class _Clock(Callback):
+    """Seconds spent in iterations so far, and tokens sampled per second of each."""
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: PolicyGradient) -> None:
+        self._began = time.monotonic()
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: PolicyGradient) -> None:
+        row, spent = pl_module.curve[-1], time.monotonic() - self._began
+        earlier = pl_module.curve[-2]["seconds"] if len(pl_module.curve) > 1 else 0.0
+        row["seconds"] = earlier + spent
+        row["tokens_per_second"] = row["tokens"] / spent
+
+
+class _Validation(Callback):
+    """Validates before training, every ``validate_every`` iterations and after the last."""
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: PolicyGradient) -> None:
+        self._before = self._validate(pl_module) if trainer.current_epoch == 0 else None
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: PolicyGradient) -> None:
+        plan, row = pl_module.config.train, pl_module.curve[-1]
+        if self._before is not None:
+            row["validation_success_before"] = self._before["success"]
+        done = int(row["iteration"]) + 1
+        if done % plan.validate_every == 0 or done == plan.iterations:
+            result = self._validate(pl_module)
+            row |= {f"validation_{k}": result[k] for k in ("success", "return", "valid_action_rate")}
+
+    def _validate(self, module: PolicyGradient) -> dict[str, float]:
+        played = validate(module.engine, module.policy.tokenizer, module.config, module.name, module.seed)
+        return summary(played)
+
+
+class _Progress(Callback):
+    """Reports after every iteration."""
+
+    def __init__(self, report: Report, total: int) -> None:
+        self._report, self._total = report, total
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: PolicyGradient) -> None:
+        row = pl_module.curve[-1]
+        shown = {
+            "success": "success",
+            "return": "return",
+            "entropy": "entropy",
+            "KL": "kl_reference",
+            "clipped": "clip_fraction",
+            "action share": "gradient_share_action",
+            "flat groups": "zero_variance_groups",
+            "tok/s": "tokens_per_second",
+        }
+        text = " ".join(f"{label} {row[key]:.3g}" for label, key in shown.items() if key in row)
+        self._report(int(row["iteration"]) + 1, self._total, text)
+
+
+class _Log(Callback):
+    """Sends each iteration's metrics to MLflow in one call."""
+
+    def __init__(self, run: TrainingRun) -> None:
+        self._run = run
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: PolicyGradient) -> None:
+        row = dict(pl_module.curve[-1])
+        iteration = int(row.pop("iteration"))
+        earlier = pl_module.curve
+        row["episodes_total"] = sum(r["episodes"] for r in earlier)
+        row["tokens_total"] = sum(r["tokens"] for r in earlier)
+        self._run.log(row, iteration)
+
+
+class _Checkpoint(Callback):
+    """Saves after every iteration, replacing the last checkpoint at once; counts iterations begun in begun.log."""
+
+    def __init__(self, task: TrainingTask) -> None:
+        self._task = task
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: PolicyGradient) -> None:
+        with open(self._task.cache / "begun.log", "a", encoding="utf-8") as log:
+            log.write(f"{trainer.current_epoch}\n")
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: PolicyGradient) -> None:
+        partial = self._task.cache / "checkpoint.partial"
+        trainer.save_checkpoint(partial)
+        os.replace(partial, self._task.cache / "checkpoint.ckpt")
+
+
+def _quiet() -> None:
+    """Lightning's hints about hardware and loggers are not for this pipeline's users."""
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
