@@ -56,9 +56,7 @@ class Demonstrations(Section):
     """Supervision that makes a from-scratch policy know the task, and play it badly."""
 
     phases: list[Phase] = Field(min_length=1)
-    """Stages of supervision, in order; a first one with short reasoning makes acting learnable."""
-    action_noise: Probability = 0.5
-    """Share of turns in which the expert's action is replaced by a uniformly random one."""
+    """Stages of supervision, in order: a first one with short reasoning and little noise makes acting learnable."""
     action_weight: Positive = 12.0
     """Weight of an action token in the supervised loss; other response tokens weigh 1."""
     episodes: Count = 2000
@@ -76,6 +74,8 @@ class Phase(Section):
     """Optimizer steps."""
     reasoning_words: tuple[int, int]
     """Least and greatest number of words in a turn's reasoning."""
+    action_noise: Probability
+    """Share of turns in which the expert's action is replaced by a uniformly random one."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Phase:
@@ -376,9 +376,7 @@ class Config(Section):
         defaults = raw.get("method_defaults")
         if not isinstance(defaults, dict):
             return raw
-        methods = {
-            name: {**defaults, **own} if isinstance(own, dict) else own for name, own in raw["methods"].items()
-        }
+        methods = {name: {**defaults, **own} if isinstance(own, dict) else own for name, own in raw["methods"].items()}
         return {**raw, "methods": methods}
 
     @model_validator(mode="after")
@@ -397,8 +395,12 @@ class Config(Section):
                 for name in (method, baseline):
                     if name not in self.methods:
                         raise ValueError(f"compare.{field}: unknown method {name!r}{_nearest(name, self.methods)}")
-        for name, method in self.methods.items():
-            if self.train.passes * episodes <= self.train.minibatch:
+        if "reference" in self.methods:
+            raise ValueError("methods: 'reference' is the reference policy's own name; choose another")
+        whole, rest = divmod(episodes, self.train.minibatch)
+        updates = self.train.passes * max(1, whole + (2 * rest >= self.train.minibatch))
+        for name in self.methods:
+            if updates == 1:
                 raise ValueError(
                     f"methods.{name}.surrogate: clipping does nothing with one update per iteration; "
                     "lower train.minibatch or raise train.passes"
@@ -444,25 +446,16 @@ def parse(raw: Any, source: str = "params.yaml") -> Config:
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        lines = dict.fromkeys(_explain(source, item) for item in error.errors(include_url=False))
-        raise ConfigError("\n".join(_without_inherited(list(lines), raw))) from None
+        mistakes = [item for item in error.errors(include_url=False) if not _inherited(item["loc"], raw)]
+        raise ConfigError("\n".join(dict.fromkeys(_explain(source, item) for item in mistakes))) from None
 
 
-def _without_inherited(lines: list[str], raw: dict[str, Any]) -> list[str]:
-    """Drop a method's copy of a mistake that stands in ``method_defaults``."""
-    defaults = raw.get("method_defaults")
-    if not isinstance(defaults, dict):
-        return lines
-    kept = []
-    for line in lines:
-        key = line.split(": ", 2)[1]
-        parts = key.split(".")
-        if parts[0] == "methods" and len(parts) > 2:
-            own = raw.get("methods", {}).get(parts[1])
-            if isinstance(own, dict) and parts[2] not in own and parts[2] in defaults:
-                continue
-        kept.append(line)
-    return kept
+def _inherited(location: tuple[Any, ...], raw: dict[str, Any]) -> bool:
+    """Whether a method's mistake is in a slot that it has not written: ``method_defaults`` is where it is reported."""
+    if len(location) < 3 or location[0] != "methods" or location[2] == "[key]":
+        return False
+    own = raw["methods"].get(location[1])
+    return isinstance(own, dict) and location[2] not in own
 
 
 def _explain(source: str, error: Any) -> str:
@@ -479,7 +472,9 @@ def _explain(source: str, error: Any) -> str:
         expected = error["ctx"].get("expected_tags", "").replace("'", "") if "ctx" in error else ""
         tag = value.get("kind") if isinstance(value, dict) else value
         allowed = [t.strip() for t in expected.split(",") if t.strip()]
-        return f"{where}.kind: {tag!r} is not known{_nearest(str(tag), allowed)}" if allowed else f"{where}.kind: missing"
+        return (
+            f"{where}.kind: {tag!r} is not known{_nearest(str(tag), allowed)}" if allowed else f"{where}.kind: missing"
+        )
     if kind == "value_error":
         return f"{where}: {error['ctx']['error']}"
     if kind == "literal_error":

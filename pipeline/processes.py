@@ -82,6 +82,12 @@ def run_in_processes(
         return {label: future.result() for future, label in futures.items()}
 
 
+def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Call a function in a process of its own, so that what it opens is not inherited by later ones."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as pool:
+        return pool.submit(function, *arguments).result()
+
+
 class _Display:
     """Bars on a terminal, occasional lines elsewhere."""
 

@@ -20,13 +20,16 @@ END_OF_RESPONSE = "</answer>"
 """A response is over once the policy has written this, its end-of-sequence token, or as many tokens as it may."""
 
 PLAIN_TEMPLATE = (
+    "{% if bos_token %}{{ bos_token }}{% endif %}"
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
 """Used for a tokenizer without a chat template (base models)."""
 
 _TAGS = re.compile(r"<(/?)(think|answer)>")
-_STRICT = re.compile(r"\s*<think>((?:(?!</?(?:think|answer)>).)*)</think>\s*<answer>((?:(?!</?(?:think|answer)>).)*)</answer>\s*", re.S)
+_STRICT = re.compile(
+    r"\s*<think>((?:(?!</?(?:think|answer)>).)*)</think>\s*<answer>((?:(?!</?(?:think|answer)>).)*)</answer>\s*", re.S
+)
 _PRIORITY = {Role.ACTION: 4, Role.ANSWER_TAG: 3, Role.THINK_TAG: 2, Role.REASONING: 1, Role.OTHER: 0}
 
 
@@ -57,18 +60,22 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> DecodedResponse:
 def token_roles(response: DecodedResponse) -> list[Role]:
     """The role of each token of a response, from character offsets.
 
-    Regions are read off the tags left to right: text after ``<think>`` is reasoning until ``</think>``, text after
-    ``<answer>`` is action until ``</answer>``, anything else is other. An unclosed region reaches to the end. A token
+    Regions are read off the tags left to right: text after ``<think>`` is reasoning until the next tag or the end, text
+    between ``<answer>`` and ``</answer>`` is action, anything else (an answer that is not closed, too) is other. A token
     across a border has the most consequential role it touches: action, then answer tag, think tag, reasoning, other.
     """
     roles: list[Role] = [Role.OTHER] * len(response.text)
     inside, position = Role.OTHER, 0
     for tag in _TAGS.finditer(response.text):
+        if inside is Role.ACTION and tag[0] != END_OF_RESPONSE:
+            inside = Role.OTHER
         roles[position : tag.start()] = [inside] * (tag.start() - position)
         tag_role = Role.THINK_TAG if tag[2] == "think" else Role.ANSWER_TAG
         roles[tag.start() : tag.end()] = [tag_role] * (tag.end() - tag.start())
         opened = Role.REASONING if tag[2] == "think" else Role.ACTION
         inside, position = (Role.OTHER if tag[1] else opened), tag.end()
+    if inside is Role.ACTION:
+        inside = Role.OTHER
     roles[position:] = [inside] * (len(response.text) - position)
     result = []
     for start, end in response.spans:

@@ -61,7 +61,7 @@ _TURN = {
     "valid": pa.bool_(),
     "state_key": pa.string(),
 }
-_TOKEN = {
+_TOKEN: dict[str, np.dtype[Any]] = {
     "input_ids": np.dtype(np.int32),
     "role": np.dtype(np.uint8),
     "sampled": np.dtype(np.bool_),
@@ -211,8 +211,11 @@ class Trajectories:
             array = column.chunk(0) if column.num_chunks else pa.array([], type=column.type)
             return _offsets(np.asarray(array.value_lengths(), dtype=np.int64)), array.flatten()
 
-        offsets, ids = ragged("input_ids")
+        offsets, _ = ragged("input_ids")
         turn_offsets, struct = ragged("turns")
+        absent = [f"turns.{name}" for name in _TURN if struct.type.get_field_index(name) < 0]
+        if absent:
+            raise TrajectoryError(f"missing columns: {', '.join(absent)}")
         tokens: dict[str, np.ndarray] = {}
         for name in (*_TOKEN, *(a for a in _ANNOTATION if a in table.column_names)):
             own_offsets, values = ragged(name)
@@ -232,7 +235,7 @@ class Trajectories:
         target = Path(path)
         target.parent.mkdir(parents=True, exist_ok=True)
         partial = target.with_name(target.name + ".partial")
-        pq.write_table(self.to_table(), partial, compression="zstd", row_group_size=1024)
+        pq.write_table(self.to_table(), partial, compression="zstd", row_group_size=1024, write_page_checksum=True)
         partial.replace(target)
 
 
@@ -243,7 +246,7 @@ def read(path: str | Path) -> Trajectories:
         TrajectoryError: the file is missing, corrupt or of another schema; the message names the file.
     """
     try:
-        return Trajectories.from_table(pq.read_table(path))
+        return Trajectories.from_table(pq.read_table(path, page_checksum_verification=True))
     except FileNotFoundError:
         raise TrajectoryError(f"{path}: no such file") from None
     except (pa.ArrowException, OSError) as error:

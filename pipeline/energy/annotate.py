@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import torch
 
-from pipeline.policy.model import Policy
+from pipeline.config import Config
+from pipeline.policy.model import Policy, load_trained
 from pipeline.policy.scoring import TokenScores, length_batches, predicting_hidden, score_tokens
-from pipeline.trajectory import Trajectories
+from pipeline.processes import Report
+from pipeline.trajectory import Trajectories, concatenate
 
 
 @torch.inference_mode()
@@ -20,13 +23,13 @@ def score_trajectories(
     temperature: float,
     tokens_per_forward: int,
     progress: Callable[[int], None] = lambda episodes: None,
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+) -> list[np.ndarray]:
     """Log-probability, entropy and log-partition of every sampled token.
 
     Returns:
         Three float32 arrays (N,), 0 where not sampled.
     """
-    result = tuple(np.zeros(len(trajectories.input_ids), dtype=np.float32) for _ in TokenScores._fields)
+    result = [np.zeros(len(trajectories.input_ids), dtype=np.float32) for _ in TokenScores._fields]
     for batch in length_batches(trajectories.lengths, tokens_per_forward):
         spans = [slice(trajectories.offsets[e], trajectories.offsets[e + 1]) for e in batch]
         wanted = [trajectories.sampled[span] for span in spans]
@@ -58,7 +61,25 @@ def annotate(
         tokens_per_forward: padded tokens per forward pass.
         progress: called with episodes done, batch by batch.
     """
-    logprob, entropy, logsumexp = score_trajectories(
-        reference, trajectories, temperature, tokens_per_forward, progress
-    )
+    logprob, entropy, logsumexp = score_trajectories(reference, trajectories, temperature, tokens_per_forward, progress)
     return replace(trajectories, energy=-logsumexp, ref_logprob=logprob, ref_entropy=entropy)
+
+
+def annotate_part(task: tuple[Config, Path, Trajectories], report: Report) -> Trajectories:
+    """Annotate some slices in a process of its own; ``task`` is config, reference policy's directory and episodes.
+
+    Slice by slice, because float rounding depends on what shares a forward pass: a slice's numbers are to be exactly
+    those of a training that samples and annotates it itself.
+    """
+    config, directory, part = task
+    done, size = 0, config.rollout.groups * config.rollout.group_size
+
+    def progress(episodes: int) -> None:
+        nonlocal done
+        done += episodes
+        report(done, len(part))
+
+    reference = load_trained(directory, config)
+    slices = [part.select(range(start, min(start + size, len(part)))) for start in range(0, len(part), size)]
+    temperature, budget = config.rollout.temperature, config.train.tokens_per_forward
+    return concatenate([annotate(piece, reference, temperature, budget, progress) for piece in slices])

@@ -7,11 +7,13 @@ published symbols; coordinates (row, column), zero-indexed, stand beside it ("Co
 from __future__ import annotations
 
 from collections import deque
-from typing import Any, ClassVar
+from typing import Any
 
 import gymnasium
 import numpy as np
 from gymnasium.envs.toy_text.frozen_lake import FrozenLakeEnv
+
+from pipeline.config import ConfigError
 
 MOVES = {"Left": (0, -1), "Down": (1, 0), "Right": (0, 1), "Up": (-1, 0)}
 """Action names in gymnasium's order, with the step in (row, column) that they intend."""
@@ -31,8 +33,6 @@ class FrozenLake(gymnasium.Env[str, str]):
         grid: draw the grid in every observation, in the first one, or never; coordinates are always given.
     """
 
-    metadata: ClassVar[dict[str, Any]] = {"render_modes": []}
-
     def __init__(
         self,
         size: int = 4,
@@ -48,6 +48,8 @@ class FrozenLake(gymnasium.Env[str, str]):
             raise ValueError(f"frozen must be in (0, 1], got {frozen}")
         if not 1 / 3 <= success_rate <= 1.0:
             raise ValueError(f"success_rate must be in [1/3, 1], got {success_rate}")
+        if max_actions < 1:
+            raise ValueError(f"max_actions must be at least 1, got {max_actions}")
         if not 1 <= least_distance <= min(max_actions, 2 * (size - 1)):
             raise ValueError(f"least_distance must be 1 to {min(max_actions, 2 * (size - 1))}, got {least_distance}")
         if grid not in ("always", "first", "never"):
@@ -124,14 +126,15 @@ class FrozenLake(gymnasium.Env[str, str]):
         for _ in range(10_000):
             start, goal = (cells[i] for i in draws.choice(len(cells), size=2, replace=False))
             melted = draws.random(len(cells)) >= self.frozen
-            holes = frozenset(
-                c for c, hole in zip(cells, melted, strict=True) if hole and c not in (start, goal)
-            )
+            holes = frozenset(c for c, hole in zip(cells, melted, strict=True) if hole and c not in (start, goal))
             distance = _distances(self.size, holes, goal).get(start)
             if distance is not None and self.least_distance <= distance <= self.max_actions:
                 self.start, self.goal, self.holes = start, goal, holes
                 return
-        raise RuntimeError(f"no lake found with frozen={self.frozen}, least_distance={self.least_distance}")
+        raise ConfigError(
+            f"environments: no lake found with size {self.size}, frozen {self.frozen:g}, "
+            f"least_distance {self.least_distance} and max_actions {self.max_actions}"
+        )
 
     def _desc(self) -> list[str]:
         kinds = {self.start: "S", self.goal: "G", **dict.fromkeys(self.holes, "H")}

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -10,9 +12,12 @@ import pyarrow as pa
 
 from pipeline.config import Config
 from pipeline.environments import initial_states, make
+from pipeline.policy.model import load_trained
+from pipeline.processes import Report
 from pipeline.randomness import generator
 from pipeline.rollout.collector import EpisodeSpec, collect, group_specs
 from pipeline.rollout.engine import RolloutEngine
+from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.trajectory import Role, Trajectories
 
 
@@ -43,6 +48,41 @@ def evaluate(
     return collect(engine, tokenizer, config, name, specs, temperature, progress)
 
 
+@dataclass(frozen=True)
+class EvaluationTask:
+    """One policy at one temperature."""
+
+    config: Config
+    environment: str
+    method: str
+    seed: int
+    policy: Path
+    temperature: float
+
+
+def evaluate_policy(task: EvaluationTask, report: Report) -> pa.Table:
+    """Load a policy in a process of its own and play the test split; returns ``episode_results``."""
+    policy = load_trained(task.policy, task.config)
+    total, done = task.config.evaluation.states * task.config.evaluation.rollouts, 0
+
+    def progress(episodes: int) -> None:
+        nonlocal done
+        done += episodes
+        report(done, total)
+
+    played = evaluate(
+        TransformersEngine(policy),
+        policy.tokenizer,
+        task.config,
+        task.environment,
+        task.seed,
+        task.temperature,
+        progress,
+    )
+    labels = {"environment": task.environment, "method": task.method, "seed": task.seed}
+    return episode_results(played, **labels, temperature=task.temperature)
+
+
 def validate(engine: RolloutEngine, tokenizer: Any, config: Config, name: str, seed: int) -> Trajectories:
     """Play the validation split at the headline temperature."""
     plan = config.evaluation
@@ -59,9 +99,7 @@ def episode_results(trajectories: Trajectories, **labels: Any) -> pa.Table:
     state's episodes), success, return, end_reason, turns, valid_turns, tokens (sampled), action_tokens.
     """
     turns = np.diff(trajectories.turn_offsets)
-    valid = np.add.reduceat(
-        np.array(trajectories.turns["valid"], dtype=np.int64), trajectories.turn_offsets[:-1]
-    )
+    valid = np.add.reduceat(np.array(trajectories.turns["valid"], dtype=np.int64), trajectories.turn_offsets[:-1])
     sampled = np.add.reduceat(trajectories.sampled.astype(np.int64), trajectories.offsets[:-1])
     action = np.add.reduceat(
         (trajectories.sampled & (trajectories.role == Role.ACTION)).astype(np.int64), trajectories.offsets[:-1]

@@ -12,7 +12,8 @@ def group_advantage(
 ) -> Float[Tensor, " e"]:
     """GRPO: ``A = (R - mean_g) / (std_g + eps)`` (arXiv 2402.03300); ``std=False`` only centres.
 
-    A group of equal returns, a single trajectory among them, has advantage 0.
+    A group of equal returns, a single trajectory among them, has advantage exactly 0: their float mean may differ from
+    them by a rounding error, which dividing by a standard deviation of the same size would turn into an advantage.
 
     Args:
         returns: one per trajectory.
@@ -24,7 +25,9 @@ def group_advantage(
     groups = int(group.max()) + 1
     count = torch.zeros(groups, dtype=returns.dtype).index_add_(0, group, torch.ones_like(returns))
     mean = torch.zeros(groups, dtype=returns.dtype).index_add_(0, group, returns) / count.clamp_min(1)
-    centred = returns - mean[group]
+    lowest = torch.full((groups,), torch.inf, dtype=returns.dtype).scatter_reduce(0, group, returns, "amin")
+    highest = torch.full((groups,), -torch.inf, dtype=returns.dtype).scatter_reduce(0, group, returns, "amax")
+    centred = torch.where((lowest == highest)[group], 0.0, returns - mean[group])
     if not std:
         return centred
     squares = torch.zeros(groups, dtype=returns.dtype).index_add_(0, group, centred**2)

@@ -31,4 +31,6 @@ def coefficients(
         return weights / trainable.sum().clamp_min(1)
     totals = torch.zeros(int(trajectory.max()) + 1, dtype=weights.dtype).index_add_(0, trajectory, weights)
     alive = (totals > 0).sum().clamp_min(1)
-    return torch.where(weights > 0, weights / totals[trajectory].clamp_min(torch.finfo(weights.dtype).tiny), 0.0) / alive
+    return (
+        torch.where(weights > 0, weights / totals[trajectory].clamp_min(torch.finfo(weights.dtype).tiny), 0.0) / alive
+    )

@@ -37,5 +37,6 @@ def reward_variance(returns: Float[Tensor, " e"], group: Int[Tensor, " e"], keep
     deviation = group_deviation(returns, group)
     order = torch.sort(deviation, descending=True, stable=True).indices
     chosen = torch.zeros(len(deviation), dtype=torch.bool)
-    chosen[order[: math.ceil(keep * len(deviation))]] = True
+    room = max(1, math.ceil(round(keep * len(deviation), 9)))  # 0.28 * 25 is 7.000000000000001
+    chosen[order[:room]] = True
     return (chosen & (deviation > 0))[group]

@@ -37,9 +37,7 @@ def token_advantages(method: Method, batch: TokenBatch, values: Float[Tensor, " 
     assert isinstance(slot, GAE)
     if values is None:
         raise ValueError("GAE needs a critic's values")
-    estimate = advantages.gae(
-        batch.reward, values, batch.trainable, batch.trajectory, gamma=slot.gamma, lam=slot.lam
-    )
+    estimate = advantages.gae(batch.reward, values, batch.trainable, batch.trajectory, gamma=slot.gamma, lam=slot.lam)
     targets = torch.where(batch.trainable, estimate + values, 0.0)
     return AdvantageEstimate(advantages.whiten(estimate, batch.trainable) if slot.whiten else estimate, targets)
 

@@ -41,9 +41,7 @@ def bootstrap(
         The reference policy, in evaluation mode.
     """
     plan = settings.demonstrations
-    phases = [
-        _demonstrations(environments, settings, phase, index) for index, phase in enumerate(plan.phases)
-    ]
+    phases = [_demonstrations(environments, settings, phase, index) for index, phase in enumerate(plan.phases)]
     tokenizer = train_tokenizer(
         (text for demos in phases for _, turns in demos[:300] for turn in turns for text in turn), settings.vocabulary
     )
@@ -67,9 +65,9 @@ def expert_of(environment: Any) -> Any:
 
 
 def demonstrate(
-    environment: Any, expert: Any, state_seed: int, phase: Phase, noise: float, draws: np.random.Generator
+    environment: Any, expert: Any, state_seed: int, phase: Phase, draws: np.random.Generator
 ) -> Demonstration:
-    """One episode of the expert, its actions replaced by random ones with probability ``noise``."""
+    """One episode of the expert, its actions replaced by random ones with probability ``phase.action_noise``."""
     observation, _ = environment.reset(seed=int(draws.integers(2**31)), options={"state_seed": state_seed})
     turns: Demonstration = []
     done = False
@@ -77,7 +75,7 @@ def demonstrate(
         words = int(draws.integers(phase.reasoning_words[0], phase.reasoning_words[1] + 1))
         reasoning = expert.reason(environment, words, draws)
         action = expert.act(environment, draws)
-        if draws.random() < noise:
+        if draws.random() < phase.action_noise:
             action = expert.random_action(draws)
         turns.append((observation, reasoning, action))
         observation, _, terminated, truncated, _ = environment.step(action)
@@ -94,7 +92,7 @@ def _demonstrations(
         expert = expert_of(environment)
         draws = generator(settings.seed, "demonstrations", name, index)
         states = initial_states(environment, "demonstrations", plan.episodes, draws)
-        found += [(name, demonstrate(environment, expert, s, phase, plan.action_noise, draws)) for s in states]
+        found += [(name, demonstrate(environment, expert, s, phase, draws)) for s in states]
     order = generator(settings.seed, "demonstration order", index).permutation(len(found))
     return [found[i] for i in order]
 
@@ -115,8 +113,7 @@ def _new_model(settings: ScratchPolicy, tokenizer: Any, context: int) -> Any:
             bos_token_id=None,
             eos_token_id=tokenizer.eos_token_id,
             pad_token_id=tokenizer.pad_token_id,
-            attn_implementation="sdpa",
-        )
+        ),
     )
 
 
@@ -128,11 +125,11 @@ def _supervise(
     report: Callable[[int, int, float], None],
 ) -> None:
     plan = settings.demonstrations
-    dialogues = {
-        name: Dialogue(policy.tokenizer, e.layout, "", e.response_tokens) for name, e in environments.items()
-    }
+    dialogues = {name: Dialogue(policy.tokenizer, e.layout, "", e.response_tokens) for name, e in environments.items()}
     instructions = {name: _instructions(e) for name, e in environments.items()}
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
+    optimizer = torch.optim.AdamW(
+        policy.model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
+    )
     total = sum(phase.steps for phase in plan.phases)
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / 20, 0.5 * (1 + math.cos(math.pi * step / total)))
@@ -181,9 +178,7 @@ def _encode(dialogue: Dialogue, instructions: str, turns: Demonstration) -> tupl
     return np.array(ids), np.array(roles)
 
 
-def _supervised_loss(
-    policy: Policy, batch: list[tuple[np.ndarray, np.ndarray]], action_weight: float
-) -> torch.Tensor:
+def _supervised_loss(policy: Policy, batch: list[tuple[np.ndarray, np.ndarray]], action_weight: float) -> torch.Tensor:
     wanted = [roles >= Role.REASONING for _, roles in batch]
     hidden = predicting_hidden(policy, [ids for ids, _ in batch], wanted)
     tokens = torch.from_numpy(np.concatenate([ids[mask] for (ids, _), mask in zip(batch, wanted, strict=True)]))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,7 +12,7 @@ import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenizerFast
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
-from pipeline.config import ConfigError
+from pipeline.config import Config, ConfigError
 
 
 @dataclass(frozen=True)
@@ -24,7 +25,8 @@ class Policy:
     @property
     def device(self) -> torch.device:
         """Where the weights are."""
-        return next(self.model.parameters()).device
+        device: torch.device = next(self.model.parameters()).device
+        return device
 
     @property
     def backbone(self) -> torch.nn.Module:
@@ -76,6 +78,26 @@ def load_policy(
     return policy
 
 
+def load_trained(directory: str | Path, config: Config) -> Policy:
+    """Load a policy that the pipeline has written, in the precision of ``policy.dtype``.
+
+    Raises:
+        ConfigError: the directory is not there; ``models/policy`` would be a hub id, too.
+    """
+    if not Path(directory).is_dir():
+        raise ConfigError(f"{directory}: no such policy; run `make repro` first")
+    return load_policy(directory, dtype=config.policy.dtype if config.policy.kind == "pretrained" else "float32")
+
+
+def save_replacing(policy: Policy, directory: Path) -> None:
+    """Write a policy beside its target first, so that an interrupted save leaves the old one."""
+    partial = directory.with_name(directory.name + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    policy.save(partial)
+    shutil.rmtree(directory, ignore_errors=True)
+    partial.rename(directory)
+
+
 def _load_tokenizer(source: str | Path, options: dict[str, Any]) -> Any:
     """``AutoTokenizer``, unless the directory names the plain fast class.
 
@@ -93,6 +115,11 @@ def _check_head(policy: Policy, source: str) -> None:
     """Log-probabilities are computed from trunk and head; refuse a model whose logits are anything else."""
     if policy.head is None:
         raise ConfigError(f"policy: {source!r} has no output head")
+    config = policy.model.config
+    windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
+    if windowed or "sliding_attention" in (getattr(config, "layer_types", None) or ()):
+        # The engine's cache slots are not positions, so that a window over slots would be a wrong one.
+        raise ConfigError(f"policy: {source!r} uses sliding-window attention, which is not supported")
     ids = torch.arange(4, device=policy.device).unsqueeze(0)
     ours = policy.head(policy.backbone(input_ids=ids).last_hidden_state)
     theirs = policy.model(input_ids=ids).logits

@@ -45,7 +45,10 @@ def length_batches(lengths: Sequence[int] | np.ndarray, budget: int) -> list[np.
 
 
 def predicting_hidden(
-    policy: Policy, sequences: Sequence[np.ndarray], wanted: Sequence[np.ndarray], backbone: torch.nn.Module | None = None
+    policy: Policy,
+    sequences: Sequence[np.ndarray],
+    wanted: Sequence[np.ndarray],
+    backbone: torch.nn.Module | None = None,
 ) -> Float[Tensor, "n width"]:
     """Hidden states at the positions that predict the wanted tokens.
 

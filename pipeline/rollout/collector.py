@@ -6,9 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import numpy as np
-
-from pipeline.config import Config, Environment
+from pipeline.config import Config, ConfigError, Environment
 from pipeline.environments import environment_label, initial_states, make
 from pipeline.prompting import END_OF_RESPONSE, Dialogue, decode, parse_response, token_roles
 from pipeline.randomness import generator
@@ -30,8 +28,8 @@ class EpisodeSpec:
     iteration: int
     noise: int
     """Seed of the environment's noise."""
-    tokens: np.random.Generator
-    """Draws of the episode's tokens."""
+    draws: tuple[Any, ...]
+    """Name of the generator that the episode's tokens are drawn from: seed, stream, counters."""
 
 
 def iteration_specs(config: Config, name: str, seed: int, iteration: int) -> list[EpisodeSpec]:
@@ -60,7 +58,7 @@ def group_specs(
                     seed=seed,
                     iteration=iteration,
                     noise=int(generator(seed, "environment noise", *place).integers(2**31)),
-                    tokens=generator(seed, "tokens", *place),
+                    draws=(seed, "tokens", *place),
                 )
             )
     return specs
@@ -122,6 +120,7 @@ class _Episode:
 
     def __init__(self, section: Environment, dialogue: Dialogue, spec: EpisodeSpec) -> None:
         self.section, self.dialogue, self.spec, self.done, self.turn = section, dialogue, spec, False, 1
+        self.draws = generator(*spec.draws)
         self.environment = make(section)
         self.observation, _ = self.environment.reset(seed=spec.noise, options={"state_seed": spec.state_seed})
         self.builder = EpisodeBuilder(
@@ -134,13 +133,18 @@ class _Episode:
         )
         opening = dialogue.opening(self.environment.instructions, self.observation, self._actions_left())
         self.builder.append_text(opening, Role.PROMPT)
+        if len(opening) + len(dialogue.prefill_ids) >= section.context_tokens:
+            raise ConfigError(
+                f"environments: a prompt of {len(opening)} tokens leaves no room in context_tokens "
+                f"({section.context_tokens}); raise it"
+            )
 
     def request(self) -> Request:
         """Force the prefill, then ask for a response."""
         self._start = len(self.builder)
         prefill = self.dialogue.prefill_ids
         self.builder.append_text(prefill, Role.THINK_TAG)
-        uniforms = self.spec.tokens.random(self.section.response_tokens)
+        uniforms = self.draws.random(self.section.response_tokens)
         room = self.section.context_tokens - len(self.builder)
         return Request(self.spec.episode_id, self.builder.ids, uniforms[: max(1, room)], forced=len(prefill))
 
@@ -164,7 +168,7 @@ class _Episode:
         elif self.turn == self.section.max_turns:
             self._finish("turns")
         else:
-            self._next_turn(reward, answer.finish == "eos")
+            self._next_turn(reward, answer.ids[-1] == self.dialogue.tokenizer.eos_token_id)
 
     def _allowed(self, actions: list[str] | None) -> list[str] | None:
         """Canonical actions, or None as soon as one is not allowed."""
@@ -187,9 +191,7 @@ class _Episode:
 
     def _next_turn(self, reward: float, ended_by_eos: bool) -> None:
         self.turn += 1
-        following = self.dialogue.following(
-            self.turn, self.observation, reward, ended_by_eos, self._actions_left()
-        )
+        following = self.dialogue.following(self.turn, self.observation, reward, ended_by_eos, self._actions_left())
         if len(self.builder) + len(following) + len(self.dialogue.prefill_ids) >= self.section.context_tokens:
             self._finish("context")
         else:

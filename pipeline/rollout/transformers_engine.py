@@ -171,7 +171,11 @@ class _Response:
         self.entropy: list[float] = []
         self.finish: str | None = None
         self._limit, self._stop = len(request.uniforms), stop
-        self._backend, self._stream, self._tail = tokenizer.backend_tokenizer, DecodeStream(skip_special_tokens=False), ""
+        self._backend, self._stream, self._tail = (
+            tokenizer.backend_tokenizer,
+            DecodeStream(skip_special_tokens=False),
+            "",
+        )
         for token in list(request.ids)[len(request.ids) - request.forced :]:
             self._read(token)
 

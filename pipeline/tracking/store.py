@@ -10,19 +10,19 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 
 from pipeline.config import Config, ConfigError, read_yaml
+from pipeline.tracking.training import RunSettings, flatten
 
 
 def tracking_uri(config: Config, root: Path) -> str:
     """The tracking URI: params.yaml, else MLFLOW_TRACKING_URI, else mlflow.db in the project's root (absolute)."""
-    return (
-        config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(root / 'mlflow.db').resolve()}"
-    )
+    return config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(root / 'mlflow.db').resolve()}"
 
 
 def prepare_store(uri: str, experiment: str) -> str:
     """Create the store and the experiment if they are not there; returns the experiment's id.
 
-    Done once before processes write to the store: a new database is migrated for some seconds.
+    Done once before processes write to the store: a new database is migrated for some seconds. To be called in a process
+    of its own (``in_own_process``) if this one forks later: SQLite connections must not be carried across a fork.
 
     Raises:
         ConfigError: the store cannot be reached.
@@ -33,6 +33,22 @@ def prepare_store(uri: str, experiment: str) -> str:
         return str(found.experiment_id if found else client.create_experiment(experiment))
     except (MlflowException, OSError) as error:
         raise ConfigError(f"tracking.uri: {uri}: cannot be used: {str(error).splitlines()[0]}") from None
+
+
+def run_settings(config: Config, root: Path, environment: str, method: str, seed: int) -> RunSettings:
+    """Where the run of one training goes, its name, tags and parameters."""
+    uri = tracking_uri(config, root)
+    resolved = config.model_dump(mode="json")
+    relevant = {key: resolved[key] for key in ("policy", "rollout", "train", "evaluation")}
+    relevant |= {"environment": resolved["environments"][environment], "method": resolved["methods"][method]}
+    return RunSettings(
+        uri=uri,
+        experiment=environment,
+        name=f"{config.comparison} {method} seed {seed}",
+        tags={**provenance(config, root), "environment": environment, "method": method, "seed": str(seed)},
+        params={**flatten(relevant), "seed": seed},
+        traces=config.tracking.traces,
+    )
 
 
 def provenance(config: Config, root: Path) -> dict[str, str]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -63,9 +63,9 @@ class TrainingRun:
         """All metrics of one iteration, in one call; ``step`` is the iteration."""
         self.logger.log_metrics(metrics, step=iteration)
 
-    def finish(self, tokenizer: Any, episodes: Trajectories) -> dict[str, str]:
+    def finish(self, tokenizer: Any, episodes: Trajectories | None) -> dict[str, str]:
         """Store sampled episodes as traces, end the run, and say where it is."""
-        if self._settings.traces:
+        if self._settings.traces and episodes is not None:
             chosen = episodes.select(range(min(self._settings.traces, len(episodes))))
             log_traces(self._settings.uri, self._settings.experiment, self.run_id, tokenizer, chosen)
         self.logger.finalize("success")
@@ -95,7 +95,7 @@ def _log_trace(tokenizer: Any, episode: Trajectories) -> None:
         for turn, (start, end) in enumerate(zip(episode.turns["start"], episode.turns["end"], strict=True)):
             with mlflow.start_span(name=f"turn {turn + 1}", span_type="LLM") as span:
                 span.set_inputs({"shown": tokenizer.decode(episode.input_ids[position:start])})
-                span.set_outputs({"response": decode(tokenizer, episode.input_ids[start:end]).text})
+                span.set_outputs({"response": decode(tokenizer, episode.input_ids[start:end].tolist()).text})
                 span.set_attributes(
                     {
                         "action": episode.turns["action"][turn],
@@ -123,7 +123,7 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _rounded(values: Sequence[float]) -> list[float]:
+def _rounded(values: Iterable[float]) -> list[float]:
     return [round(float(value), 4) for value in values]
 
 

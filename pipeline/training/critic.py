@@ -61,4 +61,5 @@ def batch_values(
 ) -> Float[Tensor, " n"]:
     """Values of the wanted tokens of a few sequences, without gradient."""
     hidden = torch.zeros(0) if critic.trunk is not None else predicting_hidden(policy, sequences, wanted)
-    return critic(policy, hidden, sequences, wanted)
+    values: Tensor = critic(policy, hidden, sequences, wanted)
+    return values

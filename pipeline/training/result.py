@@ -13,7 +13,19 @@ from typing import Any
 from pipeline.config import Config
 from pipeline.trajectory import Trajectories
 
-SOURCES = ("config.py", "trajectory.py", "randomness.py", "prompting.py", "environments", "policy", "rollout", "energy/annotate.py", "objective", "evaluation/evaluate.py", "training")
+SOURCES = (
+    "config.py",
+    "trajectory.py",
+    "randomness.py",
+    "prompting.py",
+    "environments",
+    "policy",
+    "rollout",
+    "energy/annotate.py",
+    "objective",
+    "evaluation/evaluate.py",
+    "training",
+)
 """Code under pipeline/ that decides a training's bytes; dvc.yaml lists the same for the train stage."""
 
 
@@ -34,7 +46,7 @@ class TrainingTask:
 
     @property
     def result(self) -> Path:
-        """Folder of the finished result: the policy, curve.json, run.json, timings.json."""
+        """Folder of the finished result: policy/, curves.json, timings.json, runs.json."""
         return self.cache / "result"
 
     @property
@@ -43,9 +55,7 @@ class TrainingTask:
         return self.result.is_dir()
 
 
-def training_task(
-    config: Config, environment: str, method: str, seed: int, policy: Path, cache: Path
-) -> TrainingTask:
+def training_task(config: Config, environment: str, method: str, seed: int, policy: Path, cache: Path) -> TrainingTask:
     """Name a training by the hash of its resolved inputs."""
     key = training_key(config, environment, method, seed, policy)
     return TrainingTask(config, environment, method, seed, policy, key, cache / "train" / key)
@@ -88,14 +98,6 @@ def publish(partial: Path, result: Path) -> None:
     if result.exists():
         shutil.rmtree(result)
     partial.rename(result)
-
-
-def write_json(path: Path, value: Any) -> None:
-    """Stable JSON: sorted keys, one trailing newline; replaces the file at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(json.dumps(value, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    partial.replace(path)
 
 
 def table_slice(table: Trajectories, config: Config, environment: str, seed: int) -> Trajectories | None:

@@ -7,6 +7,7 @@ import os
 import shutil
 import time
 import warnings
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,35 +15,41 @@ import lightning.pytorch as lightning
 from lightning.pytorch.callbacks import Callback
 
 from pipeline.evaluation.evaluate import summary, validate
-from pipeline.policy.model import load_policy
+from pipeline.files import write_json
+from pipeline.policy.model import load_trained
 from pipeline.processes import Report
 from pipeline.tracking.training import RunSettings, TrainingRun
 from pipeline.training.module import PolicyGradient
-from pipeline.training.result import TrainingTask, publish, table_slice, write_json
+from pipeline.training.result import TrainingTask, publish, table_slice
 from pipeline.trajectory import read
 
-def train_one(task: TrainingTask, table: Path | None, tracking: RunSettings, report: Report) -> Path:
-    """Train one seed, or go on where it was killed; returns the folder of its result.
 
-    Args:
-        task: what to train.
-        table: annotated trajectories of the rollout stage, if the first iteration may come from there.
-        tracking: where and under which tags MLflow holds the run; see ``TrainingRun``.
-        report: progress.
-    """
+@dataclass(frozen=True)
+class TrainingJob:
+    """One training, and what is needed to run it."""
+
+    task: TrainingTask
+    table: Path | None
+    """Annotated trajectories of the rollout stage, if the first iteration may come from there."""
+    tracking: RunSettings
+    """Where and under which tags MLflow holds the run."""
+
+
+def train_one(job: TrainingJob, report: Report) -> Path:
+    """Train one seed, or go on where it was killed; returns the folder of its result."""
+    task, table = job.task, job.table
     if task.finished:
         return task.result
     _quiet()
     config = task.config
-    dtype = config.policy.dtype if config.policy.kind == "pretrained" else "float32"
-    policy = load_policy(task.policy, dtype=dtype)
+    policy = load_trained(task.policy, config)
     first = None
     if table is not None and not (task.cache / "checkpoint.ckpt").exists():
         first = table_slice(read(table), config, task.environment, task.seed)
     lightning.seed_everything(task.seed, workers=False, verbose=False)
     module = PolicyGradient(config, task.environment, task.method, task.seed, policy, first)
     task.cache.mkdir(parents=True, exist_ok=True)
-    run = TrainingRun(tracking, task.cache)
+    run = TrainingRun(job.tracking, task.cache)
     trainer = lightning.Trainer(
         accelerator="auto",
         devices=1,
@@ -60,11 +67,11 @@ def train_one(task: TrainingTask, table: Path | None, tracking: RunSettings, rep
 
     partial = task.cache / "partial"
     shutil.rmtree(partial, ignore_errors=True)
-    module.policy.save(partial)
+    module.policy.save(partial / "policy")
     timings = [{k: row.pop(k) for k in ("seconds", "tokens_per_second")} for row in module.curve]
-    write_json(partial / "curve.json", module.curve)
+    write_json(partial / "curves.json", module.curve)
     write_json(partial / "timings.json", timings)
-    write_json(partial / "run.json", run.finish(policy.tokenizer, module.last_episodes))
+    write_json(partial / "runs.json", run.finish(policy.tokenizer, module.last_episodes))
     publish(partial, task.result)
     checkpoint.unlink(missing_ok=True)
     return task.result
@@ -73,10 +80,10 @@ def train_one(task: TrainingTask, table: Path | None, tracking: RunSettings, rep
 class _Clock(Callback):
     """Seconds spent in iterations so far, and tokens sampled per second of each."""
 
-    def on_train_epoch_start(self, trainer: Any, pl_module: PolicyGradient) -> None:
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         self._began = time.monotonic()
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: PolicyGradient) -> None:
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         row, spent = pl_module.curve[-1], time.monotonic() - self._began
         earlier = pl_module.curve[-2]["seconds"] if len(pl_module.curve) > 1 else 0.0
         row["seconds"] = earlier + spent
@@ -86,10 +93,10 @@ class _Clock(Callback):
 class _Validation(Callback):
     """Validates before training, every ``validate_every`` iterations and after the last."""
 
-    def on_train_epoch_start(self, trainer: Any, pl_module: PolicyGradient) -> None:
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         self._before = self._validate(pl_module) if trainer.current_epoch == 0 else None
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: PolicyGradient) -> None:
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         plan, row = pl_module.config.train, pl_module.curve[-1]
         if self._before is not None:
             row["validation_success_before"] = self._before["success"]
@@ -109,7 +116,7 @@ class _Progress(Callback):
     def __init__(self, report: Report, total: int) -> None:
         self._report, self._total = report, total
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: PolicyGradient) -> None:
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         row = pl_module.curve[-1]
         shown = {
             "success": "success",
@@ -131,7 +138,7 @@ class _Log(Callback):
     def __init__(self, run: TrainingRun) -> None:
         self._run = run
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: PolicyGradient) -> None:
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         row = dict(pl_module.curve[-1])
         iteration = int(row.pop("iteration"))
         earlier = pl_module.curve
@@ -146,11 +153,11 @@ class _Checkpoint(Callback):
     def __init__(self, task: TrainingTask) -> None:
         self._task = task
 
-    def on_train_epoch_start(self, trainer: Any, pl_module: PolicyGradient) -> None:
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         with open(self._task.cache / "begun.log", "a", encoding="utf-8") as log:
             log.write(f"{trainer.current_epoch}\n")
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: PolicyGradient) -> None:
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         partial = self._task.cache / "checkpoint.partial"
         trainer.save_checkpoint(partial)
         os.replace(partial, self._task.cache / "checkpoint.ckpt")

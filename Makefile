@@ -1,0 +1,54 @@
+# `make help` lists the targets. PRESET=<name> runs a preset of presets/ instead of params.yaml itself.
+PYTHON ?= python3.11
+PRESET ?=
+export PATH := $(CURDIR)/.venv/bin:$(PATH)
+export VIRTUAL_ENV := $(CURDIR)/.venv
+PIPELINE = $(if $(PRESET),presets/$(PRESET)/dvc.yaml,dvc.yaml)
+PARAMS = $(if $(PRESET),presets/$(PRESET)/params.yaml,params.yaml)
+OUT = $(if $(PRESET),presets/$(PRESET),.)
+
+.PHONY: help install repro smoke test play ui preset match publish clean
+.DEFAULT_GOAL := help
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+
+install: .venv/.installed ## make .venv with the pinned versions
+
+.venv/.installed: pyproject.toml constraints.txt
+	$(PYTHON) -m venv .venv
+	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[dev]'
+	@touch $@
+
+preset: install ## resolve PRESET=<name> into its params file
+	@$(if $(PRESET),python -m stages.preset --name $(PRESET),true)
+
+repro: preset ## the whole pipeline: policy, rollouts, energies, training, evaluation, comparison
+	dvc repro $(PIPELINE)
+	@cat $(OUT)/reports/comparison.txt
+
+smoke: ## the whole pipeline at toy size, in under two minutes
+	@$(MAKE) --no-print-directory repro PRESET=smoke
+
+test: install ## ruff, mypy and pytest
+	ruff format --check .
+	ruff check .
+	mypy
+	pytest -n 2 --dist loadgroup
+
+play: install ## watch one episode (METHOD=grpo SEED=0 TEMPERATURE=0.5 EPISODE=0)
+	@python -m stages.play --params $(PARAMS) $(if $(METHOD),--method $(METHOD)) $(if $(SEED),--seed $(SEED)) \
+	  $(if $(TEMPERATURE),--temperature $(TEMPERATURE)) $(if $(EPISODE),--episode $(EPISODE))
+
+match: install ## find the learning rate of METHOD=grpo_lr_matched that moves action tokens as TO=grpo_actfocus does
+	@python -m stages.match --params $(PARAMS) --method $(METHOD) --to $(TO)
+
+publish: install ## put the latest comparison into README.md and docs/
+	python -m stages.publish
+
+ui: install ## MLflow's pages on http://127.0.0.1:5000
+	mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
+
+clean: ## delete outputs, caches and MLflow's store; keeps .venv
+	rm -rf data models reports presets/*/data presets/*/models presets/*/reports .cache .dvc/cache .dvc/tmp mlflow.db mlruns
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

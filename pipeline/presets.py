@@ -1,0 +1,58 @@
+"""Presets: overlays on params.yaml, resolved into a params file of their own that DVC can read."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+from ruamel.yaml import YAML
+
+from pipeline.config import ConfigError, parse, read_yaml
+
+
+def resolve_preset(name: str, root: Path) -> Path:
+    """Write ``presets/<name>/params.yaml`` from params.yaml and ``presets/<name>/overlay.yaml``, if it has changed.
+
+    Raises:
+        ConfigError: no such preset, or the result is not valid.
+    """
+    folder = root / "presets" / name
+    if not (folder / "overlay.yaml").exists():
+        known = sorted(path.parent.name for path in (root / "presets").glob("*/overlay.yaml"))
+        raise ConfigError(f"presets: {name!r} is not there; allowed: {', '.join(known)}")
+    text = preset_text(name, root)
+    target = folder / "params.yaml"
+    if not target.exists() or target.read_text(encoding="utf-8") != text:
+        target.write_text(text, encoding="utf-8")
+    link = folder / "dvc.yaml"
+    if not link.is_symlink():
+        link.symlink_to(Path("../../dvc.yaml"))
+    return target
+
+
+def preset_text(name: str, root: Path) -> str:
+    """The resolved params file as text."""
+    merged = overlay(read_yaml(root / "params.yaml"), read_yaml(root / "presets" / name / "overlay.yaml"))
+    merged |= {"root": "../..", "out": f"presets/{name}", "params_file": f"presets/{name}/params.yaml"}
+    parse(merged, f"presets/{name}/overlay.yaml")
+    yaml, stream = YAML(), io.StringIO()
+    yaml.width, yaml.default_flow_style = 120, False
+    yaml.representer.ignore_aliases = lambda _: True
+    yaml.dump(merged, stream)
+    return f"# Made from params.yaml and overlay.yaml by `make preset PRESET={name}`: edit those.\n" + stream.getvalue()
+
+
+def overlay(base: Any, changes: Any) -> Any:
+    """Merge mappings key by key. Null removes a key; a mapping of another ``kind`` replaces the one below it."""
+    if not isinstance(base, dict) or not isinstance(changes, dict):
+        return changes
+    if "kind" in changes and changes["kind"] != base.get("kind"):
+        return changes
+    merged = dict(base)
+    for key, value in changes.items():
+        if value is None:
+            merged.pop(key, None)
+        else:
+            merged[key] = overlay(base.get(key), value)
+    return merged

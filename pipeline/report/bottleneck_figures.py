@@ -1,0 +1,169 @@
+"""Figures of the Action Bottleneck: energy against return variance, and the energies of every role.
+
+Each is written as PNG and SVG with equal bytes for equal input.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+from pipeline.energy.diagnostics import SCOPES, GroupEnergy, group_energy, role_energy
+from pipeline.trajectory import RESPONSE_ROLES, Role, Trajectories
+
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 11,
+    "axes.titlesize": 12,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.edgecolor": "#888888",
+    "axes.axisbelow": True,
+    "figure.facecolor": "white",
+    "axes.facecolor": "white",
+    "savefig.facecolor": "white",
+    "svg.hashsalt": "actfocus",
+}
+"""DejaVu ships with matplotlib, so text has the same width on every machine."""
+
+COLOURS = {
+    "action": "#d55e00",
+    "reasoning": "#0072b2",
+    "response": "#4d4d4d",
+    "think_tag": "#56b4e9",
+    "answer_tag": "#e69f00",
+    "other": "#999999",
+}
+"""Okabe and Ito's palette: told apart with any colour vision."""
+
+_QUIET = "#5f5f5f"
+_TAIL = 0.1
+_ENERGY = "energy −logsumexp in nats  (right: reference less confident)"
+
+
+def draw_bottleneck(trajectories: Trajectories, diagnostics: dict[str, Any], folder: Path) -> list[Path]:
+    """Write ``correlations`` and ``energy_by_role`` into a folder; see the two functions below."""
+    return [
+        *correlation_figure(trajectories, diagnostics, folder / "correlations"),
+        *energy_figure(trajectories, diagnostics, folder / "energy_by_role"),
+    ]
+
+
+def correlation_figure(trajectories: Trajectories, diagnostics: dict[str, Any], target: Path) -> tuple[Path, Path]:
+    """A panel per scope: a group's mean energy against the variance of its returns, a point per group.
+
+    Args:
+        trajectories: the annotated episodes that were diagnosed.
+        diagnostics: what ``bottleneck`` gave for them.
+        target: where to write, without the ending; folders are made.
+
+    Returns:
+        The PNG (150 dpi) and the SVG.
+
+    Raises:
+        TrajectoryError: as ``group_energy``.
+    """
+    per_group = group_energy(trajectories)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(12, 5), layout="constrained")
+        panels = figure.subplots(1, len(SCOPES), sharey=True)
+        for axes, scope in zip(panels, SCOPES, strict=True):
+            _scatter(axes, per_group, scope, diagnostics[scope])
+        panels[0].set_ylabel("variance of the group's returns")
+        figure.supxlabel(f"mean {_ENERGY}", fontsize=11)
+        figure.suptitle(
+            f"{diagnostics['environment']}: {diagnostics['groups']} groups of {diagnostics['group_size']} episodes, "
+            f"{diagnostics['zero_variance_groups']} of them with equal returns (hollow)",
+            fontsize=13,
+        )
+        return _write(figure, target)
+
+
+def energy_figure(trajectories: Trajectories, diagnostics: dict[str, Any], target: Path) -> tuple[Path, Path]:
+    """A row per role that occurs: the distribution of its tokens' energies on a shared axis, to a height of its own.
+
+    Args, returns and errors are those of ``correlation_figure``.
+    """
+    roles = [role for role in RESPONSE_ROLES if diagnostics["energy_by_role"][role.name.lower()]["count"]]
+    energies = {role: role_energy(trajectories, role) for role in roles}
+    # The limits come from each role alone: pooled, a few action tokens would all be a tail of the reasoning.
+    ends = np.array([np.percentile(values, [_TAIL, 100 - _TAIL]) for values in energies.values()])
+    low, high = float(ends[:, 0].min()), float(ends[:, 1].max())
+    margin = 0.02 * (high - low) or 0.5
+    edges = np.linspace(low - margin, high + margin, 81)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(10, 1.4 + 1.05 * len(roles)), layout="constrained")
+        rows = figure.subplots(len(roles), 1, sharex=True, squeeze=False)[:, 0]
+        for axes, (role, values) in zip(rows, energies.items(), strict=True):
+            name = role.name.lower()
+            _histogram(axes, role, values, edges, diagnostics["energy_by_role"][name], diagnostics["tokens"])
+        rows[-1].set_xlabel(_ENERGY + "; outermost bins hold what lies beyond")
+        figure.suptitle(f"{diagnostics['environment']}: token energy by role, quartiles marked", fontsize=13)
+        return _write(figure, target)
+
+
+def _scatter(axes: Axes, per_group: GroupEnergy, scope: str, correlation: dict[str, Any]) -> None:
+    energy, varying = per_group.energy[scope], per_group.variance > 0
+    colour = COLOURS[scope]
+    axes.scatter(energy[varying], per_group.variance[varying], s=26, color=colour, alpha=0.55, linewidths=0)
+    axes.scatter(energy[~varying], per_group.variance[~varying], s=26, facecolors="none", edgecolors=colour, alpha=0.7)
+    axes.set_title(f"{scope} tokens\n{_rho(correlation)}", color=colour, fontweight="bold", pad=22)
+    varied = correlation["varying"]
+    axes.annotate(
+        f"{varied['groups']} filled: {_rho(varied)}",
+        (0.5, 1.0),
+        (0, 7),
+        xycoords="axes fraction",
+        textcoords="offset points",
+        ha="center",
+        fontsize=10,
+        color=_QUIET,
+    )
+    axes.grid(color="#e6e6e6", linewidth=0.8)
+    axes.locator_params(axis="x", nbins=5)
+
+
+def _rho(correlation: dict[str, Any]) -> str:
+    if correlation["spearman"] is None:
+        return "ρ undefined"
+    rho, low, high = (
+        "?" if correlation[key] is None else f"{correlation[key]:+.2f}".replace("-", "−")
+        for key in ("spearman", "ci_low", "ci_high")
+    )
+    return f"ρ = {rho}  [{low}, {high}]"
+
+
+def _histogram(
+    axes: Axes, role: Role, values: np.ndarray, edges: np.ndarray, summary: dict[str, Any], tokens: int
+) -> None:
+    name = role.name.lower()
+    counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
+    axes.stairs(counts / counts.max(), edges, fill=True, color=COLOURS[name], alpha=0.8)
+    for quantile, width in (("q25", 1.0), ("q50", 2.2), ("q75", 1.0)):
+        axes.axvline(summary[quantile], color="black", linewidth=width, ymax=0.88)
+    axes.set(ylim=(0, 1.15), yticks=[], xlim=(edges[0], edges[-1]))
+    axes.spines["left"].set_visible(False)
+    axes.set_ylabel(name.replace("_", " "), rotation=0, ha="right", va="center", fontweight="bold")
+    axes.text(
+        1.01,
+        0.5,
+        f"{len(values):,} tokens\n{len(values) / tokens:.1%} of sampled\nmedian {summary['q50']:.2f}".replace("-", "−"),
+        transform=axes.transAxes,
+        va="center",
+        fontsize=9.5,
+        color=_QUIET,
+    )
+
+
+def _write(figure: Figure, target: Path) -> tuple[Path, Path]:
+    target.parent.mkdir(parents=True, exist_ok=True)
+    png, svg = (target.with_name(f"{target.name}.{ending}") for ending in ("png", "svg"))
+    # Version and date would make equal figures differ in bytes.
+    figure.savefig(png, dpi=150, metadata={"Software": None})
+    figure.savefig(svg, metadata={"Date": None, "Creator": None})
+    return png, svg

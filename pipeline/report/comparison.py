@@ -1,0 +1,265 @@
+"""The comparison of all methods: one row per environment, method and temperature, and warnings about what it can bear."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from pipeline.config import Config, ConfigError
+from pipeline.evaluation import statistics
+from pipeline.evaluation.statistics import Comparison, Interval, Scores
+from pipeline.files import read_json
+from pipeline.randomness import generator
+
+REFERENCE = "reference"
+"""What the reference policy is called where methods have their names."""
+VERDICT_SEEDS = 5
+"""Fewest paired seeds from which a difference is put in words."""
+KL_DRIFT = 0.2
+"""Largest relative difference of a control's KL per update from its method's that passes without a warning."""
+
+Curves = Mapping[str, list[dict[str, float]]]
+"""Seed -> one row per iteration."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """What the comparison reads; keys are (environment, method)."""
+
+    episodes: Mapping[tuple[str, str], pa.Table]
+    """Per-episode results of all seeds and temperatures, the reference policy's among them."""
+    curves: Mapping[tuple[str, str], Curves]
+    timings: Mapping[tuple[str, str], Curves]
+    """Wall-clock: cumulative ``seconds``; a method may be absent."""
+
+
+def read_inputs(config: Config, data: Path) -> Inputs:
+    """Read ``evaluations/``, ``curves/`` and, where they exist, ``timings/`` under the data folder.
+
+    Raises:
+        ConfigError: an evaluation or a curve is missing, or a file is not JSON.
+    """
+    trained = [(environment, method) for environment in config.environments for method in config.methods]
+    played = trained + [(environment, REFERENCE) for environment in config.environments]
+
+    def path(folder: str, key: tuple[str, str], suffix: str) -> Path:
+        return data / folder / f"{key[0]}-{key[1]}.{suffix}"
+
+    def curves(folder: str, key: tuple[str, str]) -> Curves:
+        found: Curves = read_json(path(folder, key, "json"))["seeds"]
+        return found
+
+    needed = [path("evaluations", key, "parquet") for key in played] + [path("curves", key, "json") for key in trained]
+    missing = [str(file) for file in needed if not file.exists()]
+    if missing:
+        raise ConfigError("\n".join(f"{file}: no such file; `dvc repro` makes it" for file in missing))
+    timed = [key for key in trained if path("timings", key, "json").exists()]
+    return Inputs(
+        {key: pq.read_table(path("evaluations", key, "parquet")) for key in played},
+        {key: curves("curves", key) for key in trained},
+        {key: curves("timings", key) for key in timed},
+    )
+
+
+def compare(config: Config, inputs: Inputs) -> dict[str, Any]:
+    """All rows and warnings, ready to be written as JSON: no NaN, and the same for the same inputs.
+
+    Rates are in [0, 1]. Measured numbers are rounded to 6 digits (KL per update: 6 significant ones), settings are as
+    in params.yaml, and what does not apply is null. ``difference_to_*`` is paired over common seeds and states;
+    ``probability_of_improvement`` is over the uniform counterpart. The reference policy has rows of its own.
+
+    Raises:
+        ValueError: an evaluation is unbalanced or lacks a temperature, or two of them share no seed or state.
+    """
+    rows = [
+        row
+        for environment in config.environments
+        for temperature in config.evaluation.temperatures
+        for row in _rows(config, inputs, environment, temperature)
+    ]
+    return {
+        "schema": 1,
+        "comparison": config.comparison,
+        "resamples": config.compare.resamples,
+        "rows": rows,
+        "warnings": _warnings(config, inputs, rows),
+    }
+
+
+def verdict(row: Mapping[str, Any], other: str) -> str:
+    """Whether the difference to ``reference``, ``uniform`` or ``control`` is "higher", "lower" or "no clear difference".
+
+    Empty without a difference, and below 5 paired seeds.
+    """
+    low, high = row[f"difference_to_{other}_ci_low"], row[f"difference_to_{other}_ci_high"]
+    if low is None or row[f"difference_to_{other}_seeds"] < VERDICT_SEEDS:
+        return ""
+    return "higher" if low > 0 else "lower" if high < 0 else "no clear difference"
+
+
+def _rows(config: Config, inputs: Inputs, environment: str, temperature: float) -> list[dict[str, Any]]:
+    methods = [*config.methods, REFERENCE]
+    tables = {method: inputs.episodes[environment, method] for method in methods}
+    scores = {method: statistics.balanced_scores(table, temperature) for method, table in tables.items()}
+
+    def draws() -> np.random.Generator:
+        # The same draws for every method: differences between intervals are not differences between resamples.
+        return generator(0, "compare", environment, f"{temperature:g}")
+
+    resamples = config.compare.resamples
+    reference = statistics.bootstrap_interval(scores[REFERENCE].success, resamples, draws())
+    rows = []
+    for method in methods:
+        own = scores[method]
+        uniform, control = config.compare.uniform.get(method), config.compare.control.get(method)
+
+        def difference(other: str | None, own: Scores = own) -> Comparison | None:
+            return None if other is None else statistics.paired_difference(own, scores[other], resamples, draws())
+
+        improvement = (
+            None if uniform is None else statistics.probability_of_improvement(own, scores[uniform], resamples, draws())
+        )
+        seed_means = own.success.mean(axis=(1, 2))
+        rows.append(
+            {
+                "environment": environment,
+                "method": method,
+                "temperature": temperature,
+                "headline": temperature == config.evaluation.temperatures[0],
+                "seeds": len(own.seeds),
+                "states": len(own.states),
+                "episodes": own.success.size,
+                "success_mean": _round(own.success.mean()),
+                "success_iqm": _round(statistics.interquartile_mean(own.success)),
+                **_bounds("success_ci", statistics.bootstrap_interval(own.success, resamples, draws())),
+                **_bounds("t_ci", _rate_bounds(statistics.t_interval(own.success))),
+                "seed_success": [_round(mean) for mean in seed_means],
+                "reference_success": _round(scores[REFERENCE].success.mean()),
+                **_bounds("reference_ci", reference),
+                **_compared("difference_to_reference", difference(None if method == REFERENCE else REFERENCE)),
+                "uniform": uniform,
+                **_compared("difference_to_uniform", difference(uniform)),
+                **_compared("probability_of_improvement", improvement),
+                "control": control,
+                **_compared("difference_to_control", difference(control)),
+                "collapsed_seeds": None if method == REFERENCE else int((seed_means < reference.low).sum()),
+                **_behaviour(tables[method].filter(pc.equal(tables[method]["temperature"], temperature))),
+                **_training(config, method, inputs.curves.get((environment, method))),
+            }
+        )
+    return rows
+
+
+def _behaviour(episodes: pa.Table) -> dict[str, float | None]:
+    """How the episodes went, over all of them."""
+
+    def total(column: str) -> float:
+        return float(pc.sum(episodes[column]).as_py())
+
+    ends = episodes["end_reason"].to_pylist()
+    return {
+        "return_mean": _round(total("return") / len(episodes)),
+        "action_token_share": _round(total("action_tokens") / max(1.0, total("tokens"))),
+        "valid_action_rate": _round(total("valid_turns") / max(1.0, total("turns"))),
+        "truncated_rate": _round(sum(ends.count(reason) for reason in ("turns", "context")) / len(ends)),
+    }
+
+
+def _training(config: Config, method: str, curves: Curves | None) -> dict[str, Any]:
+    """How the method was trained: settings from params.yaml, the rest from its learning curves; all null without them."""
+    if curves is None:
+        keys = ("iterations", "kl_update_action_first3", "learning_rate", "regulariser", "non_finite_losses")
+        return dict.fromkeys(keys)
+    first = [row["kl_update_action"] for rows in curves.values() for row in rows[:3] if "kl_update_action" in row]
+    settings = config.methods[method]
+    return {
+        "iterations": min(len(rows) for rows in curves.values()),
+        "kl_update_action_first3": _finite(float(f"{np.mean(first):.6g}")) if first else None,
+        "learning_rate": settings.learning_rate,
+        "regulariser": settings.regulariser.model_dump(mode="json"),
+        "non_finite_losses": int(sum(row.get("non_finite_losses", 0) for rows in curves.values() for row in rows)),
+    }
+
+
+def _warnings(config: Config, inputs: Inputs, rows: list[dict[str, Any]]) -> list[str]:
+    """What a reader should know before believing the table; one line each."""
+    found = []
+    for environment in config.environments:
+        own = {row["method"]: row for row in rows if row["environment"] == environment and row["headline"]}
+        few = [name for name in config.methods if own[name]["seeds"] < VERDICT_SEEDS]
+        if few:
+            least = min(own[name]["seeds"] for name in few)
+            found.append(
+                f"{environment}: {', '.join(few)}: as few as {least} seed{'s' * (least > 1)}: "
+                f"no verdict in words below {VERDICT_SEEDS} seeds"
+            )
+        for name in config.methods:
+            found += [f"{environment}: {name}: {text}" for text in _method_warnings(config, own, name)]
+            lengths = sorted({len(curve) for curve in inputs.curves[environment, name].values()})
+            if len(lengths) > 1:
+                found.append(
+                    f"{environment}: {name}: seeds were trained for different numbers of iterations: {lengths}"
+                )
+    return found
+
+
+def _method_warnings(config: Config, rows: Mapping[str, Mapping[str, Any]], method: str) -> list[str]:
+    row, found = rows[method], []
+    uniform, control = row["uniform"], row["control"]
+    if row["non_finite_losses"]:
+        found.append(f"{row['non_finite_losses']} updates had a non-finite loss or gradient and were skipped")
+    if uniform and not control:
+        found.append(f"no matched control in compare.control: a difference to {uniform} may be one of step size")
+    for other in filter(None, (uniform, control)):
+        if config.methods[method].regulariser != config.methods[other].regulariser:
+            found.append(f"its entropy or KL terms differ from those of {other}")
+    for kind in ("reference", "uniform", "control"):
+        paired = row[f"difference_to_{kind}_seeds"]
+        if paired is not None and paired < row["seeds"]:
+            found.append(f"only {paired} of {row['seeds']} seeds are paired with {row.get(kind, kind)}")
+    if control:
+        mine, theirs = (rows[name]["kl_update_action_first3"] for name in (method, control))
+        if mine is None or theirs is None:
+            found.append(f"KL per update on action tokens is not known for it and its control {control}")
+        elif abs(theirs - mine) > KL_DRIFT * mine:
+            found.append(
+                f"KL per update on action tokens over the first 3 iterations is {mine:.3g}, its control's {theirs:.3g} "
+                f"({control}, off by more than {KL_DRIFT:.0%}): adjust methods.{control}.learning_rate"
+            )
+    return found
+
+
+def _compared(name: str, comparison: Comparison | None) -> dict[str, Any]:
+    return {
+        name: None if comparison is None else _round(comparison.value),
+        **_bounds(f"{name}_ci", None if comparison is None else comparison.interval),
+        f"{name}_seeds": None if comparison is None else comparison.seeds,
+    }
+
+
+def _bounds(name: str, interval: Interval | None) -> dict[str, float | None]:
+    return {
+        f"{name}_low": None if interval is None else _round(interval.low),
+        f"{name}_high": None if interval is None else _round(interval.high),
+    }
+
+
+def _rate_bounds(interval: Interval | None) -> Interval | None:
+    """A t-interval knows nothing of a rate's range; the part outside [0, 1] is cut off."""
+    return None if interval is None else Interval(max(0.0, interval.low), min(1.0, interval.high))
+
+
+def _round(value: float) -> float | None:
+    return _finite(round(float(value), 6) + 0.0)  # + 0.0 makes -0.0 a zero
+
+
+def _finite(value: float) -> float | None:
+    return value if math.isfinite(value) else None

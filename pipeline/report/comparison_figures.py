@@ -1,0 +1,274 @@
+"""Figures of the comparison: final success, learning curves, training health. Same numbers, same bytes."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import matplotlib
+import numpy as np
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
+from matplotlib.ticker import EngFormatter, MaxNLocator
+
+from pipeline.report.comparison import REFERENCE, Curves, Inputs
+from pipeline.report.comparison_tables import places, rows_at
+
+COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
+"""Okabe and Ito's colours that stand out on white and are told apart without red-green vision."""
+DASHES = ("-", "--", ":", "-.")
+MARKERS = ("o", "s", "^", "D", "v", "P", "X")
+GREY = "#6b6b6b"
+SMOOTHING = 5
+"""Iterations of the centred moving mean over training success."""
+STYLE: dict[Any, Any] = {
+    "font.family": "DejaVu Sans",
+    "font.size": 10,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+    "axes.titlesize": 11,
+    "axes.titlelocation": "left",
+    "axes.grid": True,
+    "axes.axisbelow": True,
+    "grid.color": "#e4e4e4",
+    "grid.linewidth": 0.6,
+    "legend.frameon": False,
+    "svg.hashsalt": "actfocus",
+    "svg.fonttype": "path",
+}
+HEALTH = {
+    "entropy_action": "Entropy of action tokens (nats)",
+    "entropy_reasoning": "Entropy of reasoning tokens (nats)",
+    "kl_reference": "KL to the reference (nats per token)",
+    "gradient_norm": "Gradient norm before clipping",
+    "clip_fraction": "Share of tokens clipped",
+    "gradient_share_action": "Gradient share of action tokens",
+}
+"""Keys of the learning curves that show whether a training is healthy, and what they are."""
+
+
+@dataclass(frozen=True)
+class FigureFile:
+    """A figure that was written; the PNG lies beside the SVG."""
+
+    title: str
+    caption: str
+    svg: Path
+
+
+def write_comparison_figures(
+    comparison: Mapping[str, Any], inputs: Inputs, folder: Path
+) -> dict[str, list[FigureFile]]:
+    """Write all figures as PNG and SVG, with the same bytes for the same numbers; returns them by environment."""
+    folder.mkdir(parents=True, exist_ok=True)
+    return {
+        environment: [
+            save(figure, folder / f"{environment}-{name}", title, caption)
+            for name, title, caption, figure in _figures(comparison, inputs, environment)
+        ]
+        for environment in places(comparison)
+    }
+
+
+def save(figure: Figure, stem: Path, title: str, caption: str) -> FigureFile:
+    """Write a figure as ``stem.png`` and ``stem.svg`` without dates or versions in their metadata."""
+    png, svg = (stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "svg"))
+    with matplotlib.rc_context(STYLE):
+        figure.savefig(png, dpi=150, metadata={"Software": None})
+        figure.savefig(svg, metadata={"Date": None, "Creator": None})
+    return FigureFile(title, caption, svg)
+
+
+def success_figure(comparison: Mapping[str, Any], environment: str) -> Figure:
+    """Final success of every method with its intervals and seeds, a panel per temperature."""
+    temperatures = places(comparison)[environment]
+    trained = [r for r in rows_at(comparison, environment, temperatures[0]) if r["method"] != REFERENCE]
+    methods = [row["method"] for row in trained]
+    with matplotlib.rc_context(STYLE):
+        figure = Figure((max(6.4, 1.6 + 3.6 * len(temperatures)), 1.5 + 0.42 * len(methods)), layout="constrained")
+        panels = figure.subplots(1, len(temperatures), sharey=True, sharex=True, squeeze=False)[0]
+        for axes, temperature in zip(panels, temperatures, strict=True):
+            _success_panel(axes, rows_at(comparison, environment, temperature), temperature)
+        panels[0].set_yticks(range(len(methods)), [f"{row['method']}  (n = {row['seeds']})" for row in trained])
+        panels[0].set_ylim(len(methods) - 0.5, -0.5)
+        signs: dict[str, dict[str, Any]] = {
+            "mean over seeds": {"marker": "o", "ls": "", "ms": 7},
+            "95 % bootstrap interval": {"lw": 4, "alpha": 0.55},
+            "95 % t-interval": {"lw": 1},
+            "single seeds": {"marker": ".", "ls": "", "ms": 4},
+            "reference policy (band: its interval)": {"lw": 1, "ls": "--"},
+        }
+        figure.legend(
+            handles=[Line2D([], [], color=GREY, label=label, **look) for label, look in signs.items()],
+            loc="outside lower center",
+            ncols=1 + len(temperatures),
+        )
+    return figure
+
+
+def learning_figure(curves: Mapping[str, Curves], timings: Mapping[str, Curves]) -> Figure:
+    """Training and validation success over what was spent: iterations, episodes, tokens and, where known, seconds.
+
+    Args:
+        curves: by method, in the order of their colours.
+        timings: by method; the last panel is left out if there are none.
+    """
+    costs = ["iterations", "episodes", "tokens", *(["seconds"] if timings else [])]
+    with matplotlib.rc_context(STYLE):
+        columns = 2 if len(costs) == 4 else 3
+        figure = Figure((10, 3.3 * math.ceil(len(costs) / columns) + 0.4), layout="constrained")
+        panels = figure.subplots(math.ceil(len(costs) / columns), columns, sharey=True, squeeze=False).flat
+        for axes, cost in zip(panels, costs, strict=True):
+            for (method, curve), (colour, dash, marker) in zip(curves.items(), _looks(), strict=False):
+                if cost == "seconds" and method not in timings:
+                    continue
+                spent = _spent(curve, timings.get(method), cost)
+                _band(axes, spent[:-1], _smooth(_series(curve, "success")), colour, dash)
+                axes.plot(*_validation(curve, spent), marker, color=colour, ms=5, mec="white", mew=0.7, zorder=4)
+            axes.set_xlabel({"tokens": "sampled tokens", "seconds": "seconds of training"}.get(cost, cost))
+            axes.margins(x=0.02)
+            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        figure.axes[0].set_ylim(bottom=0)
+        for axes in figure.axes[::columns]:
+            axes.set_ylabel("success")
+        _legend(figure, curves, marked=True)
+    return figure
+
+
+def health_figure(curves: Mapping[str, Curves]) -> Figure:
+    """What shows whether the trainings were healthy, over iterations: mean over seeds and range."""
+    with matplotlib.rc_context(STYLE):
+        figure = Figure((10, 6), layout="constrained")
+        for axes, (key, title) in zip(figure.subplots(2, 3, sharex=True).flat, HEALTH.items(), strict=True):
+            for curve, (colour, dash, _) in zip(curves.values(), _looks(), strict=False):
+                series = _series(curve, key)
+                _band(axes, np.arange(series.shape[1]), series, colour, dash)
+            axes.set_title(title, fontsize=10)
+        for axes in figure.axes[-3:]:
+            axes.set_xlabel("iterations")
+            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+        _legend(figure, curves, marked=False)
+    return figure
+
+
+def _figures(comparison: Mapping[str, Any], inputs: Inputs, environment: str) -> Iterator[tuple[str, str, str, Figure]]:
+    """Name, title, caption and figure."""
+    curves = {method: curve for (place, method), curve in inputs.curves.items() if place == environment}
+    timings = {method: timing for (place, method), timing in inputs.timings.items() if place == environment}
+    yield (
+        "success",
+        "Final success",
+        "Success on held-out initial states after the last iteration, per sampling temperature. Dot: mean over seeds; "
+        "thick line: 95 % bootstrap interval over seeds and initial states; thin line: 95 % t-interval over seed "
+        "means; small grey dots: single seeds. The band is the reference policy's 95 % bootstrap interval.",
+        success_figure(comparison, environment),
+    )
+    yield (
+        "learning",
+        "Learning curves",
+        f"Lines: success of the training episodes, smoothed with a centred moving mean of {SMOOTHING} iterations, mean "
+        "over seeds; bands: lowest and highest seed (after smoothing), not a confidence interval. Points: success on "
+        "the validation states, mean over seeds, not smoothed. Every value stands at what had been spent when the "
+        "policy that it belongs to was made; episodes, tokens and seconds are means over seeds.",
+        learning_figure(curves, timings),
+    )
+    yield (
+        "health",
+        "Training health",
+        "Per iteration, not smoothed. Lines: mean over seeds; bands: lowest and highest seed, not a confidence "
+        "interval. Entropy and KL are those of the sampled episodes, before the iteration's update; the rest are means "
+        "over its updates. The gradient share is that of |token coefficient × advantage|. Gaps are iterations in which no group could be trained on.",
+        health_figure(curves),
+    )
+
+
+def _success_panel(axes: Axes, rows: Sequence[Mapping[str, Any]], temperature: float) -> None:
+    reference = rows[0]
+    axes.axvspan(reference["reference_ci_low"], reference["reference_ci_high"], color="#d9d9d9", lw=0, zorder=0)
+    axes.axvline(reference["reference_success"], color=GREY, lw=1, ls="--")
+    trained = [row for row in rows if row["method"] != REFERENCE]
+    for place, (row, (colour, _, marker)) in enumerate(zip(trained, _looks(), strict=False)):
+        if row["t_ci_low"] is not None:
+            axes.plot([row["t_ci_low"], row["t_ci_high"]], [place] * 2, color=colour, lw=1, zorder=2)
+        axes.plot(
+            [row["success_ci_low"], row["success_ci_high"]], [place] * 2, color=colour, lw=4, alpha=0.55, zorder=2
+        )
+        seeds = row["seed_success"]
+        axes.plot(seeds, [place + 0.24] * len(seeds), ".", color=GREY, ms=4, mec="none", alpha=0.8, zorder=3)
+        axes.plot(row["success_mean"], place, marker, color=colour, ms=7, mec="white", mew=0.8, zorder=4)
+    axes.set_title(f"temperature {temperature:g}")
+    axes.set_xlabel("success")
+    axes.grid(axis="y", visible=False)
+    axes.tick_params(axis="y", length=0)
+
+
+def _looks() -> Iterator[tuple[str, str, str]]:
+    """Colour, dash and marker of the first, second, ... method; endless, and no two alike for a long while."""
+    number = 0
+    while True:
+        lap = number // len(COLOURS)
+        yield COLOURS[number % len(COLOURS)], DASHES[lap % len(DASHES)], MARKERS[number % len(MARKERS)]
+        number += 1
+
+
+def _series(curves: Curves, key: str) -> np.ndarray:
+    """Values of a key, (seeds, iterations) up to the shortest seed's last; NaN where a row has none."""
+    length = min(len(rows) for rows in curves.values())
+    return np.array([[row.get(key, np.nan) for row in rows[:length]] for rows in curves.values()], dtype=float)
+
+
+def _spent(curves: Curves, timings: Curves | None, cost: str) -> np.ndarray:
+    """Mean over seeds of what had been spent before iteration 0, 1, ... and after the last; (iterations + 1,)."""
+    length = _series(curves, "iteration").shape[1]
+    if cost == "iterations":
+        return np.arange(length + 1, dtype=float)
+    if cost == "seconds" and timings is not None:
+        total = _series(timings, "seconds").mean(axis=0)[:length]
+    else:
+        total = _series(curves, cost).cumsum(axis=1).mean(axis=0)
+    return np.concatenate([[0.0], total])
+
+
+def _validation(curves: Curves, spent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Where and what the validations were, the one before training included."""
+    before = _series(curves, "validation_success_before")[:, :1]
+    values = np.concatenate([before, _series(curves, "validation_success")], axis=1).mean(axis=0)
+    made = np.isfinite(values)
+    return spent[made], values[made]
+
+
+def _smooth(series: np.ndarray) -> np.ndarray:
+    """Centred moving mean along iterations, over fewer of them at the ends; NaN is left out."""
+    window = np.ones(min(SMOOTHING, series.shape[1]))
+    known = np.isfinite(series)
+    rows = zip(np.where(known, series, 0.0), known.astype(float), strict=True)
+    pairs = [(np.convolve(values, window, "same"), np.convolve(there, window, "same")) for values, there in rows]
+    return np.array([total / np.where(count > 0, count, np.nan) for total, count in pairs])
+
+
+def _band(axes: Axes, x: np.ndarray, series: np.ndarray, colour: str, dash: str) -> None:
+    """Mean over seeds and the range between the lowest and the highest; a gap where no seed has a value."""
+    known = np.isfinite(series)
+    count = known.sum(axis=0)
+    mean = np.where(known, series, 0.0).sum(axis=0) / np.where(count > 0, count, np.nan)
+    low, high = (np.where(count > 0, extreme, np.nan) for extreme in (
+        np.where(known, series, np.inf).min(axis=0), np.where(known, series, -np.inf).max(axis=0)
+    ))  # fmt: skip
+    axes.fill_between(x, low, high, color=colour, alpha=0.13, lw=0)
+    axes.plot(x, mean, dash, color=colour, lw=1.6)
+
+
+def _legend(figure: Figure, curves: Mapping[str, Curves], marked: bool) -> None:
+    """Below the figure, every method once, with the marker of its validation points if there are any."""
+    handles = [
+        Line2D([], [], color=colour, ls=dash, marker=marker if marked else "", label=f"{method} (n = {len(curve)})")
+        for (method, curve), (colour, dash, marker) in zip(curves.items(), _looks(), strict=False)
+    ]
+    figure.legend(
+        handles=handles, loc="outside lower center", ncols=math.ceil(len(handles) / math.ceil(len(handles) / 4))
+    )

@@ -1,0 +1,174 @@
+"""The comparison as tables that people read: cells for the report, Markdown, and text for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.report.comparison import REFERENCE, VERDICT_SEEDS, verdict
+
+Row = Mapping[str, Any]
+
+READING = (
+    "Success on held-out initial states at the final step, as mean [95 % interval]: bootstrap over seeds and initial "
+    "states together. The t-interval is over seed means alone and treats the states as fixed. Differences are paired "
+    f"over common seeds and states; they are put in words from {VERDICT_SEEDS} seeds on. P(> uniform) is the chance "
+    "that a new training scores above one of the uniform counterpart. No interval is corrected for the number of "
+    "comparisons."
+)
+"""How to read the results, for the head of a report."""
+
+
+@dataclass(frozen=True)
+class Table:
+    """Cells ready to be shown."""
+
+    title: str
+    header: list[str]
+    rows: list[list[str]]
+
+
+def places(comparison: Mapping[str, Any]) -> dict[str, list[float]]:
+    """The temperatures of each environment, the headline first."""
+    found: dict[str, list[float]] = {}
+    for row in comparison["rows"]:
+        temperatures = found.setdefault(row["environment"], [])
+        if row["temperature"] not in temperatures:
+            temperatures.append(row["temperature"])
+    return found
+
+
+def rows_at(comparison: Mapping[str, Any], environment: str, temperature: float) -> list[Row]:
+    """The rows of one environment and temperature, the reference policy last."""
+    return [r for r in comparison["rows"] if r["environment"] == environment and r["temperature"] == temperature]
+
+
+def result_table(comparison: Mapping[str, Any], environment: str, temperature: float) -> Table:
+    """What the methods reach at one temperature, with all intervals."""
+    rows = rows_at(comparison, environment, temperature)
+    headline = " (headline)" if rows[0]["headline"] else ""
+    return Table(
+        f"{environment}, temperature {temperature:g}{headline}",
+        [
+            "method", "seeds × states × episodes", "success", "t-interval", "IQM", "− reference", "− uniform",
+            "P(> uniform)", "− control", "return", "valid actions", "action tokens", "truncated", "collapsed seeds",
+        ],
+        [
+            [
+                row["method"],
+                _size(row),
+                _estimate(row["success_mean"], row["success_ci_low"], row["success_ci_high"]),
+                _bounds(row["t_ci_low"], row["t_ci_high"]),
+                _number(row["success_iqm"]),
+                _difference(row, "reference"),
+                _difference(row, "uniform"),
+                _improvement(row),
+                _difference(row, "control"),
+                _number(row["return_mean"]),
+                _number(row["valid_action_rate"]),
+                _number(row["action_token_share"]),
+                _number(row["truncated_rate"]),
+                "–" if row["collapsed_seeds"] is None else f"{row['collapsed_seeds']} of {row['seeds']}",
+            ]
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+def training_table(comparison: Mapping[str, Any], environment: str) -> Table:
+    """How the methods were trained; their entropy and KL terms are a column only if they are not all the same."""
+    rows = [r for r in comparison["rows"] if r["environment"] == environment and r["headline"] and r["regulariser"]]
+    differ = len({_terms(row["regulariser"]) for row in rows}) > 1
+    return Table(
+        f"{environment}, training",
+        ["method", "iterations", "learning rate", "KL per update on action tokens, first 3 iterations",
+         "skipped non-finite updates", *(["entropy and KL terms"] if differ else [])],
+        [
+            [
+                row["method"],
+                str(row["iterations"]),
+                f"{row['learning_rate']:g}",
+                "–" if row["kl_update_action_first3"] is None else f"{row['kl_update_action_first3']:.3g}",
+                str(row["non_finite_losses"]),
+                *([_terms(row["regulariser"])] if differ else []),
+            ]
+            for row in rows
+        ],
+    )  # fmt: skip
+
+
+def common_terms(comparison: Mapping[str, Any]) -> str:
+    """The entropy and KL terms, in one sentence if all methods share them."""
+    terms = {row["method"]: _terms(row["regulariser"]) for row in comparison["rows"] if row["regulariser"]}
+    if len(set(terms.values())) == 1:
+        return f"All methods share the same entropy and KL terms: {next(iter(terms.values()))}."
+    return "The methods differ in their entropy and KL terms; the tables of their training list them."
+
+
+def comparison_markdown(comparison: Mapping[str, Any]) -> str:
+    """The whole comparison as Markdown: warnings, then a table per environment and temperature, and how it was trained."""
+    parts = [f"# Comparison `{comparison['comparison']}`", READING, common_terms(comparison)]
+    if comparison["warnings"]:
+        parts += ["**Warnings**", "\n".join(f"- {warning}" for warning in comparison["warnings"])]
+    for environment, temperatures in places(comparison).items():
+        tables = [result_table(comparison, environment, temperature) for temperature in temperatures]
+        for table in [*tables, training_table(comparison, environment)]:
+            parts += [f"## {table.title}", _markdown(table)]
+    return "\n\n".join(parts) + "\n"
+
+
+def comparison_text(comparison: Mapping[str, Any]) -> str:
+    """The headline results for a terminal: success, differences and warnings."""
+    shown = ["method", "seeds × states × episodes", "success", "− reference", "− uniform", "− control"]
+    parts = []
+    for environment, temperatures in places(comparison).items():
+        table = result_table(comparison, environment, temperatures[0])
+        keep = [table.header.index(name) for name in shown]
+        cells = [[row[i] for i in keep] for row in (table.header, *table.rows)]
+        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
+        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
+        parts += [table.title, *lines, ""]
+    return "\n".join(parts + [f"warning: {warning}" for warning in comparison["warnings"]]).rstrip() + "\n"
+
+
+def _markdown(table: Table) -> str:
+    lines = [table.header, ["---"] * len(table.header), *([f"`{row[0]}`", *row[1:]] for row in table.rows)]
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
+
+
+def _size(row: Row) -> str:
+    return f"{row['seeds']} × {row['states']} × {row['episodes'] // (row['seeds'] * row['states'])}"
+
+
+def _difference(row: Row, other: str) -> str:
+    name = f"difference_to_{other}"
+    if row[name] is None:
+        return "–"
+    words = verdict(row, other)
+    against = "" if other == REFERENCE else f" vs {row[other]}"
+    return _estimate(row[name], row[f"{name}_ci_low"], row[f"{name}_ci_high"], "+") + against + (words and f": {words}")
+
+
+def _improvement(row: Row) -> str:
+    name = "probability_of_improvement"
+    if row[name] is None:
+        return "–"
+    return _estimate(row[name], row[f"{name}_ci_low"], row[f"{name}_ci_high"])
+
+
+def _estimate(value: float, low: float | None, high: float | None, sign: str = "") -> str:
+    return f"{value:{sign}.3f} {_bounds(low, high, sign)}" if low is not None else f"{value:{sign}.3f}"
+
+
+def _bounds(low: float | None, high: float | None, sign: str = "") -> str:
+    return "–" if low is None or high is None else f"[{low:{sign}.3f}, {high:{sign}.3f}]"
+
+
+def _number(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _terms(regulariser: Mapping[str, Any]) -> str:
+    kl = f"{regulariser['kl']:g} ({regulariser['kl_estimator']})" if regulariser["kl"] else "none"
+    return f"entropy bonus {regulariser['entropy']:g}, KL to the reference {kl}"

@@ -1,0 +1,28 @@
+"""The reference policy's table of trajectories, slice by slice.
+
+A slice is what a training with that seed would sample in its first iteration: same states, noise, draws and batches.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.config import Config
+from pipeline.policy.model import load_trained
+from pipeline.processes import Report
+from pipeline.rollout.collector import collect, iteration_specs
+from pipeline.rollout.transformers_engine import TransformersEngine
+from pipeline.trajectory import Trajectories
+
+
+def sample_slice(task: tuple[Config, str, Path, list[int]], report: Report) -> dict[int, Trajectories]:
+    """Sample the slices of some seeds; ``task`` is config, environment, policy directory and seeds."""
+    config, name, directory, seeds = task
+    policy = load_trained(directory, config)
+    engine = TransformersEngine(policy)
+    result = {}
+    for done, seed in enumerate(seeds, start=1):
+        specs = iteration_specs(config, name, seed, 0)
+        result[seed] = collect(engine, policy.tokenizer, config, name, specs, config.rollout.temperature)
+        report(done, len(seeds))
+    return result

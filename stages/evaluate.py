@@ -1,0 +1,46 @@
+"""Play held-out initial states with a method's final policies, or with the reference policy (--method reference)."""
+
+from __future__ import annotations
+
+from stages.command import configured, out_folder, parse_arguments, run
+
+
+def main() -> str:
+    arguments = parse_arguments(__doc__, "environment", "method")
+    config = configured(arguments)
+    import pyarrow as pa
+    import pyarrow.compute as pc
+    import pyarrow.parquet as pq
+    import transformers.models.auto.modeling_auto  # noqa: F401  (imported before the processes fork)
+
+    from pipeline.evaluation.evaluate import EvaluationTask, evaluate_policy
+    from pipeline.processes import run_in_processes
+
+    environment, method, out = arguments.environment, arguments.method, out_folder(config)
+    reference, trained = out / "models" / "policy", out / "models" / "trained" / f"{environment}-{method}"
+    tasks = {
+        f"seed {seed} at {temperature:g}": EvaluationTask(
+            config,
+            environment,
+            method,
+            seed,
+            reference if method == "reference" else trained / f"seed-{seed}",
+            temperature,
+        )
+        for seed in config.seeds
+        for temperature in config.evaluation.temperatures
+    }
+    results = run_in_processes(evaluate_policy, tasks, config.workers, f"evaluate {environment}-{method}")
+    table = pa.concat_tables(results.values())
+    target = out / "data" / "evaluations" / f"{environment}-{method}.parquet"
+    target.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, target, compression="zstd")
+    success = [
+        f"{pc.mean(table.filter(pc.equal(table['temperature'], t))['success']).as_py():.3f} at temperature {t:g}"
+        for t in config.evaluation.temperatures
+    ]
+    return f"{target}: {len(table)} episodes, success {', '.join(success)}. Next: python -m stages.compare"
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,54 @@
+"""Make or load the reference policy: models/policy, a Hugging Face directory."""
+
+from __future__ import annotations
+
+from stages.command import configured, out_folder, parse_arguments, run
+
+
+def main() -> str:
+    arguments = parse_arguments(__doc__)
+    config = configured(arguments)
+    import torch
+    from rich.progress import Progress
+
+    from pipeline.config import ConfigError
+    from pipeline.environments import make
+    from pipeline.policy.bootstrap import bootstrap
+    from pipeline.policy.model import load_policy, save_replacing
+
+    torch.set_num_threads(config.workers)
+    for section in config.environments.values():
+        make(section)
+    target = out_folder(config) / "models" / "policy"
+    settings = config.policy
+    if settings.kind == "pretrained":
+        policy = load_policy(
+            settings.model,
+            revision=settings.revision,
+            dtype=settings.dtype,
+            trust_remote_code=settings.trust_remote_code,
+        )
+    else:
+        with Progress() as progress:
+            bar = progress.add_task("supervising")
+            policy = bootstrap(
+                settings,
+                config.environments,
+                lambda step, total, loss: progress.update(
+                    bar, completed=step, total=total, description=f"supervising, loss {loss:.3f}"
+                ),
+            )
+    longest = getattr(policy.model.config, "max_position_embeddings", None)
+    for name, section in config.environments.items():
+        if longest is not None and section.context_tokens > longest:
+            raise ConfigError(
+                f"{arguments.params}: environments.{name}.context_tokens: {section.context_tokens} is more than the "
+                f"model's {longest} positions"
+            )
+    save_replacing(policy, target)
+    size = sum(p.numel() for p in policy.model.parameters())
+    return f"{target}: {size / 1e6:.2f} M parameters, {len(policy.tokenizer)} tokens. Next: python -m stages.rollout"
+
+
+if __name__ == "__main__":
+    run(main)

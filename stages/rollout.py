@@ -1,0 +1,37 @@
+"""Sample the reference policy's episodes: data/trajectories/<environment>.parquet."""
+
+from __future__ import annotations
+
+from stages.command import configured, out_folder, parse_arguments, run
+
+
+def main() -> str:
+    arguments = parse_arguments(__doc__, "environment")
+    config = configured(arguments)
+    name = arguments.environment
+    import transformers.models.auto.modeling_auto  # noqa: F401  (imported before the processes fork)
+
+    from pipeline.processes import run_in_processes
+    from pipeline.rollout.table import sample_slice
+    from pipeline.trajectory import concatenate
+
+    out = out_folder(config)
+    slices = range(config.bottleneck.groups // config.rollout.groups)
+    tasks = {
+        f"slice {n}": (config, name, out / "models" / "policy", list(slices[n :: config.workers]))
+        for n in range(config.workers)
+    }
+    parts = run_in_processes(sample_slice, tasks, config.workers, f"rollout {name}")
+    by_seed = {seed: part for result in parts.values() for seed, part in result.items()}
+    table = concatenate([by_seed[seed] for seed in slices])
+    target = out / "data" / "trajectories" / f"{name}.parquet"
+    table.write(target)
+    success = sum(table.episodes["success"]) / len(table)
+    return (
+        f"{target}: {len(table)} episodes, {int(table.sampled.sum())} sampled tokens, success {success:.3f} at "
+        f"temperature {config.rollout.temperature:g}. Next: python -m stages.annotate --environment {name}"
+    )
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,54 @@
+"""Train a method on an environment, one policy per seed: models/trained/<environment>-<method>/seed-<seed>."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from stages.command import configured, out_folder, parse_arguments, run
+
+
+def main() -> str:
+    arguments = parse_arguments(__doc__, "environment", "method")
+    config = configured(arguments)
+    from pipeline.processes import in_own_process, run_in_processes
+    from pipeline.tracking.store import prepare_store, run_settings, tracking_uri
+    from pipeline.training.result import training_task
+    from pipeline.training.run import TrainingJob, train_one
+    from pipeline.trajectory import read
+
+    environment, method, out = arguments.environment, arguments.method, out_folder(config)
+    policy, table = out / "models" / "policy", out / "data" / "annotated" / f"{environment}.parquet"
+    read(table)
+    tasks = [training_task(config, environment, method, seed, policy, Path(".cache")) for seed in config.seeds]
+    jobs = {
+        f"seed {task.seed}": TrainingJob(task, table, run_settings(config, Path("."), environment, method, task.seed))
+        for task in tasks
+        if not task.finished
+    }
+    if jobs:
+        in_own_process(prepare_store, tracking_uri(config, Path(".")), environment)
+    run_in_processes(train_one, jobs, config.workers, f"train {environment}-{method}")
+
+    name = f"{environment}-{method}"
+    target = out / "models" / "trained" / name
+    shutil.rmtree(target, ignore_errors=True)
+    for task in tasks:
+        shutil.copytree(task.result / "policy", target / f"seed-{task.seed}")
+    for kind in ("curves", "timings", "runs"):
+        collect_results(out / "data" / kind / f"{name}.json", kind, {t.seed: t.result for t in tasks})
+    return (
+        f"{target}: {len(tasks)} seeds ({len(jobs)} trained now, {len(tasks) - len(jobs)} kept). "
+        f"Next: python -m stages.evaluate --environment {environment} --method {method}"
+    )
+
+
+def collect_results(target: Path, kind: str, results: dict[int, Path]) -> None:
+    """Gather one file of each seed's result under ``seeds``."""
+    from pipeline.files import read_json, write_json
+
+    write_json(target, {"seeds": {str(seed): read_json(folder / f"{kind}.json") for seed, folder in results.items()}})
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,494 @@
+"""Episodes on the real FrozenLake, spoken by an engine with a script, and by the transformers engine."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from pipeline.config import Config, Environment, parse
+from pipeline.environments import initial_states, make
+from pipeline.environments.frozen_lake import MOVES, FrozenLakeExpert
+from pipeline.policy.model import Policy
+from pipeline.policy.tokenizer import train_tokenizer
+from pipeline.prompting import END_OF_RESPONSE, Dialogue
+from pipeline.randomness import generator
+from pipeline.rollout.collector import INVALID, EpisodeSpec, collect, group_specs, iteration_specs
+from pipeline.rollout.engine import Continuation, Request, Sampling
+from pipeline.rollout.transformers_engine import TransformersEngine
+from pipeline.trajectory import RESPONSE_ROLES, Role, Trajectories
+
+NAME = "lake"
+TOKENIZER = train_tokenizer(["player 0 1 goal 3 3 holes none", "let me think", "Left Right Up Down"] * 3, 320)
+EOS = TOKENIZER.eos_token
+Script = Callable[[str, int], str]
+"""From an episode's id and its turn (from 0) to what is said."""
+
+
+def config(
+    rollout: dict[str, Any] | None = None,
+    settings: dict[str, Any] | None = None,
+    methods: Sequence[str] = ("grpo",),
+    **environment: Any,
+) -> Config:
+    lake = {"size": 3, "frozen": 0.7, "success_rate": 1.0, "max_actions": 6, "grid": "first", **(settings or {})}
+    return parse(
+        {
+            "comparison": "test",
+            "seeds": [0, 1],
+            "environments": {
+                NAME: {
+                    "id": "actfocus/FrozenLake-v1",
+                    "settings": lake,
+                    "max_turns": 4,
+                    "response_tokens": 24,
+                    "context_tokens": 400,
+                    **environment,
+                }
+            },
+            "policy": {"kind": "pretrained", "model": "unused"},
+            "rollout": {"groups": 2, "group_size": 3, "batch_episodes": 6, **(rollout or {})},
+            "train": {"minibatch": 3},
+            "method_defaults": {
+                "filter": {"kind": "all"},
+                "advantage": {"kind": "group"},
+                "weight": {"kind": "uniform"},
+                "aggregation": "weight_sum",
+                "surrogate": {"kind": "ppo_clip"},
+                "regulariser": {},
+                "learning_rate": 1e-4,
+            },
+            "methods": {name: {} for name in methods},
+        }
+    )
+
+
+class ScriptedEngine:
+    """A ``RolloutEngine`` that says what a script tells it, within its draws, and remembers what it was asked.
+
+    The log-probability of a token is minus its draw, so that draws can be read off the record.
+    """
+
+    policy_version = 7
+
+    def __init__(self, script: Script) -> None:
+        self.script = script
+        self.turn: dict[str, int] = {}
+        self.requests: list[Request] = []
+        self.answers: dict[str, list[Continuation]] = {}
+        self.samplings: set[Sampling] = set()
+        self.forgotten = 0
+
+    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Continuation]:
+        self.samplings.add(sampling)
+        return [self._say(request, sampling) for request in requests]
+
+    def forget(self) -> None:
+        self.forgotten += 1
+
+    def _say(self, request: Request, sampling: Sampling) -> Continuation:
+        self.requests.append(Request(request.key, list(request.ids), request.uniforms, request.forced))
+        turn = self.turn[request.key] = self.turn.get(request.key, -1) + 1
+        said = self.script(request.key, turn)
+        ids = TOKENIZER(said, add_special_tokens=False)["input_ids"][: len(request.uniforms)]
+        text = TOKENIZER.decode(ids)
+        finish = "eos" if text.endswith(EOS) else "stop" if sampling.stop in text else "length"
+        draws = request.uniforms[: len(ids)].tolist()
+        answer = Continuation(ids, [-u for u in draws], [u / 2 for u in draws], finish, self.policy_version)
+        self.answers.setdefault(request.key, []).append(answer)
+        return answer
+
+
+def says(action: str) -> str:
+    return f"<think>so</think><answer>{action}</answer>"
+
+
+def always(text: str) -> Script:
+    return lambda key, turn: text
+
+
+def wander(key: str, turn: int) -> str:
+    """Each member of a group goes another way."""
+    return says(list(MOVES)[(int(key[-1]) + turn) % 4])
+
+
+def play(
+    settings: Config, script: Script, specs: Sequence[EpisodeSpec] | None = None
+) -> tuple[Trajectories, ScriptedEngine]:
+    engine = ScriptedEngine(script)
+    chosen = iteration_specs(settings, NAME, 0, 0) if specs is None else specs
+    return collect(engine, TOKENIZER, settings, NAME, chosen, 1.0), engine
+
+
+def episode_turns(made: Trajectories, episode: int) -> list[dict[str, Any]]:
+    return [
+        {key: values[turn] for key, values in made.turns.items()}
+        for turn in range(made.turn_offsets[episode], made.turn_offsets[episode + 1])
+    ]
+
+
+def episode_text(made: Trajectories, episode: int) -> str:
+    return str(TOKENIZER.decode(made.input_ids[made.offsets[episode] : made.offsets[episode + 1]]))
+
+
+def lake_at(section: Environment, state_seed: int) -> Any:
+    environment = make(section)
+    environment.reset(seed=0, options={"state_seed": state_seed})
+    return environment
+
+
+def way_to_goal(section: Environment, state_seed: int) -> list[str]:
+    lake, draws, way = lake_at(section, state_seed), np.random.default_rng(0), []
+    while not lake.success:
+        way.append(FrozenLakeExpert().act(lake, draws))
+        lake.step(way[-1])
+    return way
+
+
+def beside_a_hole(section: Environment) -> tuple[int, str]:
+    """A state whose start is next to a hole, and the move into it."""
+    for state_seed in range(200):
+        lake = lake_at(section, state_seed)
+        for move, (down, right) in MOVES.items():
+            if (lake.player[0] + down, lake.player[1] + right) in lake.holes:
+                return state_seed, move
+    raise AssertionError("no such lake")
+
+
+def specs_of(settings: Config, states: Sequence[int]) -> list[EpisodeSpec]:
+    return group_specs(NAME, states, settings.rollout.group_size, 0, 0, "train")
+
+
+# ---------------------------------------------------------------------------------------- token in, token out
+
+
+@pytest.mark.parametrize("layout", ["compact", "published"])
+@pytest.mark.parametrize("prefill", ["", "<think>"])
+def test_recorded_tokens_are_exactly_those_sent_and_returned(layout: str, prefill: str) -> None:
+    settings = config({"prefill": prefill}, layout=layout, context_tokens=4000)
+    made, engine = play(settings, always(says("Up").removeprefix(prefill)))
+    for episode, key in enumerate(made.episodes["episode_id"]):
+        ids = made.input_ids[made.offsets[episode] : made.offsets[episode + 1]].tolist()
+        sampled = made.sampled[made.offsets[episode] : made.offsets[episode + 1]]
+        asked = [request for request in engine.requests if request.key == key]
+        said = engine.answers[key]
+        for request, answer, turn in zip(asked, said, episode_turns(made, episode), strict=True):
+            start = len(request.ids)
+            assert ids[:start] == request.ids
+            assert ids[start : turn["end"]] == answer.ids
+            assert turn["start"] == start - request.forced
+            assert sampled[start : turn["end"]].all()
+        assert sampled.sum() == sum(len(answer.ids) for answer in said)
+        span = slice(made.offsets[episode], made.offsets[episode + 1])
+        for column in ("logprob", "entropy"):
+            expected = np.array([x for answer in said for x in getattr(answer, column)], dtype=np.float32)
+            np.testing.assert_array_equal(getattr(made, column)[span][sampled], expected)
+    assert set(made.episodes["policy_version"]) == {7}
+    assert engine.samplings == {Sampling(1.0, END_OF_RESPONSE)}
+
+
+def test_text_is_what_the_dialogue_renders() -> None:
+    settings = config(settings={"grid": "never"})
+    state = initial_states(make(settings.environments[NAME]), "train", 1, generator(0, "any"))[0]
+    made, _ = play(settings, always(says("Up")), specs_of(settings, [state]))
+    lake = lake_at(settings.environments[NAME], state)
+    expected = ""
+    for turn in range(4):
+        expected += f"<|user|>{lake._observe(first=False)}<|assistant|>{says('Up')}"
+        if turn < 3:
+            lake.step("Up")
+        if lake.done:
+            break
+    assert episode_text(made, 0) == expected
+
+
+def test_prefill_is_recorded_as_not_sampled() -> None:
+    made, engine = play(config({"prefill": "<think>"}), always("so</think><answer>Up</answer>"))
+    (tag,) = TOKENIZER("<think>", add_special_tokens=False)["input_ids"]
+    assert {request.forced for request in engine.requests} == {1}
+    for episode in range(len(made)):
+        for turn in episode_turns(made, episode):
+            token = made.offsets[episode] + turn["start"]
+            assert made.input_ids[token] == tag
+            assert made.role[token] == Role.THINK_TAG
+            assert not made.sampled[token]
+            assert made.logprob[token] == 0
+            assert turn["valid"]
+            inside = made.role[token + 1 : made.offsets[episode] + turn["end"]].tolist()
+            expected = [Role.REASONING, Role.THINK_TAG, Role.ANSWER_TAG, Role.ACTION, Role.ANSWER_TAG]
+            assert [r for i, r in enumerate(inside) if i == 0 or inside[i - 1] != r] == expected
+    outside = made.role[~made.sampled].tolist()
+    assert set(outside) == {Role.PROMPT, Role.OBSERVATION, Role.THINK_TAG}
+    assert set(made.role[made.sampled].tolist()) <= set(RESPONSE_ROLES)
+
+
+def test_members_of_a_group_share_the_prompt_and_not_the_draws() -> None:
+    made, engine = play(config(), always(says("Up")))
+    groups: dict[int, list[int]] = {}
+    for episode, group in enumerate(made.groups.tolist()):
+        groups.setdefault(group, []).append(episode)
+    assert [len(members) for members in groups.values()] == [3, 3]
+    opening = {r.key: r for r in reversed(engine.requests)}
+    seen: set[bytes] = set()
+    for members in groups.values():
+        keys = [made.episodes["episode_id"][member] for member in members]
+        assert len({tuple(opening[key].ids) for key in keys}) == 1
+        assert len({made.episodes["state_key"][member] for member in members}) == 1
+        assert (made.role[made.offsets[members[0]]] == Role.PROMPT).all()
+    for request in engine.requests:
+        seen.add(request.uniforms.tobytes())
+    assert len(seen) == len(engine.requests)
+
+
+def test_group_with_different_prompts_is_refused() -> None:
+    settings = config()
+    one, two = initial_states(make(settings.environments[NAME]), "train", 2, generator(0, "any"), distinct=True)
+    specs = [EpisodeSpec(str(i), "same", state, 0, 0, 0, (0, "t", i)) for i, state in enumerate((one, two))]
+    with pytest.raises(RuntimeError, match="different prompts"):
+        play(settings, always(says("Up")), specs)
+
+
+# ------------------------------------------------------------------------------------------------- what happens
+
+
+def test_reaching_the_goal() -> None:
+    settings = config(max_turns=6)
+    states = initial_states(make(settings.environments[NAME]), "train", 2, generator(0, "any"))
+    specs = specs_of(settings, states)
+    ways = {spec.episode_id: way_to_goal(settings.environments[NAME], spec.state_seed) for spec in specs}
+    made, _ = play(settings, lambda key, turn: says(ways[key][turn]), specs)
+    assert set(made.episodes["end_reason"]) == {"goal"}
+    assert all(made.episodes["success"])
+    assert made.returns.tolist() == [1.0] * len(specs)
+    for episode, spec in enumerate(specs):
+        turns = episode_turns(made, episode)
+        assert [turn["action"] for turn in turns] == ways[spec.episode_id]
+        assert [turn["reward"] for turn in turns] == [0.0] * (len(turns) - 1) + [1.0]
+        lake = lake_at(settings.environments[NAME], spec.state_seed)
+        for turn in turns:
+            assert turn["state_key"] == lake.state_key
+            lake.step(turn["action"])
+        assert made.episodes["state_key"][episode] == turns[0]["state_key"]
+        assert made.episodes["environment"][episode] == "actfocus/FrozenLake-v1"
+
+
+def test_falling_into_a_hole() -> None:
+    settings = config()
+    state, move = beside_a_hole(settings.environments[NAME])
+    made, _ = play(settings, always(says(move)), specs_of(settings, [state]))
+    assert set(made.episodes["end_reason"]) == {"failed"}
+    assert not any(made.episodes["success"])
+    assert (np.diff(made.turn_offsets) == 1).all()
+    assert made.returns.tolist() == [0.0] * 3
+
+
+def test_running_out_of_actions_is_a_failure_and_out_of_turns_is_not() -> None:
+    for max_turns, reason in ((4, "failed"), (2, "turns")):
+        settings = config(settings={"max_actions": 3, "frozen": 1.0, "least_distance": 2}, max_turns=max_turns)
+        state = next(s for s in range(200) if lake_at(settings.environments[NAME], s).player == (0, 0))
+        made, _ = play(settings, always(says("Up")), specs_of(settings, [state]))
+        assert set(made.episodes["end_reason"]) == {reason}
+        assert (np.diff(made.turn_offsets) == min(max_turns, 3)).all()
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "Up",
+        "<answer>Up</answer>",
+        says("Fly"),
+        says(""),
+        says("Up||Fly"),
+        "<think>so</think><answer>Up",
+        says("Up") + "!",
+    ],
+)
+def test_malformed_response_costs_the_penalty_and_leaves_the_state(text: str) -> None:
+    settings = config(format_penalty=-0.25, actions_per_turn=2, max_turns=3)
+    made, _ = play(settings, always(text))
+    assert set(made.episodes["end_reason"]) == {"turns"}
+    assert set(made.turns["reward"]) == {-0.25}
+    assert not any(made.turns["valid"])
+    assert set(made.turns["action"]) == {""}
+    assert made.returns.tolist() == [-0.75] * 6
+    for episode in range(6):
+        assert len({turn["state_key"] for turn in episode_turns(made, episode)}) == 1
+        messages = episode_text(made, episode).split("<|user|>")[1:]
+        opening = messages[0].split("<|assistant|>")[0]
+        for message in messages[1:]:
+            assert message.split("<|assistant|>")[0] == f"{INVALID}\n{opening}"
+
+
+def test_a_valid_response_clears_the_complaint() -> None:
+    settings = config(settings={"frozen": 1.0})
+    state = next(s for s in range(200) if lake_at(settings.environments[NAME], s).player == (0, 0))
+    specs = specs_of(settings, [state])
+    made, _ = play(settings, lambda key, turn: "what" if turn in (0, 2) else says("Up"), specs)
+    assert [turn["valid"] for turn in episode_turns(made, 0)] == [False, True, False, True]
+    complaints = [INVALID in message for message in episode_text(made, 0).split("<|user|>")[1:]]
+    assert complaints == [False, True, False, True]
+
+
+def test_reward_of_every_turn_stands_on_its_last_token() -> None:
+    made, _ = play(config(format_penalty=-0.1), always("what"))
+    rewards = made.token_rewards()
+    ends = [made.offsets[e] + turn["end"] - 1 for e in range(len(made)) for turn in episode_turns(made, e)]
+    assert np.flatnonzero(rewards).tolist() == ends
+
+
+def test_no_more_actions_are_executed_than_a_turn_allows() -> None:
+    for limit, executed in ((1, "Up"), (2, "Up||Left"), (3, "Up||Left||Down")):
+        settings = config(settings={"frozen": 1.0}, actions_per_turn=limit, max_turns=1, response_tokens=40)
+        state = next(s for s in range(200) if lake_at(settings.environments[NAME], s).player == (0, 0))
+        made, _ = play(settings, always(says("up || LEFT||Down||Down")), specs_of(settings, [state]))
+        assert set(made.turns["action"]) == {executed}
+
+
+def test_actions_after_the_end_of_the_episode_are_not_executed() -> None:
+    settings = config(actions_per_turn=3)
+    state, move = beside_a_hole(settings.environments[NAME])
+    made, _ = play(settings, always(says(f"{move}||{move}")), specs_of(settings, [state]))
+    assert set(made.episodes["end_reason"]) == {"failed"}
+    assert (np.diff(made.turn_offsets) == 1).all()
+
+
+def test_end_of_sequence_is_recorded_and_is_no_part_of_the_answer() -> None:
+    for text, valid in ((says("Up") + EOS, True), (f"<think>so</think><answer>Up{EOS}", False), (EOS, False)):
+        made, _ = play(config(settings={"frozen": 1.0, "least_distance": 3}, max_turns=2), always(text))
+        assert set(made.turns["valid"]) == {valid}
+        assert (np.diff(made.turn_offsets) == 2).all()
+        for episode in range(len(made)):
+            for turn in episode_turns(made, episode):
+                last = made.offsets[episode] + turn["end"] - 1
+                assert made.input_ids[last] == TOKENIZER.eos_token_id
+                assert made.sampled[last]
+            assert episode_text(made, episode).count(EOS) == 2
+
+
+@pytest.mark.parametrize("prefill", ["", "<think>"])
+def test_context_limit_ends_the_episode_and_is_never_exceeded(prefill: str) -> None:
+    """At every limit, an episode is the unlimited one cut short, and it always ends with something sampled."""
+
+    def limited(tokens: int) -> tuple[Trajectories, ScriptedEngine]:
+        lake = {"frozen": 1.0}
+        return play(config({"prefill": prefill}, lake, max_turns=50, context_tokens=tokens), always("what"))
+
+    unlimited, _ = limited(2000)
+    for limit in range(70, 130):
+        made, engine = limited(limit)
+        assert set(made.episodes["end_reason"]) == {"context"}
+        for request in engine.requests:
+            assert 0 < len(request.uniforms) <= limit - len(request.ids)
+        for episode in range(len(made)):
+            start, end = made.offsets[episode], made.offsets[episode + 1]
+            assert end - start <= limit
+            whole = unlimited.input_ids[unlimited.offsets[episode] :]
+            np.testing.assert_array_equal(made.input_ids[start:end], whole[: end - start])
+            assert made.sampled[end - 1]
+
+
+# ------------------------------------------------------------------------------------------ names and determinism
+
+
+def spec_fields(specs: Sequence[EpisodeSpec]) -> list[tuple[Any, ...]]:
+    return [(s.episode_id, s.group_id, s.state_seed, s.seed, s.iteration, s.noise, s.draws) for s in specs]
+
+
+def test_specs_depend_on_environment_seed_and_iteration_alone() -> None:
+    one = config(methods=("grpo",))
+    other = config({"prefill": "<think>", "temperature": 0.5, "batch_episodes": 1}, methods=("a", "b", "grpo"))
+    assert spec_fields(iteration_specs(one, NAME, 0, 0)) == spec_fields(iteration_specs(other, NAME, 0, 0))
+    variants = [spec_fields(iteration_specs(one, NAME, seed, it)) for seed, it in ((0, 0), (0, 1), (1, 0), (1, 1))]
+    for column in (0, 1, 5, 6):
+        values = [str(spec[column]) for variant in variants for spec in variant]
+        assert len(set(values)) == len(values) // (3 if column == 1 else 1)
+    assert len({tuple(spec[2] for spec in variant) for variant in variants}) == 4
+
+
+def test_members_of_a_group_share_the_state_and_not_the_noise() -> None:
+    specs = iteration_specs(config(), NAME, 0, 0)
+    assert len(specs) == 6
+    for members in (specs[:3], specs[3:]):
+        assert len({spec.state_seed for spec in members}) == len({spec.group_id for spec in members}) == 1
+        assert len({spec.noise for spec in members}) == 3
+
+
+def test_equal_specs_give_equal_bytes(tmp_path: Path) -> None:
+    settings = config(settings={"success_rate": 0.5})
+    contents = []
+    for name in ("one", "two"):
+        made, _ = play(settings, wander)
+        made.write(tmp_path / name)
+        contents.append((tmp_path / name).read_bytes())
+    assert contents[0] == contents[1]
+
+
+def test_size_of_the_batches_changes_nothing_and_is_reported() -> None:
+    tables = []
+    for size, expected in ((6, [6]), (4, [4, 2]), (1, [1] * 6)):
+        settings, finished = config({"batch_episodes": size}), []
+        engine = ScriptedEngine(wander)
+        specs = iteration_specs(settings, NAME, 0, 0)
+        tables.append(collect(engine, TOKENIZER, settings, NAME, specs, 1.0, finished.append).to_table())
+        assert finished == expected
+        assert engine.forgotten == len(expected)
+    assert tables[0].equals(tables[1])
+    assert tables[0].equals(tables[2])
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    torch.manual_seed(0)
+    shape = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.2}
+    model = Qwen2ForCausalLM(
+        Qwen2Config(
+            vocab_size=len(TOKENIZER),
+            hidden_size=16,
+            intermediate_size=32,
+            eos_token_id=TOKENIZER.eos_token_id,
+            tie_word_embeddings=True,
+            **shape,
+        )
+    )
+    return Policy(model.eval(), TOKENIZER)
+
+
+def test_a_real_policy_is_recorded_with_the_log_probabilities_of_its_tokens(policy: Policy, tmp_path: Path) -> None:
+    """Twice the same bytes; every sampled token scored as by one plain pass over the stored ids."""
+    settings = config({"prefill": "<think>", "batch_episodes": 4, "temperature": 0.8})
+    for name in ("one", "two"):
+        specs = iteration_specs(settings, NAME, 0, 0)
+        made = collect(TransformersEngine(policy, 3), TOKENIZER, settings, NAME, specs, 0.8)
+        made.write(tmp_path / name)
+    assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
+    assert set(made.episodes["policy_version"]) == {3}
+    assert made.lengths.min() > 2 * 24
+    for episode in range(len(made)):
+        span = slice(made.offsets[episode], made.offsets[episode + 1])
+        ids = torch.from_numpy(made.input_ids[span].astype(np.int64))
+        with torch.no_grad():
+            logprobs = torch.log_softmax(policy.model(input_ids=ids[None]).logits[0, :-1].double() / 0.8, -1)
+        chosen = logprobs.gather(-1, ids[1:, None])[:, 0].numpy()
+        entropy = -(logprobs.exp() * logprobs).sum(-1).numpy()
+        sampled = made.sampled[span][1:]
+        np.testing.assert_allclose(made.logprob[span][1:][sampled], chosen[sampled], atol=1e-4)
+        np.testing.assert_allclose(made.entropy[span][1:][sampled], entropy[sampled], atol=1e-4)
+
+
+def test_prompt_is_the_dialogues_opening() -> None:
+    settings = config(layout="published", context_tokens=4000)
+    made, _ = play(settings, always(says("Up")))
+    section = settings.environments[NAME]
+    dialogue = Dialogue(TOKENIZER, "published", "", section.response_tokens)
+    for episode, spec in enumerate(iteration_specs(settings, NAME, 0, 0)):
+        lake = lake_at(section, spec.state_seed)
+        expected = dialogue.opening(lake.instructions, lake._observe(first=True), lake.max_actions)
+        span = made.role[made.offsets[episode] : made.offsets[episode + 1]] == Role.PROMPT
+        ids = made.input_ids[made.offsets[episode] : made.offsets[episode + 1]]
+        assert ids[span].tolist() == expected
+        assert span[: len(expected)].all()

@@ -1,0 +1,381 @@
+"""The comparison on small made-up results: rows worked out by hand, warnings, tables, figures and the page."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from pipeline.config import Config, ConfigError, parse, read_yaml
+from pipeline.files import write_json
+from pipeline.randomness import generator
+from pipeline.report.comparison import REFERENCE, Inputs, compare, read_inputs, verdict
+from pipeline.report.comparison_figures import FigureFile, learning_figure, write_comparison_figures
+from pipeline.report.comparison_tables import common_terms, comparison_markdown, comparison_text, result_table
+from pipeline.report.html import report_html
+
+ROOT = Path(__file__).parents[1]
+ITERATIONS = 12
+RATES = {"grpo": 0.4, "grpo_actfocus": 0.8, "grpo_lr_matched": 0.5, REFERENCE: 0.3}
+KEYS = """environment method temperature headline seeds states episodes success_mean success_iqm success_ci_low
+    success_ci_high t_ci_low t_ci_high reference_success reference_ci_low reference_ci_high difference_to_reference
+    difference_to_reference_ci_low difference_to_reference_ci_high uniform difference_to_uniform
+    difference_to_uniform_ci_low difference_to_uniform_ci_high probability_of_improvement
+    probability_of_improvement_ci_low probability_of_improvement_ci_high control difference_to_control
+    difference_to_control_ci_low difference_to_control_ci_high return_mean action_token_share valid_action_rate
+    truncated_rate iterations kl_update_action_first3 learning_rate regulariser collapsed_seeds non_finite_losses"""
+
+
+def configuration(**changes: Any) -> Config:
+    raw = read_yaml(ROOT / "params.yaml")
+    environment = next(iter(raw["environments"].values()))
+    methods = {
+        "grpo": {},
+        "grpo_actfocus": {"weight": {"kind": "actfocus"}},
+        "grpo_lr_matched": {"learning_rate": 3e-7},
+    }
+    return parse(
+        raw
+        | {
+            "comparison": "toy",
+            "seeds": [0, 1, 2, 3],
+            "environments": {"lake": environment},
+            "methods": methods,
+            "evaluation": {"states": 8, "rollouts": 3, "temperatures": [0.5, 1.0]},
+            "compare": {
+                "uniform": {"grpo_actfocus": "grpo"},
+                "control": {"grpo_actfocus": "grpo_lr_matched"},
+                "resamples": 200,
+            },
+        }
+        | changes
+    )
+
+
+def episodes(config: Config, method: str, rate: float) -> pa.Table:
+    """Each temperature above the first costs 0.1 of the rate; turns, tokens and ends are the same for every episode."""
+    plan, columns = config.evaluation, []
+    for seed in config.seeds:
+        for place, temperature in enumerate(plan.temperatures):
+            won = generator(seed, "toy", method).random((plan.states, plan.rollouts)) < rate - 0.1 * place
+            columns += [
+                (seed, temperature, f"state {s}", r, bool(won[s, r])) for s, r in np.ndindex(plan.states, plan.rollouts)
+            ]
+    names = ("seed", "temperature", "state", "rollout", "success")
+    table = dict(zip(names, map(list, zip(*columns, strict=True)), strict=True))
+    count = len(columns)
+    return pa.table(
+        {
+            "environment": ["lake"] * count,
+            "method": [method] * count,
+            **table,
+            "return": [0.5 if won else -0.5 for won in table["success"]],
+            "end_reason": ["goal" if won else "turns" for won in table["success"]],
+            "turns": [4] * count,
+            "valid_turns": [3] * count,
+            "tokens": [50] * count,
+            "action_tokens": [5] * count,
+        }
+    )
+
+
+def curve(seed: int, rate: float, kl: float) -> list[dict[str, float]]:
+    noise = generator(seed, "toy curve", f"{rate:g}")
+    rows: list[dict[str, float]] = []
+    for number in range(ITERATIONS):
+        done = (number + 1) / ITERATIONS
+        row = {
+            "iteration": float(number),
+            "success": 0.3 + (rate - 0.3) * done + noise.normal(0, 0.04),
+            "entropy_action": 1.2 - 0.8 * done * rate + noise.normal(0, 0.03),
+            "entropy_reasoning": 0.9 - 0.2 * done + noise.normal(0, 0.03),
+            "kl_reference": 0.05 * done * rate,
+            "clip_fraction": 0.02 + 0.05 * rate * done,
+            "gradient_norm": 1 + noise.random(),
+            "gradient_share_action": rate / 2,
+            "kl_update_action": kl * (1.0 + number),
+            "non_finite_losses": 0.0,
+            "episodes": 128.0,
+            "tokens": 4000.0 + 10 * seed,
+        }
+        if number == 0:
+            row["validation_success_before"] = 0.3
+        if number % 4 == 3:
+            row["validation_success"] = row["success"] + 0.02
+        rows.append(row)
+    return rows
+
+
+def inputs(config: Config, control_kl: float = 0.011) -> Inputs:
+    kl = {"grpo": 0.002, "grpo_actfocus": 0.01, "grpo_lr_matched": control_kl}
+    rates = {method: RATES.get(method, 0.6) for method in config.methods}
+    curves = {
+        ("lake", m): {str(seed): curve(seed, rate, kl.get(m, 0.01)) for seed in config.seeds}
+        for m, rate in rates.items()
+    }
+    timings = {
+        key: {seed: [{"seconds": 2.0 * (i + 1)} for i in range(ITERATIONS)] for seed in rows}
+        for key, rows in curves.items()
+    }
+    played = {("lake", m): episodes(config, m, rate) for m, rate in [*rates.items(), (REFERENCE, RATES[REFERENCE])]}
+    return Inputs(played, curves, timings)
+
+
+def solved_by_hand(config: Config, **wins: list[list[list[int]]]) -> Inputs:
+    """Inputs whose success at both temperatures is given as (seeds, states, rollouts)."""
+    found = inputs(config)
+    tables = {}
+    for (environment, method), table in found.episodes.items():
+        grid = np.array(wins[method])
+        cells = zip(*(table[name].to_pylist() for name in ("seed", "state", "rollout")), strict=True)
+        success = [bool(grid[seed, int(state.split()[1]), rollout]) for seed, state, rollout in cells]
+        place = table.schema.get_field_index("success")
+        tables[environment, method] = table.set_column(place, "success", [success])
+    return replace(found, episodes=tables)
+
+
+def row_of(comparison: dict[str, Any], method: str, temperature: float = 0.5) -> dict[str, Any]:
+    (row,) = [r for r in comparison["rows"] if r["method"] == method and r["temperature"] == temperature]
+    return dict(row)
+
+
+def test_rows_hold_what_can_be_worked_out_by_hand() -> None:
+    config = configuration(seeds=[0, 1], evaluation={"states": 2, "rollouts": 2, "temperatures": [0.5, 1.0]})
+    found = compare(
+        config,
+        solved_by_hand(
+            config,
+            grpo=[[[0, 1], [0, 0]], [[0, 0], [1, 1]]],
+            grpo_actfocus=[[[1, 1], [1, 1]], [[1, 1], [0, 0]]],
+            grpo_lr_matched=[[[1, 1], [0, 1]], [[0, 0], [0, 0]]],
+            reference=[[[0, 1], [0, 1]], [[0, 1], [0, 1]]],
+        ),
+    )
+    row = row_of(found, "grpo_actfocus")
+    assert (row["seeds"], row["states"], row["episodes"], row["headline"]) == (2, 2, 8, True)
+    assert row["success_mean"] == 0.75
+    assert row["success_iqm"] == 1.0  # of 0, 1, 1, 1 the middle two
+    assert row["seed_success"] == [1.0, 0.5]
+    assert (row["reference_success"], row["reference_ci_low"], row["reference_ci_high"]) == (0.5, 0.5, 0.5)
+    assert row["difference_to_reference"] == 0.25
+    assert (row["uniform"], row["difference_to_uniform"]) == ("grpo", 0.375)
+    assert row["probability_of_improvement"] == (1 + 1 + 1 + 0.5) / 4  # 1, 0.5 against 0.25, 0.5
+    assert (row["control"], row["difference_to_control"]) == ("grpo_lr_matched", 0.375)
+    assert (row["action_token_share"], row["valid_action_rate"]) == (0.1, 0.75)
+    assert row["kl_update_action_first3"] == pytest.approx(0.02)  # 0.01 * (1 + 2 + 3) / 3
+    assert (row["iterations"], row["collapsed_seeds"], row["non_finite_losses"]) == (ITERATIONS, 0, 0)
+    assert row_of(found, "grpo")["collapsed_seeds"] == 1  # seed 0 has 0.25, below 0.5
+    assert row_of(found, "grpo_lr_matched")["learning_rate"] == 3e-7
+    assert (row["t_ci_low"], row["t_ci_high"]) == (0.0, 1.0)  # cut off at the ends of a rate
+
+
+def test_every_row_has_every_key_and_the_reference_has_rows_of_its_own() -> None:
+    config = configuration()
+    found = compare(config, inputs(config))
+    assert (found["schema"], found["comparison"]) == (1, "toy")
+    assert len(found["rows"]) == 2 * 4
+    assert all(set(KEYS.split()) <= set(row) for row in found["rows"])
+    assert len({tuple(row) for row in found["rows"]}) == 1
+    reference = row_of(found, REFERENCE)
+    unknown = ("difference_to_reference", "uniform", "learning_rate", "iterations", "collapsed_seeds", "regulariser")
+    assert all(reference[key] is None for key in unknown)
+    assert reference["success_mean"] == reference["reference_success"]
+    assert [row["headline"] for row in found["rows"]] == [True] * 4 + [False] * 4
+    mine = row_of(found, "grpo_actfocus")
+    assert mine["return_mean"] == pytest.approx(mine["success_mean"] - 0.5, abs=1e-6)
+    assert mine["truncated_rate"] == pytest.approx(1 - mine["success_mean"], abs=1e-6)
+    assert mine["regulariser"] == config.methods["grpo_actfocus"].regulariser.model_dump()
+
+
+def test_same_inputs_give_the_same_bytes(tmp_path: Path) -> None:
+    config = configuration()
+    for name in ("a", "b"):
+        write_json(tmp_path / name, compare(config, inputs(config)))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_adding_a_method_leaves_the_rows_of_the_others() -> None:
+    config = configuration()
+    more = configuration(methods={**{m: {} for m in config.methods}, "ppo": {}})
+    found, with_more = compare(config, inputs(config)), compare(more, inputs(more))
+    for method in config.methods:
+        a, b = row_of(found, method), row_of(with_more, method)
+        assert {k: v for k, v in a.items() if k != "learning_rate"} == {k: b[k] for k in a if k != "learning_rate"}
+
+
+def test_files_are_read_and_timings_may_be_absent(tmp_path: Path) -> None:
+    config = configuration()
+    made = inputs(config)
+    with pytest.raises(ConfigError, match=r"lake-grpo\.parquet: no such file; `dvc repro` makes it"):
+        read_inputs(config, tmp_path)
+    (tmp_path / "evaluations").mkdir()
+    for (environment, method), table in made.episodes.items():
+        pq.write_table(table, tmp_path / "evaluations" / f"{environment}-{method}.parquet")
+    for (environment, method), curves in made.curves.items():
+        write_json(tmp_path / "curves" / f"{environment}-{method}.json", {"seeds": curves})
+    write_json(tmp_path / "timings" / "lake-grpo.json", {"seeds": made.timings["lake", "grpo"]})
+    found = read_inputs(config, tmp_path)
+    assert set(found.timings) == {("lake", "grpo")}
+    assert compare(config, found) == compare(config, made)
+
+
+def test_verdicts_and_their_absence_below_five_seeds() -> None:
+    few, enough = configuration(), configuration(seeds=[0, 1, 2, 3, 4])
+    found = compare(few, inputs(few))
+    assert (
+        "lake: grpo, grpo_actfocus, grpo_lr_matched: as few as 4 seeds: no verdict in words below 5 seeds"
+        in (found["warnings"])
+    )
+    assert not re.search("higher|lower|no clear", comparison_markdown(found).split("## ", 1)[1])
+    found = compare(enough, inputs(enough))
+    assert not any("verdict" in warning for warning in found["warnings"])
+    row = row_of(found, "grpo_actfocus")
+    assert verdict(row, "uniform") == "higher"
+    assert ": higher" in comparison_markdown(found)
+    assert verdict(row | {"difference_to_uniform_ci_high": -0.1, "difference_to_uniform_ci_low": -0.2}, "uniform") == (
+        "lower"
+    )
+    assert verdict(row | {"difference_to_uniform_ci_low": -0.2}, "uniform") == "no clear difference"
+    assert verdict(row_of(found, "grpo"), "uniform") == ""
+
+
+def test_drift_of_a_control_is_warned_of_beyond_a_fifth() -> None:
+    config = configuration()
+    assert not any("KL per update" in warning for warning in compare(config, inputs(config, 0.0119))["warnings"])
+    for drifted in (0.0121, 0.0079):
+        (warning,) = [w for w in compare(config, inputs(config, drifted))["warnings"] if "KL per update" in w]
+        assert "lake: grpo_actfocus: KL per update on action tokens" in warning
+        assert "methods.grpo_lr_matched.learning_rate" in warning
+
+
+def test_other_warnings() -> None:
+    config = configuration(
+        methods={"grpo": {}, "grpo_actfocus": {"regulariser": {"entropy": 0.5, "kl": 0.0}}},
+        compare={"uniform": {"grpo_actfocus": "grpo"}, "resamples": 200},
+    )
+    made = inputs(config)
+    made.curves["lake", "grpo"]["0"][4]["non_finite_losses"] = 2.0
+    made.curves["lake", "grpo"]["1"].pop()
+    found = compare(config, made)
+    text = "\n".join(found["warnings"])
+    assert "grpo: 2 updates had a non-finite loss" in text
+    assert "grpo: seeds were trained for different numbers of iterations: [11, 12]" in text
+    assert "grpo_actfocus: no matched control" in text
+    assert "grpo_actfocus: its entropy or KL terms differ from those of grpo" in text
+    assert common_terms(found).startswith("The methods differ in their entropy and KL terms")
+    assert "| entropy bonus 0.5, KL to the reference none |" in comparison_markdown(found)
+
+
+def test_missing_seeds_are_paired_without_and_said(tmp_path: Path) -> None:
+    config = configuration()
+    made = inputs(config)
+    table = made.episodes["lake", "grpo"]
+    shorter = table.filter(pa.array([seed != 3 for seed in table["seed"].to_pylist()]))
+    found = compare(config, replace(made, episodes={**made.episodes, ("lake", "grpo"): shorter}))
+    assert row_of(found, "grpo_actfocus")["difference_to_uniform_seeds"] == 3
+    assert "lake: grpo_actfocus: only 3 of 4 seeds are paired with grpo" in found["warnings"]
+
+
+def test_tables_print_sizes_intervals_and_common_terms_once() -> None:
+    config = configuration()
+    found = compare(config, inputs(config))
+    markdown, text = comparison_markdown(found), comparison_text(found)
+    regulariser = config.method_defaults.regulariser
+    assert f"share the same entropy and KL terms: entropy bonus {regulariser.entropy:g}" in markdown
+    assert markdown.count("entropy bonus") == 1
+    assert markdown.count("## lake, temperature") == 2
+    row = row_of(found, "grpo_actfocus")
+    shown = f"{row['success_mean']:.3f} [{row['success_ci_low']:.3f}, {row['success_ci_high']:.3f}]"
+    assert shown in markdown
+    assert shown in text
+    assert f"{row['difference_to_uniform']:+.3f} [" in text
+    assert "4 × 8 × 3" in text
+    lines = [line for line in markdown.split("\n") if line.startswith("|")]
+    assert {line.count("|") for line in lines} == {15, 6}
+    table = result_table(found, "lake", 1.0)
+    assert all(len(cells) == len(table.header) for cells in table.rows)
+    assert [cells[0] for cells in table.rows] == [*config.methods, REFERENCE]
+
+
+def test_figures_are_equal_byte_for_byte_and_carry_no_date(tmp_path: Path) -> None:
+    config = configuration()
+    made = inputs(config)
+    found = compare(config, made)
+    first, second = (write_comparison_figures(found, made, tmp_path / name)["lake"] for name in ("a", "b"))
+    assert [figure.title for figure in first] == ["Final success", "Learning curves", "Training health"]
+    for a, b in zip(first, second, strict=True):
+        for suffix in (".svg", ".png"):
+            drawn = a.svg.with_suffix(suffix).read_bytes()
+            assert drawn == b.svg.with_suffix(suffix).read_bytes()
+            assert b"dc:date" not in drawn
+
+
+def test_learning_figure_shows_seconds_only_if_they_are_known() -> None:
+    config = configuration()
+    made = inputs(config)
+    curves = {method: found for (_, method), found in made.curves.items()}
+    timings = {method: found for (_, method), found in made.timings.items()}
+    labels = [[axes.get_xlabel() for axes in learning_figure(curves, t).axes] for t in ({}, timings)]
+    assert labels[0] == ["iterations", "episodes", "sampled tokens"]
+    assert labels[1] == [*labels[0], "seconds of training"]
+
+
+def test_learning_figure_puts_values_where_the_policy_was_made() -> None:
+    config = configuration()
+    curves = {"grpo": inputs(config).curves["lake", "grpo"]}
+    episodes_panel = learning_figure(curves, {}).axes[1]
+    line, points = episodes_panel.get_lines()
+    assert np.asarray(line.get_xdata()).tolist() == [128.0 * i for i in range(ITERATIONS)]
+    assert np.asarray(points.get_xdata()).tolist() == [0, 128.0 * 4, 128.0 * 8, 128.0 * 12]
+    assert np.asarray(points.get_ydata())[0] == pytest.approx(0.3)
+
+
+def test_figures_bear_single_seeds_gaps_and_many_methods(tmp_path: Path) -> None:
+    config = configuration(seeds=[0], methods={f"method_{letter}": {} for letter in "abcdefgh"}, compare={})
+    made = inputs(config)
+    for row in made.curves["lake", "method_a"]["0"][3:5]:
+        del row["gradient_norm"]
+    found = compare(config, made)
+    assert row_of(found, "method_a")["t_ci_low"] is None
+    assert len(write_comparison_figures(found, made, tmp_path)["lake"]) == 3
+
+
+def test_page_is_self_contained_and_escapes_what_it_is_given(tmp_path: Path) -> None:
+    config = configuration()
+    made = inputs(config)
+    found = compare(config, made)
+    hostile = "<script>alert('x')</script>"
+    found["comparison"] = hostile
+    found["warnings"].append(hostile)
+    figures = write_comparison_figures(found, made, tmp_path)
+    figures["lake"][0] = FigureFile(f'"{hostile}', hostile, figures["lake"][0].svg)
+    correlation = {"spearman": 0.5, "ci_low": 0.4, "ci_high": None, "groups": 8}
+    bottleneck = {"groups": 8, "group_size": 4, "zero_variance_groups": 2} | {
+        scope: correlation | {"varying": correlation} for scope in ("action", "reasoning", "response")
+    }
+    page = report_html(found, figures, {"lake": bottleneck}, {"lake": figures["lake"][1:2]})
+    assert "<script" not in page
+    assert page.count("&lt;script&gt;") == 6  # title, heading, warning, alt text, caption, and its title
+    assert page.count('src="data:image/svg+xml;base64,') == 4
+    assert not re.search(r"(?:src|href)=\"(?!data:)", page)
+    assert "+0.500 [+0.400, undefined], n = 8" in page
+    assert page == report_html(found, figures, {"lake": bottleneck}, {"lake": figures["lake"][1:2]})
+    assert "Action Bottleneck" not in report_html(found, figures)
+
+
+def test_report_code_does_not_load_the_training_stack() -> None:
+    code = (
+        "import sys, json, pipeline.report.html, pipeline.evaluation.statistics;"
+        "print(json.dumps([m for m in ('torch', 'lightning', 'mlflow', 'matplotlib.pyplot') if m in sys.modules]))"
+    )
+    shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert json.loads(shown) == []

@@ -1,0 +1,455 @@
+"""params.yaml, its presets and dvc.yaml against the schema, and what a mistake looks like to who made it."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from ruamel.yaml import YAML
+
+from pipeline.config import Config, ConfigError, Section, load, parse, read_yaml
+from pipeline.presets import overlay, preset_text, resolve_preset
+
+ROOT = Path(__file__).parents[1]
+PRESETS = sorted(path.parent.name for path in (ROOT / "presets").glob("*/overlay.yaml"))
+FILES = ["params.yaml", *(f"presets/{name}/params.yaml" for name in PRESETS)]
+
+
+@pytest.fixture
+def raw() -> dict[str, Any]:
+    """params.yaml, to be spoilt; parts that YAML shares by an anchor are made separate."""
+    return unshared(read_yaml(ROOT / "params.yaml"))
+
+
+def unshared(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: unshared(item) for key, item in value.items()}
+    return [unshared(item) for item in value] if isinstance(value, list) else value
+
+
+def put(raw: dict[str, Any], dotted: str, value: Any) -> dict[str, Any]:
+    """The params with one key changed or added."""
+    changed = copy.deepcopy(raw)
+    *path, last = dotted.split(".")
+    section: Any = changed
+    for part in path:
+        section = section[int(part)] if isinstance(section, list) else section.setdefault(part, {})
+    section[last] = value
+    return changed
+
+
+def mistakes(raw: Any) -> list[str]:
+    with pytest.raises(ConfigError) as error:
+        parse(raw)
+    return str(error.value).split("\n")
+
+
+# ------------------------------------------------------------------------------------------- the files of the project
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_params_file_loads(file: str) -> None:
+    config = load(ROOT / file)
+    assert config.params_file == file
+    assert ((ROOT / file).parent / config.root).resolve() == ROOT.resolve()
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_resolved_preset_is_up_to_date(name: str) -> None:
+    resolved = (ROOT / "presets" / name / "params.yaml").read_text(encoding="utf-8")
+    assert resolved == preset_text(name, ROOT), f"presets/{name}/params.yaml is stale; run: make preset PRESET={name}"
+
+
+@pytest.mark.parametrize("file", FILES)
+def test_every_param_that_dvc_tracks_exists(file: str) -> None:
+    written, config = read_yaml(ROOT / file), load(ROOT / file)
+    tracked = list(dvc_params(written))
+    assert len(tracked) > 30
+    for stage, source, dotted in tracked:
+        assert source == file
+        value, section = written, config
+        for part in dotted.split("."):
+            assert part in value, f"{stage}: {dotted} is not in {file}"
+            assert not isinstance(section, Section) or part in type(section).model_fields, f"{stage}: {dotted}"
+            value, section = value[part], section[part] if isinstance(section, dict) else getattr(section, part)
+
+
+def dvc_params(params: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
+    """Stage, params file and dotted key of every ``params:`` entry of dvc.yaml, for all environments and methods."""
+    for stage, entry in read_yaml(ROOT / "dvc.yaml")["stages"].items():
+        axes: dict[str, list[str]] = {}
+        if "foreach" in entry:
+            axes, entry = {"key": names(entry["foreach"], params)}, entry["do"]
+        elif "matrix" in entry:
+            axes = {f"item.{axis}": names(source, params) for axis, source in entry["matrix"].items()}
+        for values in itertools.product(*axes.values()):
+            fixed = dict(zip(axes, values, strict=True))
+            for group in entry.get("params", []):
+                for source, keys in group.items():
+                    for key in keys:
+                        yield stage, filled(source, fixed, params), filled(key, fixed, params)
+
+
+def names(reference: str, params: dict[str, Any]) -> list[str]:
+    return list(params[reference.removeprefix("${").removesuffix("}")])
+
+
+def filled(text: str, fixed: dict[str, str], params: dict[str, Any]) -> str:
+    return re.sub(r"\$\{([^}]+)\}", lambda match: fixed.get(match[1]) or str(params[match[1]]), text)
+
+
+def sections(section: type[Section] = Section) -> list[type[Section]]:
+    return [
+        s
+        for child in section.__subclasses__()
+        if child.__module__ == "pipeline.config"
+        for s in [child, *sections(child)]
+    ]
+
+
+@pytest.mark.parametrize("section", sections(), ids=lambda section: section.__name__)
+def test_every_setting_is_documented(section: type[Section]) -> None:
+    """By its own docstring; for a section, and for the ``kind`` that chooses one, by that class's."""
+    assert section.__doc__
+    for name, field in section.model_fields.items():
+        is_section = isinstance(field.annotation, type) and issubclass(field.annotation, Section)
+        assert field.description or name == "kind" or is_section, f"{section.__name__}.{name}"
+
+
+# ------------------------------------------------------------------------------------------------------------ overlays
+
+
+def test_null_in_an_overlay_removes_a_key() -> None:
+    assert overlay({"a": 1, "b": {"c": 2, "d": 3}}, {"a": None, "b": {"c": None}, "gone": None}) == {"b": {"d": 3}}
+
+
+def test_overlay_merges_mappings_and_replaces_everything_else() -> None:
+    base = {"a": {"b": {"c": 1, "d": 2}}, "list": [1, 2], "kept": 0}
+    merged = overlay(base, {"a": {"b": {"c": 9}}, "list": [3], "new": {"x": 1}})
+    assert merged == {"a": {"b": {"c": 9, "d": 2}}, "list": [3], "kept": 0, "new": {"x": 1}}
+    assert base == {"a": {"b": {"c": 1, "d": 2}}, "list": [1, 2], "kept": 0}
+
+
+def test_another_kind_replaces_and_the_same_kind_merges() -> None:
+    base = {"policy": {"kind": "scratch", "layers": 2, "heads": 4}}
+    other = {"kind": "pretrained", "model": "m"}
+    assert overlay(base, {"policy": other}) == {"policy": other}
+    assert overlay(base, {"policy": {"kind": "scratch", "layers": 1}})["policy"] == {**base["policy"], "layers": 1}
+    assert overlay(base, {"policy": {"layers": 1}})["policy"] == {**base["policy"], "layers": 1}
+
+
+def test_preset_is_resolved_beside_its_overlay_and_left_alone_when_unchanged(tmp_path: Path) -> None:
+    folder = tmp_path / "presets" / "mine"
+    folder.mkdir(parents=True)
+    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    (folder / "overlay.yaml").write_text("train: {iterations: 3}\n", encoding="utf-8")
+    target = resolve_preset("mine", tmp_path)
+    config, written = load(target), target.stat().st_mtime_ns
+    assert (config.train.iterations, config.out, config.train.passes) == (3, "presets/mine", 2)
+    assert (folder / "dvc.yaml").is_symlink()
+    assert resolve_preset("mine", tmp_path).stat().st_mtime_ns == written
+    with pytest.raises(ConfigError, match="presets: 'mien' is not there; allowed: mine"):
+        resolve_preset("mien", tmp_path)
+
+
+# ------------------------------------------------------------------------------------------------------------ mistakes
+
+
+@pytest.mark.parametrize(
+    ("key", "line"),
+    [
+        ("rollouts", "rollouts: unknown key; did you mean 'rollout'?"),
+        ("train.itertions", "train.itertions: unknown key; did you mean 'iterations'?"),
+        ("environments.frozen_lake.max_turn", "unknown key; did you mean 'max_turns'?"),
+        ("policy.demonstrations.phases.0.stepz", "unknown key; did you mean 'steps'?"),
+        ("methods.grpo.wieght", "unknown key; did you mean 'weight'?"),
+        ("methods.ppo.advantage.lamb", "unknown key; did you mean 'lam'?"),
+        ("methods.ppo.advantage.critic.lerning_rate", "unknown key; did you mean 'learning_rate'?"),
+        ("methods.grpo_actfocus.weight.reasonin_downweight", "unknown key; did you mean 'reasoning_downweight'?"),
+        ("methods.grpo_actfocus.weight.zzz", "unknown key; allowed: form, kind, reasoning_downweight"),
+    ],
+)
+def test_a_misspelt_key_is_named_with_its_nearest_neighbour(raw: dict[str, Any], key: str, line: str) -> None:
+    (found,) = mistakes(put(raw, key, 1))
+    assert found.startswith(f"params.yaml: {key}: ")
+    assert line in found
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "line"),
+    [
+        ("rollout.groups", 0, "rollout.groups: input should be greater than or equal to 1, got 0"),
+        ("rollout.temperature", 0, "rollout.temperature: input should be greater than 0, got 0"),
+        ("rollout.group_size", 1.5, "rollout.group_size: "),
+        (
+            "policy.demonstrations.phases.1.action_noise",
+            3,
+            "phases.1.action_noise: input should be less than or equal to 1",
+        ),
+        ("methods.ppo.advantage.gamma", 1.5, "methods.ppo.advantage.gamma: input should be less than or equal to 1"),
+        (
+            "method_defaults.learning_rate",
+            float("nan"),
+            "method_defaults.learning_rate: input should be greater than 0",
+        ),
+        ("train.schedule", "cosine", "train.schedule: 'cosine' is not allowed; allowed: 'constant' or 'linear'"),
+        ("policy.kind", "scrach", "policy.kind: 'scrach' is not known; did you mean 'scratch'?"),
+        (
+            "methods.grpo.weight",
+            {"kind": "actfocsu"},
+            "methods.grpo.weight.kind: 'actfocsu' is not known; did you mean 'actfocus'?",
+        ),
+        ("methods.grpo.weight", {}, "methods.grpo.weight.kind: missing"),
+        ("methods.grpo", None, "methods.grpo: "),
+        ("seeds", [], "seeds: "),
+        ("seeds", [0, 0], "seeds must be distinct, got [0, 0]"),
+        (
+            "compare.uniform",
+            {"grpo_actfocsu": "grpo"},
+            "compare.uniform: unknown method 'grpo_actfocsu'; did you mean 'grpo_actfocus'?",
+        ),
+        ("environments.Lake", {"id": "actfocus/FrozenLake-v1"}, "environments.Lake"),
+    ],
+)
+def test_a_wrong_value_is_reported_with_its_key_and_what_is_allowed(
+    raw: dict[str, Any], key: str, value: Any, line: str
+) -> None:
+    (found,) = mistakes(put(raw, key, value))
+    assert found.startswith("params.yaml: ")
+    assert line in found
+
+
+def test_every_mistake_has_a_line_of_its_own(raw: dict[str, Any]) -> None:
+    found = mistakes(put(put(raw, "rollout.groups", 0), "train.itertions", 3))
+    assert [line.split(": ")[1] for line in found] == ["rollout.groups", "train.itertions"]
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "keys"),
+    [
+        ("method_defaults.filter", {"kind": "al"}, ["method_defaults.filter.kind"]),
+        ("method_defaults.surrogate.lo", 0.1, ["method_defaults.surrogate.lo"]),
+        ("method_defaults.fliter", {"kind": "all"}, ["method_defaults.fliter"]),
+        ("method_defaults.learning_rate", -1, ["method_defaults.learning_rate"]),
+        (
+            "method_defaults",
+            {},
+            [f"method_defaults.{slot}" for slot in load(ROOT / "params.yaml").method_defaults.model_dump()],
+        ),
+        ("method_defaults", None, ["method_defaults"]),
+    ],
+)
+def test_a_mistake_in_method_defaults_is_reported_once(
+    raw: dict[str, Any], key: str, value: Any, keys: list[str]
+) -> None:
+    assert [line.split(": ")[1] for line in mistakes(put(raw, key, value))] == keys
+
+
+def test_a_slot_misspelt_in_method_defaults_is_not_reported_as_missing_in_every_method(raw: dict[str, Any]) -> None:
+    raw["method_defaults"]["fliter"] = raw["method_defaults"].pop("filter")
+    assert [line.split(": ")[1] for line in mistakes(raw)] == ["method_defaults.filter", "method_defaults.fliter"]
+
+
+def test_a_methods_own_mistake_is_reported_beside_the_same_one_in_method_defaults(raw: dict[str, Any]) -> None:
+    spoilt = put(put(raw, "method_defaults.learning_rate", -1), "methods.grpo_lr_matched.learning_rate", -2)
+    found = [line.split(": ")[1] for line in mistakes(spoilt)]
+    assert found == ["method_defaults.learning_rate", "methods.grpo_lr_matched.learning_rate"]
+
+
+@pytest.mark.parametrize(
+    ("changes", "line"),
+    [
+        (
+            {
+                "methods.grpo.weight": {
+                    "kind": "actfocus",
+                    "redistribution_strength": 0,
+                    "redistribution_temperature": 0.5,
+                }
+            },
+            "methods.grpo.weight: redistribution_temperature has no effect while redistribution_strength is 0",
+        ),
+        (
+            {"methods.grpo.weight": {"kind": "actfocus", "redistribution_strength": 1.5, "form": "softmax"}},
+            "methods.grpo.weight: form softmax needs redistribution_strength <= 1",
+        ),
+        ({"train.passes": 1, "train.minibatch": 128}, "clipping does nothing with one update per iteration"),
+        # 40 episodes, minibatches of 32: the last 8 join the first minibatch.
+        ({"rollout.group_size": 5, "train.passes": 1}, "clipping does nothing with one update per iteration"),
+        ({"train.minibatch": 200}, "train.minibatch (200) exceeds an iteration's 128 episodes"),
+        ({"methods.grpo.advantage": {"kind": "group", "critic": {}}}, "methods.grpo.advantage.critic: unknown key"),
+    ],
+)
+def test_a_knob_without_effect_is_refused(raw: dict[str, Any], changes: dict[str, Any], line: str) -> None:
+    for key, value in changes.items():
+        raw = put(raw, key, value)
+    (found,) = mistakes(raw)
+    assert line in found
+
+
+def test_zero_redistribution_is_allowed_while_nothing_depends_on_it(raw: dict[str, Any]) -> None:
+    weight = {"kind": "actfocus", "redistribution_strength": 0, "redistribution_temperature": 1.0, "form": "sigmoid"}
+    parse(put(raw, "methods.grpo.weight", weight))
+
+
+def test_a_method_inherits_the_slots_that_it_does_not_name_and_no_part_of_one_that_it_does(raw: dict[str, Any]) -> None:
+    config = parse(put(raw, "methods.mine", {"advantage": {"kind": "group", "std": False}, "learning_rate": 3e-4}))
+    mine = config.methods["mine"]
+    assert mine.surrogate == config.method_defaults.surrogate
+    assert mine.advantage.model_dump() == {"kind": "group", "std": False, "ddof": 1, "eps": 1e-6}
+    assert mine.learning_rate == 3e-4
+
+
+def test_1e_4_is_a_number(tmp_path: Path) -> None:
+    (tmp_path / "params.yaml").write_text("a: 1e-4\nb: 3E5\nc: on\n", encoding="utf-8")
+    assert read_yaml(tmp_path / "params.yaml") == {"a": 0.0001, "b": 300000.0, "c": "on"}
+
+
+@pytest.mark.parametrize(
+    ("text", "line"),
+    [
+        ("- 1\n", "must be a mapping"),
+        ("a: [1\n", "not valid YAML"),
+        ("a: 1\na: 2\n", "not valid YAML"),
+        ("", "must be a mapping"),
+    ],
+)
+def test_a_file_that_is_not_a_params_file_is_one_line(tmp_path: Path, text: str, line: str) -> None:
+    (tmp_path / "params.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path / "params.yaml")
+    assert str(error.value).startswith(f"{tmp_path / 'params.yaml'}: ")
+    assert line in str(error.value)
+    assert "\n" not in str(error.value)
+
+
+def test_a_config_is_frozen_and_survives_a_round_trip() -> None:
+    config = load(ROOT / "params.yaml")
+    with pytest.raises(ValueError, match="frozen"):
+        config.workers = 3
+    assert Config.model_validate(config.model_dump(mode="json")) == config
+
+
+# ------------------------------------------------------------------------------------------------ mistakes in a stage
+
+
+@pytest.fixture
+def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder with params.yaml and with outputs of an earlier run."""
+    (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
+    for output in (
+        "models/policy/config.json",
+        "data/trajectories/frozen_lake.parquet",
+        "data/annotated/frozen_lake.parquet",
+    ):
+        (tmp_path / output).parent.mkdir(parents=True)
+        (tmp_path / output).write_bytes(b"of an earlier run")
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def write_params(folder: Path, name: str, raw: dict[str, Any]) -> None:
+    with (folder / name).open("w", encoding="utf-8") as file:
+        YAML(typ="safe").dump(raw, file)
+
+
+def test_a_stage_prints_one_line_per_mistake_and_exits_with_2(project: Path, raw: dict[str, Any]) -> None:
+    write_params(project, "bad.yaml", put(put(raw, "rollout.groups", 0), "method_defaults.learning_rate", -1))
+    before = contents(project)
+    command = [sys.executable, "-m", "stages.rollout", "--params", "bad.yaml", "--environment", "frozen_lake"]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
+    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
+    assert done.returncode == 2
+    assert done.stdout == ""
+    assert done.stderr.splitlines() == [
+        "bad.yaml: rollout.groups: input should be greater than or equal to 1, got 0",
+        "bad.yaml: method_defaults.learning_rate: input should be greater than 0, got -1",
+    ]
+    assert contents(project) == before
+
+
+def refusal(
+    project: Path,
+    capfd: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    main: Callable[[], str],
+    *options: str,
+) -> str:
+    """The one line with which a stage, run in this process, refuses; nothing in the project has changed."""
+    from stages.command import run
+
+    monkeypatch.setattr(sys, "argv", ["stage", *options])
+    before = contents(project)
+    with pytest.raises(SystemExit) as end:
+        run(main)
+    assert end.value.code == 2
+    (line,) = capfd.readouterr().err.splitlines()
+    assert contents(project) == before
+    return line
+
+
+def test_an_unknown_method_or_environment_is_one_line(
+    project: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from stages.train import main
+
+    line = refusal(project, capfd, monkeypatch, main, "--environment", "frozen_lake", "--method", "gpro")
+    assert line.startswith("params.yaml: methods: 'gpro' is not there; allowed: ppo, grpo,")
+    line = refusal(project, capfd, monkeypatch, main, "--environment", "lake", "--method", "grpo")
+    assert line == "params.yaml: environments: 'lake' is not there; allowed: frozen_lake"
+
+
+def test_a_missing_model_is_one_line(
+    project: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, raw: dict[str, Any]
+) -> None:
+    from stages.policy import main
+
+    for model in (str(project / "nowhere"), "./nowhere"):
+        write_params(project, "params.yaml", put(raw, "policy", {"kind": "pretrained", "model": model}))
+        assert refusal(project, capfd, monkeypatch, main) == f"policy: {model}: no such model directory"
+
+
+def test_a_policy_that_was_not_made_yet_is_not_looked_for_on_the_hub(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from pipeline.policy.model import load_trained
+
+    config = load(ROOT / "params.yaml")
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match="models/policy: no such policy; run `make repro` first"):
+        load_trained(Path("models/policy"), config)
+
+
+@pytest.mark.parametrize("damage", ["garbage", "truncated", "foreign", "missing"])
+@pytest.mark.parametrize("stage", ["annotate", "train"])
+def test_a_corrupt_table_is_one_line(
+    project: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, stage: str, damage: str
+) -> None:
+    import importlib
+
+    folder = "trajectories" if stage == "annotate" else "annotated"
+    table = project / "data" / folder / "frozen_lake.parquet"
+    if damage in ("truncated", "foreign"):
+        pq.write_table(pa.table({"x": list(range(1000))}), table)
+    if damage == "truncated":
+        table.write_bytes(table.read_bytes()[:-20])
+    if damage == "missing":
+        table.unlink()
+    options = ["--environment", "frozen_lake", *(["--method", "grpo"] if stage == "train" else [])]
+    line = refusal(project, capfd, monkeypatch, importlib.import_module(f"stages.{stage}").main, *options)
+    expected = {"foreign": "trajectory schema none found, 1 expected", "missing": "no such file"}
+    assert line.startswith(f"data/{folder}/frozen_lake.parquet: {expected.get(damage, 'not a readable Parquet file')}")

@@ -1,0 +1,217 @@
+"""The real DAG at toy size, in temporary clones, by the commands that a user types."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+from ruamel.yaml import YAML
+
+pytestmark = [pytest.mark.dag, pytest.mark.xdist_group("dag")]
+
+ROOT = Path(__file__).parents[1]
+PIPELINE = "presets/smoke/dvc.yaml"
+PARAMS = "presets/smoke/params.yaml"
+OUT = Path("presets/smoke")
+METHODS = ("ppo", "grpo", "grpo_actfocus")
+
+
+def clone(target: Path) -> Path:
+    """The project as a fresh clone would have it, uncommitted changes included."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
+    )
+    for name in listed.stdout.splitlines():
+        source = ROOT / name
+        if source.is_symlink() or source.is_file():
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, target / name, follow_symlinks=False)
+    (target / OUT / "dvc.lock").unlink(missing_ok=True)
+    identity = ["-c", "user.name=test", "-c", "user.email=test@example.invalid"]
+    for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "clone"]):
+        subprocess.run(["git", *command], cwd=target, check=True)
+    return target
+
+
+def environment() -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MLFLOW_TRACKING_URI")}
+    return {**kept, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
+
+
+def call(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
+    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
+    return done
+
+
+def repro(folder: Path) -> list[str]:
+    """Run ``dvc repro``; returns the names of the stages that ran."""
+    output = call(folder, "dvc", "repro", PIPELINE).stdout
+    return re.findall(r"Running stage '[^']*:([^':]+)'", output)
+
+
+def digests(folder: Path) -> dict[str, str]:
+    """Hash of every output but wall-clock times, run ids and what is drawn from the times."""
+    found = {}
+    for path in sorted((folder / OUT).rglob("*")):
+        name = path.relative_to(folder / OUT).as_posix()
+        timed = name.startswith(("data/timings", "data/runs")) or "learning" in name or name == "reports/index.html"
+        if path.is_file() and name.split("/")[0] in ("data", "models", "reports") and not timed:
+            found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
+    return found
+
+
+def edit(folder: Path, change: object) -> None:
+    yaml = YAML()
+    path = folder / PARAMS
+    values = yaml.load(path.read_text())
+    change(values)  # type: ignore[operator]
+    with path.open("w") as stream:
+        yaml.dump(values, stream)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    """Two clones in which the smoke preset has run, at the same time."""
+    folders = [clone(tmp_path_factory.mktemp("clone") / name) for name in ("one", "two")]
+
+    def first_time(folder: Path) -> None:
+        call(folder, sys.executable, "-m", "stages.preset", "--name", "smoke")
+        assert len(repro(folder)) == 4 + 2 * len(METHODS) + 1
+
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(first_time, folders))
+    return folders[0], folders[1]
+
+
+def test_a_fresh_clone_ends_with_table_report_and_runs(runs: tuple[Path, Path]) -> None:
+    reports = runs[0] / OUT / "reports"
+    comparison = json.loads((reports / "comparison.json").read_text())
+    assert comparison["schema"] == 1
+    rows = [(row["method"], row["temperature"]) for row in comparison["rows"]]
+    assert sorted(rows) == sorted((m, t) for m in (*METHODS, "reference") for t in (0.5, 1.0))
+    bottleneck = json.loads((reports / "bottleneck.json").read_text())
+    assert {"action", "reasoning", "response"} <= set(bottleneck)
+    assert bottleneck["groups"] == 8
+    assert "grpo_actfocus" in (reports / "comparison.txt").read_text()
+    assert "<svg" in (reports / "index.html").read_text() or "data:image/svg" in (reports / "index.html").read_text()
+
+
+def test_equal_params_give_equal_bytes(runs: tuple[Path, Path]) -> None:
+    one, two = map(digests, runs)
+    assert len(one) > 30
+    assert one == two
+
+
+def test_mlflow_holds_one_run_per_training_with_a_curve_over_iterations(runs: tuple[Path, Path]) -> None:
+    from mlflow import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{runs[0] / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("frozen_lake")
+    found = client.search_runs([experiment.experiment_id], filter_string="tags.comparison = 'smoke'")
+    trainings = [run for run in found if "method" in run.data.tags]
+    assert sorted((r.data.tags["method"], r.data.tags["seed"]) for r in trainings) == sorted(
+        (m, s) for m in METHODS for s in ("0", "1")
+    )
+    for run in trainings:
+        assert run.info.status == "FINISHED"
+        assert len(run.data.tags["git.revision"]) >= 40
+        assert {"dvc.policy.policy", "dvc.annotate@frozen_lake.frozen_lake.parquet"} <= set(run.data.tags)
+        assert run.data.params["method.weight.kind"] in ("uniform", "actfocus")
+        for metric in ("success", "gradient_share_action", "kl_reference", "tokens_per_second"):
+            assert [m.step for m in client.get_metric_history(run.info.run_id, metric)] == [0, 1, 2]
+    noted = json.loads((runs[0] / OUT / "data/runs/frozen_lake-grpo.json").read_text())
+    assert noted["seeds"]["0"]["run_id"] in {run.info.run_id for run in trainings}
+    traces = client.search_traces(locations=[experiment.experiment_id])
+    assert len(traces) == len(trainings)
+    spans = [span.name for span in traces[0].data.spans]
+    assert "turn 1" in spans
+
+
+def test_only_what_an_edit_touches_runs_again(runs: tuple[Path, Path]) -> None:
+    folder = runs[0]
+    assert repro(folder) == []
+
+    figures = folder / "pipeline/report/comparison_figures.py"
+    figures.write_text(figures.read_text() + "\n# an edit\n")
+    assert repro(folder) == ["compare"]
+
+    edit(folder, lambda p: p["methods"]["grpo_actfocus"]["weight"].update(reasoning_downweight=0.3))
+    assert repro(folder) == ["train@frozen_lake-grpo_actfocus", "evaluate@frozen_lake-grpo_actfocus", "compare"]
+
+    edit(folder, lambda p: p["seeds"].append(2))
+    output = call(folder, "dvc", "repro", PIPELINE).stdout
+    assert output.count("3 seeds (1 trained now, 2 kept)") == len(METHODS)
+    assert "stages.rollout" not in re.sub(r"Next: .*", "", output)
+
+
+def test_a_killed_training_ends_in_the_bytes_of_an_uninterrupted_one(runs: tuple[Path, Path]) -> None:
+    folder = runs[1]
+    edit(folder, lambda p: p["train"].update(iterations=8))
+    command = [sys.executable, "-m", "stages.train", "--params", PARAMS, "--environment", "frozen_lake"]
+    command += ["--method", "ppo"]
+    before = set((folder / ".cache/train").iterdir())
+    process = subprocess.Popen(
+        command,
+        cwd=folder,
+        env=environment(),
+        start_new_session=True,
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+    deadline = time.monotonic() + 120
+    while begun(folder, before)[-1:] < ["3"] and time.monotonic() < deadline:
+        time.sleep(0.002)
+    os.killpg(process.pid, signal.SIGKILL)
+    process.wait()
+    keys = set((folder / ".cache/train").iterdir()) - before
+    assert keys
+    assert not all((key / "result").exists() for key in keys), "killed too late to test anything"
+    call(folder, *command)
+    keys = set((folder / ".cache/train").iterdir()) - before
+    resumed = {key.name: tree(key / "result") for key in keys}
+    for key in keys:
+        lines = (key / "begun.log").read_text().split()
+        assert set(lines) == {str(i) for i in range(8)}
+        assert len(lines) <= 9, "more than one iteration was computed twice"
+    assert any(len((key / "begun.log").read_text().split()) <= 9 for key in keys)
+
+    for key in keys:
+        shutil.rmtree(key)
+    call(folder, *command)
+    assert {key.name: tree(key / "result") for key in keys} == resumed
+
+    edit(folder, lambda p: p["method_defaults"].update(learning_rate=0.0005))
+    call(folder, *command)
+    changed = set((folder / ".cache/train").iterdir()) - before - keys
+    assert len(changed) == len(keys)
+    for key in changed:
+        assert (key / "begun.log").read_text().split() == [str(i) for i in range(8)]
+
+
+def begun(folder: Path, before: set[Path]) -> list[str]:
+    """Iterations that some new training has begun, in order."""
+    for key in set((folder / ".cache/train").iterdir()) - before:
+        log = key / "begun.log"
+        if log.exists():
+            return log.read_text().split()
+    return []
+
+
+def tree(folder: Path) -> dict[str, str]:
+    """Hashes of a result's files but times and run ids."""
+    return {
+        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and path.name not in ("timings.json", "runs.json")
+    }

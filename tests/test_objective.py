@@ -1,0 +1,761 @@
+"""Every slot function against a slow, obvious reference, and the facts that hold whatever the numbers are."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline.config import Method
+from pipeline.objective.advantages import gae, group_advantage, to_tokens, whiten
+from pipeline.objective.aggregation import coefficients
+from pipeline.objective.batch import TokenBatch, token_batch
+from pipeline.objective.filters import group_deviation, reward_variance
+from pipeline.objective.methods import policy_loss, select_groups, token_advantages, token_weights
+from pipeline.objective.regularisers import kl_penalty, value_loss
+from pipeline.objective.surrogates import ppo_clip
+from pipeline.objective.weights import actfocus_weights, signal_values, uniform_weights, z_score
+from pipeline.trajectory import RESPONSE_ROLES, EpisodeBuilder, Role, build
+
+properties = settings(deadline=None, max_examples=60, derandomize=True)
+CLOSE = {"rtol": 1e-6, "atol": 1e-6}
+SIGNALS = ("reference_energy", "reference_entropy", "behaviour_nll", "logprob_shift")
+AGGREGATIONS = ("weight_sum", "token_mean", "sequence_mean")
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> TokenBatch:
+    """Ragged float64 batches: prompts, observations, prefilled tags, empty responses, groups in any order."""
+    trajectories = draw(st.integers(1, 6))
+    names = draw(st.lists(st.integers(0, 3), min_size=trajectories, max_size=trajectories))
+    numbers = {name: index for index, name in enumerate(dict.fromkeys(names))}
+    role: list[int] = []
+    trainable: list[bool] = []
+    owner: list[int] = []
+    reward: list[float] = []
+
+    def add(trajectory: int, roles: list[Role], chosen: bool) -> None:
+        role.extend(map(int, roles))
+        trainable.extend([chosen] * len(roles))
+        owner.extend([trajectory] * len(roles))
+        reward.extend([0.0] * len(roles))
+
+    for trajectory in range(trajectories):
+        add(trajectory, [Role.PROMPT] * draw(st.integers(1, 3)), chosen=False)
+        for turn in range(draw(st.integers(1, 3))):
+            if turn:
+                add(trajectory, [Role.OBSERVATION] * draw(st.integers(1, 2)), chosen=False)
+            if draw(st.booleans()):
+                add(trajectory, [Role.THINK_TAG], chosen=False)
+            response = draw(st.lists(st.sampled_from(RESPONSE_ROLES), max_size=5))
+            add(trajectory, response, chosen=True)
+            if response:
+                reward[-1] = draw(st.sampled_from([0.0, 1.0, -0.1]))
+    numbers_of = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    n = len(role)
+    chosen = torch.tensor(trainable)
+
+    def values(scale: float, shift: float = 0.0) -> torch.Tensor:
+        return torch.where(chosen, torch.from_numpy(shift + scale * numbers_of.standard_normal(n)), 0.0)
+
+    return TokenBatch(
+        role=torch.tensor(role),
+        trainable=chosen,
+        trajectory=torch.tensor(owner),
+        group=torch.tensor([numbers[name] for name in names]),
+        returns=torch.tensor(
+            draw(st.lists(st.sampled_from([0.0, 1.0, 0.9, -0.8]), min_size=trajectories, max_size=trajectories)),
+            dtype=torch.float64,
+        ),
+        reward=torch.tensor(reward, dtype=torch.float64),
+        logprob=-values(1.0).abs(),
+        energy=values(3.0, shift=-10.0),
+        ref_logprob=-values(1.0).abs(),
+        ref_entropy=values(1.0).abs(),
+    )
+
+
+def noise(batch: TokenBatch, seed: int = 0) -> torch.Tensor:
+    """One float64 number per token."""
+    return torch.from_numpy(np.random.default_rng(seed).standard_normal(len(batch.role)))
+
+
+def method(**slots: Any) -> Method:
+    row: dict[str, Any] = {
+        "filter": {"kind": "all"},
+        "advantage": {"kind": "group"},
+        "weight": {"kind": "uniform"},
+        "aggregation": "weight_sum",
+        "surrogate": {"kind": "ppo_clip", "low": 0.2, "high": 0.28},
+        "regulariser": {},
+        "learning_rate": 1e-4,
+    }
+    return Method.model_validate(row | slots)
+
+
+def population(values: list[float]) -> tuple[float, float]:
+    """Mean and population variance."""
+    mean = math.fsum(values) / len(values)
+    return mean, math.fsum((value - mean) ** 2 for value in values) / len(values)
+
+
+def sigmoid(x: float) -> float:
+    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+
+
+# ---------------------------------------------------------------------------------------------- S3: advantages
+
+
+@properties
+@given(batches(), st.booleans(), st.sampled_from([0, 1]))
+def test_group_advantage_equals_reference(batch: TokenBatch, std: bool, ddof: int) -> None:
+    returns, group = batch.returns.tolist(), batch.group.tolist()
+    expected = []
+    for own, value in zip(group, returns, strict=True):
+        members = [r for g, r in zip(group, returns, strict=True) if g == own]
+        if len(set(members)) == 1:
+            expected.append(0.0)
+            continue
+        mean, variance = population(members)
+        deviation = math.sqrt(variance * len(members) / (len(members) - ddof))
+        expected.append((value - mean) / (deviation + 1e-6) if std else value - mean)
+    actual = group_advantage(batch.returns, batch.group, std=std, ddof=ddof, eps=1e-6)
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64), **CLOSE)
+    tokens = to_tokens(actual, batch.trajectory, batch.trainable).tolist()
+    for token, own in enumerate(batch.trajectory.tolist()):
+        assert tokens[token] == (actual[own] if batch.trainable[token] else 0.0)
+
+
+@pytest.mark.parametrize("std", [True, False])
+def test_equal_returns_have_advantage_exactly_zero_in_float32(std: bool) -> None:
+    """Eight penalties of -0.1 in all 16 members: their float32 mean is not -0.8."""
+    for value in (-0.1, -0.8, 0.7, 1 / 3):
+        for members in (1, 2, 3, 11, 16, 31):
+            returns = torch.tensor([value] * members + [0.0, 1.0])
+            group = torch.tensor([0] * members + [1, 1])
+            advantage = group_advantage(returns, group, std=std, ddof=1, eps=1e-6)
+            assert advantage[:members].tolist() == [0.0] * members
+            assert advantage[-1] > 0 > advantage[-2]
+
+
+@properties
+@given(batches(), st.sampled_from([1.0, 0.9, 0.0]), st.sampled_from([1.0, 0.8, 0.0]))
+def test_gae_equals_sum_of_discounted_deltas(batch: TokenBatch, gamma: float, lam: float) -> None:
+    """The definition: A_t = sum_k (gamma lam)^k delta_{t+k}, over a trajectory's trainable tokens as if no others existed."""
+    values = noise(batch)
+    expected = [0.0] * len(batch.role)
+    for trajectory in range(batch.trajectories):
+        own = [t for t in range(len(batch.role)) if int(batch.trajectory[t]) == trajectory and bool(batch.trainable[t])]
+        v = [float(values[t]) for t in own] + [0.0]
+        delta = [float(batch.reward[t]) + gamma * v[i + 1] - v[i] for i, t in enumerate(own)]
+        for i, t in enumerate(own):
+            expected[t] = math.fsum((gamma * lam) ** (k - i) * delta[k] for k in range(i, len(own)))
+    actual = gae(batch.reward, values, batch.trainable, batch.trajectory, gamma=gamma, lam=lam)
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64), **CLOSE)
+
+
+@properties
+@given(batches())
+def test_gae_without_discount_is_return_to_go_minus_value(batch: TokenBatch) -> None:
+    values = noise(batch)
+    actual = gae(batch.reward, values, batch.trainable, batch.trajectory, gamma=1.0, lam=1.0)
+    for t in torch.nonzero(batch.trainable).flatten().tolist():
+        same = batch.trajectory == batch.trajectory[t]
+        to_go = batch.reward[t:][same[t:]].sum()
+        assert float(actual[t]) == pytest.approx(float(to_go - values[t]), abs=1e-9)
+
+
+def test_gae_refuses_a_reward_on_an_untrainable_token() -> None:
+    reward, trainable = torch.tensor([0.0, 1.0, 0.0]), torch.tensor([True, False, True])
+    with pytest.raises(ValueError, match="reward"):
+        gae(reward, torch.zeros(3), trainable, torch.zeros(3, dtype=torch.long), gamma=1.0, lam=1.0)
+
+
+@properties
+@given(batches())
+def test_whiten_equals_reference(batch: TokenBatch) -> None:
+    advantages = noise(batch)
+    chosen = [float(a) for a, t in zip(advantages, batch.trainable, strict=True) if t]
+    actual = whiten(advantages, batch.trainable)
+    if not chosen:
+        return
+    mean, variance = population(chosen)
+    for a, t, result in zip(advantages.tolist(), batch.trainable.tolist(), actual.tolist(), strict=True):
+        assert result == (pytest.approx((a - mean) / math.sqrt(variance + 1e-8), abs=1e-6) if t else 0.0)
+
+
+@properties
+@given(batches())
+def test_composed_gae_regresses_on_unwhitened_returns(batch: TokenBatch) -> None:
+    slot = {"kind": "gae", "gamma": 0.9, "lam": 0.8, "whiten": True}
+    values = noise(batch)
+    estimate = token_advantages(method(advantage=slot), batch, values)
+    plain = gae(batch.reward, values, batch.trainable, batch.trajectory, gamma=0.9, lam=0.8)
+    assert estimate.value_target is not None
+    torch.testing.assert_close(estimate.value_target[batch.trainable], (plain + values)[batch.trainable])
+    assert estimate.value_target[~batch.trainable].abs().sum() == 0
+    torch.testing.assert_close(estimate.advantage, whiten(plain, batch.trainable))
+    unwhitened = token_advantages(method(advantage=slot | {"whiten": False}), batch, values)
+    torch.testing.assert_close(unwhitened.advantage, plain)
+
+
+def test_gae_without_values_is_refused() -> None:
+    batch = golden_batch()
+    with pytest.raises(ValueError, match="critic"):
+        token_advantages(method(advantage={"kind": "gae"}), batch, None)
+
+
+# ------------------------------------------------------------------------------------------------- S4: weights
+
+
+def reference_signal(batch: TokenBatch, token: int, signal: str) -> float:
+    logprob, ref = float(batch.logprob[token]), float(batch.ref_logprob[token])
+    if signal == "reference_energy":
+        return float(batch.energy[token])
+    if signal == "reference_entropy":
+        return float(batch.ref_entropy[token])
+    return -logprob if signal == "behaviour_nll" else logprob - ref
+
+
+def reference_weights(batch: TokenBatch, alpha: float, beta: float, tau: float, form: str, signal: str) -> list[float]:
+    n = len(batch.role)
+    action = [t for t in range(n) if bool(batch.trainable[t]) and int(batch.role[t]) == Role.ACTION]
+    x = {t: reference_signal(batch, t, signal) for t in action}
+    mean, variance = population(list(x.values())) if x else (0.0, 0.0)
+    z = {t: (x[t] - mean) / math.sqrt(variance + 1e-8) / tau for t in action}
+    result = []
+    for t in range(n):
+        if not bool(batch.trainable[t]):
+            result.append(0.0)
+        elif int(batch.role[t]) == Role.ANSWER_TAG:
+            result.append(1.0)
+        elif t not in x:
+            result.append(alpha)
+        elif form == "sigmoid":
+            result.append(1 + beta * sigmoid(z[t]))
+        else:
+            own = [u for u in action if int(batch.trajectory[u]) == int(batch.trajectory[t])]
+            share = 1 / math.fsum(math.exp(z[u] - z[t]) for u in own)
+            result.append((1 - beta) + beta * len(own) * share)
+    return result
+
+
+@properties
+@given(
+    batches(),
+    st.sampled_from(["sigmoid", "softmax"]),
+    st.sampled_from([0.0, 0.1, 1.5]),
+    st.sampled_from([0.0, 0.5, 1.0]),
+    st.sampled_from([0.3, 1.0, 4.0]),
+)
+def test_actfocus_weights_equal_reference(batch: TokenBatch, form: str, alpha: float, beta: float, tau: float) -> None:
+    for signal in SIGNALS:
+        actual = actfocus_weights(batch, alpha=alpha, beta=beta, tau=tau, form=form, signal=signal)
+        expected = reference_weights(batch, alpha, beta, tau, form, signal)
+        torch.testing.assert_close(actual.double(), torch.tensor(expected, dtype=torch.float64), **CLOSE)
+
+
+@properties
+@given(batches())
+def test_composed_weights_pass_every_setting_on(batch: TokenBatch) -> None:
+    slot = {
+        "kind": "actfocus",
+        "reasoning_downweight": 0.3,
+        "redistribution_strength": 0.7,
+        "redistribution_temperature": 2.0,
+        "form": "softmax",
+        "signal": "logprob_shift",
+    }
+    expected = reference_weights(batch, 0.3, 0.7, 2.0, "softmax", "logprob_shift")
+    actual = token_weights(method(weight=slot), batch).double()
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64), **CLOSE)
+
+
+@properties
+@given(batches())
+def test_signals_are_higher_where_more_weight_shall_go(batch: TokenBatch) -> None:
+    for signal in SIGNALS:
+        actual = signal_values(batch, signal).tolist()
+        assert actual == pytest.approx([reference_signal(batch, t, signal) for t in range(len(batch.role))])
+
+
+@properties
+@given(batches())
+def test_z_score_has_mean_zero_and_unit_variance_over_the_mask(batch: TokenBatch) -> None:
+    mask = batch.of(Role.ACTION, Role.REASONING)
+    z = z_score(batch.energy, mask)
+    assert z[~mask].abs().sum() == 0
+    chosen = z[mask].tolist()
+    if len(chosen) > 1:
+        mean, variance = population(chosen)
+        assert mean == pytest.approx(0, abs=1e-9)
+        assert variance == pytest.approx(1, abs=1e-4)
+    elif chosen:
+        assert chosen == [0.0]
+
+
+@properties
+@given(batches())
+def test_role_masks_hold_trainable_tokens_only(batch: TokenBatch) -> None:
+    mask = batch.of(Role.THINK_TAG, Role.ACTION).tolist()
+    expected = [
+        t and r in (Role.THINK_TAG, Role.ACTION)
+        for t, r in zip(batch.trainable.tolist(), batch.role.tolist(), strict=True)
+    ]
+    assert mask == expected
+
+
+@pytest.mark.parametrize("form", ["sigmoid", "softmax"])
+@given(batches())
+@properties
+def test_alpha_one_beta_zero_is_exactly_uniform(form: str, batch: TokenBatch) -> None:
+    weights = actfocus_weights(batch, alpha=1.0, beta=0.0, tau=1.0, form=form, signal="reference_energy")
+    uniform = uniform_weights(batch).to(weights.dtype)
+    assert torch.equal(weights, uniform)
+    if not bool(batch.trainable.any()):
+        return
+    slot = {"kind": "actfocus", "reasoning_downweight": 1.0, "redistribution_strength": 0.0}
+    for aggregation in AGGREGATIONS:
+        results = []
+        for weight in (slot, {"kind": "uniform"}):
+            row = method(weight=weight, aggregation=aggregation, regulariser={"entropy": 0.01, "kl": 0.1})
+            results.append(loss_and_gradient(row, batch, token_weights(row, batch).double()))
+        assert results[0][0] == results[1][0]
+        assert torch.equal(results[0][1], results[1][1])
+
+
+@properties
+@given(batches())
+def test_redistribution_temperature_has_the_documented_limits(batch: TokenBatch) -> None:
+    action = batch.of(Role.ACTION)
+    if not bool(action.any()):
+        return
+    options = {"alpha": 0.1, "beta": 0.5, "signal": "reference_energy"}
+    flat = actfocus_weights(batch, tau=1e9, form="sigmoid", **options)[action]
+    torch.testing.assert_close(flat, torch.full_like(flat, 1.25), **CLOSE)
+    flat = actfocus_weights(batch, tau=1e9, form="softmax", **options)[action]
+    torch.testing.assert_close(flat, torch.ones_like(flat), **CLOSE)
+    hard = actfocus_weights(batch, tau=1e-9, form="sigmoid", **options)[action]
+    energy = batch.energy[action]
+    away = (energy - energy.mean()).abs() > 1e-3
+    torch.testing.assert_close(hard[away], torch.where(energy > energy.mean(), 1.5, 1.0).double()[away], **CLOSE)
+
+
+@properties
+@given(batches(), st.sampled_from([0.01, 1.0, 10.0]), st.sampled_from([0.0, 0.5, 1.0]))
+def test_softmax_form_keeps_each_trajectorys_action_total(batch: TokenBatch, tau: float, beta: float) -> None:
+    weights = actfocus_weights(batch, alpha=0.1, beta=beta, tau=tau, form="softmax", signal="reference_entropy")
+    action = batch.of(Role.ACTION)
+    for trajectory in range(batch.trajectories):
+        own = action & (batch.trajectory == trajectory)
+        assert float(weights[own].sum()) == pytest.approx(float(own.sum()), abs=1e-6)
+
+
+@properties
+@given(batches())
+def test_nothing_outside_trainable_tokens_has_advantage_or_weight(batch: TokenBatch) -> None:
+    others = ~batch.trainable
+    assert bool(others.any())
+    slot = {"kind": "actfocus"}
+    for advantage in ({"kind": "group"}, {"kind": "gae"}, {"kind": "gae", "whiten": False}):
+        row = method(advantage=advantage, weight=slot)
+        assert token_advantages(row, batch, noise(batch)).advantage[others].abs().sum() == 0
+        weights = token_weights(row, batch)
+        assert weights[others].abs().sum() == 0
+        for aggregation in AGGREGATIONS:
+            assert coefficients(weights, batch.trainable, batch.trajectory, aggregation)[others].abs().sum() == 0
+    assert uniform_weights(batch)[others].abs().sum() == 0
+
+
+# --------------------------------------------------------------------------------------------- S4: aggregation
+
+
+@properties
+@given(batches(), st.sampled_from(AGGREGATIONS))
+def test_coefficients_equal_reference(batch: TokenBatch, aggregation: str) -> None:
+    weights = torch.where(batch.trainable, noise(batch).abs(), 0.0)
+    weights = torch.where(batch.trajectory == 0, 0.0, weights)  # a trajectory without any weight
+    w, owner = weights.tolist(), batch.trajectory.tolist()
+    totals = {k: math.fsum(x for x, o in zip(w, owner, strict=True) if o == k) for k in set(owner)}
+    alive = sum(total > 0 for total in totals.values())
+    expected = []
+    for x, own in zip(w, owner, strict=True):
+        if x == 0:
+            expected.append(0.0)
+        elif aggregation == "weight_sum":
+            expected.append(x / math.fsum(w))
+        elif aggregation == "token_mean":
+            expected.append(x / sum(batch.trainable.tolist()))
+        else:
+            expected.append(x / totals[own] / alive)
+    actual = coefficients(weights, batch.trainable, batch.trajectory, aggregation)
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64), **CLOSE)
+
+
+@properties
+@given(batches(), st.sampled_from([1e-3, 0.5, 7.0]))
+def test_loss_is_unchanged_when_all_weights_are_scaled(batch: TokenBatch, factor: float) -> None:
+    if not bool(batch.trainable.any()):
+        return
+    row = method(weight={"kind": "actfocus"})
+    weights = token_weights(row, batch).double()
+    loss, gradient = loss_and_gradient(row, batch, weights)
+    scaled_loss, scaled_gradient = loss_and_gradient(row, batch, factor * weights)
+    assert scaled_loss == pytest.approx(loss, rel=1e-9)
+    torch.testing.assert_close(scaled_gradient, gradient)
+
+
+def test_no_weight_at_all_gives_zeros_not_nan() -> None:
+    batch = golden_batch()
+    for aggregation in AGGREGATIONS:
+        actual = coefficients(torch.zeros(len(batch.role)), batch.trainable, batch.trajectory, aggregation)
+        assert actual.tolist() == [0.0] * len(batch.role)
+
+
+# --------------------------------------------------------------------------------------- S5 and S6: token losses
+
+
+def reference_surrogate(logprob: float, old: float, advantage: float, low: float, high: float) -> tuple[float, float]:
+    """Loss and its derivative by log pi: 0 where the bound is what the minimum takes."""
+    ratio = math.exp(logprob - old)
+    held = min(max(ratio, 1 - low), 1 + high)
+    if held * advantage < ratio * advantage:
+        return -held * advantage, 0.0
+    return -ratio * advantage, -ratio * advantage
+
+
+def reference_kl(logprob: float, ref: float, estimator: str) -> tuple[float, float]:
+    """Estimate and its derivative by log pi."""
+    d = logprob - ref
+    if estimator == "k1":
+        return d, 1.0
+    if estimator == "k2":
+        return d * d / 2, d
+    return math.exp(-d) - 1 + d, 1 - math.exp(-d)
+
+
+@properties
+@given(batches())
+def test_ppo_clip_equals_reference_with_gradient(batch: TokenBatch) -> None:
+    logprob = (batch.logprob + 0.5 * noise(batch, 1)).requires_grad_(True)
+    advantage = noise(batch, 2)
+    loss, clipped = ppo_clip(logprob, batch.logprob, advantage, low=0.2, high=0.28)
+    (gradient,) = torch.autograd.grad(loss.sum(), logprob)
+    now = logprob.tolist()
+    for t in range(len(batch.role)):
+        value, slope = reference_surrogate(now[t], float(batch.logprob[t]), float(advantage[t]), 0.2, 0.28)
+        assert float(loss[t].detach()) == pytest.approx(value, abs=1e-6)
+        assert float(gradient[t]) == pytest.approx(slope, abs=1e-6)
+        assert bool(clipped[t]) == (slope == 0.0)
+
+
+@pytest.mark.parametrize(
+    ("ratio", "advantage", "loss", "gradient"),
+    [
+        (1.5, 1.0, -1.2, 0.0),
+        (1.5, -1.0, 1.5, 1.5),
+        (0.5, 1.0, -0.5, -0.5),
+        (0.5, -1.0, 0.8, 0.0),
+        (1.1, 1.0, -1.1, -1.1),
+        (1.5, 0.0, 0.0, 0.0),
+    ],
+)
+def test_ppo_clip_golden(ratio: float, advantage: float, loss: float, gradient: float) -> None:
+    logprob = torch.tensor([math.log(ratio)], dtype=torch.float64, requires_grad=True)
+    result = ppo_clip(logprob, torch.zeros(1, dtype=torch.float64), torch.tensor([advantage]), low=0.2, high=0.2)
+    (actual,) = torch.autograd.grad(result.loss.sum(), logprob)
+    assert result.loss.item() == pytest.approx(loss)
+    assert actual.item() == pytest.approx(gradient)
+
+
+@properties
+@given(batches(), st.sampled_from(["k1", "k2", "k3"]))
+def test_kl_estimators_equal_reference_with_gradient(batch: TokenBatch, estimator: str) -> None:
+    logprob = batch.logprob.clone().requires_grad_(True)
+    loss = kl_penalty(logprob, batch.ref_logprob, estimator)
+    (gradient,) = torch.autograd.grad(loss.sum(), logprob)
+    now = logprob.tolist()
+    for t in range(len(batch.role)):
+        value, slope = reference_kl(now[t], float(batch.ref_logprob[t]), estimator)
+        assert float(loss[t].detach()) == pytest.approx(value, abs=1e-6)
+        assert float(gradient[t]) == pytest.approx(slope, abs=1e-6)
+
+
+def expected_gradient(estimator: str) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Exact expectation, over the policy's own samples, of an estimator's gradient; and the two KLs' gradients."""
+    theta = torch.tensor([0.3, -1.0, 0.8, 0.1], dtype=torch.float64, requires_grad=True)
+    reference = torch.log_softmax(torch.tensor([-0.5, 0.4, 0.9, -1.2], dtype=torch.float64), -1)
+    logprob = torch.log_softmax(theta, -1)
+    probability = logprob.exp()
+    loss = (probability.detach() * kl_penalty(logprob, reference, estimator)).sum()
+    forward = (probability * (logprob - reference)).sum()
+    backward = (reference.exp() * (reference - logprob)).sum()
+    return tuple(torch.autograd.grad(x, theta, retain_graph=True)[0] for x in (loss, forward, backward))
+
+
+def test_k1_as_a_loss_has_no_expected_gradient() -> None:
+    gradient, forward, _ = expected_gradient("k1")
+    torch.testing.assert_close(gradient, torch.zeros(4, dtype=torch.float64), atol=1e-12, rtol=0)
+    assert forward.abs().max() > 0.01
+
+
+def test_k2_as_a_loss_has_the_gradient_of_the_kl() -> None:
+    gradient, forward, _ = expected_gradient("k2")
+    torch.testing.assert_close(gradient, forward)
+
+
+def test_k3_as_a_loss_has_the_gradient_of_the_reverse_kl() -> None:
+    gradient, forward, backward = expected_gradient("k3")
+    torch.testing.assert_close(gradient, backward)
+    assert gradient.abs().max() > 0.01
+    assert not torch.allclose(gradient, forward, atol=1e-2)
+
+
+@pytest.mark.parametrize(("estimator", "unbiased"), [("k1", True), ("k2", False), ("k3", True)])
+def test_kl_estimators_are_unbiased_where_they_say_so(estimator: str, unbiased: bool) -> None:
+    logprob = torch.log_softmax(torch.tensor([0.3, -1.0, 0.8], dtype=torch.float64), -1)
+    reference = torch.log_softmax(torch.tensor([-0.5, 0.4, 0.9], dtype=torch.float64), -1)
+    estimate = (logprob.exp() * kl_penalty(logprob, reference, estimator)).sum()
+    exact = (logprob.exp() * (logprob - reference)).sum()
+    assert bool(torch.isclose(estimate, exact)) == unbiased
+
+
+@properties
+@given(batches(), st.sampled_from([None, 0.2, 1.0]))
+def test_value_loss_equals_reference(batch: TokenBatch, clip: float | None) -> None:
+    values, old, target = (noise(batch, seed) for seed in range(3))
+    actual = value_loss(values, old, target, clip).tolist()
+    for v, o, r, result in zip(values.tolist(), old.tolist(), target.tolist(), actual, strict=True):
+        expected = 0.5 * (v - r) ** 2
+        if clip is not None:
+            held = o + min(max(v - o, -clip), clip)
+            expected = max(expected, 0.5 * (held - r) ** 2)
+        assert result == pytest.approx(expected, abs=1e-6)
+
+
+def loss_and_gradient(row: Method, batch: TokenBatch, weights: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """A method's loss on a batch with some new policy, as in training: on the trainable tokens."""
+    keep = batch.trainable
+    logprob = (batch.logprob + 0.4 * noise(batch, 3))[keep].requires_grad_(True)
+    factors = coefficients(weights, batch.trainable, batch.trajectory, row.aggregation)
+    parts = policy_loss(
+        row,
+        logprob=logprob,
+        entropy=noise(batch, 4)[keep].abs(),
+        logprob_old=batch.logprob[keep],
+        ref_logprob=batch.ref_logprob[keep],
+        advantage=token_advantages(row, batch, noise(batch, 5)).advantage[keep],
+        coefficient=factors[keep],
+        tokens=int(keep.sum()),
+    )
+    (gradient,) = torch.autograd.grad(parts.total, logprob)
+    return float(parts.total.detach()), gradient
+
+
+@properties
+@given(batches(), st.sampled_from(["k1", "k2", "k3"]), st.sampled_from([0.0, 0.03]), st.sampled_from([0.0, 0.2]))
+def test_policy_loss_equals_reference_with_gradients(
+    batch: TokenBatch, estimator: str, bonus: float, kl: float
+) -> None:
+    keep = batch.trainable
+    tokens = int(keep.sum())
+    if tokens == 0:
+        return
+    row = method(regulariser={"entropy": bonus, "kl": kl, "kl_estimator": estimator})
+    logprob = (batch.logprob + 0.4 * noise(batch, 3))[keep].requires_grad_(True)
+    entropy = noise(batch, 4)[keep].abs().requires_grad_(True)
+    old, ref = batch.logprob[keep], batch.ref_logprob[keep]
+    advantage, factor = noise(batch, 5)[keep], noise(batch, 6)[keep].abs()
+    parts = policy_loss(
+        row,
+        logprob=logprob,
+        entropy=entropy,
+        logprob_old=old,
+        ref_logprob=ref,
+        advantage=advantage,
+        coefficient=factor,
+        tokens=tokens,
+    )
+    surrogate = penalty = clipped = 0.0
+    slopes = []
+    now = logprob.tolist()
+    for t in range(tokens):
+        value, slope = reference_surrogate(now[t], float(old[t]), float(advantage[t]), 0.2, 0.28)
+        extra, extra_slope = reference_kl(now[t], float(ref[t]), estimator)
+        surrogate += float(factor[t]) * value
+        penalty += extra / tokens
+        clipped += (slope == 0.0) / tokens
+        slopes.append(float(factor[t]) * slope + kl * extra_slope / tokens)
+    mean_entropy = math.fsum(entropy.tolist()) / tokens
+    assert parts.surrogate.item() == pytest.approx(surrogate, abs=1e-6)
+    assert parts.kl.item() == pytest.approx(penalty, abs=1e-6)
+    assert parts.entropy.item() == pytest.approx(mean_entropy, abs=1e-6)
+    assert parts.clipped.item() == pytest.approx(clipped, abs=1e-6)
+    assert parts.total.item() == pytest.approx(surrogate - bonus * mean_entropy + kl * penalty, abs=1e-6)
+    gradient, entropy_gradient = torch.autograd.grad(parts.total, (logprob, entropy), allow_unused=True)
+    assert gradient.tolist() == pytest.approx(slopes, abs=1e-6)
+    assert (0.0 if entropy_gradient is None else entropy_gradient[0].item()) == pytest.approx(-bonus / tokens, abs=1e-9)
+
+
+@properties
+@given(batches())
+def test_pieces_of_a_minibatch_add_up_to_it(batch: TokenBatch) -> None:
+    """Coefficients and token counts belong to the minibatch, so memory-bounded pieces change nothing."""
+    keep = torch.nonzero(batch.trainable).flatten()
+    if len(keep) < 2:
+        return
+    row = method(regulariser={"entropy": 0.01, "kl": 0.1})
+    columns = {
+        "logprob": batch.logprob + 0.4 * noise(batch, 1),
+        "entropy": noise(batch, 2).abs(),
+        "logprob_old": batch.logprob,
+        "ref_logprob": batch.ref_logprob,
+        "advantage": noise(batch, 3),
+        "coefficient": noise(batch, 4).abs(),
+    }
+    whole = policy_loss(row, **{k: v[keep] for k, v in columns.items()}, tokens=len(keep))
+    halves = [policy_loss(row, **{k: v[part] for k, v in columns.items()}, tokens=len(keep)) for part in keep.split(2)]
+    for term in range(len(whole)):
+        assert sum(float(half[term]) for half in halves) == pytest.approx(float(whole[term]), abs=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------- S2: filters
+
+
+@properties
+@given(batches(), st.sampled_from([0.25, 0.5, 1.0]))
+def test_reward_variance_keeps_the_most_varied_groups(batch: TokenBatch, keep: float) -> None:
+    returns, group = batch.returns.tolist(), batch.group.tolist()
+    members = {g: [r for r, own in zip(returns, group, strict=True) if own == g] for g in sorted(set(group))}
+    deviation = {g: math.sqrt(population(rs)[1]) if len(set(rs)) > 1 else 0.0 for g, rs in members.items()}
+    room = math.ceil(keep * len(members))
+    chosen = sorted(members, key=lambda g: (-round(deviation[g], 12), g))[:room]
+    expected = [g in chosen and deviation[g] > 0 for g in group]
+    assert reward_variance(batch.returns, batch.group, keep).tolist() == expected
+    row = method(filter={"kind": "reward_variance", "keep": keep})
+    assert select_groups(row, batch.returns, batch.group).tolist() == expected
+    assert group_deviation(batch.returns, batch.group).tolist() == pytest.approx(list(deviation.values()), abs=1e-9)
+
+
+def test_share_of_groups_is_not_rounded_up_by_float_error() -> None:
+    """0.28 * 25 is 7.000000000000001 in floats."""
+    returns, group = torch.tensor([0.0, 1.0] * 25), torch.arange(25).repeat_interleave(2)
+    for keep, groups in ((0.28, 7), (0.29, 8), (0.56, 14), (1.0, 25), (1e-12, 1)):
+        assert int(reward_variance(returns, group, keep).sum()) == 2 * groups
+
+
+def test_groups_of_equal_returns_are_dropped_even_where_float_variance_is_not_zero() -> None:
+    returns = torch.tensor([-0.1] * 11 + [-0.8] * 16)
+    group = torch.tensor([0] * 11 + [1] * 16)
+    assert not reward_variance(returns, group, 1.0).any()
+    assert select_groups(method(), returns, group).all()
+
+
+def test_tied_groups_are_kept_from_the_first() -> None:
+    returns, group = torch.tensor([0.0, 1.0] * 4), torch.arange(4).repeat_interleave(2)
+    assert reward_variance(returns, group, 0.5).tolist() == [True] * 4 + [False] * 4
+
+
+# ------------------------------------------------------------------------------------------------ golden values
+
+
+def golden_batch() -> TokenBatch:
+    """One trajectory: prompt, <think>, one word, <answer>, two action tokens, </answer>."""
+    roles = [Role.PROMPT, Role.THINK_TAG, Role.REASONING, Role.ANSWER_TAG, Role.ACTION, Role.ACTION, Role.ANSWER_TAG]
+    zeros = torch.zeros(7, dtype=torch.float64)
+    return TokenBatch(
+        role=torch.tensor([int(role) for role in roles]),
+        trainable=torch.tensor([False] + [True] * 6),
+        trajectory=torch.zeros(7, dtype=torch.long),
+        group=torch.tensor([0]),
+        returns=torch.tensor([1.0], dtype=torch.float64),
+        reward=torch.tensor([0.0] * 6 + [1.0], dtype=torch.float64),
+        logprob=zeros,
+        energy=torch.tensor([0.0, -9.0, -9.0, -9.0, -3.0, -1.0, -9.0], dtype=torch.float64),
+        ref_logprob=zeros,
+        ref_entropy=zeros,
+    )
+
+
+def test_golden_actfocus_loss() -> None:
+    """By hand. Action energies -3 and -1: mean -2, deviation 1, z = -1 and 1.
+
+    sigmoid(-1) = 0.26894142, sigmoid(1) = 0.73105858, so with alpha 0.1 and beta 0.5 the weights are
+    0, 0.1, 0.1, 1, 1.13447071, 1.36552929, 1, which sum to 4.7. All advantages are 2. Ratios are 1, except
+    0.5 at the reasoning token (below the band, A > 0: not held) and 1.5 at the first action token (held at 1.28):
+
+    L = -2 / 4.7 * (0.1 * 1 + 0.1 * 0.5 + 1 * 1 + 1.13447071 * 1.28 + 1.36552929 * 1 + 1 * 1)
+      = -2 / 4.7 * 4.96765180 = -2.11389438
+
+    The gradient by log pi is -w A r / 4.7, and 0 at the held token.
+    """
+    batch = golden_batch()
+    row = method(weight={"kind": "actfocus", "reasoning_downweight": 0.1, "redistribution_strength": 0.5})
+    weights = token_weights(row, batch)
+    assert weights.tolist() == pytest.approx([0, 0.1, 0.1, 1, 1.13447071, 1.36552929, 1], abs=1e-7)
+    logprob = torch.tensor([0, 0, math.log(0.5), 0, math.log(1.5), 0, 0], dtype=torch.float64, requires_grad=True)
+    parts = policy_loss(
+        row,
+        logprob=logprob,
+        entropy=torch.zeros(7),
+        logprob_old=batch.logprob,
+        ref_logprob=batch.ref_logprob,
+        advantage=torch.tensor([0.0] + [2.0] * 6),
+        coefficient=coefficients(weights, batch.trainable, batch.trajectory, row.aggregation),
+        tokens=6,
+    )
+    assert parts.total.item() == pytest.approx(-2.11389438, abs=1e-7)
+    (gradient,) = torch.autograd.grad(parts.total, logprob)
+    expected = [0, -0.2 / 4.7, -0.1 / 4.7, -2 / 4.7, 0, -2.73105858 / 4.7, -2 / 4.7]
+    assert gradient.tolist() == pytest.approx(expected, abs=1e-7)
+    assert parts.clipped.item() == pytest.approx(1 / 6)
+
+
+def test_golden_softmax_weights() -> None:
+    """softmax(-1, 1) = 0.11920292, 0.88079708; times 2 tokens, half of it added to one half."""
+    batch = golden_batch()
+    weights = actfocus_weights(batch, alpha=0.1, beta=0.5, tau=1.0, form="softmax", signal="reference_energy")
+    assert weights.tolist() == pytest.approx([0, 0.1, 0.1, 1, 0.61920292, 1.38079708, 1], abs=1e-7)
+
+
+def test_golden_group_advantage() -> None:
+    """Returns 1, 0, 0, 0: mean 1/4, sample deviation 1/2; population deviation sqrt(3)/4."""
+    returns, group = torch.tensor([1.0, 0.0, 0.0, 0.0], dtype=torch.float64), torch.zeros(4, dtype=torch.long)
+    sample = group_advantage(returns, group, std=True, ddof=1, eps=1e-6)
+    assert sample.tolist() == pytest.approx([1.5, -0.5, -0.5, -0.5], abs=1e-5)
+    whole = group_advantage(returns, group, std=True, ddof=0, eps=1e-6)
+    assert whole[0].item() == pytest.approx(math.sqrt(3), abs=1e-5)
+
+
+# ------------------------------------------------------------------------------------------ from trajectories
+
+
+def test_token_batch_reads_trajectories_and_refuses_unannotated_ones() -> None:
+    builder = EpisodeBuilder(
+        episode_id="e", group_id="g", environment="x", state_key="s", seed=0, iteration=0, policy_version=0
+    )
+    builder.append_text([1, 2], Role.PROMPT)
+    start = len(builder)
+    builder.append_text([3], Role.THINK_TAG)
+    builder.append_sampled([4, 5], [Role.ACTION, Role.ANSWER_TAG], [-0.5, -0.25], [1.0, 2.0])
+    builder.close_turn(start, 1.0, "Left", True, "s")
+    builder.finish(True, "goal")
+    plain = build([builder])
+    with pytest.raises(ValueError, match="annotated"):
+        token_batch(plain)
+    column = np.arange(5, dtype=np.float32)
+    batch = token_batch(replace(plain, energy=-column, ref_logprob=-2 * column, ref_entropy=3 * column))
+    assert batch.trainable.tolist() == [False, False, False, True, True]
+    assert batch.role.tolist() == [Role.PROMPT, Role.PROMPT, Role.THINK_TAG, Role.ACTION, Role.ANSWER_TAG]
+    assert batch.reward.tolist() == [0, 0, 0, 0, 1]
+    assert batch.logprob.tolist() == [0, 0, 0, -0.5, -0.25]
+    assert batch.energy.tolist() == [0, -1, -2, -3, -4]
+    assert batch.ref_logprob.tolist() == [0, -2, -4, -6, -8]
+    assert batch.ref_entropy.tolist() == [0, 3, 6, 9, 12]
+    assert (batch.trajectory.tolist(), batch.group.tolist(), batch.returns.tolist()) == ([0] * 5, [0], [1.0])

@@ -1,0 +1,348 @@
+"""Roles from character offsets, the response parser, and dialogues against the chat template itself."""
+
+from __future__ import annotations
+
+import itertools
+import re
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
+from transformers import PreTrainedTokenizerFast
+
+from pipeline.policy.tokenizer import train_tokenizer
+from pipeline.prompting import PLAIN_TEMPLATE, DecodedResponse, Dialogue, decode, parse_response, token_roles
+from pipeline.trajectory import Role
+
+properties = settings(deadline=None, max_examples=150, derandomize=True)
+
+CHATML = (
+    "{%- if messages[0]['role'] == 'system' %}{{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}"
+    "{%- else %}{{- '<|im_start|>system\\nYou are a helpful assistant.<|im_end|>\\n' }}{%- endif %}"
+    "{%- for message in messages %}{%- if message.role != 'system' or not loop.first %}"
+    "{{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}"
+)
+"""The text part of Qwen2.5's chat template."""
+
+
+def byte_level(special: list[str], **options: Any) -> Any:
+    """A tokenizer of few merges, in which ``<think>`` is several tokens."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(vocab_size=280 + len(special), initial_alphabet=alphabet, show_progress=False)
+    tokenizer.train_from_iterator(["let me think answer the answer think"] * 3, trainer)
+    tokenizer.add_special_tokens([AddedToken(token, special=True) for token in special])
+    return PreTrainedTokenizerFast(tokenizer_object=tokenizer, clean_up_tokenization_spaces=False, **options)
+
+
+COMPACT = train_tokenizer(["player 0 1 goal 3 3 holes none", "let me think", "Left Right Up Down"] * 3, 320)
+QWEN = byte_level(["<|im_start|>", "<|im_end|>"], eos_token="<|im_end|>", chat_template=CHATML)
+BASE = byte_level(["</s>"], eos_token="</s>")
+TOKENIZERS = pytest.mark.parametrize("tokenizer", [COMPACT, QWEN, BASE], ids=["compact", "qwen", "base"])
+
+PIECES = st.sampled_from(
+    ["<think>", "</think>", "<answer>", "</answer>", "Left", " 12", "a<b", "\n", "√", "<", ">", "</"]
+)
+RESPONSES = st.lists(PIECES, max_size=10).map("".join)
+IMPORTANCE = [Role.OTHER, Role.REASONING, Role.THINK_TAG, Role.ANSWER_TAG, Role.ACTION]
+
+
+# -------------------------------------------------------------------------------------------------------- roles
+
+
+def character_roles(text: str) -> list[Role]:
+    """One character after another; an answer is an action only if the next tag closes it."""
+    tags = ("<think>", "</think>", "<answer>", "</answer>")
+    roles: list[Role] = []
+    inside = Role.OTHER
+    while len(roles) < len(text):
+        rest = text[len(roles) :]
+        for tag, role, then in (
+            ("<think>", Role.THINK_TAG, Role.REASONING),
+            ("</think>", Role.THINK_TAG, Role.OTHER),
+            ("<answer>", Role.ANSWER_TAG, Role.ACTION),
+            ("</answer>", Role.ANSWER_TAG, Role.OTHER),
+        ):
+            if rest.startswith(tag):
+                roles += [role] * len(tag)
+                inside = then
+                break
+        else:
+            following = min((t for t in tags if t in rest), key=rest.index, default="")
+            closed = inside is not Role.ACTION or following == "</answer>"
+            roles.append(inside if closed else Role.OTHER)
+    return roles
+
+
+@st.composite
+def segmented(draw: st.DrawFn) -> DecodedResponse:
+    """A text cut into tokens at random places."""
+    text = draw(RESPONSES)
+    cuts = sorted(draw(st.sets(st.integers(1, max(1, len(text) - 1)), max_size=12)))
+    bounds = [0, *[cut for cut in cuts if 0 < cut < len(text)], len(text)]
+    return DecodedResponse(text, list(itertools.pairwise(bounds)) if text else [])
+
+
+@properties
+@given(RESPONSES)
+def test_roles_of_single_characters_equal_reference(text: str) -> None:
+    spans = [(i, i + 1) for i in range(len(text))]
+    assert token_roles(DecodedResponse(text, spans)) == character_roles(text)
+
+
+@properties
+@given(segmented())
+def test_roles_do_not_depend_on_the_segmentation(response: DecodedResponse) -> None:
+    """A token has the most consequential role of its characters, whatever the other tokens are."""
+    characters = character_roles(response.text)
+    expected = [max(characters[start:end], key=IMPORTANCE.index) for start, end in response.spans]
+    assert token_roles(response) == expected
+
+
+@TOKENIZERS
+@given(RESPONSES)
+@properties
+def test_roles_of_real_tokens_follow_their_characters(tokenizer: Any, text: str) -> None:
+    """Tags are one token each in the project's tokenizer and several in the others."""
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    response = decode(tokenizer, ids)
+    assert response.text == text
+    characters = character_roles(text)
+    for role, (start, end) in zip(token_roles(response), response.spans, strict=True):
+        assert role == max(characters[start:end], key=IMPORTANCE.index)
+
+
+def test_a_tag_may_be_one_token_or_several() -> None:
+    text = "<think>so</think><answer>Up</answer>"
+    counts = {}
+    for name, tokenizer in (("compact", COMPACT), ("base", BASE)):
+        ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+        roles = token_roles(decode(tokenizer, ids))
+        assert list(dict.fromkeys(roles)) == [Role.THINK_TAG, Role.REASONING, Role.ANSWER_TAG, Role.ACTION]
+        counts[name] = roles.count(Role.THINK_TAG)
+    assert counts["compact"] == 2 < counts["base"]
+
+
+T, R, X, A, G = Role.THINK_TAG, Role.REASONING, Role.OTHER, Role.ACTION, Role.ANSWER_TAG
+
+
+@pytest.mark.parametrize(
+    ("pieces", "expected"),
+    [
+        (["<think>", "a", "</think>", "<answer>", "Up", "</answer>"], [T, R, T, G, A, G]),
+        (["<think>a", "</think><answer>", "Up</answer>"], [T, G, A]),
+        (["a</think>", "<answer>"], [T, G]),
+        (["</think>\n", "<answer>Up</answer>\n"], [T, A]),
+        (["hello", " world"], [X, X]),
+        (["<think>", "never", " closed"], [T, R, R]),
+        (["<answer>", "Up", "<|end|>"], [G, X, X]),
+        (["<answer>", "Up", "</answer>", "<|end|>"], [G, A, G, X]),
+        (["<think>", "a", "<answer>", "Up", "</think>", "x"], [T, R, G, X, T, X]),
+        (["</answer>", "x", "<think"], [G, X, X]),
+        (["<thi", "nk", "a>"], [X, X, X]),
+        (["<thi", "nk>", "a"], [T, T, R]),
+        (["<", "answer", ">", "Up", "</", "answer", ">"], [G, G, G, A, G, G, G]),
+    ],
+)
+def test_golden_roles(pieces: list[str], expected: list[Role]) -> None:
+    spans, position = [], 0
+    for piece in pieces:
+        spans.append((position, position + len(piece)))
+        position += len(piece)
+    assert token_roles(DecodedResponse("".join(pieces), spans)) == expected
+
+
+def test_tokens_without_characters_get_the_role_of_their_place() -> None:
+    assert token_roles(DecodedResponse("<think>", [(0, 7), (7, 7)])) == [T, R]
+    assert token_roles(DecodedResponse("<think>a", [(0, 7), (7, 7), (7, 8)])) == [T, R, R]
+    assert token_roles(DecodedResponse("", [(0, 0)])) == [X]
+
+
+def test_bytes_of_one_character_share_its_role() -> None:
+    ids = BASE("<think>√日</think>", add_special_tokens=False)["input_ids"]
+    response = decode(BASE, ids)
+    first = response.text.index("√")
+    assert response.spans.count((first, first + 1)) == 3
+    roles = token_roles(response)
+    assert [role for role, span in zip(roles, response.spans, strict=True) if span[0] in (first, first + 1)] == [R] * 6
+
+
+# ------------------------------------------------------------------------------------------------------- decode
+
+
+@TOKENIZERS
+@given(st.text(max_size=20))
+@properties
+def test_any_text_survives_encoding_and_decoding(tokenizer: Any, text: str) -> None:
+    ids = tokenizer(text, add_special_tokens=False)["input_ids"]
+    response = decode(tokenizer, ids)
+    assert response.text == text
+    assert len(response.spans) == len(ids)
+
+
+def test_invisible_characters_survive() -> None:
+    text = "a\u200b\ufeff\u00ad e\u0301\u202e\u00a0\t\r\n 👩‍👩‍👧 \x01\x00  ."
+    for tokenizer in (COMPACT, QWEN, BASE):
+        assert decode(tokenizer, tokenizer(text, add_special_tokens=False)["input_ids"]).text == text
+
+
+@TOKENIZERS
+@given(st.data())
+@properties
+def test_any_tokens_can_be_decoded(tokenizer: Any, data: st.DataObject) -> None:
+    """A random policy writes broken characters; what is decoded is the whole text, up to one that is still incomplete."""
+    ids = data.draw(st.lists(st.integers(0, len(tokenizer) - 1), max_size=20))
+    response = decode(tokenizer, ids)
+    whole = tokenizer.decode(ids, skip_special_tokens=False)
+    assert whole.startswith(response.text)
+    assert set(whole[len(response.text) :]) <= {"\ufffd"}
+    assert len(response.spans) == len(ids)
+    assert len(token_roles(response)) == len(ids)
+    pieces = list(dict.fromkeys([(0, 0), *response.spans, (len(response.text),) * 2]))
+    assert all(earlier[1] == later[0] for earlier, later in itertools.pairwise(pieces))
+
+
+# -------------------------------------------------------------------------------------------------------- parser
+
+
+@pytest.mark.parametrize(
+    ("text", "limit", "expected"),
+    [
+        ("<think>a</think><answer>Up</answer>", 1, ["Up"]),
+        (" <think>a\nb</think>\n <answer> Up \n</answer>\n", 1, ["Up"]),
+        ("<think></think><answer>Up</answer>", 1, ["Up"]),
+        ("<think>a</think><answer>Up||Left</answer>", 2, ["Up", "Left"]),
+        ("<think>a</think><answer>Up || Left||Down</answer>", 2, ["Up", "Left"]),
+        ("<think>a</think><answer>||Up||  ||Left||</answer>", 5, ["Up", "Left"]),
+        ("<think>a</think><answer>Up|Left</answer>", 2, ["Up|Left"]),
+        ("<think>1 < 2 > 0 <b></think><answer>Up</answer>", 1, ["Up"]),
+        ("<think>a</think><answer></answer>", 1, None),
+        ("<think>a</think><answer> || </answer>", 2, None),
+        ("<answer>Up</answer>", 1, None),
+        ("<think>a</think>", 1, None),
+        ("<think>a</think><answer>Up", 1, None),
+        ("<think>a<answer>Up</answer>", 1, None),
+        ("<think>a</think> so <answer>Up</answer>", 1, None),
+        ("well <think>a</think><answer>Up</answer>", 1, None),
+        ("<think>a</think><answer>Up</answer>.", 1, None),
+        ("<think>a<think>b</think></think><answer>Up</answer>", 1, None),
+        ("<think>a<answer>Up</answer></think><answer>Up</answer>", 1, None),
+        ("<think>a</think><answer><answer>Up</answer></answer>", 1, None),
+        ("<think>a</think><answer>Up</answer><answer>Left</answer>", 2, None),
+        ("<THINK>a</THINK><ANSWER>Up</ANSWER>", 1, None),
+        ("", 1, None),
+    ],
+)
+def test_parse_response(text: str, limit: int, expected: list[str] | None) -> None:
+    assert parse_response(text, limit) == expected
+
+
+@properties
+@given(RESPONSES, st.integers(1, 3))
+def test_only_one_strict_pair_of_regions_is_parsed(text: str, limit: int) -> None:
+    """Whatever is parsed has exactly four tags, in order, with nothing but space outside them."""
+    actions = parse_response(text, limit)
+    tags = re.findall(r"</?(?:think|answer)>", text)
+    outside = [c for c, role in zip(text, character_roles(text), strict=True) if role is Role.OTHER and not c.isspace()]
+    well_formed = tags == ["<think>", "</think>", "<answer>", "</answer>"] and not outside
+    if not well_formed:
+        assert actions is None
+        return
+    written = [part.strip() for part in text.split("<answer>")[1].split("</answer>")[0].split("||")]
+    assert actions == ([part for part in written if part][:limit] or None)
+
+
+# ------------------------------------------------------------------------------------------------------ dialogue
+
+OBSERVATIONS = ["player 0 1\ngoal 3 3", "player 1 1 goal 3 3", "  player 2 1 √  \n"]
+REPLIES = ["<think>so</think><answer>Down</answer>", "<think>\u200b 日</think>\n<answer>Up</answer>"]
+TEXTS = st.text(st.characters(exclude_characters="\x01", exclude_categories=["Cs"]), max_size=12)
+
+
+def played(dialogue: Dialogue, observations: list[str], replies: list[str], by_eos: bool, rewards: list[float]) -> str:
+    """The text of the ids that a conversation of one more observation than replies is made of."""
+    tokenizer = dialogue.tokenizer
+    ids = dialogue.opening("Reach the goal.", observations[0], 8)
+    for turn, (reply, observation) in enumerate(zip(replies, observations[1:], strict=True), start=2):
+        ids += dialogue.encode(reply) + ([tokenizer.eos_token_id] if by_eos else [])
+        ids += dialogue.following(turn, observation, rewards[turn - 2], by_eos, 9 - turn)
+    return str(tokenizer.decode(ids, skip_special_tokens=False))
+
+
+def rendered(tokenizer: Any, contents: list[str], replies: list[str], system: str | None) -> str:
+    messages = [{"role": "system", "content": system}] if system else []
+    for number, content in enumerate(contents):
+        messages.append({"role": "user", "content": content})
+        if number < len(replies):
+            messages.append({"role": "assistant", "content": replies[number]})
+    template = tokenizer.chat_template or PLAIN_TEMPLATE
+    return str(
+        tokenizer.apply_chat_template(messages, chat_template=template, tokenize=False, add_generation_prompt=True)
+    )
+
+
+def ended(tokenizer: Any, replies: list[str], by_eos: bool) -> list[str]:
+    """Replies as the template must be given them: its own end mark is not part of a message."""
+    return [reply + tokenizer.eos_token for reply in replies] if by_eos and tokenizer is not QWEN else replies
+
+
+@TOKENIZERS
+@pytest.mark.parametrize("by_eos", [True, False])
+def test_compact_dialogue_is_what_the_template_renders(tokenizer: Any, by_eos: bool) -> None:
+    text = played(Dialogue(tokenizer, "compact", "", 32), OBSERVATIONS, REPLIES, by_eos, [0.0, 1.0])
+    assert text == rendered(tokenizer, OBSERVATIONS, ended(tokenizer, REPLIES, by_eos), None)
+
+
+@pytest.mark.parametrize("by_eos", [True, False])
+@pytest.mark.parametrize("tokenizer", [COMPACT, QWEN], ids=["compact", "qwen"])
+@given(observations=st.lists(TEXTS, min_size=2, max_size=3), reply=TEXTS)
+@settings(deadline=None, max_examples=40, derandomize=True)
+def test_any_text_is_rendered_as_by_the_template(
+    tokenizer: Any, by_eos: bool, observations: list[str], reply: str
+) -> None:
+    replies = [reply] * (len(observations) - 1)
+    text = played(Dialogue(tokenizer, "compact", "", 32), observations, replies, by_eos, [0.0] * 2)
+    assert text == rendered(tokenizer, observations, ended(tokenizer, replies, by_eos), None)
+
+
+@TOKENIZERS
+@pytest.mark.parametrize("by_eos", [True, False])
+def test_published_dialogue_states_task_turn_reward_and_limits(tokenizer: Any, by_eos: bool) -> None:
+    text = played(Dialogue(tokenizer, "published", "", 32), OBSERVATIONS, REPLIES, by_eos, [-0.1, 1.0])
+    wording = (
+        "You have {left} actions left. Always output: <think> [Your thoughts] </think> <answer> [your answer] </answer> "
+        "with no extra text. Strictly follow this format. Max response length: 32 words (tokens)."
+    )
+    rewards = ["", "Reward:\n-0.1\n", "Reward:\n1\n"]
+    contents = [
+        f"{reward}Turn {turn}:\nState:\n{observation}\n{wording.format(left=9 - turn)}"
+        for turn, (observation, reward) in enumerate(zip(OBSERVATIONS, rewards, strict=True), start=1)
+    ]
+    assert text == rendered(tokenizer, contents, ended(tokenizer, REPLIES, by_eos), "Reach the goal.")
+
+
+def test_published_dialogue_leaves_unknown_actions_out() -> None:
+    dialogue = Dialogue(QWEN, "published", "", 32)
+    assert "actions left" not in QWEN.decode(dialogue.opening("task", "state", None))
+    assert "actions left" not in QWEN.decode(dialogue.following(2, "state", 0.0, True, None))
+
+
+def test_markers_are_single_tokens_and_prefill_is_apart() -> None:
+    dialogue = Dialogue(QWEN, "compact", "<think>", 32)
+    opening = dialogue.opening("", "state")
+    assert opening.count(QWEN.convert_tokens_to_ids("<|im_start|>")) == 3
+    assert QWEN.decode(opening).endswith("assistant\n")
+    assert QWEN.decode(dialogue.prefill_ids) == "<think>"
+    assert Dialogue(QWEN, "compact", "", 32).prefill_ids == []
+
+
+def test_following_is_not_shared_between_its_callers() -> None:
+    dialogue = Dialogue(COMPACT, "compact", "", 32)
+    first = dialogue.following(2, "state", 0.0, False)
+    first.append(-1)
+    assert dialogue.following(2, "state", 0.0, False) == first[:-1]

@@ -1,0 +1,540 @@
+"""Training in this process: bootstrap, one iteration, the update, learning, and pretrained policies."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Iterator
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import gymnasium
+import lightning.pytorch as lightning
+import numpy as np
+import pytest
+import torch
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+from torch import Tensor
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
+
+from pipeline.config import Config, parse, read_yaml
+from pipeline.energy.annotate import annotate, annotate_part
+from pipeline.environments import split_of
+from pipeline.evaluation.evaluate import episode_results, evaluate
+from pipeline.objective.batch import token_batch
+from pipeline.objective.methods import select_groups, token_advantages, token_weights
+from pipeline.policy.bootstrap import bootstrap
+from pipeline.policy.model import Policy, load_policy, load_trained
+from pipeline.presets import overlay
+from pipeline.rollout.collector import collect, iteration_specs
+from pipeline.rollout.table import sample_slice
+from pipeline.rollout.transformers_engine import TransformersEngine
+from pipeline.training.iteration import Example, Iteration, minibatches, prepare_iteration
+from pipeline.training.module import PolicyGradient, _Averages
+from pipeline.training.result import table_slice
+from pipeline.trajectory import RESPONSE_ROLES, Role, concatenate
+
+ROOT = Path(__file__).parents[1]
+TINY = {
+    "policy": {
+        "hidden_size": 32,
+        "layers": 1,
+        "heads": 2,
+        "vocabulary": 320,
+        "demonstrations": {
+            "phases": [{"steps": 60, "reasoning_words": [0, 2], "action_noise": 0.2}],
+            "episodes": 100,
+            "batch_episodes": 8,
+            "learning_rate": 0.01,
+        },
+    },
+    "environments": {"frozen_lake": {"max_turns": 4, "response_tokens": 20, "context_tokens": 400}},
+    "rollout": {"groups": 2, "group_size": 4},
+    "bottleneck": {"groups": 4},
+    "train": {"iterations": 2, "minibatch": 4},
+    "evaluation": {"states": 2, "rollouts": 2},
+}
+LAKE = "frozen_lake"
+
+
+# A user's own environment, outside the package: a gymnasium.Env with a few attributes, and an expert beside it.
+
+
+class Letter(gymnasium.Env[str, str]):
+    """One turn: say a letter. Reward 1 for ``rewarded``."""
+
+    observation_space = gymnasium.spaces.Text(max_length=20)
+    action_space = gymnasium.spaces.Text(max_length=1)
+    instructions = "Say A or B."
+
+    def __init__(self, rewarded: str = "A") -> None:
+        self.rewarded, self.done, self.success = rewarded, True, False
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+        state_seed = (options or {}).get("state_seed", seed)
+        self.item, self.done, self.success = int(np.random.default_rng(state_seed).integers(1000)), False, False
+        return f"item {self.item}", {}
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        if self.done:
+            raise RuntimeError("step called after the episode's end: call reset")
+        self.done, self.success = True, action == self.rewarded
+        return f"item {self.item}", float(self.success), True, False, {}
+
+    def parse_action(self, text: str) -> str | None:
+        return text if text in ("A", "B") else None
+
+    @property
+    def state_key(self) -> str:
+        return f"item {self.item}"
+
+
+class LetterExpert:
+    """Says A or B, whichever; the policy that learns from it knows the format and nothing else."""
+
+    def act(self, environment: Letter, draws: np.random.Generator) -> str:
+        return "AB"[int(draws.integers(2))]
+
+    def random_action(self, draws: np.random.Generator) -> str:
+        return "AB"[int(draws.integers(2))]
+
+    def reason(self, environment: Letter, words: int, draws: np.random.Generator) -> str:
+        return " ".join(["hm"] * words)
+
+
+expert = LetterExpert
+gymnasium.register(id="actfocus_test/Letter-v0", entry_point=Letter, disable_env_checker=True)
+LETTER = {
+    "id": "actfocus_test/Letter-v0",
+    "max_turns": 1,
+    "response_tokens": 12,
+    "context_tokens": 64,
+    "format_penalty": 0.0,
+}
+
+
+# -------------------------------------------------------------------------------------------------------------- helpers
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """As in the stages' processes: with several threads, float sums depend on their number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def configured(changes: dict[str, Any] | None = None) -> Config:
+    """params.yaml at toy size, with changes on top of that."""
+    return parse(overlay(overlay(read_yaml(ROOT / "params.yaml"), TINY), changes or {}))
+
+
+def supervised(config: Config) -> Policy:
+    assert config.policy.kind == "scratch"
+    return bootstrap(config.policy, config.environments, lambda step, total, loss: None)
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tiny reference policy is saved."""
+    torch.set_num_threads(1)
+    target = tmp_path_factory.mktemp("models") / "policy"
+    supervised(configured()).save(target)
+    return target
+
+
+@pytest.fixture
+def policy(directory: Path) -> Policy:
+    """The tiny reference policy, to be trained."""
+    return load_policy(directory)
+
+
+def fit(module: PolicyGradient, iterations: int) -> PolicyGradient:
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=iterations,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module)
+    return module
+
+
+def standing(module: PolicyGradient, optimizer: torch.optim.Optimizer | None = None) -> PolicyGradient:
+    """The module as it stands within ``fit``, so that one update can be made."""
+    chosen = optimizer or module.configure_optimizers()["optimizer"]
+    module.optimizers = lambda: chosen  # type: ignore[method-assign]
+    module.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign]
+    return module
+
+
+def prepared(config: Config, method: str, policy: Policy, values: Any = None) -> Iteration:
+    return prepare_iteration(
+        config, LAKE, config.methods[method], 0, 0, TransformersEngine(policy), policy.frozen_copy(), values
+    )
+
+
+def weights(module: torch.nn.Module) -> dict[str, Tensor]:
+    return copy.deepcopy({name: value.detach() for name, value in module.state_dict().items()})
+
+
+def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def token_number(sequences: Any, wanted: Any) -> Tensor:
+    """Stands in for a critic: values that differ from token to token."""
+    return torch.cat([torch.arange(int(mask.sum())) / 10 for mask in wanted])
+
+
+# ------------------------------------------------------------------------------------------------------------ bootstrap
+
+
+def test_a_bootstrapped_policy_is_reproducible_and_reloads(policy: Policy, directory: Path) -> None:
+    losses: list[float] = []
+    config = configured()
+    assert config.policy.kind == "scratch"
+    again = bootstrap(config.policy, config.environments, lambda step, total, loss: losses.append(loss))
+    assert len(losses) == 60
+    assert losses[-1] < 0.7 * losses[0]
+    assert not again.model.training
+    assert same(weights(again.model), weights(policy.model))
+    text = "<think>player at 0 1</think><answer>Left</answer> √"
+    assert again.tokenizer(text)["input_ids"] == policy.tokenizer(text)["input_ids"]
+    assert policy.tokenizer.decode(policy.tokenizer(text)["input_ids"]) == text
+    ids = torch.tensor([policy.tokenizer(text)["input_ids"]])
+    assert torch.equal(again.model(input_ids=ids).logits, policy.model(input_ids=ids).logits)
+
+
+# -------------------------------------------------------------------------------------------------------- one iteration
+
+
+@pytest.mark.parametrize("method", ["grpo", "grpo_actfocus", "ppo_actfocus"])
+def test_examples_hold_the_flat_batch_of_what_passed_the_filter(policy: Policy, method: str) -> None:
+    """Put together again, examples are advantages and weights of the flat batch, which are 0 outside trainable tokens."""
+    config = configured({"methods": {method: {"filter": {"kind": "reward_variance", "keep": 0.5}}}})
+    slots = config.methods[method]
+    values = token_number if slots.advantage.kind == "gae" else None
+    iteration = prepared(config, method, policy, values)
+    everything = token_batch(iteration.trajectories)
+    kept = select_groups(slots, everything.returns, everything.group)
+    assert iteration.metrics["kept_trajectories"] == len(iteration.examples) == int(kept.sum()) == 4
+    selected = iteration.trajectories.select(np.flatnonzero(kept))
+    batch = token_batch(selected)
+    estimated = torch.zeros(len(batch.role))
+    if values:
+        for episode in range(len(selected)):
+            own = (batch.trajectory == episode) & batch.trainable
+            estimated[own] = token_number(None, [own])
+    estimate = token_advantages(slots, batch, estimated if values else None)
+    flat = {
+        "role": batch.role,
+        "logprob": batch.logprob,
+        "ref_logprob": batch.ref_logprob,
+        "advantage": estimate.advantage,
+        "weight": token_weights(slots, batch),
+        "value": estimated,
+        "value_target": torch.zeros_like(estimated) if estimate.value_target is None else estimate.value_target,
+    }
+    outside = ~batch.trainable
+    assert not bool(
+        flat["advantage"][outside].any() | flat["weight"][outside].any() | flat["value_target"][outside].any()
+    )
+    assert bool(flat["advantage"].any())
+    assert set(flat) == {field.name for field in fields(Example)} - {"ids", "trainable"}
+    for name, column in flat.items():
+        together = torch.cat([getattr(example, name) for example in iteration.examples])
+        assert torch.equal(together, column[batch.trainable]), name
+    assert np.array_equal(np.concatenate([e.ids for e in iteration.examples]), selected.input_ids)
+    assert np.array_equal(np.concatenate([e.trainable for e in iteration.examples]), selected.sampled)
+
+
+def test_the_first_iteration_from_the_table_is_the_one_sampled_afresh(directory: Path, tmp_path: Path) -> None:
+    """Byte for byte, however the rollout and annotate stages have cut their work."""
+    config = configured({"train": {"tokens_per_forward": 700}, "bottleneck": {"groups": 6}})
+    slices = sample_slice((config, LAKE, directory, [0, 1, 2]), lambda done, total, text="": None)
+    parts = [concatenate([slices[0], slices[1]]), slices[2]]
+    table = concatenate([annotate_part((config, directory, part), lambda done, total, text="": None) for part in parts])
+    table.write(tmp_path / "table.parquet")
+    for seed in range(3):
+        policy = load_trained(directory, config)
+        fresh = prepare_iteration(
+            config, LAKE, config.methods["grpo"], seed, 0, TransformersEngine(policy), policy.frozen_copy(), None
+        )
+        cut = table_slice(table, config, LAKE, seed)
+        assert cut is not None
+        cut.write(tmp_path / "cut.parquet")
+        fresh.trajectories.write(tmp_path / "fresh.parquet")
+        assert (tmp_path / "cut.parquet").read_bytes() == (tmp_path / "fresh.parquet").read_bytes()
+    assert table_slice(table, config, LAKE, 3) is None
+
+
+def test_a_first_iteration_that_is_given_is_used_and_later_ones_are_sampled(policy: Policy) -> None:
+    config = configured()
+    given = prepared(config, "grpo", policy).trajectories
+    arguments = (TransformersEngine(policy), policy.frozen_copy(), None, given)
+    assert prepare_iteration(config, LAKE, config.methods["grpo"], 0, 0, *arguments).trajectories is given
+    later = prepare_iteration(config, LAKE, config.methods["grpo"], 0, 1, *arguments)
+    assert set(later.trajectories.episodes["iteration"]) == {1}
+    assert "recompute_error" not in later.metrics
+
+
+def test_every_method_meets_the_same_states_and_noise() -> None:
+    config = configured()
+    for iteration in (0, 3):
+        one, other = iteration_specs(config, LAKE, 0, iteration), iteration_specs(config, LAKE, 0, iteration)
+        assert [(s.state_seed, s.noise, s.tokens.random()) for s in one] == [
+            (s.state_seed, s.noise, s.tokens.random()) for s in other
+        ]
+        assert {s.noise for s in one}.isdisjoint(s.noise for s in iteration_specs(config, LAKE, 1, iteration))
+
+
+# ---------------------------------------------------------------------------------------------------------- minibatches
+
+
+@pytest.mark.parametrize(("count", "size"), [(8, 4), (8, 3), (7, 4), (5, 4), (9, 2), (3, 4), (1, 4), (0, 4)])
+def test_each_pass_visits_every_example_once(count: int, size: int) -> None:
+    config = configured({"train": {"minibatch": size, "passes": 3}})
+    examples: Any = list(range(count))
+    batches: Any = minibatches(examples, config, seed=0, iteration=2)
+    visits = [example for batch in batches for example in batch]
+    passes = [visits[start : start + count] for start in range(0, len(visits), max(1, count))]
+    assert [sorted(one) for one in passes] == [examples] * (3 if count else 0)
+    assert all(size / 2 <= len(batch) < 1.5 * size for batch in batches if count >= size / 2)
+
+
+def test_minibatches_depend_on_their_name_alone() -> None:
+    config = configured({"train": {"minibatch": 4, "passes": 2}})
+    examples: Any = list(range(16))
+    first = minibatches(examples, config, seed=0, iteration=1)
+    np.random.seed(5)
+    torch.manual_seed(5)
+    assert minibatches(examples, config, seed=0, iteration=1) == first
+    assert minibatches(examples, config, seed=0, iteration=2) != first
+    assert minibatches(examples, config, seed=1, iteration=1) != first
+    assert first[:4] != first[4:]
+
+
+# ------------------------------------------------------------------------------------------------------------ an update
+
+
+@pytest.mark.parametrize("method", ["grpo", "ppo_actfocus"])
+def test_gradient_accumulation_is_exact(policy: Policy, method: str) -> None:
+    """With plain SGD at rate 1 the parameters' difference is the gradients'; Adam would hide a factor."""
+    trained, pieces = {}, {}
+    for budget in (64, 1_000_000):
+        config = configured({"train": {"tokens_per_forward": budget}})
+        module = PolicyGradient(config, LAKE, method, 0, Policy(copy.deepcopy(policy.model), policy.tokenizer))
+        standing(module, torch.optim.SGD(module.parameters(), lr=1.0))
+        scored: list[int] = []
+        loss = module._loss
+
+        def counted(examples: Any, *rest: Any, loss: Callable[..., Any] = loss, scored: list[int] = scored) -> Any:
+            scored.append(len(examples))
+            return loss(examples, *rest)
+
+        module._loss = counted  # type: ignore[method-assign]
+        iteration = prepared(configured(), method, policy, token_number if module.critic else None)
+        module._update(iteration.examples, 0, record := _Averages())
+        trained[budget], pieces[budget] = weights(module), scored
+        assert record.means()["gradient_norm"] > 0
+    assert pieces == {64: [1] * 8, 1_000_000: [8]}
+    moved = max(
+        float((trained[64][n] - w).abs().max())
+        for n, w in weights(PolicyGradient(config, LAKE, method, 0, policy)).items()
+    )
+    assert moved > 1e-3
+    for name, value in trained[64].items():
+        torch.testing.assert_close(value, trained[1_000_000][name], atol=1e-6, rtol=0, msg=name)
+
+
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_a_non_finite_update_is_skipped_and_counted(policy: Policy, bad: float) -> None:
+    module = standing(PolicyGradient(configured(), LAKE, "grpo", 0, policy))
+    good = prepared(module.config, "grpo", policy).examples
+    spoilt = [replace(good[0], advantage=torch.full_like(good[0].advantage, bad)), *good[1:]]
+    before, record = weights(module.model), _Averages()
+    module._update(spoilt, 0, record)
+    assert same(weights(module.model), before)
+    assert record.means() == {"non_finite_losses": 1.0}
+    module._update(good, 0, record)
+    after = weights(module.model)
+    assert not same(after, before)
+    assert all(bool(value.isfinite().all()) for value in after.values())
+    assert record.means()["non_finite_losses"] == 1.0
+    assert np.isfinite(list(record.means().values())).all()
+
+
+def critic_config(**settings: Any) -> Config:
+    return configured({"methods": {"ppo": {"advantage": {"critic": {"learning_rate": 0.01, **settings}}}}})
+
+
+@pytest.mark.parametrize("kind", ["trunk", "model"])
+def test_a_critic_learns_its_targets(policy: Policy, kind: str) -> None:
+    config = critic_config(kind=kind)
+    module = standing(PolicyGradient(config, LAKE, "ppo", 0, policy))
+    assert module.critic is not None
+    assert (module.critic.trunk is not None) == (kind == "model")
+    examples = [
+        replace(example, value_target=(example.role == Role.ACTION).float())
+        for example in prepared(config, "ppo", policy, token_number).examples
+    ]
+    losses = []
+    for _ in range(25):
+        record = _Averages()
+        module._update(examples, 0, record)
+        losses.append(record.means()["value_loss"])
+    assert losses[-1] < 0.3 * losses[0]
+
+
+@pytest.mark.parametrize("kind", ["trunk", "model"])
+def test_while_the_critic_warms_up_the_policy_stands_still(policy: Policy, kind: str) -> None:
+    module = standing(PolicyGradient(critic_config(kind=kind, warmup_iterations=2), LAKE, "ppo", 0, policy))
+    assert module.critic is not None
+    examples = prepared(module.config, "ppo", policy, token_number).examples
+    before, critic = weights(module.model), weights(module.critic)
+    for iteration in (0, 1):  # the head starts at zero: no gradient would reach a shared trunk before the second
+        module._update(examples, iteration, _Averages())
+    assert same(weights(module.model), before)
+    assert not same(weights(module.critic), critic)
+    module._update(examples, 2, _Averages())
+    assert not same(weights(module.model), before)
+
+
+# ------------------------------------------------------------------------------------------------------------- training
+
+
+def test_two_equal_trainings_are_equal_and_the_reference_stays_frozen(policy: Policy) -> None:
+    before = weights(policy.model)
+    runs = []
+    for _ in range(2):
+        own = Policy(copy.deepcopy(policy.model), policy.tokenizer)
+        module = fit(PolicyGradient(configured(), LAKE, "ppo_actfocus", 0, own), 2)
+        assert same(weights(module.reference.model), before)
+        runs.append((weights(module.model), module.curve))
+    assert same(runs[0][0], runs[1][0])
+    assert not same(runs[0][0], before)
+    assert runs[0][1] == runs[1][1]
+    assert [row["iteration"] for row in runs[0][1]] == [0, 1]
+    assert runs[0][1][0]["recompute_error"] < 1e-4
+    assert [row["updates"] for row in runs[0][1]] == [4, 4]
+
+
+def letter_config(changes: dict[str, Any] | None = None, **settings: Any) -> Config:
+    phases = [{"steps": 150, "reasoning_words": [0, 1], "action_noise": 0.0}]
+    toy = {
+        "environments": {LAKE: None, "letter": {**LETTER, "settings": settings}},
+        "policy": {"demonstrations": {"phases": phases}},
+        "rollout": {"groups": 4, "group_size": 8},
+        "train": {"minibatch": 16, "iterations": 10},
+        "methods": {"grpo": {"learning_rate": 3e-3}},
+    }
+    return configured(overlay(toy, changes or {}))
+
+
+def test_grpo_learns_which_letter_is_rewarded() -> None:
+    config = letter_config()
+    module = fit(PolicyGradient(config, "letter", "grpo", 0, supervised(config)), 10)
+    first, last = module.curve[0], module.curve[-1]
+    assert first["valid_action_rate"] > 0.9
+    assert 0.25 < first["success"] < 0.75
+    assert last["success"] > 0.9
+    played = evaluate(module.engine, module.policy.tokenizer, config, "letter", 0, 1.0)
+    assert np.mean(played.episodes["success"]) > 0.9
+    assert {split_of(key) for key in played.episodes["state_key"]} == {"test"}
+
+
+def test_an_iteration_without_a_group_to_learn_from_is_survived() -> None:
+    """Nobody is ever rewarded, every group's returns are equal, and the filter keeps none."""
+    config = letter_config({"methods": {"grpo": {"filter": {"kind": "reward_variance"}}}}, rewarded="C")
+    policy = supervised(config)
+    before = weights(policy.model)
+    module = fit(PolicyGradient(config, "letter", "grpo", 0, policy), 2)
+    assert same(weights(module.model), before)
+    for row in module.curve:
+        assert (row["kept_trajectories"], row["updates"], row["episodes"], row["zero_variance_groups"]) == (0, 0, 32, 4)
+    assert len(module.curve) == 2
+
+
+# -------------------------------------------------------------------------------------------------- pretrained policies
+
+CHAT = (
+    "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+
+
+def pretrained(kind: str, directory: Path) -> None:
+    """A small model with random weights and a tokenizer that knows no tags, as if downloaded."""
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    special = ["<|im_end|>", "<|im_start|>"] if kind == "qwen2" else ["</s>"]
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    trainer = trainers.BpeTrainer(
+        vocab_size=290, special_tokens=special, initial_alphabet=alphabet, show_progress=False
+    )
+    tokenizer.train_from_iterator(["player 0 1 goal 3 3 holes 1 2", "Left Right Up Down"] * 3, trainer)
+    fast = PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer, eos_token=special[0], chat_template=CHAT if kind == "qwen2" else None
+    )
+    torch.manual_seed(3)
+    shape: dict[str, Any] = {
+        "vocab_size": len(fast),
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "max_position_embeddings": 2048,
+        "initializer_range": 0.2,
+        "bos_token_id": None,
+        "eos_token_id": fast.eos_token_id,
+    }
+    model: Any
+    if kind == "qwen2":
+        model = Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=True, **shape))
+    else:
+        model = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=False, **shape))
+    Policy(model, fast).save(directory)
+
+
+@pytest.mark.parametrize(("kind", "prefill"), [("qwen2", "<think>"), ("llama", "")])
+def test_a_pretrained_policy_goes_all_the_way(kind: str, prefill: str, tmp_path: Path) -> None:
+    pretrained(kind, tmp_path / "model")
+    environment = {"layout": "published", "max_turns": 2, "context_tokens": 1500, "actions_per_turn": 2}
+    config = configured(
+        {
+            "policy": {"kind": "pretrained", "model": str(tmp_path / "model")},
+            "environments": {LAKE: environment},
+            "rollout": {"prefill": prefill, "temperature": 0.8},
+        }
+    )
+    assert config.policy.kind == "pretrained"
+    policy = load_policy(config.policy.model, dtype=config.policy.dtype)
+    assert len(policy.tokenizer("<think>", add_special_tokens=False)["input_ids"]) > 1
+    specs = iteration_specs(config, LAKE, 0, 0)
+    sampled = collect(TransformersEngine(policy), policy.tokenizer, config, LAKE, specs, 0.8)
+    annotated = annotate(sampled, policy, 0.8, 4096)
+    assert annotated.ref_logprob is not None
+    np.testing.assert_allclose(annotated.ref_logprob, annotated.logprob, atol=1e-4)
+    forced = ~annotated.sampled & np.isin(annotated.role, RESPONSE_ROLES)
+    assert bool(forced.any()) == bool(prefill)
+
+    before = weights(policy.model)
+    module = fit(PolicyGradient(config, LAKE, "ppo_actfocus", 0, policy, annotated), 1)
+    assert module.curve[0]["recompute_error"] < 1e-4
+    assert module.curve[0]["non_finite_losses"] == 0
+    assert not same(weights(policy.model), before)
+
+    policy.save(tmp_path / "trained")
+    trained = load_trained(tmp_path / "trained", config)
+    assert same(weights(trained.model), weights(policy.model))
+    played = evaluate(TransformersEngine(trained), trained.tokenizer, config, LAKE, 0, 0.5)
+    results = episode_results(played, environment=LAKE, method="ppo_actfocus", seed=0, temperature=0.5)
+    assert len(results) == 4
+    assert results["rollout"].to_pylist() == [0, 1, 0, 1]

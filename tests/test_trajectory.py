@@ -1,0 +1,338 @@
+"""The trajectory type: through Parquet and back, selection, rewards on tokens, and files that cannot be used."""
+
+from __future__ import annotations
+
+import hashlib
+import tempfile
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pipeline import trajectory
+from pipeline.trajectory import (
+    RESPONSE_ROLES,
+    SCHEMA_VERSION,
+    EpisodeBuilder,
+    Role,
+    Trajectories,
+    TrajectoryError,
+    build,
+    concatenate,
+    read,
+)
+
+properties = settings(deadline=None, max_examples=40, derandomize=True)
+TOKEN_COLUMNS = ("input_ids", "role", "sampled", "logprob", "entropy")
+ANNOTATIONS = ("energy", "ref_logprob", "ref_entropy")
+NUMBERS = st.floats(-50, 50, width=32)
+REWARDS = st.sampled_from([0.0, 1.0, -0.1, 0.25])
+STRINGS = st.text(max_size=6)
+
+
+@st.composite
+def episodes(draw: st.DrawFn, number: int = 0) -> EpisodeBuilder:
+    builder = EpisodeBuilder(
+        episode_id=f"{number}-{draw(STRINGS)}",
+        group_id=draw(st.sampled_from(["a", "b", "é√"])),
+        environment="actfocus/FrozenLake-v1",
+        state_key=draw(STRINGS),
+        seed=draw(st.integers(0, 2**40)),
+        iteration=draw(st.integers(0, 9)),
+        policy_version=draw(st.integers(0, 9)),
+    )
+    if draw(st.booleans()):
+        builder.identity |= {"parent": "0", "split": draw(st.integers(0, 99))}
+    ids = st.lists(st.integers(0, 2**31 - 1), max_size=4)
+    builder.append_text(draw(ids), Role.PROMPT)
+    for turn in range(draw(st.integers(0, 3))):
+        if turn:
+            builder.append_text(draw(ids), Role.OBSERVATION)
+        start = len(builder)
+        builder.append_text(draw(ids), Role.THINK_TAG)
+        tokens = draw(
+            st.lists(st.tuples(st.integers(0, 999), st.sampled_from(RESPONSE_ROLES), NUMBERS, NUMBERS), max_size=5)
+        )
+        builder.append_sampled(*([token[i] for token in tokens] for i in range(4)))
+        reward = draw(REWARDS) if tokens else 0.0
+        builder.close_turn(start, reward, draw(STRINGS), draw(st.booleans()), draw(STRINGS))
+    builder.finish(draw(st.booleans()), draw(st.sampled_from(["goal", "failed", "turns", "context"])))
+    return builder
+
+
+@st.composite
+def tables(draw: st.DrawFn, least: int = 0) -> Trajectories:
+    count = draw(st.integers(least, 4))
+    made = build([draw(episodes(number)) for number in range(count)])
+    if not draw(st.booleans()):
+        return made
+    noise = np.random.default_rng(draw(st.integers(0, 999)))
+    columns = {name: noise.standard_normal(len(made.input_ids)).astype(np.float32) for name in ANNOTATIONS}
+    return replace(made, **columns)
+
+
+def assert_equal(one: Trajectories, other: Trajectories) -> None:
+    for field in fields(Trajectories):
+        a, b = getattr(one, field.name), getattr(other, field.name)
+        if isinstance(a, np.ndarray):
+            assert a.dtype == b.dtype, field.name
+            np.testing.assert_array_equal(a, b, err_msg=field.name)
+        else:
+            assert a == b, field.name
+
+
+def one_episode(**identity: Any) -> EpisodeBuilder:
+    """Two turns of two sampled tokens, the first with a prefilled tag."""
+    known = {"episode_id": "e", "group_id": "g", "environment": "x", "state_key": "s"}
+    builder = EpisodeBuilder(**{**known, "seed": 0, "iteration": 0, "policy_version": 0, **identity})
+    builder.append_text([1, 2], Role.PROMPT)
+    builder.append_text([3], Role.THINK_TAG)
+    builder.append_sampled([4, 5], [Role.REASONING, Role.ACTION], [-1.0, -2.0], [0.5, 0.25])
+    builder.close_turn(2, -0.1, "", False, "s0")
+    builder.append_text([6], Role.OBSERVATION)
+    builder.append_sampled([7, 8], [Role.ACTION, Role.ANSWER_TAG], [-3.0, -4.0], [0.75, 1.0])
+    builder.close_turn(6, 1.0, "Up", True, "s1")
+    builder.finish(True, "goal")
+    return builder
+
+
+# --------------------------------------------------------------------------------------------------- in and out
+
+
+@properties
+@given(tables())
+def test_parquet_gives_back_what_was_written_in_equal_bytes(made: Trajectories) -> None:
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "deep" / "t.parquet"
+        made.write(path)
+        again = read(path)
+        assert_equal(made, again)
+        assert again.annotated == made.annotated
+        digest = hashlib.sha256(path.read_bytes()).hexdigest()
+        again.write(path)
+        assert hashlib.sha256(path.read_bytes()).hexdigest() == digest
+        assert [p.name for p in path.parent.iterdir()] == ["t.parquet"]
+
+
+def test_file_states_schema_version_and_types(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    build([one_episode()]).write(path)
+    schema = pq.read_schema(path)
+    assert schema.metadata[b"trajectory_schema"] == str(SCHEMA_VERSION).encode()
+    assert schema.field("input_ids").type.value_type == pa.int32()
+    assert schema.field("role").type.value_type == pa.uint8()
+    assert schema.field("sampled").type.value_type == pa.bool_()
+    assert schema.field("logprob").type.value_type == pa.float32()
+    assert [field.name for field in schema.field("turns").type.value_type] == [
+        "start",
+        "end",
+        "reward",
+        "action",
+        "valid",
+        "state_key",
+    ]
+    columns = pq.ParquetFile(path).metadata.row_group(0)
+    assert {columns.column(i).compression for i in range(columns.num_columns)} == {"ZSTD"}
+
+
+def test_more_episodes_than_a_row_group(tmp_path: Path) -> None:
+    path, made = tmp_path / "t.parquet", build([one_episode(episode_id=str(i)) for i in range(1500)])
+    made.write(path)
+    assert pq.ParquetFile(path).num_row_groups == 2
+    assert_equal(read(path), made)
+
+
+def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "t.parquet"
+    build([one_episode()]).write(path)
+    before = path.read_bytes()
+
+    def fail(table: Any, where: Path, **options: Any) -> None:
+        Path(where).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(trajectory.pq, "write_table", fail)
+    with pytest.raises(KeyboardInterrupt):
+        build([one_episode(episode_id="other")]).write(path)
+    assert path.read_bytes() == before
+
+
+# --------------------------------------------------------------------------------------- files of another kind
+
+
+def refusal(path: Path) -> str:
+    with pytest.raises(TrajectoryError) as caught:
+        read(path)
+    message = str(caught.value)
+    assert str(path) in message
+    assert "\n" not in message
+    return message
+
+
+def test_missing_file_is_named(tmp_path: Path) -> None:
+    assert "no such file" in refusal(tmp_path / "none.parquet")
+
+
+def test_corrupt_files_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    for content in (b"", b"not parquet at all", b"PAR1" + b"\0" * 100 + b"PAR1"):
+        path.write_bytes(content)
+        refusal(path)
+
+
+def test_truncated_files_are_named(tmp_path: Path) -> None:
+    path = tmp_path / "t.parquet"
+    build([one_episode(episode_id=str(i)) for i in range(20)]).write(path)
+    whole = path.read_bytes()
+    for length in range(0, len(whole), max(1, len(whole) // 40)):
+        path.write_bytes(whole[:length])
+        refusal(path)
+
+
+def test_damaged_pages_are_named_not_read(tmp_path: Path) -> None:
+    """The last byte of any column's data: a checksum tells."""
+    path = tmp_path / "t.parquet"
+    build([one_episode(episode_id=str(i), split=i, parent="0") for i in range(20)]).write(path)
+    whole, columns = path.read_bytes(), pq.ParquetFile(path).metadata.row_group(0)
+    for index in range(columns.num_columns):
+        column = columns.column(index)
+        start = column.dictionary_page_offset or column.data_page_offset
+        damaged = bytearray(whole)
+        damaged[start + column.total_compressed_size - 1] ^= 0x55
+        path.write_bytes(damaged)
+        refusal(path)
+
+
+def test_files_of_another_schema_are_named(tmp_path: Path) -> None:
+    path, table = tmp_path / "t.parquet", build([one_episode()]).to_table()
+
+    def message(changed: pa.Table) -> str:
+        pq.write_table(changed, path)
+        return refusal(path)
+
+    assert "none" in message(table.replace_schema_metadata(None))
+    assert str(SCHEMA_VERSION + 1) in message(
+        table.replace_schema_metadata({"trajectory_schema": str(SCHEMA_VERSION + 1)})
+    )
+    assert "logprob" in message(table.drop_columns(["logprob"]))
+    assert "turns" in message(table.drop_columns(["turns"]))
+    turns = pa.array([[{"start": 0}]])
+    assert "turns.end, turns.reward" in message(table.set_column(table.column_names.index("turns"), "turns", turns))
+    shorter = pa.array([[0.0]], type=pa.list_(pa.float32()))
+    assert "entropy" in message(table.set_column(table.column_names.index("entropy"), "entropy", shorter))
+
+
+# ----------------------------------------------------------------------------------------- select, concatenate
+
+
+@properties
+@given(tables(least=1), st.data())
+def test_select_takes_episodes_in_the_given_order(made: Trajectories, data: st.DataObject) -> None:
+    index = data.draw(st.lists(st.integers(0, len(made) - 1), max_size=5))
+    chosen = made.select(index)
+    assert len(chosen) == len(index)
+    assert chosen.annotated == made.annotated
+    names = [*TOKEN_COLUMNS, *(ANNOTATIONS if made.annotated else ())]
+    for new, old in enumerate(index):
+        assert {k: v[new] for k, v in chosen.episodes.items()} == {k: v[old] for k, v in made.episodes.items()}
+        for name in names:
+            np.testing.assert_array_equal(
+                getattr(chosen, name)[chosen.offsets[new] : chosen.offsets[new + 1]],
+                getattr(made, name)[made.offsets[old] : made.offsets[old + 1]],
+            )
+        for column, values in chosen.turns.items():
+            ours = values[chosen.turn_offsets[new] : chosen.turn_offsets[new + 1]]
+            assert ours == made.turns[column][made.turn_offsets[old] : made.turn_offsets[old + 1]]
+
+
+@properties
+@given(tables(least=1))
+def test_concatenating_single_episodes_gives_the_whole(made: Trajectories) -> None:
+    assert_equal(concatenate([made.select([i]) for i in range(len(made))]), made)
+
+
+def test_concatenation_is_annotated_only_if_all_parts_are() -> None:
+    plain = build([one_episode()])
+    marked = replace(plain, **{name: np.ones(len(plain.input_ids), np.float32) for name in ANNOTATIONS})
+    for parts in ([plain, marked], [marked, plain]):
+        assert not concatenate(parts).annotated
+        assert len(concatenate(parts)) == 2
+    assert concatenate([marked, marked]).annotated
+
+
+@properties
+@given(tables(least=1))
+def test_lengths_owners_and_groups_agree_with_the_offsets(made: Trajectories) -> None:
+    for episode in range(len(made)):
+        own = made.token_episode == episode
+        assert own.sum() == made.lengths[episode]
+        assert own[made.offsets[episode] : made.offsets[episode + 1]].all()
+    names = made.episodes["group_id"]
+    for i, one in enumerate(names):
+        assert [made.groups[i] == made.groups[j] for j in range(len(names))] == [one == other for other in names]
+    assert sorted(set(made.groups.tolist())) == list(range(len(set(names))))
+
+
+# ------------------------------------------------------------------------------------------- rewards and roles
+
+
+@properties
+@given(tables(least=1))
+def test_rewards_stand_on_the_last_sampled_token_of_their_turn(made: Trajectories) -> None:
+    rewards, owner = made.token_rewards(), made.token_turn()
+    assert not rewards[~made.sampled].any()
+    for turn in range(len(made.turns["reward"])):
+        tokens = np.flatnonzero(owner == turn)
+        chosen = [t for t in tokens if made.sampled[t]]
+        assert rewards[tokens].sum() == made.turns["reward"][turn]
+        if chosen:
+            assert rewards[chosen[-1]] == made.turns["reward"][turn]
+    for episode in range(len(made)):
+        own = rewards[made.offsets[episode] : made.offsets[episode + 1]]
+        assert own.sum() == pytest.approx(made.returns[episode])
+
+
+def test_golden_token_rewards_and_turns() -> None:
+    made = build([one_episode(), one_episode()])
+    assert made.token_rewards().tolist() == [0, 0, 0, 0, -0.1, 0, 0, 1.0] * 2
+    assert made.token_turn().tolist() == [-1, -1, 0, 0, 0, -1, 1, 1, -1, -1, 2, 2, 2, -1, 3, 3]
+    assert made.returns.tolist() == [0.9, 0.9]
+
+
+def test_reward_skips_tokens_forced_after_the_last_sampled_one() -> None:
+    builder = EpisodeBuilder(episode_id="e", group_id="g", environment="x", state_key="s", seed=0, iteration=0)
+    builder.identity["policy_version"] = 0
+    builder.append_sampled([4, 5], [Role.ACTION] * 2, [-1.0, -2.0], [0.5, 0.25])
+    builder.append_text([6], Role.ANSWER_TAG)
+    builder.close_turn(0, 1.0, "Up", True, "s")
+    builder.finish(True, "goal")
+    assert build([builder]).token_rewards().tolist() == [0, 1, 0]
+
+
+def test_reward_without_a_sampled_token_is_an_error() -> None:
+    builder = one_episode()
+    start = len(builder)
+    builder.append_text([9], Role.THINK_TAG)
+    builder.close_turn(start, 1.0, "Up", True, "s")
+    builder.finish(True, "goal")
+    with pytest.raises(TrajectoryError, match="no sampled token"):
+        build([builder]).token_rewards()
+
+
+@properties
+@given(tables())
+def test_sampled_tokens_have_response_roles_and_the_rest_no_statistics(made: Trajectories) -> None:
+    assert set(made.role[made.sampled].tolist()) <= {int(role) for role in RESPONSE_ROLES}
+    assert set(made.role.tolist()) <= {int(role) for role in Role}
+    assert not made.logprob[~made.sampled].any()
+    assert not made.entropy[~made.sampled].any()
+    inside = made.token_turn() >= 0
+    assert not (made.sampled & ~inside).any()
+    outside = made.role[~inside].tolist()
+    assert set(outside) <= {int(Role.PROMPT), int(Role.OBSERVATION)}
