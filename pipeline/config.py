@@ -28,7 +28,7 @@ class ConfigError(Exception):
 class Section(BaseModel):
     """A frozen section of ``params.yaml`` that refuses unknown keys."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, strict=False)
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
 class Environment(Section):
@@ -213,7 +213,7 @@ class ActFocusWeight(Section):
 
     kind: Literal["actfocus"]
     reasoning_downweight: NonNegative = 0.1
-    """alpha: weight of reasoning tokens, think tags and malformed text."""
+    """alpha: weight of reasoning tokens."""
     redistribution_strength: NonNegative = 0.5
     """beta: how much weight the signal adds to action tokens."""
     redistribution_temperature: Positive = 1.0
@@ -222,6 +222,13 @@ class ActFocusWeight(Section):
     """``sigmoid`` is the paper's; ``softmax`` keeps the total weight of a trajectory's action tokens (needs beta <= 1)."""
     signal: Signal = "reference_energy"
     """What is z-scored over the action tokens of the update batch."""
+    think_tag_weight: NonNegative | None = None
+    """Weight of think tags; null is reasoning_downweight. The paper does not say."""
+    answer_tag_weight: NonNegative = 1.0
+    """Weight of answer tags. The paper does not say."""
+    malformed_weight: NonNegative | None = None
+    """Weight of text that has left the format; null is reasoning_downweight. The paper does not say. A small one hardly
+    blames a response for breaking the format where a wrong action is blamed in full."""
 
     @model_validator(mode="after")
     def _effective(self) -> ActFocusWeight:
@@ -426,6 +433,8 @@ def read_yaml(path: str | Path) -> Any:
         return YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file") from None
+    except OSError as error:
+        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
     except (YAMLError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
 

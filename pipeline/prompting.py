@@ -26,10 +26,21 @@ PLAIN_TEMPLATE = (
 )
 """Used for a tokenizer without a chat template (base models)."""
 
-_TAGS = re.compile(r"<(/?)(think|answer)>")
-_STRICT = re.compile(
-    r"\s*<think>((?:(?!</?(?:think|answer)>).)*)</think>\s*<answer>((?:(?!</?(?:think|answer)>).)*)</answer>\s*", re.S
+_TEXT = r"(?:(?!</?(?:think|answer)>).)*"
+_PREFIX = re.compile(
+    rf"\s*(?P<think><think>)(?P<reasoning>{_TEXT})(?:(?P<think_end></think>)\s*"
+    rf"(?:(?P<answer><answer>)(?:(?P<action>{_TEXT})(?P<answer_end></answer>))?)?)?",
+    re.S,
 )
+"""The longest beginning of a response that follows the format; an answer counts as action once it is closed."""
+_REGIONS = {
+    "think": Role.THINK_TAG,
+    "reasoning": Role.REASONING,
+    "think_end": Role.THINK_TAG,
+    "answer": Role.ANSWER_TAG,
+    "action": Role.ACTION,
+    "answer_end": Role.ANSWER_TAG,
+}
 _PRIORITY = {Role.ACTION: 4, Role.ANSWER_TAG: 3, Role.THINK_TAG: 2, Role.REASONING: 1, Role.OTHER: 0}
 
 
@@ -60,23 +71,20 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> DecodedResponse:
 def token_roles(response: DecodedResponse) -> list[Role]:
     """The role of each token of a response, from character offsets.
 
-    Regions are read off the tags left to right: text after ``<think>`` is reasoning until the next tag or the end, text
-    between ``<answer>`` and ``</answer>`` is action, anything else (an answer that is not closed, too) is other. A token
-    across a border has the most consequential role it touches: action, then answer tag, think tag, reasoning, other.
+    The format is ``<think>`` reasoning ``</think><answer>`` action ``</answer>``. What follows it has its region's role;
+    from the first deviation on everything is other: text between or after the parts, a tag where it does not belong, an
+    answer that is never closed. A token across a border has the most consequential role it touches: action, then answer
+    tag, think tag, reasoning, other.
     """
     roles: list[Role] = [Role.OTHER] * len(response.text)
-    inside, position = Role.OTHER, 0
-    for tag in _TAGS.finditer(response.text):
-        if inside is Role.ACTION and tag[0] != END_OF_RESPONSE:
-            inside = Role.OTHER
-        roles[position : tag.start()] = [inside] * (tag.start() - position)
-        tag_role = Role.THINK_TAG if tag[2] == "think" else Role.ANSWER_TAG
-        roles[tag.start() : tag.end()] = [tag_role] * (tag.end() - tag.start())
-        opened = Role.REASONING if tag[2] == "think" else Role.ACTION
-        inside, position = (Role.OTHER if tag[1] else opened), tag.end()
-    if inside is Role.ACTION:
-        inside = Role.OTHER
-    roles[position:] = [inside] * (len(response.text) - position)
+    followed = _PREFIX.match(response.text)
+    for region, role in _REGIONS.items() if followed else ():
+        start, end = followed.span(region)
+        if start >= 0:
+            roles[start:end] = [role] * (end - start)
+    inside = roles[-1] if roles else Role.OTHER
+    if inside is Role.THINK_TAG and followed and followed["think_end"] is None:
+        inside = Role.REASONING
     result = []
     for start, end in response.spans:
         touched = roles[start:end] or roles[start : start + 1] or [inside]
@@ -89,10 +97,10 @@ def parse_response(text: str, limit: int) -> list[str] | None:
 
     Several actions are separated by ``||``; those beyond the limit are dropped.
     """
-    match = _STRICT.fullmatch(text)
-    if match is None:
+    match = _PREFIX.match(text)
+    if match is None or match["answer_end"] is None or text[match.end() :].strip():
         return None
-    actions = [part.strip() for part in match[2].split("||")]
+    actions = [part.strip() for part in match["action"].split("||")]
     return [action for action in actions if action][:limit] or None
 
 

@@ -15,11 +15,12 @@ def main() -> str:
     from pipeline.tracking.store import prepare_store, run_settings, tracking_uri
     from pipeline.training.result import training_task
     from pipeline.training.run import TrainingJob, train_one
-    from pipeline.trajectory import read
+    from pipeline.trajectory import TrajectoryError, read
 
     environment, method, out = arguments.environment, arguments.method, out_folder(config)
     policy, table = out / "models" / "policy", out / "data" / "annotated" / f"{environment}.parquet"
-    read(table)
+    if not read(table).annotated:
+        raise TrajectoryError(f"{table}: not annotated; run `python -m stages.annotate --environment {environment}`")
     tasks = [training_task(config, environment, method, seed, policy, Path(".cache")) for seed in config.seeds]
     jobs = {
         f"seed {task.seed}": TrainingJob(task, table, run_settings(config, Path("."), environment, method, task.seed))

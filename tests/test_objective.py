@@ -223,7 +223,17 @@ def reference_signal(batch: TokenBatch, token: int, signal: str) -> float:
     return -logprob if signal == "behaviour_nll" else logprob - ref
 
 
-def reference_weights(batch: TokenBatch, alpha: float, beta: float, tau: float, form: str, signal: str) -> list[float]:
+def reference_weights(
+    batch: TokenBatch,
+    alpha: float,
+    beta: float,
+    tau: float,
+    form: str,
+    signal: str,
+    fixed: tuple[float | None, float, float | None] = (None, 1.0, None),
+) -> list[float]:
+    """``fixed``: weights of think tags, answer tags and malformed text."""
+    think_tag, answer_tag, malformed = fixed
     n = len(batch.role)
     action = [t for t in range(n) if bool(batch.trainable[t]) and int(batch.role[t]) == Role.ACTION]
     x = {t: reference_signal(batch, t, signal) for t in action}
@@ -234,7 +244,11 @@ def reference_weights(batch: TokenBatch, alpha: float, beta: float, tau: float, 
         if not bool(batch.trainable[t]):
             result.append(0.0)
         elif int(batch.role[t]) == Role.ANSWER_TAG:
-            result.append(1.0)
+            result.append(answer_tag)
+        elif int(batch.role[t]) == Role.THINK_TAG and think_tag is not None:
+            result.append(think_tag)
+        elif int(batch.role[t]) == Role.OTHER and malformed is not None:
+            result.append(malformed)
         elif t not in x:
             result.append(alpha)
         elif form == "sigmoid":
@@ -271,8 +285,11 @@ def test_composed_weights_pass_every_setting_on(batch: TokenBatch) -> None:
         "redistribution_temperature": 2.0,
         "form": "softmax",
         "signal": "logprob_shift",
+        "think_tag_weight": 0.4,
+        "answer_tag_weight": 0.0,
+        "malformed_weight": 1.25,
     }
-    expected = reference_weights(batch, 0.3, 0.7, 2.0, "softmax", "logprob_shift")
+    expected = reference_weights(batch, 0.3, 0.7, 2.0, "softmax", "logprob_shift", (0.4, 0.0, 1.25))
     actual = token_weights(method(weight=slot), batch).double()
     torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64), **CLOSE)
 

@@ -56,27 +56,39 @@ IMPORTANCE = [Role.OTHER, Role.REASONING, Role.THINK_TAG, Role.ANSWER_TAG, Role.
 
 
 def character_roles(text: str) -> list[Role]:
-    """One character after another; an answer is an action only if the next tag closes it."""
-    tags = ("<think>", "</think>", "<answer>", "</answer>")
+    """The format, read part by part from the left; what is left over when a part does not come is other."""
     roles: list[Role] = []
-    inside = Role.OTHER
-    while len(roles) < len(text):
-        rest = text[len(roles) :]
-        for tag, role, then in (
-            ("<think>", Role.THINK_TAG, Role.REASONING),
-            ("</think>", Role.THINK_TAG, Role.OTHER),
-            ("<answer>", Role.ANSWER_TAG, Role.ACTION),
-            ("</answer>", Role.ANSWER_TAG, Role.OTHER),
-        ):
-            if rest.startswith(tag):
-                roles += [role] * len(tag)
-                inside = then
-                break
-        else:
-            following = min((t for t in tags if t in rest), key=rest.index, default="")
-            closed = inside is not Role.ACTION or following == "</answer>"
-            roles.append(inside if closed else Role.OTHER)
-    return roles
+
+    def take(length: int, role: Role) -> None:
+        roles.extend([role] * length)
+
+    def rest() -> str:
+        return text[len(roles) :]
+
+    def until_tag() -> int:
+        return min((rest().index(tag) for tag in TAGS if tag in rest()), default=len(rest()))
+
+    def blank() -> int:
+        return len(rest()) - len(rest().lstrip())
+
+    start = len(text) - len(text.lstrip())
+    if text[start:].startswith("<think>"):
+        take(start, Role.OTHER)
+        take(len("<think>"), Role.THINK_TAG)
+        take(until_tag(), Role.REASONING)
+        if rest().startswith("</think>"):
+            take(len("</think>"), Role.THINK_TAG)
+            if rest()[blank() :].startswith("<answer>"):
+                take(blank(), Role.OTHER)
+                take(len("<answer>"), Role.ANSWER_TAG)
+                length = until_tag()
+                if rest()[length:].startswith("</answer>"):
+                    take(length, Role.ACTION)
+                    take(len("</answer>"), Role.ANSWER_TAG)
+    return roles + [Role.OTHER] * (len(text) - len(roles))
+
+
+TAGS = ("<think>", "</think>", "<answer>", "</answer>")
 
 
 @st.composite
@@ -136,17 +148,19 @@ T, R, X, A, G = Role.THINK_TAG, Role.REASONING, Role.OTHER, Role.ACTION, Role.AN
     [
         (["<think>", "a", "</think>", "<answer>", "Up", "</answer>"], [T, R, T, G, A, G]),
         (["<think>a", "</think><answer>", "Up</answer>"], [T, G, A]),
-        (["a</think>", "<answer>"], [T, G]),
-        (["</think>\n", "<answer>Up</answer>\n"], [T, A]),
+        (["<think>a</think>\n", "<answer>Up</answer>\n"], [T, A]),
+        (["a</think>", "<answer>"], [X, X]),
         (["hello", " world"], [X, X]),
         (["<think>", "never", " closed"], [T, R, R]),
-        (["<answer>", "Up", "<|end|>"], [G, X, X]),
-        (["<answer>", "Up", "</answer>", "<|end|>"], [G, A, G, X]),
-        (["<think>", "a", "<answer>", "Up", "</think>", "x"], [T, R, G, X, T, X]),
-        (["</answer>", "x", "<think"], [G, X, X]),
+        (["<think>", "</think>", "<answer>", "Up", "<|end|>"], [T, T, G, X, X]),
+        (["<think>", "</think>", "<answer>", "Up", "</answer>", "<|end|>"], [T, T, G, A, G, X]),
+        (["<think>", "a", "<answer>", "Up", "</answer>"], [T, R, X, X, X]),
+        (["<think>", "a", "</think>", "b", "<answer>", "Up", "</answer>"], [T, R, T, X, X, X, X]),
+        (["<think>", "a", "</think>", "<answer>", "</think>", "x"], [T, R, T, G, X, X]),
+        (["<answer>", "Up", "</answer>"], [X, X, X]),
         (["<thi", "nk", "a>"], [X, X, X]),
         (["<thi", "nk>", "a"], [T, T, R]),
-        (["<", "answer", ">", "Up", "</", "answer", ">"], [G, G, G, A, G, G, G]),
+        (["<think>", "</think>", "<", "answer", ">", "Up", "</", "answer", ">"], [T, T, G, G, G, A, G, G, G]),
     ],
 )
 def test_golden_roles(pieces: list[str], expected: list[Role]) -> None:

@@ -60,6 +60,9 @@ def token_weights(method: Method, batch: TokenBatch) -> Float[Tensor, " n"]:
             tau=slot.redistribution_temperature,
             form=slot.form,
             signal=slot.signal,
+            think_tag=slot.think_tag_weight,
+            answer_tag=slot.answer_tag_weight,
+            malformed=slot.malformed_weight,
         )
     return weights.uniform_weights(batch)
 

@@ -38,12 +38,20 @@ def signal_values(batch: TokenBatch, signal: str) -> Float[Tensor, " n"]:
 
 
 def actfocus_weights(
-    batch: TokenBatch, *, alpha: float, beta: float, tau: float, form: str, signal: str
+    batch: TokenBatch,
+    *,
+    alpha: float,
+    beta: float,
+    tau: float,
+    form: str,
+    signal: str,
+    think_tag: float | None = None,
+    answer_tag: float = 1.0,
+    malformed: float | None = None,
 ) -> Float[Tensor, " n"]:
     """ActFocus (arXiv 2605.14558): downweight reasoning, redistribute among action tokens by token energy.
 
-    Reasoning tokens, think tags and malformed text weigh ``alpha``; answer tags weigh 1; action tokens weigh, with z the
-    signal's z-score over all action tokens of the batch,
+    Reasoning tokens weigh ``alpha``; action tokens weigh, with z the signal's z-score over all action tokens of the batch,
 
     * ``sigmoid``: ``1 + beta * sigmoid(z / tau)`` (the paper's at tau = 1);
     * ``softmax``: ``(1 - beta) + beta * n_act * softmax(z / tau)`` over the n_act action tokens of one trajectory, whose
@@ -56,6 +64,9 @@ def actfocus_weights(
         tau: redistribution temperature, greater than 0.
         form: ``sigmoid`` or ``softmax``.
         signal: see ``signal_values``.
+        think_tag: weight of think tags; None is alpha.
+        answer_tag: weight of answer tags.
+        malformed: weight of text that has left the format; None is alpha.
 
     Returns:
         Weights, 0 where not trainable.
@@ -66,9 +77,16 @@ def actfocus_weights(
         raised = 1 + beta * torch.sigmoid(z)
     else:
         raised = (1 - beta) + beta * _share_of_trajectory(z, action, batch.trajectory, batch.trajectories)
-    weights = torch.where(batch.trainable, alpha, 0.0)
-    weights = torch.where(batch.of(Role.ANSWER_TAG), 1.0, weights)
-    return torch.where(action, raised, weights)
+    fixed = {
+        Role.REASONING: alpha,
+        Role.THINK_TAG: alpha if think_tag is None else think_tag,
+        Role.ANSWER_TAG: answer_tag,
+        Role.OTHER: alpha if malformed is None else malformed,
+    }
+    weights = torch.where(action, raised, 0.0)
+    for role, weight in fixed.items():
+        weights = torch.where(batch.of(role), weight, weights)
+    return weights
 
 
 def _share_of_trajectory(

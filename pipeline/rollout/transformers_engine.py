@@ -1,8 +1,9 @@
 """The default engine: a transformers model in this process, its KV cache kept from turn to turn.
 
 The cache holds one row per episode and one slot per step; a row that has nothing to say in a step leaves a hole, which
-the attention mask hides and which positions do not count. An episode's next turn appends its new tokens behind the
-last slot, so that nothing passes through the model twice; a prompt that several episodes share passes once.
+the attention mask hides, which positions do not count and which is closed before the next turn. That turn's new tokens
+are appended behind the last slot, so that nothing passes through the model twice; a prompt that several episodes share
+passes once.
 """
 
 from __future__ import annotations
@@ -79,6 +80,7 @@ class TransformersEngine:
         if rows != list(range(len(self._keys))):
             self._select(rows)
         self._keys = [request.key for request in requests]
+        self._close_holes()
         return self._append([list(r.ids[len(s) :]) for r, s in zip(requests, self._stored, strict=True)])
 
     def _select(self, rows: list[int]) -> None:
@@ -86,6 +88,20 @@ class TransformersEngine:
         self._cache.batch_select_indices(chosen)
         self._mask = self._mask[chosen]
         self._stored = [list(self._stored[row]) for row in rows]
+
+    def _close_holes(self) -> None:
+        """Move each row's filled slots together, to the right, and drop the columns that no row needs any more."""
+        filled = self._mask.sum(-1)
+        longest = int(filled.max())
+        if longest == self._mask.shape[1]:
+            return
+        order = self._mask.argsort(dim=-1, stable=True)[:, -longest:]
+        self._mask = self._mask.gather(1, order)
+        slots = order[:, None, :, None]
+        for layer in self._cache.layers:
+            shape = (-1, layer.keys.shape[1], -1, layer.keys.shape[3])
+            layer.keys = layer.keys.gather(2, slots.expand(shape))
+            layer.values = layer.values.gather(2, slots.expand(shape))
 
     def _append(self, chunks: list[list[int]]) -> Tensor:
         """Run each row's new tokens, padded on the left; returns the logits after each row's last one."""

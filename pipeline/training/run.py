@@ -168,3 +168,5 @@ def _quiet() -> None:
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="lightning")
+    # An iteration in which no group is kept has no optimizer step before the scheduler's; that is as it should be.
+    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step")
