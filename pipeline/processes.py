@@ -122,5 +122,6 @@ class _Display:
 
     def finish(self, label: str) -> None:
         if self._bars is None and self._state[label] != "done":
-            print(f"{self._title} {label}: {self._state[label]} - done", file=sys.stderr, flush=True)
+            last = "" if self._state[label] == "waiting" else f"{self._state[label]} - "
+            print(f"{self._title} {label}: {last}done", file=sys.stderr, flush=True)
         self._state[label] = "done"

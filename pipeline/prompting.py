@@ -78,13 +78,14 @@ def token_roles(response: DecodedResponse) -> list[Role]:
     """
     roles: list[Role] = [Role.OTHER] * len(response.text)
     followed = _PREFIX.match(response.text)
-    for region, role in _REGIONS.items() if followed else ():
-        start, end = followed.span(region)
-        if start >= 0:
-            roles[start:end] = [role] * (end - start)
-    inside = roles[-1] if roles else Role.OTHER
-    if inside is Role.THINK_TAG and followed and followed["think_end"] is None:
-        inside = Role.REASONING
+    inside = Role.OTHER
+    if followed is not None:
+        for region, role in _REGIONS.items():
+            start, end = followed.span(region)
+            if start >= 0:
+                roles[start:end] = [role] * (end - start)
+        if followed["think_end"] is None and followed.end() == len(response.text):
+            inside = Role.REASONING
     result = []
     for start, end in response.spans:
         touched = roles[start:end] or roles[start : start + 1] or [inside]

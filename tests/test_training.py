@@ -51,7 +51,8 @@ TINY = {
     "environments": {"frozen_lake": {"max_turns": 4, "response_tokens": 20, "context_tokens": 400}},
     "rollout": {"groups": 2, "group_size": 4},
     "bottleneck": {"groups": 4},
-    "train": {"iterations": 2, "minibatch": 4},
+    "train": {"iterations": 2, "minibatch": 4, "passes": 2},
+    "method_defaults": {"learning_rate": 1e-4, "regulariser": {"entropy": 0.001, "kl": 0.01, "kl_estimator": "k3"}},
     "evaluation": {"states": 2, "rollouts": 2},
 }
 LAKE = "frozen_lake"
@@ -383,7 +384,7 @@ def test_a_critic_learns_its_targets(policy: Policy, kind: str) -> None:
         for example in prepared(config, "ppo", policy, token_number).examples
     ]
     losses = []
-    for _ in range(25):
+    for _ in range(50):
         record = _Averages()
         module._update(examples, 0, record)
         losses.append(record.means()["value_loss"])
