@@ -79,14 +79,16 @@ def load_policy(
 
 
 def load_trained(directory: str | Path, config: Config) -> Policy:
-    """Load a policy that the pipeline has written, in the precision of ``policy.dtype``.
+    """Load a policy that the pipeline has written: in the precision of ``policy.dtype``, on the GPU if there is one.
 
     Raises:
         ConfigError: the directory is not there; ``models/policy`` would be a hub id, too.
     """
     if not Path(directory).is_dir():
         raise ConfigError(f"{directory}: no such policy; run `make repro` first")
-    return load_policy(directory, dtype=config.policy.dtype if config.policy.kind == "pretrained" else "float32")
+    policy = load_policy(directory, dtype=config.policy.dtype if config.policy.kind == "pretrained" else "float32")
+    policy.model.to("cuda" if torch.cuda.is_available() else "cpu")
+    return policy
 
 
 def save_replacing(policy: Policy, directory: Path) -> None:

@@ -72,6 +72,10 @@ class PolicyGradient(lightning.LightningModule):
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 - i / total if linear else 1.0)
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
 
+    def on_fit_start(self) -> None:
+        """Lightning has moved what it trains; the reference policy follows."""
+        self.reference.model.to(self.device)
+
     def train_dataloader(self) -> DataLoader[int]:
         """One item per epoch, and nothing in it: data loaders are prefetched, an iteration must not be."""
         return DataLoader([0], batch_size=None)  # type: ignore[arg-type]
