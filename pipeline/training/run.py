@@ -46,7 +46,6 @@ def train_one(job: TrainingJob, report: Report) -> Path:
     first = None
     if table is not None and not (task.cache / "checkpoint.ckpt").exists():
         first = table_slice(read(table), config, task.environment, task.seed)
-    lightning.seed_everything(task.seed, workers=False, verbose=False)
     module = PolicyGradient(config, task.environment, task.method, task.seed, policy, first)
     task.cache.mkdir(parents=True, exist_ok=True)
     run = TrainingRun(job.tracking, task.cache)
