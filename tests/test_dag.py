@@ -184,14 +184,13 @@ def test_a_killed_training_ends_in_the_bytes_of_an_uninterrupted_one(runs: tuple
         lines = (key / "begun.log").read_text().split()
         assert set(lines) == {str(i) for i in range(8)}
         assert len(lines) <= 9, "more than one iteration was computed twice"
-    assert any(len((key / "begun.log").read_text().split()) <= 9 for key in keys)
 
     for key in keys:
         shutil.rmtree(key)
     call(folder, *command)
     assert {key.name: tree(key / "result") for key in keys} == resumed
 
-    edit(folder, lambda p: p["method_defaults"].update(learning_rate=0.0005))
+    edit(folder, lambda p: p["method_defaults"].update(learning_rate=0.0007))
     call(folder, *command)
     changed = set((folder / ".cache/train").iterdir()) - before - keys
     assert len(changed) == len(keys)
