@@ -138,6 +138,22 @@ def test_mlflow_holds_one_run_per_training_with_a_curve_over_iterations(runs: tu
     assert "turn 1" in spans
 
 
+@pytest.mark.parametrize("notebook", sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb")))
+def test_notebooks_run_on_the_outputs_and_are_committed_without_any(runs: tuple[Path, Path], notebook: str) -> None:
+    folder = runs[0]
+    cells = json.loads((folder / "notebooks" / notebook).read_text())["cells"]
+    written = [cell for cell in cells if cell["cell_type"] == "code"]
+    assert all(cell["outputs"] == [] and cell["execution_count"] is None for cell in written)
+    script = "\n".join("".join(cell["source"]) for cell in written)
+    before = digests(folder)
+    command = [sys.executable, "-c", script]
+    done = subprocess.run(
+        command, cwd=folder, env={**environment(), "OUT": str(OUT)}, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert digests(folder) == before
+
+
 def test_only_what_an_edit_touches_runs_again(runs: tuple[Path, Path]) -> None:
     folder = runs[0]
     assert repro(folder) == []

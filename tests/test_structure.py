@@ -12,6 +12,7 @@ from ruamel.yaml import YAML
 
 from pipeline.config import parse, read_yaml
 from pipeline.presets import overlay
+from pipeline.training.result import SOURCES
 
 ROOT = Path(__file__).parents[1]
 PIPELINE = ROOT / "pipeline"
@@ -77,6 +78,11 @@ def test_imports_point_one_way() -> None:
             parts = name.split(".")
             if parts[0] == "pipeline" and len(parts) > 1 and parts[1] in level:
                 assert level[parts[1]] <= level[own], f"{file.relative_to(ROOT)} imports {name}"
+
+
+def test_a_seeds_key_and_the_train_stage_depend_on_the_same_code() -> None:
+    deps = read_yaml(ROOT / "dvc.yaml")["stages"]["train"]["deps"]
+    assert {dep for dep in deps if dep.startswith("pipeline/")} == {f"pipeline/{source}" for source in SOURCES}
 
 
 def test_every_yaml_block_of_the_readme_is_valid_on_top_of_params() -> None:

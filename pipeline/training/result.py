@@ -14,19 +14,20 @@ from pipeline.config import Config
 from pipeline.trajectory import Trajectories
 
 SOURCES = (
-    "config.py",
     "trajectory.py",
     "randomness.py",
     "prompting.py",
     "environments",
-    "policy",
+    "policy/model.py",
+    "policy/scoring.py",
     "rollout",
     "energy/annotate.py",
     "objective",
     "evaluation/evaluate.py",
     "training",
 )
-"""Code under pipeline/ that decides a training's bytes; dvc.yaml lists the same for the train stage."""
+"""Code under pipeline/ that decides a training's bytes, as dvc.yaml lists it for the train stage. Not config.py: what it
+decides is in the resolved settings."""
 
 
 @dataclass(frozen=True)
