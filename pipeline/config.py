@@ -31,6 +31,13 @@ class Section(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
 
+def _refuse_ignored(section: Section, reason: str, *names: str) -> None:
+    """A knob that has no effect is an error, unless it is left at its default (invariant 5)."""
+    changed = [name for name in names if getattr(section, name) != type(section).model_fields[name].default]
+    if changed:
+        raise ValueError(f"{', '.join(changed)} has no effect while {reason}")
+
+
 class Environment(Section):
     """One environment and the shape of its dialogue."""
 
@@ -170,6 +177,12 @@ class GroupAdvantage(Section):
     eps: Positive = 1e-6
     """Added to that standard deviation."""
 
+    @model_validator(mode="after")
+    def _effective(self) -> GroupAdvantage:
+        if not self.std:
+            _refuse_ignored(self, "std is false", "ddof", "eps")
+        return self
+
 
 class Critic(Section):
     """The value function of GAE."""
@@ -235,10 +248,7 @@ class ActFocusWeight(Section):
         if self.form == "softmax" and self.redistribution_strength > 1:
             raise ValueError("form softmax needs redistribution_strength <= 1")
         if self.redistribution_strength == 0:
-            ignored = {"redistribution_temperature", "signal", "form"} & self.model_fields_set
-            changed = sorted(k for k in ignored if getattr(self, k) != type(self).model_fields[k].default)
-            if changed:
-                raise ValueError(f"{', '.join(changed)} has no effect while redistribution_strength is 0")
+            _refuse_ignored(self, "redistribution_strength is 0", "redistribution_temperature", "signal", "form")
         return self
 
 
@@ -262,11 +272,16 @@ class Regulariser(Section):
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """How the KL is estimated from sampled tokens. As a loss, k1 has zero expected gradient on-policy."""
 
+    @model_validator(mode="after")
+    def _effective(self) -> Regulariser:
+        if self.kl == 0:
+            _refuse_ignored(self, "kl is 0", "kl_estimator")
+        return self
+
 
 Filter = Annotated[Union[AllGroups, RewardVariance], Field(discriminator="kind")]
 Advantage = Annotated[Union[GroupAdvantage, GAE], Field(discriminator="kind")]
 Weight = Annotated[Union[UniformWeight, ActFocusWeight], Field(discriminator="kind")]
-Surrogate = Annotated[PPOClip, Field()]
 
 
 class Method(Section):
@@ -280,7 +295,7 @@ class Method(Section):
     """S4: the token weight w_t."""
     aggregation: Literal["weight_sum", "token_mean", "sequence_mean"]
     """S4: what divides the sum: the minibatch's total weight, its token count, or each trajectory's weight."""
-    surrogate: Surrogate
+    surrogate: PPOClip
     """S5: how ratio and advantage become a per-token loss."""
     regulariser: Regulariser
     """S6: entropy and KL terms."""

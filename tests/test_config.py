@@ -280,6 +280,14 @@ def test_a_methods_own_mistake_is_reported_beside_the_same_one_in_method_default
             "methods.grpo.weight: redistribution_temperature has no effect while redistribution_strength is 0",
         ),
         (
+            {"methods.grpo.regulariser": {"entropy": 0.0, "kl": 0.0, "kl_estimator": "k1"}},
+            "methods.grpo.regulariser: kl_estimator has no effect while kl is 0",
+        ),
+        (
+            {"methods.grpo.advantage": {"kind": "group", "std": False, "ddof": 0}},
+            "methods.grpo.advantage: ddof has no effect while std is false",
+        ),
+        (
             {"methods.grpo.weight": {"kind": "actfocus", "redistribution_strength": 1.5, "form": "softmax"}},
             "methods.grpo.weight: form softmax needs redistribution_strength <= 1",
         ),

@@ -77,12 +77,12 @@ def train_one(job: TrainingJob, report: Report) -> Path:
 
 
 class _Clock(Callback):
-    """Seconds spent in iterations so far, and tokens sampled per second of each."""
+    """Seconds spent in iterations so far (validation left out), and tokens sampled per second of each."""
 
-    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._began = time.monotonic()
 
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
         row, spent = pl_module.curve[-1], time.monotonic() - self._began
         earlier = pl_module.curve[-2]["seconds"] if len(pl_module.curve) > 1 else 0.0
         row["seconds"] = earlier + spent
