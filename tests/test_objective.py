@@ -584,8 +584,8 @@ def test_policy_loss_equals_reference_with_gradients(
     tokens = int(keep.sum())
     if tokens == 0:
         return
-    named = {"kl_estimator": estimator} if kl else {}  # an estimator of nothing is refused
-    row = method(regulariser={"entropy": bonus, "kl": kl, **named})
+    estimator = estimator if kl else "k3"  # another estimator of nothing is refused
+    row = method(regulariser={"entropy": bonus, "kl": kl, "kl_estimator": estimator})
     logprob = (batch.logprob + 0.4 * noise(batch, 3))[keep].requires_grad_(True)
     entropy = noise(batch, 4)[keep].abs().requires_grad_(True)
     old, ref = batch.logprob[keep], batch.ref_logprob[keep]
