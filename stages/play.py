@@ -39,7 +39,7 @@ def main() -> str:
     if not 0 <= arguments.episode < states:
         raise ConfigError(f"--episode: {arguments.episode} is not there; allowed: 0 to {states - 1}")
     spec = evaluation_specs(config, name, "test", states, 1, seed, "play")[arguments.episode]
-    played = collect(TransformersEngine(policy), policy.tokenizer, config, name, [spec], temperature)
+    played = collect(TransformersEngine(policy, slots=1), policy.tokenizer, config, name, [spec], temperature)
     episode = annotate(played, reference, temperature, config.train.tokens_per_forward)
     show(episode, policy.tokenizer)
     outcome = "success" if episode.episodes["success"][0] else f"no success ({episode.episodes['end_reason'][0]})"

@@ -6,7 +6,9 @@ published symbols; coordinates (row, column), zero-indexed, stand beside it ("Co
 
 from __future__ import annotations
 
+import copy
 from collections import deque
+from functools import lru_cache
 from typing import Any
 
 import gymnasium
@@ -65,7 +67,7 @@ class FrozenLake(gymnasium.Env[str, str]):
         super().reset(seed=seed)
         state_seed = (options or {}).get("state_seed")
         self._draw_lake(self.np_random if state_seed is None else np.random.default_rng(state_seed))
-        lake = FrozenLakeEnv(desc=self._desc(), is_slippery=self.success_rate < 1, success_rate=self.success_rate)
+        lake = copy.copy(_gymnasium_lake(tuple(self._desc()), self.success_rate))
         lake.reset(seed=int(self.np_random.integers(2**31)))
         self._lake, self.actions_left, self.done, self.success = lake, self.max_actions, False, False
         return self._observe(first=True), {}
@@ -150,6 +152,12 @@ class FrozenLake(gymnasium.Env[str, str]):
         symbols[player] = "X" if player in self.holes else "√" if player == self.goal else "P"
         rows = [" ".join(symbols.get((r, c), "_") for c in range(self.size)) for r in range(self.size)]
         return "\n".join([*rows, coordinates])
+
+
+@lru_cache(maxsize=1024)
+def _gymnasium_lake(desc: tuple[str, ...], success_rate: float) -> FrozenLakeEnv:
+    """Computing a lake's transitions costs more than playing on it; a shallow copy shares them."""
+    return FrozenLakeEnv(desc=list(desc), is_slippery=success_rate < 1, success_rate=success_rate)
 
 
 def _distances(size: int, holes: frozenset[Cell], goal: Cell) -> dict[Cell, int]:

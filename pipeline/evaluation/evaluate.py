@@ -71,7 +71,7 @@ def evaluate_policy(task: EvaluationTask, report: Report) -> pa.Table:
         report(done, total)
 
     played = evaluate(
-        TransformersEngine(policy),
+        TransformersEngine(policy, task.config.rollout.batch_episodes),
         policy.tokenizer,
         task.config,
         task.environment,

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
-from torch.utils.checkpoint import checkpoint
 
 from pipeline.policy.model import Policy
+from pipeline.policy.trunk import hidden_states, packed_attention
 
 LOGITS_PER_CHUNK = 2**24
 """Float32 logits held at once: 64 MB."""
@@ -54,7 +55,7 @@ def predicting_hidden(
 
     Args:
         policy: whose trunk reads the sequences.
-        sequences: token ids, one array per sequence; padded here, on the right.
+        sequences: token ids, one array per sequence.
         wanted: bool masks of the same lengths; the first token of a sequence cannot be wanted, nothing predicts it.
         backbone: another trunk to use instead.
 
@@ -66,21 +67,11 @@ def predicting_hidden(
     """
     if any(mask[0] for mask in wanted):
         raise ValueError("the first token of a sequence has no prediction")
-    longest = max(map(len, sequences))
-    ids = np.zeros((len(sequences), longest), dtype=np.int64)
-    attention = np.zeros((len(sequences), longest), dtype=np.int64)
-    positions = np.zeros((len(sequences), longest), dtype=bool)
-    for row, (sequence, mask) in enumerate(zip(sequences, wanted, strict=True)):
-        ids[row, : len(sequence)] = sequence
-        attention[row, : len(sequence)] = 1
-        positions[row, : len(sequence) - 1] = mask[1:]
-    output = (backbone or policy.backbone)(
-        input_ids=torch.from_numpy(ids).to(policy.device),
-        attention_mask=None if attention.all() else torch.from_numpy(attention).to(policy.device),
-        use_cache=False,
-    )
-    hidden: Tensor = output.last_hidden_state
-    return hidden[torch.from_numpy(positions).to(policy.device)]
+    lengths, device = [len(sequence) for sequence in sequences], policy.device
+    ids = torch.from_numpy(np.concatenate(sequences).astype(np.int64)).to(device)
+    positions = torch.from_numpy(np.concatenate([np.arange(length) for length in lengths])).to(device)
+    predicting = torch.from_numpy(np.flatnonzero(np.concatenate(wanted)) - 1).to(device)
+    return hidden_states(backbone or policy.backbone, ids, positions, packed_attention(lengths, device), predicting)
 
 
 def score_tokens(
@@ -88,7 +79,7 @@ def score_tokens(
 ) -> TokenScores:
     """Score tokens from the hidden states that predict them, a chunk of logits at a time.
 
-    With gradients enabled, a chunk's logits are computed again in the backward pass instead of being kept.
+    No more than a chunk's logits are held, in the backward pass too, which computes them again.
 
     Args:
         hidden: last hidden states.
@@ -96,29 +87,64 @@ def score_tokens(
         head: the output head.
         temperature: divides the logits for log-probability and entropy, not for the log-partition.
     """
-    size = max(1, LOGITS_PER_CHUNK // head.weight.shape[0])
-    parts = []
-    for start in range(0, len(tokens), size):
-        piece = slice(start, start + size)
-        if torch.is_grad_enabled() and len(tokens) > size:
-            parts.append(checkpoint(_score_chunk, hidden[piece], tokens[piece], head, temperature, use_reentrant=False))
-        else:
-            parts.append(_score_chunk(hidden[piece], tokens[piece], head, temperature))
-    if not parts:
-        empty = hidden.new_zeros(0, dtype=torch.float32)
-        return TokenScores(empty, empty, empty)
-    return TokenScores(*(torch.cat(column) for column in zip(*parts, strict=True)))
+    return TokenScores(*_ScoreTokens.apply(hidden, head.weight, head.bias, tokens, temperature))
 
 
-def _score_chunk(hidden: Tensor, tokens: Tensor, head: torch.nn.Linear, temperature: float) -> tuple[Tensor, ...]:
-    logits = head(hidden).float()
-    raw = torch.logsumexp(logits, dim=-1)
-    if temperature != 1.0:
-        logits = logits / temperature
-        normaliser = torch.logsumexp(logits, dim=-1)
-    else:
-        normaliser = raw
-    logprob = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - normaliser
-    probability = torch.softmax(logits, dim=-1)
-    entropy = normaliser - (probability * logits).sum(-1)
-    return logprob, entropy, raw
+class _ScoreTokens(torch.autograd.Function):
+    """``score_tokens`` with its backward pass written out.
+
+    With x = logits / T, z = logsumexp x and p = exp(x - z): ``d log p_a / dx_j = [j = a] - p_j`` and, with
+    H = z - sum p x, ``dH / dx_j = -p_j (x_j - z + H)``; of the raw log-partition it is the raw probability.
+    """
+
+    @staticmethod
+    def forward(
+        ctx: Any, hidden: Tensor, weight: Tensor, bias: Tensor | None, tokens: Tensor, temperature: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        logprob, entropy, raw, normaliser = (hidden.new_empty(len(tokens), dtype=torch.float32) for _ in range(4))
+        for piece in _chunks(len(tokens), len(weight)):
+            logits = F.linear(hidden[piece], weight, bias).float()
+            raw[piece] = torch.logsumexp(logits, dim=-1)
+            normaliser[piece] = raw[piece]
+            if temperature != 1.0:
+                normaliser[piece] = torch.logsumexp(logits.div_(temperature), dim=-1)
+            logprob[piece] = logits.gather(-1, tokens[piece].unsqueeze(-1)).squeeze(-1) - normaliser[piece]
+            probability = (logits - normaliser[piece].unsqueeze(-1)).exp_()
+            entropy[piece] = normaliser[piece] - torch.linalg.vecdot(probability, logits)
+        ctx.save_for_backward(hidden, weight, bias, tokens, entropy, raw, normaliser)
+        ctx.temperature = temperature
+        ctx.set_materialize_grads(False)
+        return logprob, entropy, raw
+
+    @staticmethod
+    def backward(
+        ctx: Any, to_logprob: Tensor | None, to_entropy: Tensor | None, to_raw: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor | None, None, None]:
+        hidden, weight, bias, tokens, entropy, raw, normaliser = ctx.saved_tensors
+        to_hidden = torch.empty_like(hidden)
+        to_weight = torch.zeros_like(weight, dtype=torch.float32)
+        to_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
+        for piece in _chunks(len(tokens), len(weight)):
+            logits = F.linear(hidden[piece], weight, bias).float()
+            slope = torch.zeros_like(logits)
+            if to_raw is not None:
+                slope += (logits - raw[piece].unsqueeze(-1)).exp_().mul_(to_raw[piece].unsqueeze(-1) * ctx.temperature)
+            surprise = logits.div_(ctx.temperature).sub_(normaliser[piece].unsqueeze(-1))
+            probability = surprise.exp()
+            if to_entropy is not None:
+                surprise.add_(entropy[piece].unsqueeze(-1)).mul_(probability)
+                slope.addcmul_(surprise, to_entropy[piece].unsqueeze(-1), value=-1)
+            if to_logprob is not None:
+                slope.addcmul_(probability, to_logprob[piece].unsqueeze(-1), value=-1)
+                slope.scatter_add_(-1, tokens[piece].unsqueeze(-1), to_logprob[piece].unsqueeze(-1))
+            slope = slope.div_(ctx.temperature).to(hidden.dtype)
+            to_hidden[piece] = slope @ weight
+            to_weight += slope.t() @ hidden[piece]
+            if to_bias is not None:
+                to_bias += slope.sum(0)
+        return to_hidden, to_weight.to(weight.dtype), None if to_bias is None else to_bias.to(weight.dtype), None, None
+
+
+def _chunks(tokens: int, vocabulary: int) -> list[slice]:
+    size = max(1, LOGITS_PER_CHUNK // vocabulary)
+    return [slice(start, start + size) for start in range(0, tokens, size)]

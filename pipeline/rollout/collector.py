@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,39 +80,37 @@ def collect(
         tokenizer: the policy's.
         config: params.yaml.
         name: key in ``environments``.
-        specs: what to play; ``rollout.batch_episodes`` are decoded together.
+        specs: what to play.
         temperature: of sampling.
-        progress: called with the number of episodes finished, batch by batch.
+        progress: called with 1 whenever an episode is finished.
 
     Returns:
         The episodes in the order of ``specs``.
     """
     section = config.environments[name]
     dialogue = Dialogue(tokenizer, section.layout, config.rollout.prefill, section.response_tokens)
-    finished: list[EpisodeBuilder] = []
-    for start in range(0, len(specs), config.rollout.batch_episodes):
-        engine.forget()
-        batch = [_Episode(section, dialogue, spec) for spec in specs[start : start + config.rollout.batch_episodes]]
-        _assert_groups_share_prompts(batch)
-        active = batch
-        while active:
-            requests = [episode.request() for episode in active]
-            answers = engine.generate(requests, Sampling(temperature, END_OF_RESPONSE))
-            for episode, answer in zip(active, answers, strict=True):
-                episode.take(answer)
-            active = [episode for episode in active if not episode.done]
-        finished += [episode.builder for episode in batch]
-        progress(len(batch))
-    return build(finished)
+    episodes: list[_Episode] = []
+    prompts: dict[str, list[int]] = {}
 
+    def requests() -> Iterator[Request]:
+        for spec in specs:
+            episode = _Episode(section, dialogue, spec)
+            if prompts.setdefault(spec.group_id, episode.prompt) != episode.prompt:  # invariant 3
+                raise RuntimeError(f"group {spec.group_id} has members with different prompts")
+            episodes.append(episode)
+            yield episode.request()
 
-def _assert_groups_share_prompts(batch: list[_Episode]) -> None:
-    """Invariant 3: a group is one initial state."""
-    first: dict[str, list[int]] = {}
-    for episode in batch:
-        prompt = first.setdefault(episode.spec.group_id, episode.builder.ids)
-        if prompt != episode.builder.ids:
-            raise RuntimeError(f"group {episode.spec.group_id} has members with different prompts")
+    def follow(number: int, answer: Continuation) -> Request | None:
+        episode = episodes[number]
+        episode.take(answer)
+        if not episode.done:
+            return episode.request()
+        progress(1)
+        return None
+
+    engine.forget()
+    engine.generate(requests(), Sampling(temperature, END_OF_RESPONSE), follow)
+    return build([episode.builder for episode in episodes])
 
 
 class _Episode:
@@ -133,6 +131,7 @@ class _Episode:
         )
         opening = dialogue.opening(self.environment.instructions, self.observation, self._actions_left())
         self.builder.append_text(opening, Role.PROMPT)
+        self.prompt = list(self.builder.ids)
         if len(opening) + len(dialogue.prefill_ids) >= section.context_tokens:
             raise ConfigError(
                 f"environments: a prompt of {len(opening)} tokens leaves no room in context_tokens "
@@ -146,7 +145,7 @@ class _Episode:
         self.builder.append_text(prefill, Role.THINK_TAG)
         uniforms = self.draws.random(self.section.response_tokens)
         room = self.section.context_tokens - len(self.builder)
-        return Request(self.spec.episode_id, self.builder.ids, uniforms[: max(1, room)], forced=len(prefill))
+        return Request(self.builder.ids, uniforms[: max(1, room)], forced=len(prefill))
 
     def take(self, answer: Continuation) -> None:
         """Record a response, act on it and prepare the next turn."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol
 
@@ -23,8 +23,6 @@ class Sampling:
 class Request:
     """Continue a stored prefix."""
 
-    key: str
-    """Names the episode from turn to turn, so that an engine can keep what it computed for it."""
     ids: Sequence[int]
     """The whole prefix: prompt and everything since, forced tokens included."""
     uniforms: np.ndarray
@@ -49,6 +47,10 @@ class Continuation:
     """Version of the weights that sampled it."""
 
 
+Follow = Callable[[int, Continuation], Request | None]
+"""Given a request's number and what was sampled for it, how the same episode goes on; None: it does not."""
+
+
 class RolloutEngine(Protocol):
     """Samples continuations of prefixes with named randomness.
 
@@ -57,8 +59,21 @@ class RolloutEngine(Protocol):
 
     policy_version: int
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Continuation]:
-        """One continuation per request, in order. Computations for earlier requests of the same keys are reused."""
+    def generate(
+        self, requests: Iterable[Request], sampling: Sampling, follow: Follow | None = None
+    ) -> list[Continuation]:
+        """Continue every request, and every request that follows from it, until there is none.
+
+        Args:
+            requests: taken one by one, whenever there is room for another.
+            sampling: how tokens are drawn.
+            follow: called as soon as a continuation is complete, while the others go on. Without it one continuation
+                each is sampled.
+
+        Returns:
+            The last continuation of each request, in order. What was computed for a prefix is not computed again for
+            what begins with it, in this call or a later one.
+        """
 
     def forget(self) -> None:
         """Drop everything computed; must be called whenever the weights have changed."""

@@ -19,7 +19,7 @@ def sample_slice(task: tuple[Config, str, Path, list[int]], report: Report) -> d
     """Sample the slices of some seeds; ``task`` is config, environment, policy directory and seeds."""
     config, name, directory, seeds = task
     policy = load_trained(directory, config)
-    engine = TransformersEngine(policy)
+    engine = TransformersEngine(policy, config.rollout.batch_episodes)
     result = {}
     for done, seed in enumerate(seeds, start=1):
         specs = iteration_specs(config, name, seed, 0)

@@ -1,161 +1,248 @@
 """The default engine: a transformers model in this process, its KV cache kept from turn to turn.
 
-The cache holds one row per episode and one slot per step; a row that has nothing to say in a step leaves a hole, which
-the attention mask hides, which positions do not count and which is closed before the next turn. That turn's new tokens
-are appended behind the last slot, so that nothing passes through the model twice; a prompt that several episodes share
-passes once.
+Sampling goes in steps. In a step every episode at hand hands in what is new in it - the token just sampled, or a prompt,
+or an observation - and gets one token back; all that is new passes through the model as one packed batch. An episode
+that ends makes room for the next that waits, so the batch stays full, and nobody waits for the end of anybody's turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
-from tokenizers.decoders import DecodeStream
+import torch.nn.functional as F
 from torch import Tensor
-from transformers import DynamicCache
 
 from pipeline.policy.model import Policy
-from pipeline.rollout.engine import Continuation, Request, Sampling
+from pipeline.policy.trunk import hidden_states
+from pipeline.rollout.cache import SlotCache
+from pipeline.rollout.engine import Continuation, Follow, Request, Sampling
+
+TOKENS_PER_STEP = 8192
+"""Tokens that pass through the model together; what does not fit waits for the next step. Bounds the memory that prompts
+take."""
 
 
 class TransformersEngine:
-    """See ``RolloutEngine``. The policy's weights are read at every call; call ``forget`` after changing them."""
+    """See ``RolloutEngine``. The policy's weights are read at every call; call ``forget`` after changing them.
 
-    def __init__(self, policy: Policy, policy_version: int = 0) -> None:
-        self.policy, self.policy_version = policy, policy_version
+    Args:
+        policy: what samples.
+        slots: episodes sampled at once.
+        policy_version: of the weights.
+    """
+
+    def __init__(self, policy: Policy, slots: int = 128, policy_version: int = 0) -> None:
+        self.policy, self.slots, self.policy_version = policy, slots, policy_version
         configured = getattr(policy.model.generation_config, "eos_token_id", None)
         if configured is None:
             configured = policy.tokenizer.eos_token_id
         self._eos = set(configured if isinstance(configured, list) else [configured]) - {None}
+        self._ends: dict[str, frozenset[int]] = {}
+        self._cache: SlotCache | None = None
         self.forget()
 
     def forget(self) -> None:
-        """Drop the cache."""
-        self._cache: Any = None
-        self._keys: list[str] = []
-        self._stored: list[list[int]] = []
-        self._mask = torch.zeros((0, 0), dtype=torch.long)
+        """Drop what the cache holds."""
+        self._stored = np.full((self.slots, 0), -1, dtype=np.int64)
+        self._prompt_logits: dict[tuple[int, ...], Tensor] = {}
         self.positions_computed = 0
+        """Tokens that have passed through the model since."""
 
     @torch.inference_mode()
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Continuation]:
+    def generate(
+        self, requests: Iterable[Request], sampling: Sampling, follow: Follow | None = None
+    ) -> list[Continuation]:
         """See ``RolloutEngine.generate``."""
-        if not requests:
-            return []
         was_training = self.policy.model.training
         self.policy.model.eval()
-        logits = self._resume(requests) if self._holds(requests) else self._prefill(requests)
-        result = self._decode(requests, sampling, logits)
+        waiting, active, free = enumerate(requests), list[_Row](), list(range(self.slots))
+        last: dict[int, Continuation] = {}
+        while True:
+            active += self._admit(waiting, active, free)
+            if not active:
+                break
+            speaking, logits = self._step(active)
+            for row in self._sample(speaking, logits, sampling):
+                last[row.number] = row.continuation(self.policy_version)
+                request = None if follow is None else follow(row.number, last[row.number])
+                if request is None:
+                    active.remove(row)
+                    free.append(row.slot)
+                else:
+                    row.go_on(request)
         self.policy.model.train(was_training)
-        return result
+        return [last[number] for number in sorted(last)]
 
-    def _holds(self, requests: Sequence[Request]) -> bool:
-        """Whether every request continues what the cache holds for its key."""
-        rows = {key: row for row, key in enumerate(self._keys)}
-        for request in requests:
-            stored = self._stored[rows[request.key]] if request.key in rows else None
-            if stored is None or len(stored) >= len(request.ids) or list(request.ids[: len(stored)]) != stored:
-                return False
-        return True
+    def _admit(self, waiting: Iterator[tuple[int, Request]], active: list[_Row], free: list[int]) -> list[_Row]:
+        """Fill free slots with waiting requests, each behind the longest beginning of it that any slot holds.
 
-    def _prefill(self, requests: Sequence[Request]) -> Tensor:
-        """Start afresh: each distinct prefix passes through the model once. Returns logits (requests, vocabulary)."""
-        self.forget()
-        index: dict[tuple[int, ...], int] = {}
-        rows = [index.setdefault(tuple(request.ids), len(index)) for request in requests]
-        self._cache = DynamicCache(config=self.policy.model.config)
-        self._mask = torch.zeros((len(index), 0), dtype=torch.long, device=self.policy.device)
-        self._stored = [[] for _ in index]
-        logits = self._append([list(prefix) for prefix in index])
-        self._select(rows)
-        self._keys = [request.key for request in requests]
-        return logits[torch.tensor(rows, device=logits.device)]
+        A request whose prompt another one is about to compute gets nothing to compute: see ``_step``.
+        """
+        admitted: list[_Row] = []
+        computing = {row.prompt for row in active if row.new and not row.started}
+        while free and (following := next(waiting, None)) is not None:
+            row = _Row(*following)
+            if row.prompt in computing:
+                row.slot = free.pop(0)
+            else:
+                source, held = self._longest_stored(row.prompt)
+                known = held if row.prompt in self._prompt_logits else min(held, len(row.prompt) - 1)
+                row.slot = free.pop(free.index(source) if source in free else 0)
+                self._copy(source, row, known)
+                row.new = list(row.prompt[known:])
+                if row.new:
+                    computing.add(row.prompt)
+            admitted.append(row)
+        return admitted
 
-    def _resume(self, requests: Sequence[Request]) -> Tensor:
-        """Keep the requested rows and append what is new in each. Returns logits (requests, vocabulary)."""
-        rows = [self._keys.index(request.key) for request in requests]
-        if rows != list(range(len(self._keys))):
-            self._select(rows)
-        self._keys = [request.key for request in requests]
-        self._close_holes()
-        return self._append([list(r.ids[len(s) :]) for r, s in zip(requests, self._stored, strict=True)])
+    def _copy(self, source: int, row: _Row, length: int) -> None:
+        """Let a row begin with what another slot holds."""
+        if source != row.slot and length:
+            self._held().copy(source, row.slot, length)
+        row.length = length
+        self._stored[row.slot] = -1
+        self._store(np.full(length, row.slot), np.arange(length), np.array(row.prompt[:length]))
 
-    def _select(self, rows: list[int]) -> None:
-        chosen = torch.tensor(rows, device=self.policy.device)
-        self._cache.batch_select_indices(chosen)
-        self._mask = self._mask[chosen]
-        self._stored = [list(self._stored[row]) for row in rows]
+    def _longest_stored(self, ids: tuple[int, ...]) -> tuple[int, int]:
+        """The slot that holds the longest beginning of ``ids``, and how long that is."""
+        width = min(len(ids), self._stored.shape[1])
+        agree = np.logical_and.accumulate(self._stored[:, :width] == np.array(ids[:width]), axis=1).sum(1)
+        best = int(agree.argmax())
+        return best, int(agree[best])
 
-    def _close_holes(self) -> None:
-        """Move each row's filled slots together, to the right, and drop the columns that no row needs any more."""
-        filled = self._mask.sum(-1)
-        longest = int(filled.max())
-        if longest == self._mask.shape[1]:
-            return
-        order = self._mask.argsort(dim=-1, stable=True)[:, -longest:]
-        self._mask = self._mask.gather(1, order)
-        slots = order[:, None, :, None]
-        for layer in self._cache.layers:
-            shape = (-1, layer.keys.shape[1], -1, layer.keys.shape[3])
-            layer.keys = layer.keys.gather(2, slots.expand(shape))
-            layer.values = layer.values.gather(2, slots.expand(shape))
+    def _store(self, slots: np.ndarray, positions: np.ndarray, ids: np.ndarray) -> None:
+        """Note which tokens the cache holds."""
+        more = int(positions.max(initial=-1)) + 1 - self._stored.shape[1]
+        if more > 0:
+            self._stored = np.pad(self._stored, ((0, 0), (0, more + self._stored.shape[1])), constant_values=-1)
+        self._stored[slots, positions] = ids
 
-    def _append(self, chunks: list[list[int]]) -> Tensor:
-        """Run each row's new tokens, padded on the left; returns the logits after each row's last one."""
-        width = max(map(len, chunks))
-        ids = torch.zeros((len(chunks), width), dtype=torch.long)
-        valid = torch.zeros((len(chunks), width), dtype=torch.long)
-        for row, chunk in enumerate(chunks):
-            if chunk:
-                ids[row, width - len(chunk) :] = torch.tensor(chunk)
-                valid[row, width - len(chunk) :] = 1
-            self._stored[row] += chunk
-            self.positions_computed += len(chunk)
+    def _held(self) -> SlotCache:
+        device, dtype = self.policy.device, self.policy.model.dtype
+        if self._cache is None or self._cache.keys.device != device or self._cache.keys.dtype != dtype:
+            self._cache = SlotCache(self.policy.model.config, self.slots, device, dtype)
+        return self._cache
+
+    def _step(self, active: list[_Row]) -> tuple[list[_Row], Tensor]:
+        """Pass what is new through the model once; returns the rows that may now sample, and their logits."""
+        speaking, total = list[_Row](), 0
+        for row in active:
+            if row.new and (not speaking or total + len(row.new) <= TOKENS_PER_STEP):
+                speaking.append(row)
+                total += len(row.new)
+        logits = [self._forward(speaking)] if speaking else []
+        for row in active:
+            if not row.started and not row.new and row not in speaking and row.prompt in self._prompt_logits:
+                if row.length < len(row.prompt):
+                    self._copy(self._longest_stored(row.prompt)[0], row, len(row.prompt))
+                speaking.append(row)
+                logits.append(self._prompt_logits[row.prompt])
+        return speaking, torch.cat(logits)
+
+    def _forward(self, rows: list[_Row]) -> Tensor:
+        """Logits (rows, vocabulary) behind each row's new tokens, which then are stored."""
+        counts = np.array([len(row.new) for row in rows])
+        ends = counts.cumsum()
+        slots = np.repeat([row.slot for row in rows], counts)
+        starts = np.array([row.length for row in rows])
+        positions = np.arange(ends[-1]) + np.repeat(starts - ends + counts, counts)
+        ids = np.fromiter((token for row in rows for token in row.new), dtype=np.int64, count=ends[-1])
+        attend = self._held().attention(slots, positions)
         device = self.policy.device
-        return self._forward(ids.to(device), valid.to(device))
-
-    def _forward(self, ids: Tensor, valid: Tensor) -> Tensor:
-        before = self._mask.sum(-1, keepdim=True)
-        self._mask = torch.cat([self._mask, valid], dim=1)
-        output = self.policy.model(
-            input_ids=ids,
-            attention_mask=self._mask,
-            position_ids=(before + valid.cumsum(-1) - 1).clamp_min(0),
-            past_key_values=self._cache,
-            use_cache=True,
-            logits_to_keep=1,
+        hidden = hidden_states(
+            self.policy.backbone,
+            torch.from_numpy(ids).to(device),
+            torch.from_numpy(positions).to(device),
+            attend,
+            torch.from_numpy(ends - 1).to(device),
         )
-        logits: Tensor = output.logits[:, -1]
+        logits = F.linear(hidden, self.policy.head.weight, self.policy.head.bias)
+        self._store(slots, positions, ids)
+        for index, row in enumerate(rows):
+            row.length += len(row.new)
+            row.new = []
+            if not row.started:
+                self._remember(row.prompt, logits[index : index + 1])
+        self.positions_computed += int(ends[-1])
         return logits
 
-    def _decode(self, requests: Sequence[Request], sampling: Sampling, logits: Tensor) -> list[Continuation]:
-        responses = [_Response(request, self.policy.tokenizer, sampling.stop) for request in requests]
-        uniforms = np.zeros((len(requests), max(len(r.uniforms) for r in requests)))
-        for row, request in enumerate(requests):
-            uniforms[row, : len(request.uniforms)] = request.uniforms
-        step = 0
-        while True:
-            draws = torch.from_numpy(uniforms[:, step]).to(logits.device)
-            ids, logprob, entropy = (x.tolist() for x in sample(logits, sampling.temperature, draws))
-            step += 1
-            for row, response in enumerate(responses):
-                if response.finish is None:
-                    response.add(ids[row], logprob[row], entropy[row], self._eos)
-            speaking = [response.finish is None for response in responses]
-            if not any(speaking):
-                break
-            for row, (token, speaks) in enumerate(zip(ids, speaking, strict=True)):
-                if speaks:
-                    self._stored[row].append(token)
-            self.positions_computed += sum(speaking)
-            device = logits.device
-            logits = self._forward(
-                torch.tensor(ids, device=device).unsqueeze(1), torch.tensor(speaking, device=device).long().unsqueeze(1)
-            )
-        return [response.continuation(self.policy_version) for response in responses]
+    def _remember(self, prompt: tuple[int, ...], logits: Tensor) -> None:
+        """Keep the logits behind a prompt for the others that have it; of the oldest no more than there are slots."""
+        self._prompt_logits[prompt] = logits
+        if len(self._prompt_logits) > self.slots:
+            del self._prompt_logits[next(iter(self._prompt_logits))]
+
+    def _sample(self, rows: list[_Row], logits: Tensor, sampling: Sampling) -> list[_Row]:
+        """One token for every row; returns the rows whose continuation is now complete."""
+        draws = torch.tensor([row.request.uniforms[len(row.ids)] for row in rows], dtype=torch.float64)
+        sampled = sample(logits, sampling.temperature, draws.to(logits.device))
+        ends, complete = self._may_end(sampling.stop), []
+        for row, token, logprob, entropy in zip(rows, *(column.tolist() for column in sampled), strict=True):
+            row.started = True
+            row.new.append(token)
+            row.ids.append(token)
+            row.logprob.append(logprob)
+            row.entropy.append(entropy)
+            if token in ends and sampling.stop in self._text(row):
+                row.finish = "stop"
+            elif token in self._eos:
+                row.finish = "eos"
+            elif len(row.ids) == len(row.request.uniforms):
+                row.finish = "length"
+            if row.finish:
+                complete.append(row)
+        return complete
+
+    def _text(self, row: _Row) -> str:
+        """What the response says so far, forced tokens included."""
+        forced = list(row.request.ids)[len(row.request.ids) - row.request.forced :]
+        return str(self.policy.tokenizer.backend_tokenizer.decode([*forced, *row.ids], skip_special_tokens=False))
+
+    def _may_end(self, stop: str) -> frozenset[int]:
+        """Tokens that can complete a response: they begin with an end of the stop text, or contain it, or end
+        the sequence."""
+        if stop not in self._ends:
+            backend, count = self.policy.tokenizer.backend_tokenizer, len(self.policy.tokenizer)
+            texts = backend.decode_batch([[token] for token in range(count)], skip_special_tokens=False)
+            tails = tuple(stop[start:] for start in range(len(stop)))
+            found = (token for token, text in enumerate(texts) if text.startswith(tails) or stop in text)
+            self._ends[stop] = frozenset(found) | self._eos
+        return self._ends[stop]
+
+
+@dataclass(eq=False)
+class _Row:
+    """One episode at hand."""
+
+    number: int
+    request: Request
+    slot: int = -1
+    length: int = 0
+    """Tokens of it that its slot holds."""
+    new: list[int] = field(default_factory=list)
+    """Tokens that have yet to pass through the model."""
+    started: bool = False
+    """Its prompt has been computed, and something sampled behind it."""
+    ids: list[int] = field(default_factory=list)
+    logprob: list[float] = field(default_factory=list)
+    entropy: list[float] = field(default_factory=list)
+    finish: str = ""
+
+    def __post_init__(self) -> None:
+        self.prompt = tuple(self.request.ids)
+        """The first request's prefix."""
+
+    def continuation(self, policy_version: int) -> Continuation:
+        return Continuation(self.ids, self.logprob, self.entropy, self.finish, policy_version)
+
+    def go_on(self, request: Request) -> None:
+        """Take up the same episode's next request; it must begin with all that was said so far."""
+        self.request = request
+        self.new = list(request.ids[self.length :])
+        self.ids, self.logprob, self.entropy, self.finish = [], [], [], ""
 
 
 def sample(logits: Tensor, temperature: float, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -169,48 +256,11 @@ def sample(logits: Tensor, temperature: float, draws: Tensor) -> tuple[Tensor, T
     Returns:
         token (rows,), its log-probability and the distribution's entropy in nats, both float32.
     """
-    logprobs = torch.log_softmax(logits.float() / temperature, dim=-1)
-    probability = logprobs.exp()
+    scaled = logits.float() / temperature
+    normaliser = torch.logsumexp(scaled, dim=-1)
+    probability = (scaled - normaliser.unsqueeze(-1)).exp_()
     cumulative = probability.double().cumsum(-1)
-    token = torch.searchsorted(cumulative, (draws * cumulative[:, -1]).unsqueeze(-1), right=True).squeeze(-1)
+    token = torch.searchsorted(cumulative, (draws * cumulative[:, -1]).unsqueeze(-1), right=True)
     token = token.clamp_max(logits.shape[-1] - 1)
-    entropy = -torch.xlogy(probability, probability).sum(-1)
-    return token, logprobs.gather(-1, token.unsqueeze(-1)).squeeze(-1), entropy
-
-
-class _Response:
-    """One row's response while it grows."""
-
-    def __init__(self, request: Request, tokenizer: Any, stop: str) -> None:
-        self.ids: list[int] = []
-        self.logprob: list[float] = []
-        self.entropy: list[float] = []
-        self.finish: str | None = None
-        self._limit, self._stop = len(request.uniforms), stop
-        self._backend, self._stream, self._tail = (
-            tokenizer.backend_tokenizer,
-            DecodeStream(skip_special_tokens=False),
-            "",
-        )
-        for token in list(request.ids)[len(request.ids) - request.forced :]:
-            self._read(token)
-
-    def add(self, token: int, logprob: float, entropy: float, eos: set[int]) -> None:
-        self.ids.append(token)
-        self.logprob.append(logprob)
-        self.entropy.append(entropy)
-        self._read(token)
-        if self._stop in self._tail:
-            self.finish = "stop"
-        elif token in eos:
-            self.finish = "eos"
-        elif len(self.ids) >= self._limit:
-            self.finish = "length"
-
-    def _read(self, token: int) -> None:
-        piece = self._stream.step(self._backend, token)
-        if piece:
-            self._tail = self._tail[-len(self._stop) :] + piece
-
-    def continuation(self, policy_version: int) -> Continuation:
-        return Continuation(self.ids, self.logprob, self.entropy, self.finish or "length", policy_version)
+    logprob = scaled.gather(-1, token).squeeze(-1) - normaliser
+    return token.squeeze(-1), logprob, normaliser - torch.linalg.vecdot(probability, scaled)

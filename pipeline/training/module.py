@@ -51,7 +51,7 @@ class PolicyGradient(lightning.LightningModule):
         slot = self.method.advantage
         self.critic_settings = slot.critic if isinstance(slot, GAE) else None
         self.critic = ValueFunction(self.critic_settings, self.reference) if self.critic_settings else None
-        self.engine = TransformersEngine(policy)
+        self.engine = TransformersEngine(policy, config.rollout.batch_episodes)
         self.curve: list[dict[str, float]] = []
         """One row of metrics per finished iteration."""
         self.last_episodes: Trajectories | None = None

@@ -1,0 +1,182 @@
+"""One forward pass over packed tokens: many sequences, or many pieces of sequences, side by side and without padding.
+
+Everything but attention works token by token, so tokens of any number of sequences are one flat batch; attention alone
+must know which belong together, and is given by the caller: over the whole sequences (``packed_attention``: training,
+annotation) or over a cache (``pipeline.rollout.cache``: sampling). The Qwen2 and Llama families have a forward of our
+own here; other transformers models run their own, with the same attention put in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float, Int
+from torch import Tensor, nn
+from transformers import AttentionInterface
+
+from pipeline.kernels import native
+from pipeline.kernels.native import Rotation
+
+Attend = Callable[..., Tensor]
+"""``attend(layer, query, key, value, rotation, scale)``: query (n, heads, size), key and value (n, key-value heads, size)
+of one packed batch, and the rotary position codes that are still to be applied to query and key, if any; returns (n,
+heads, size)."""
+
+OWN_FAMILIES = ("qwen2", "qwen3", "llama", "mistral")
+"""Model types with pre-normalised layers of rotary attention and SwiGLU."""
+
+
+def hidden_states(
+    backbone: Any,
+    ids: Int[Tensor, " n"],
+    positions: Int[Tensor, " n"],
+    attend: Attend,
+    wanted: Int[Tensor, " m"] | None = None,
+) -> Float[Tensor, "m width"]:
+    """Last hidden states of a packed batch.
+
+    Args:
+        backbone: a transformers model without its output head.
+        ids: token ids.
+        positions: of each token in its sequence, from 0.
+        attend: see ``Attend``.
+        wanted: indices of the tokens whose states are asked for; behind the last layer's attention nothing else is
+            computed. None is all.
+    """
+    if has_own_forward(backbone):
+        return _own_forward(backbone, ids, positions, attend, wanted)
+    hidden = _transformers_forward(backbone, ids, positions, attend)
+    return hidden if wanted is None else hidden[wanted]
+
+
+def packed_attention(lengths: Sequence[int] | np.ndarray, device: torch.device) -> Attend:
+    """Causal attention within each of the sequences that are packed one after another."""
+    offsets = np.r_[0, np.cumsum(lengths)]
+    padded = _padded_attention(np.asarray(lengths), device)
+
+    def attend(
+        layer: int, query: Tensor, key: Tensor, value: Tensor, rotation: Rotation | None, scale: float
+    ) -> Tensor:
+        if native.attends(query):
+            return native.causal_attention(query, key, value, rotation, offsets, scale)
+        return padded(layer, query, key, value, rotation, scale)
+
+    return attend
+
+
+def _padded_attention(lengths: np.ndarray, device: torch.device) -> Attend:
+    """The same for any device and precision: the sequences are brought side by side for PyTorch's attention.
+
+    Padding stands behind each sequence, where causality hides it, so no mask is needed; give sequences of similar length.
+    """
+    longest = int(lengths.max())
+    inside = np.arange(longest) < lengths[:, None]
+    starts = np.r_[0, np.cumsum(lengths)[:-1]]
+    index = torch.from_numpy(np.where(inside, starts[:, None] + np.arange(longest), 0)).to(device)
+    real = torch.from_numpy(np.flatnonzero(inside)).to(device)
+
+    def attend(
+        layer: int, query: Tensor, key: Tensor, value: Tensor, rotation: Rotation | None, scale: float
+    ) -> Tensor:
+        rotated = (rotate(query, rotation), rotate(key, rotation), value)
+        q, k, v = (x[index].transpose(1, 2) for x in rotated)
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
+        return out.transpose(1, 2).reshape(-1, *query.shape[1:])[real]
+
+    return attend
+
+
+def has_own_forward(backbone: Any) -> bool:
+    """Whether ``hidden_states`` computes this model itself: one of ``OWN_FAMILIES``, nothing put around its projections."""
+    config = backbone.config
+    return (
+        config.model_type in OWN_FAMILIES
+        and config.hidden_act == "silu"
+        and all(type(p) is nn.Linear for layer in backbone.layers for p in _projections(layer))
+    )
+
+
+def _projections(layer: Any) -> tuple[Any, ...]:
+    attention, mlp = layer.self_attn, layer.mlp
+    projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
+    return (*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+
+
+def _own_forward(
+    backbone: Any, ids: Tensor, positions: Tensor, attend: Attend, wanted: Tensor | None
+) -> Float[Tensor, "m width"]:
+    x = F.embedding(ids, backbone.embed_tokens.weight)
+    cos, sin = (part[0] for part in backbone.rotary_emb(x, positions.unsqueeze(0)))
+    for number, layer in enumerate(backbone.layers):
+        attention, mlp = layer.self_attn, layer.mlp
+        y = _rms_norm(x, layer.input_layernorm)
+        q, k, v = (
+            F.linear(y, p.weight, p.bias).view(len(y), -1, attention.head_dim)
+            for p in (attention.q_proj, attention.k_proj, attention.v_proj)
+        )
+        if hasattr(attention, "q_norm"):
+            q, k = _rms_norm(q, attention.q_norm), _rms_norm(k, attention.k_norm)
+        mixed = attend(number, q, k, v, (cos, sin), attention.scaling).reshape(len(x), -1)
+        if wanted is not None and number == len(backbone.layers) - 1:
+            x, mixed = x[wanted], mixed[wanted]
+        x = x + F.linear(mixed, attention.o_proj.weight, attention.o_proj.bias)
+        y = _rms_norm(x, layer.post_attention_layernorm)
+        gate, up = (F.linear(y, p.weight, p.bias) for p in (mlp.gate_proj, mlp.up_proj))
+        x = x + F.linear(_swiglu(gate, up), mlp.down_proj.weight, mlp.down_proj.bias)
+    return _rms_norm(x, backbone.norm)
+
+
+def _rms_norm(x: Tensor, norm: Any) -> Tensor:
+    if native.computes(x):
+        return native.rms_norm(x, norm.weight, norm.variance_epsilon)
+    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+
+
+def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    return native.swiglu(gate, up) if native.computes(gate) else F.silu(gate) * up
+
+
+def rotate(x: Float[Tensor, "n heads size"], rotation: Rotation | None) -> Float[Tensor, "n heads size"]:
+    """Apply rotary position codes, ``x cos + rotate_half(x) sin`` (arXiv 2104.09864), if there are any."""
+    if rotation is None:
+        return x
+    cos, sin = (part.unsqueeze(1) for part in rotation)
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat((-second, first), dim=-1) * sin
+
+
+def _transformers_forward(backbone: Any, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
+    config, usual = backbone.config, backbone.config._attn_implementation
+    config._attn_implementation = "packed"
+    try:
+        output = backbone(
+            input_ids=ids.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False, attend=attend
+        )
+    finally:
+        config._attn_implementation = usual
+    hidden: Tensor = output.last_hidden_state[0]
+    return hidden
+
+
+def _attend_in_transformers(
+    module: Any,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    scaling: float | None = None,
+    *,
+    attend: Attend,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """``Attend`` as transformers calls it: (1, heads, n, size) in, (1, n, heads, size) out."""
+    flat = [x[0].transpose(0, 1) for x in (query, key, value)]
+    scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+    return attend(module.layer_idx, *flat, None, scale).unsqueeze(0), None
+
+
+AttentionInterface.register("packed", _attend_in_transformers)
