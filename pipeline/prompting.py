@@ -120,8 +120,10 @@ class Dialogue:
     ) -> None:
         self.tokenizer, self.layout, self.response_tokens = tokenizer, layout, response_tokens
         self.template = None if tokenizer.chat_template else PLAIN_TEMPLATE
+        self._encode = lru_cache(maxsize=4096)(
+            lambda text: tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
+        )
         self.prefill_ids = self.encode(prefill) if prefill else []
-        self._encode_cached = lru_cache(maxsize=4096)(self.encode)
         marks = ("\x01observation\x01", "\x01response\x01", "\x01next\x01")
         rendered = self._render(
             [
@@ -157,7 +159,7 @@ class Dialogue:
         before = self._before
         if ended_by_eos and self.tokenizer.eos_token:
             before = before.removeprefix(self.tokenizer.eos_token)
-        return list(self._encode_cached(before + content + self._after))
+        return self.encode(before + content + self._after)
 
     def _user(self, turn: int, observation: str, actions_left: int | None) -> str:
         if self.layout == "compact":
@@ -178,4 +180,4 @@ class Dialogue:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of a piece of text, nothing added."""
-        return list(self.tokenizer(text, add_special_tokens=False)["input_ids"])
+        return list(self._encode(text))

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from pipeline.policy.tokenizer import train_tokenizer
 from pipeline.prompting import END_OF_RESPONSE, Dialogue
 from pipeline.randomness import generator
 from pipeline.rollout.collector import INVALID, EpisodeSpec, collect, group_specs, iteration_specs
-from pipeline.rollout.engine import Continuation, Request, Sampling
+from pipeline.rollout.engine import Continuation, Follow, Request, Sampling
 from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.trajectory import RESPONSE_ROLES, Role, Trajectories
 
@@ -72,35 +73,57 @@ class ScriptedEngine:
     """A ``RolloutEngine`` that says what a script tells it, within its draws, and remembers what it was asked.
 
     The log-probability of a token is minus its draw, so that draws can be read off the record.
+
+    Args:
+        script: what to say.
+        keys: the episodes' ids, in order; the script and the record go by them.
+        at_once: episodes that are open at once, each of which gets one answer per round.
     """
 
     policy_version = 7
 
-    def __init__(self, script: Script) -> None:
-        self.script = script
-        self.turn: dict[str, int] = {}
-        self.requests: list[Request] = []
+    def __init__(self, script: Script, keys: Sequence[str], at_once: int = 6) -> None:
+        self.script, self.keys, self.at_once = script, keys, at_once
+        self.asked: dict[str, list[Request]] = {}
         self.answers: dict[str, list[Continuation]] = {}
         self.samplings: set[Sampling] = set()
-        self.forgotten = 0
+        self.most_open = self.forgotten = 0
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Continuation]:
+    @property
+    def requests(self) -> list[Request]:
+        return [request for asked in self.asked.values() for request in asked]
+
+    def generate(
+        self, requests: Iterable[Request], sampling: Sampling, follow: Follow | None = None
+    ) -> list[Continuation]:
         self.samplings.add(sampling)
-        return [self._say(request, sampling) for request in requests]
+        waiting, last = enumerate(requests), dict[int, Continuation]()
+        current: dict[int, Request] = {}
+        while True:
+            current |= itertools.islice(waiting, self.at_once - len(current))
+            if not current:
+                return [last[number] for number in sorted(last)]
+            self.most_open = max(self.most_open, len(current))
+            for number, request in list(current.items()):
+                last[number] = self._say(self.keys[number], request, sampling)
+                following = follow(number, last[number]) if follow else None
+                if following is None:
+                    del current[number]
+                else:
+                    current[number] = following
 
     def forget(self) -> None:
         self.forgotten += 1
 
-    def _say(self, request: Request, sampling: Sampling) -> Continuation:
-        self.requests.append(Request(request.key, list(request.ids), request.uniforms, request.forced))
-        turn = self.turn[request.key] = self.turn.get(request.key, -1) + 1
-        said = self.script(request.key, turn)
-        ids = TOKENIZER(said, add_special_tokens=False)["input_ids"][: len(request.uniforms)]
+    def _say(self, key: str, request: Request, sampling: Sampling) -> Continuation:
+        turn = len(self.answers.get(key, []))
+        self.asked.setdefault(key, []).append(Request(list(request.ids), request.uniforms, request.forced))
+        ids = TOKENIZER(self.script(key, turn), add_special_tokens=False)["input_ids"][: len(request.uniforms)]
         text = TOKENIZER.decode(ids)
         finish = "eos" if text.endswith(EOS) else "stop" if sampling.stop in text else "length"
         draws = request.uniforms[: len(ids)].tolist()
         answer = Continuation(ids, [-u for u in draws], [u / 2 for u in draws], finish, self.policy_version)
-        self.answers.setdefault(request.key, []).append(answer)
+        self.answers.setdefault(key, []).append(answer)
         return answer
 
 
@@ -120,8 +143,8 @@ def wander(key: str, turn: int) -> str:
 def play(
     settings: Config, script: Script, specs: Sequence[EpisodeSpec] | None = None
 ) -> tuple[Trajectories, ScriptedEngine]:
-    engine = ScriptedEngine(script)
     chosen = iteration_specs(settings, NAME, 0, 0) if specs is None else specs
+    engine = ScriptedEngine(script, [spec.episode_id for spec in chosen])
     return collect(engine, TOKENIZER, settings, NAME, chosen, 1.0), engine
 
 
@@ -175,8 +198,7 @@ def test_recorded_tokens_are_exactly_those_sent_and_returned(layout: str, prefil
     for episode, key in enumerate(made.episodes["episode_id"]):
         ids = made.input_ids[made.offsets[episode] : made.offsets[episode + 1]].tolist()
         sampled = made.sampled[made.offsets[episode] : made.offsets[episode + 1]]
-        asked = [request for request in engine.requests if request.key == key]
-        said = engine.answers[key]
+        asked, said = engine.asked[key], engine.answers[key]
         for request, answer, turn in zip(asked, said, episode_turns(made, episode), strict=True):
             start = len(request.ids)
             assert ids[:start] == request.ids
@@ -233,11 +255,10 @@ def test_members_of_a_group_share_the_prompt_and_not_the_draws() -> None:
     for episode, group in enumerate(made.groups.tolist()):
         groups.setdefault(group, []).append(episode)
     assert [len(members) for members in groups.values()] == [3, 3]
-    opening = {r.key: r for r in reversed(engine.requests)}
     seen: set[bytes] = set()
     for members in groups.values():
         keys = [made.episodes["episode_id"][member] for member in members]
-        assert len({tuple(opening[key].ids) for key in keys}) == 1
+        assert len({tuple(engine.asked[key][0].ids) for key in keys}) == 1
         assert len({made.episodes["state_key"][member] for member in members}) == 1
         assert (made.role[made.offsets[members[0]]] == Role.PROMPT).all()
     for request in engine.requests:
@@ -428,17 +449,29 @@ def test_equal_specs_give_equal_bytes(tmp_path: Path) -> None:
     assert contents[0] == contents[1]
 
 
-def test_size_of_the_batches_changes_nothing_and_is_reported() -> None:
-    tables = []
-    for size, expected in ((6, [6]), (4, [4, 2]), (1, [1] * 6)):
-        settings, finished = config({"batch_episodes": size}), []
-        engine = ScriptedEngine(wander)
-        specs = iteration_specs(settings, NAME, 0, 0)
-        tables.append(collect(engine, TOKENIZER, settings, NAME, specs, 1.0, finished.append).to_table())
-        assert finished == expected
-        assert engine.forgotten == len(expected)
+def test_number_of_episodes_at_once_changes_nothing() -> None:
+    settings, tables = config(settings={"success_rate": 0.5}), []
+    specs = iteration_specs(settings, NAME, 0, 0)
+    for at_once in (6, 4, 1):
+        engine = ScriptedEngine(wander, [spec.episode_id for spec in specs], at_once)
+        tables.append(collect(engine, TOKENIZER, settings, NAME, specs, 1.0).to_table())
+        assert engine.most_open == at_once
+        assert engine.forgotten == 1
     assert tables[0].equals(tables[1])
     assert tables[0].equals(tables[2])
+
+
+def test_every_finished_episode_is_reported() -> None:
+    settings, reported = config(), list[tuple[int, int]]()
+    specs = iteration_specs(settings, NAME, 0, 0)
+    engine = ScriptedEngine(wander, [spec.episode_id for spec in specs], 2)
+
+    def progress(episodes: int) -> None:
+        reported.append((episodes, len(engine.asked)))
+
+    collect(engine, TOKENIZER, settings, NAME, specs, 1.0, progress)
+    assert [episodes for episodes, _ in reported] == [1] * len(specs)
+    assert reported[0][1] == 2  # when the first one ends, only two have begun
 
 
 @pytest.fixture(scope="module")
@@ -463,7 +496,7 @@ def test_a_real_policy_is_recorded_with_the_log_probabilities_of_its_tokens(poli
     settings = config({"prefill": "<think>", "batch_episodes": 4, "temperature": 0.8})
     for name in ("one", "two"):
         specs = iteration_specs(settings, NAME, 0, 0)
-        made = collect(TransformersEngine(policy, 3), TOKENIZER, settings, NAME, specs, 0.8)
+        made = collect(TransformersEngine(policy, 4, policy_version=3), TOKENIZER, settings, NAME, specs, 0.8)
         made.write(tmp_path / name)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     assert set(made.episodes["policy_version"]) == {3}

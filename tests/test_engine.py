@@ -1,8 +1,10 @@
-"""The transformers engine against plain full forward passes, on two architectures and two tokenizers."""
+"""The transformers engine against plain full forward passes: several architectures, two tokenizers, both caches."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    GPTNeoXConfig,
+    GPTNeoXForCausalLM,
     LlamaConfig,
     LlamaForCausalLM,
     PreTrainedTokenizerFast,
@@ -20,19 +26,20 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
+from pipeline.kernels import native
 from pipeline.policy.model import Policy, load_policy
 from pipeline.policy.tokenizer import train_tokenizer
-from pipeline.rollout.engine import Continuation, Request, Sampling
+from pipeline.policy.trunk import hidden_states
+from pipeline.rollout import transformers_engine
+from pipeline.rollout.engine import Continuation, Follow, Request, RolloutEngine, Sampling
 from pipeline.rollout.transformers_engine import TransformersEngine, sample
 
 TEXTS = ["player 0 1 goal 3 3 holes 1 2", "Left Right Up Down", "let me think, rows apart 2", "<think> <answer>"] * 3
 STOP = "</answer>"
 SHAPE = {
-    "hidden_size": 32,
     "intermediate_size": 48,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
-    "num_key_value_heads": 2,
     "max_position_embeddings": 512,
     "initializer_range": 0.3,
     "attn_implementation": "sdpa",
@@ -52,28 +59,40 @@ def plain_tokenizer() -> Any:
     return PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="</s>", clean_up_tokenization_spaces=False)
 
 
-def random_policy(kind: str, directory: Path) -> Policy:
-    """Saved and loaded, as every policy of the pipeline is."""
+def random_policy(kind: str, size: int, directory: Path) -> Policy:
+    """Saved and loaded, as every policy of the pipeline is; ``size`` is that of its 4 heads."""
     torch.manual_seed(1)
     tokenizer = train_tokenizer(TEXTS, 320) if kind == "qwen2" else plain_tokenizer()
     shape = {
         **SHAPE,
+        "hidden_size": 4 * size,
         "vocab_size": len(tokenizer),
         "bos_token_id": None,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
     if kind == "qwen2":
-        model = Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=True, **shape))
+        model = Qwen2ForCausalLM(Qwen2Config(tie_word_embeddings=True, num_key_value_heads=2, **shape))
+    elif kind == "llama":
+        model = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=False, num_key_value_heads=2, **shape))
+    elif kind == "gpt2":
+        model = GPT2LMHeadModel(GPT2Config(**shape))
     else:
-        model = LlamaForCausalLM(LlamaConfig(tie_word_embeddings=False, **shape))
+        model = GPTNeoXForCausalLM(GPTNeoXConfig(tie_word_embeddings=False, **shape))
     Policy(model.eval(), tokenizer).save(directory)
     return load_policy(directory)
 
 
-@pytest.fixture(scope="module", params=["qwen2", "llama"])
+def named(kind_and_size: tuple[str, int]) -> str:
+    return "{}-{}".format(*kind_and_size)
+
+
+@pytest.fixture(scope="module", params=[("qwen2", 8), ("qwen2", 16), ("llama", 8), ("llama", 16)], ids=named)
 def policy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Policy:
-    return random_policy(request.param, tmp_path_factory.mktemp(request.param) / "policy")
+    """Heads of 8 numbers attend through PyTorch, those of 16 through the native kernel, where there is a compiler."""
+    made = random_policy(*request.param, tmp_path_factory.mktemp(request.param[0]) / "policy")
+    assert native.attends(torch.empty(1, request.param[1])) == (request.param[1] == 16 and native.library() is not None)
+    return made
 
 
 def encode(policy: Policy, text: str) -> list[int]:
@@ -110,12 +129,12 @@ def draws_for(policy: Policy, prefix: Sequence[int], wanted: Sequence[int], temp
 class Conversation:
     """An episode as the collector drives it: a growing prefix, draws of its own, observations of varied length."""
 
-    def __init__(self, key: str, prompt: list[int], seed: int, turns: int) -> None:
-        self.key, self.ids, self.turns, self.prompt = key, list(prompt), turns, list(prompt)
+    def __init__(self, prompt: list[int], seed: int, turns: int) -> None:
+        self.ids, self.turns, self.prompt = list(prompt), turns, list(prompt)
         self.draws = np.random.default_rng(seed)
 
     def request(self) -> Request:
-        return Request(self.key, list(self.ids), self.draws.random(int(self.draws.integers(1, 9))))
+        return Request(list(self.ids), self.draws.random(int(self.draws.integers(1, 9))))
 
     def take(self, answer: Continuation) -> None:
         self.ids += answer.ids
@@ -124,35 +143,153 @@ class Conversation:
             self.ids += self.draws.integers(3, 250, size=int(self.draws.integers(1, 12))).tolist()
 
 
-def conversations(policy: Policy) -> list[Conversation]:
-    """Six episodes of three prompts, one prompt shared by three of them; they leave at different turns."""
+def conversations(policy: Policy, adjacent: bool = False) -> list[Conversation]:
+    """Six episodes of three prompts, one prompt shared by three of them; they leave at different turns.
+
+    With ``adjacent`` those of one prompt follow each other, as the members of a group do.
+    """
     shared = encode(policy, "player 0 1 goal 3 3")
     prompts = [shared, encode(policy, "Up"), shared, encode(policy, "let me think, holes 1 2, rows apart 2"), shared]
     prompts.append(encode(policy, "Up"))
+    assert len({prompt[0] for prompt in prompts}) == 3  # so that only equal prompts have anything in common
     turns = [4, 2, 1, 5, 3, 5]
-    return [Conversation(str(i), p, 10 + i, t) for i, (p, t) in enumerate(zip(prompts, turns, strict=True))]
+    made = [Conversation(p, 10 + i, t) for i, (p, t) in enumerate(zip(prompts, turns, strict=True))]
+    return sorted(made, key=lambda episode: episode.prompt) if adjacent else made
 
 
-def play(engine: TransformersEngine, episodes: list[Conversation], sampling: Sampling) -> dict[str, list[Any]]:
-    """All turns of all episodes, batched over whoever still speaks."""
-    record: dict[str, list[Any]] = {episode.key: [] for episode in episodes}
-    active = list(episodes)
-    while active:
-        requests = [episode.request() for episode in active]
-        for episode, request, answer in zip(active, requests, engine.generate(requests, sampling), strict=True):
-            record[episode.key].append((request, answer))
-            episode.take(answer)
-        active = [episode for episode in active if episode.turns]
+Record = list[list[tuple[Request, Continuation]]]
+"""For each episode what was asked and answered, turn by turn."""
+
+
+def play(engine: RolloutEngine, episodes: list[Conversation], sampling: Sampling) -> Record:
+    record: Record = [[] for _ in episodes]
+    asked: list[Request] = []
+
+    def requests() -> Iterator[Request]:
+        for episode in episodes:
+            asked.append(episode.request())
+            yield asked[-1]
+
+    def follow(number: int, answer: Continuation) -> Request | None:
+        record[number].append((asked[number], answer))
+        episodes[number].take(answer)
+        if not episodes[number].turns:
+            return None
+        asked[number] = episodes[number].request()
+        return asked[number]
+
+    last = engine.generate(requests(), sampling, follow)
+    assert last == [turns[-1][1] for turns in record]
     return record
+
+
+def assert_same(actual: Record, expected: Record) -> None:
+    """The same tokens, with the same statistics up to rounding."""
+    for ours, theirs in zip(actual, expected, strict=True):
+        for (asked, answer), (other_asked, other) in zip(ours, theirs, strict=True):
+            assert (asked.ids, answer.ids, answer.finish) == (other_asked.ids, other.ids, other.finish)
+            np.testing.assert_allclose(answer.logprob, other.logprob, atol=1e-4)
+            np.testing.assert_allclose(answer.entropy, other.entropy, atol=1e-4)
+
+
+class SlowEngine:
+    """The contract at its plainest: one episode after another, the whole prefix anew for every token.
+
+    ``margin`` keeps for every answer the least distance of a draw to where another token begins.
+    """
+
+    policy_version = 0
+
+    def __init__(self, policy: Policy) -> None:
+        self.policy, self.margin = policy, dict[int, float]()
+
+    def generate(
+        self, requests: Iterable[Request], sampling: Sampling, follow: Follow | None = None
+    ) -> list[Continuation]:
+        last = []
+        for number, first in enumerate(requests):
+            request: Request | None = first
+            while request is not None:
+                answer = self._continue(request, sampling)
+                request = follow(number, answer) if follow else None
+            last.append(answer)
+        return last
+
+    def forget(self) -> None: ...
+
+    def _continue(self, request: Request, sampling: Sampling) -> Continuation:
+        answer, prefix, margin = Continuation([], [], [], "length", 0), list(request.ids), 1.0
+        forced = prefix[len(prefix) - request.forced :]
+        for draw in request.uniforms:
+            logprobs = full_logprobs(self.policy, [*prefix, *answer.ids], sampling.temperature)[-1].numpy()
+            borders = np.exp(logprobs).cumsum()
+            token = int((borders <= draw).sum())
+            margin = min(margin, np.abs(borders - draw).min())
+            answer.ids.append(token)
+            answer.logprob.append(logprobs[token])
+            answer.entropy.append(-(np.exp(logprobs) * logprobs).sum())
+            text = self.policy.tokenizer.decode([*forced, *answer.ids], skip_special_tokens=False)
+            if sampling.stop in text or token == self.policy.tokenizer.eos_token_id:
+                answer = replace(answer, finish="stop" if sampling.stop in text else "eos")
+                break
+        self.margin[id(request)] = margin
+        return answer
+
+
+def assert_same_where_rounding_decides_nothing(policy: Policy, engine: TransformersEngine, sampling: Sampling) -> None:
+    slow = SlowEngine(policy)
+    expected = play(slow, conversations(policy), sampling)
+    actual = play(engine, conversations(policy), sampling)
+    compared = 0
+    for ours, theirs in zip(actual, expected, strict=True):
+        for own, other in zip(ours, theirs, strict=True):
+            if slow.margin[id(other[0])] < 1e-5:
+                break  # the rest of this episode may rightly be another
+            assert_same([[own]], [[other]])
+            compared += len(own[1].ids)
+    assert compared > 60
+
+
+@contextmanager
+def passes(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """Lengths of the batches that pass through the model."""
+    lengths: list[int] = []
+
+    def counted(backbone: Any, ids: torch.Tensor, *rest: Any) -> torch.Tensor:
+        lengths.append(len(ids))
+        return hidden_states(backbone, ids, *rest)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(transformers_engine, "hidden_states", counted)
+        yield lengths
+
+
+def distinct_positions(episodes: list[Conversation]) -> int:
+    """Of episodes that are over: shared prompts once, the rest of each; a last sampled token never has to pass."""
+    shared = sum(len(prompt) for prompt in {tuple(episode.prompt) for episode in episodes})
+    return shared + sum(len(episode.ids) - len(episode.prompt) - 1 for episode in episodes)
 
 
 @pytest.mark.parametrize("temperature", [1.0, 0.6])
 def test_every_turn_is_scored_as_by_a_fresh_full_forward(policy: Policy, temperature: float) -> None:
     record = play(TransformersEngine(policy), conversations(policy), Sampling(temperature, STOP))
-    assert len({len(answer.ids) for turns in record.values() for _, answer in turns}) > 3
-    for turns in record.values():
+    assert len({len(answer.ids) for turns in record for _, answer in turns}) > 3
+    for turns in record:
         for request, answer in turns:
             assert_scored_by_a_fresh_forward(policy, request.ids, answer, temperature)
+
+
+@pytest.mark.parametrize("temperature", [1.0, 0.6])
+def test_same_draws_give_the_tokens_of_a_slow_engine(policy: Policy, temperature: float) -> None:
+    engine = TransformersEngine(policy, slots=4)
+    assert_same_where_rounding_decides_nothing(policy, engine, Sampling(temperature, STOP))
+
+
+@pytest.mark.parametrize("kind", [("gpt2", 8), ("gpt2", 16), ("gpt_neox", 8), ("gpt_neox", 16)], ids=named)
+def test_other_families_are_sampled_as_by_a_slow_engine(kind: tuple[str, int], tmp_path: Path) -> None:
+    """Through the family's own forward: with learned positions, and with its own rotation."""
+    policy = random_policy(*kind, tmp_path)
+    assert_same_where_rounding_decides_nothing(policy, TransformersEngine(policy, slots=4), Sampling(1.0, STOP))
 
 
 def test_batch_does_not_change_what_is_sampled(policy: Policy) -> None:
@@ -160,50 +297,164 @@ def test_batch_does_not_change_what_is_sampled(policy: Policy) -> None:
     sampling = Sampling(1.0, STOP)
     together = play(TransformersEngine(policy), conversations(policy), sampling)
     for number, episode in enumerate(conversations(policy)):
-        alone = play(TransformersEngine(policy), [episode], sampling)[str(number)]
-        assert [answer.ids for _, answer in alone] == [answer.ids for _, answer in together[str(number)]]
-        assert [answer.finish for _, answer in alone] == [answer.finish for _, answer in together[str(number)]]
+        assert_same(play(TransformersEngine(policy), [episode], sampling), [together[number]])
+
+
+@pytest.mark.parametrize("adjacent", [True, False])
+def test_number_of_slots_changes_nothing(policy: Policy, adjacent: bool) -> None:
+    sampling = Sampling(1.0, STOP)
+    enough = play(TransformersEngine(policy, slots=6), conversations(policy, adjacent), sampling)
+    for slots in (1, 2, 3, 4):
+        assert_same(play(TransformersEngine(policy, slots), conversations(policy, adjacent), sampling), enough)
+
+
+@pytest.mark.parametrize("limit", [1, 7, 25])
+def test_tokens_that_pass_at_once_change_nothing(policy: Policy, monkeypatch: pytest.MonkeyPatch, limit: int) -> None:
+    """Only what is longer than the limit by itself exceeds it."""
+    sampling, episodes = Sampling(1.0, STOP), conversations(policy)
+    free = play(TransformersEngine(policy), conversations(policy), sampling)
+    monkeypatch.setattr(transformers_engine, "TOKENS_PER_STEP", limit)
+    engine = TransformersEngine(policy, slots=4)
+    with passes(monkeypatch) as lengths:
+        assert_same(play(engine, episodes, sampling), free)
+    assert max(lengths) <= max(limit, *(len(episode.prompt) for episode in episodes), 8 + 11)
+    assert sum(lengths) == distinct_positions(episodes)
+
+
+def test_a_member_does_not_begin_before_its_prompt_is_there(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The first prompt is known but no longer stored, and has to wait for a step; so have all that share it."""
+    prompts, draws = [list(range(40, 60)), [8, 9], [11, 12], [70] * 15], np.array([0.3, 0.4, 0.5])
+    engine, sampling = TransformersEngine(policy, slots=3), Sampling(1.0, STOP)
+    for prompt in prompts[:3]:  # each in the slot of the one before, or all slots in turn and then the first again
+        engine.generate([Request(prompt, draws[:1])], sampling)
+    engine.generate([Request([*prompts[1], *prompt], draws[:1]) for prompt in prompts[1:3]] * 2, sampling)
+    monkeypatch.setattr(transformers_engine, "TOKENS_PER_STEP", 20)
+    requests = [Request(prompts[i], draws) for i in (3, 0, 0)]
+    for request, answer in zip(requests, engine.generate(requests, sampling), strict=True):
+        assert_scored_by_a_fresh_forward(policy, request.ids, answer, 1.0)
 
 
 def test_a_cold_engine_continues_as_a_warm_one(policy: Policy) -> None:
     """What the cache holds from earlier turns changes nothing."""
     sampling = Sampling(1.0, STOP)
-    for turns in play(TransformersEngine(policy), conversations(policy), sampling).values():
+    for turns in play(TransformersEngine(policy), conversations(policy), sampling):
         for request, answer in turns[1:]:
             cold = TransformersEngine(policy).generate([request], sampling)[0]
             assert cold.ids == answer.ids
             np.testing.assert_allclose(cold.logprob, answer.logprob, atol=1e-4)
 
 
-def test_no_position_is_computed_twice(policy: Policy) -> None:
-    """Shared prompts pass once, everything else once per episode; a last sampled token never has to."""
-    engine, episodes = TransformersEngine(policy), conversations(policy)
-    passed: list[int] = []
-
-    def count(module: Any, args: Any, kwargs: dict[str, Any]) -> None:
-        width = kwargs["input_ids"].shape[1]
-        passed.append(int(kwargs["attention_mask"][:, -width:].sum()))
-
-    hook = policy.model.base_model.register_forward_pre_hook(count, with_kwargs=True)
-    try:
+@pytest.mark.parametrize("slots", [1, 2, 3, 4, 128])
+def test_no_position_is_computed_twice(policy: Policy, monkeypatch: pytest.MonkeyPatch, slots: int) -> None:
+    """Shared prompts pass once, everything else once per episode, whoever has to wait for a slot."""
+    engine, episodes = TransformersEngine(policy, slots), conversations(policy, adjacent=True)
+    with passes(monkeypatch) as lengths:
         play(engine, episodes, Sampling(1.0, STOP))
-    finally:
-        hook.remove()
-    shared = sum(len(prompt) for prompt in {tuple(episode.prompt) for episode in episodes})
-    own = sum(len(episode.ids) - len(episode.prompt) - 1 for episode in episodes)
-    assert sum(passed) == shared + own
-    assert engine.positions_computed == shared + own
+    assert sum(lengths) == engine.positions_computed == distinct_positions(episodes)
 
 
-def test_an_engine_takes_new_keys_changed_prefixes_and_old_keys_in_another_order(policy: Policy) -> None:
-    sampling, engine = Sampling(1.0, STOP), TransformersEngine(policy)
+@pytest.mark.parametrize("slots", [1, 2, 3, 128])
+def test_a_late_member_computes_at_most_its_prompt_again(policy: Policy, slots: int) -> None:
+    """Between the members of a group came others, who may have taken the slots that held its prompt."""
+    engine, episodes = TransformersEngine(policy, slots), conversations(policy)
+    play(engine, episodes, Sampling(1.0, STOP))
+    least, repeated = distinct_positions(episodes), {tuple(episode.prompt) for episode in episodes}
+    late = sum(len(episode.prompt) for episode in episodes) - sum(map(len, repeated))
+    assert least <= engine.positions_computed <= least + (late if slots < len(episodes) else 0)
+
+
+def test_different_prompts_share_what_they_begin_with(policy: Policy) -> None:
+    engine, sampling = TransformersEngine(policy, slots=1), Sampling(1.0, STOP)
+    shared, one, two = encode(policy, "player 0 1"), encode(policy, "goal 3"), encode(policy, "holes 1 2")
+    requests = [Request([*shared, *rest], np.array([0.2, 0.7])) for rest in (one, two)]
+    for request, answer in zip(requests, engine.generate(requests, sampling), strict=True):
+        assert_scored_by_a_fresh_forward(policy, request.ids, answer, 1.0)
+    assert engine.positions_computed == len(shared) + len(one) + len(two) + 2
+
+
+def test_a_later_call_uses_what_is_stored(policy: Policy) -> None:
+    """A continued prefix costs what is new in it, and a prompt that was there nothing; until ``forget``."""
+    engine, sampling = TransformersEngine(policy, slots=3), Sampling(1.0, STOP)
+    prompt, more, draws = encode(policy, "player 0 1 goal"), encode(policy, "holes 1 2"), np.array([0.3, 0.6, 0.9])
+    first = engine.generate([Request(prompt, draws)], sampling)[0]
+    assert engine.positions_computed == len(prompt) + 2
+    longer = Request([*prompt, *first.ids, *more], draws)
+    second = engine.generate([longer], sampling)[0]
+    assert engine.positions_computed == len(longer.ids) + 2
+    assert_scored_by_a_fresh_forward(policy, longer.ids, second, 1.0)
+    again = engine.generate([Request(prompt, draws)] * 2, sampling)
+    assert engine.positions_computed == len(longer.ids) + 2 + 2 * 2
+    assert [answer.ids for answer in again] == [first.ids] * 2
+    engine.forget()
+    assert engine.positions_computed == 0
+    assert engine.generate([Request(prompt, draws)], sampling)[0].ids == first.ids
+    assert engine.positions_computed == len(prompt) + 2
+
+
+def test_nobody_waits_for_the_end_of_anothers_turn(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    """One turn of six tokens beside three of two: six steps."""
+    wanted, prompt = [20, 21, 22, 23, 24, 25], encode(policy, "goal 3 3")
+    assert STOP not in policy.tokenizer.decode(wanted)
+    long = Request(prompt, draws_for(policy, prompt, wanted, 1.0))
+    prefix, turns, finished = list(prompt), 3, []
+
+    def speak() -> Request:
+        return Request(list(prefix), draws_for(policy, prefix, [30, 31], 1.0))
+
+    def follow(number: int, answer: Continuation) -> Request | None:
+        nonlocal turns
+        finished.append(number)
+        if number == 0:
+            return None
+        turns -= 1
+        prefix.extend([*answer.ids, 32, 33])
+        return speak() if turns else None
+
+    with passes(monkeypatch) as lengths:
+        last = TransformersEngine(policy, slots=2).generate([long, speak()], Sampling(1.0, STOP), follow)
+    assert [answer.ids for answer in last] == [wanted, [30, 31]]
+    assert sorted(finished) == [0, 1, 1, 1]
+    assert finished[:2] == [1, 1]
+    assert len(lengths) == 6
+
+
+def test_requests_are_taken_when_there_is_room(policy: Policy) -> None:
+    taken, ended = 0, 0
+
+    def requests() -> Iterator[Request]:
+        nonlocal taken
+        for number in range(7):
+            assert taken - ended < 3
+            taken += 1
+            yield Request([40 + number, 41], np.full(1 + number % 3, 0.5))
+
+    def follow(number: int, answer: Continuation) -> None:
+        nonlocal ended
+        ended += 1
+
+    answers = TransformersEngine(policy, slots=3).generate(requests(), Sampling(1.0, STOP), follow)
+    assert len(answers) == taken == ended == 7
+
+
+def test_more_prompts_than_slots_may_come_and_come_again(policy: Policy) -> None:
+    """What is kept of the oldest prompt is dropped when there are more than slots, not under who is to use it."""
+    sampling, prompts = Sampling(1.0, STOP), {"a": [5, 6, 7], "b": [8, 9], "c": [10, 11]}
+    for order in ("abac", "abacbca"):
+        requests = [Request(prompts[name], np.array([0.5])) for name in order]
+        answers = TransformersEngine(policy, slots=2).generate(requests, sampling)
+        for request, answer in zip(requests, answers, strict=True):
+            assert_scored_by_a_fresh_forward(policy, request.ids, answer, 1.0)
+
+
+def test_an_engine_takes_changed_prefixes_and_old_ones_in_another_order(policy: Policy) -> None:
+    sampling, engine = Sampling(1.0, STOP), TransformersEngine(policy, slots=2)
     first, second, third = (encode(policy, text) for text in ("Left Up", "goal 3 3", "holes"))
     draws = np.random.default_rng(0).random((4, 5))
-    a, b = engine.generate([Request("a", first, draws[0]), Request("b", second, draws[1])], sampling)
-    swapped = [Request("b", [*second, *b.ids, *third], draws[2]), Request("a", [*first, *a.ids, *second], draws[3])]
-    changed = [Request("a", second, draws[0]), Request("b", second[:1], draws[1])]
-    rewritten = [Request("a", [*third, *second, *third, *second], draws[2])]
-    fresh = [Request("c", third, draws[2])]
+    a, b = engine.generate([Request(first, draws[0]), Request(second, draws[1])], sampling)
+    swapped = [Request([*second, *b.ids, *third], draws[2]), Request([*first, *a.ids, *second], draws[3])]
+    changed = [Request(second, draws[0]), Request(second[:1], draws[1])]
+    rewritten = [Request([*third, *second, *third, *second], draws[2])]
+    fresh = [Request(third, draws[2])]
     for requests in (swapped, changed, rewritten, fresh, changed):
         for request, answer in zip(requests, engine.generate(requests, sampling), strict=True):
             assert_scored_by_a_fresh_forward(policy, request.ids, answer, 1.0)
@@ -222,7 +473,7 @@ def test_finishes_by_stop_text_eos_and_length(policy: Policy) -> None:
     for finish, ids in wanted.items():
         draws = draws_for(policy, prefix, ids, 1.0)
         spare = np.empty(0) if finish == "length" else np.full(7, 0.5)
-        requests.append(Request(finish, prefix, np.concatenate([draws, spare])))
+        requests.append(Request(prefix, np.concatenate([draws, spare])))
     answers = TransformersEngine(policy, policy_version=5).generate(requests, sampling)
     for (finish, ids), answer in zip(wanted.items(), answers, strict=True):
         assert answer.finish == finish
@@ -238,7 +489,7 @@ def test_stop_text_ends_with_the_token_that_completes_it(policy: Policy) -> None
     for text, stop in (("x</answer", "answer"), ("Right", "igh"), ("√√", "√"), ("<answer></answe></answer>", STOP)):
         ids = encode(policy, text)
         draws = np.concatenate([draws_for(policy, prefix, ids, 1.0), [0.5]])
-        answer = TransformersEngine(policy).generate([Request("a", prefix, draws)], Sampling(1.0, stop))[0]
+        answer = TransformersEngine(policy).generate([Request(prefix, draws)], Sampling(1.0, stop))[0]
         assert answer.finish == "stop"
         assert answer.ids == ids[: len(answer.ids)]
         assert stop in policy.tokenizer.decode(answer.ids)
@@ -248,7 +499,7 @@ def test_stop_text_ends_with_the_token_that_completes_it(policy: Policy) -> None
 def test_stop_text_of_an_earlier_response_does_not_count(policy: Policy) -> None:
     prefix = encode(policy, f"Left{STOP}")
     wanted = encode(policy, "Up Down")
-    request = Request("a", prefix, draws_for(policy, prefix, wanted, 1.0))
+    request = Request(prefix, draws_for(policy, prefix, wanted, 1.0))
     answer = TransformersEngine(policy).generate([request], Sampling(1.0, STOP))[0]
     assert (answer.finish, answer.ids) == ("length", wanted)
 
@@ -260,7 +511,7 @@ def test_forced_tokens_count_for_the_stop_text_and_are_not_returned(policy: Poli
     draws = np.concatenate([draws_for(policy, prefix, rest, 1.0), [0.5, 0.5]])
     finishes = {}
     for forced in (len(opened), 0):
-        request = Request("a", prefix, draws, forced=forced)
+        request = Request(prefix, draws, forced=forced)
         answer = TransformersEngine(policy).generate([request], Sampling(1.0, STOP))[0]
         finishes[forced] = answer.finish
         assert answer.ids[: len(rest)] == rest
@@ -274,7 +525,7 @@ def test_several_end_of_sequence_tokens_are_obeyed(policy: Policy) -> None:
     policy.model.generation_config.eos_token_id = [policy.tokenizer.eos_token_id, other]
     try:
         draws = np.concatenate([draws_for(policy, prefix, [other], 1.0), [0.5]])
-        answer = TransformersEngine(policy).generate([Request("a", prefix, draws)], Sampling(1.0, STOP))[0]
+        answer = TransformersEngine(policy).generate([Request(prefix, draws)], Sampling(1.0, STOP))[0]
     finally:
         policy.model.generation_config.eos_token_id = configured
     assert (answer.finish, answer.ids) == ("eos", [other])
@@ -284,23 +535,29 @@ def test_weights_changed_in_place_are_used_after_forget(policy: Policy) -> None:
     changed = policy.frozen_copy()
     engine, sampling = TransformersEngine(changed), Sampling(1.0, STOP)
     prefix, draws = encode(policy, "player 0 1 goal 3 3"), np.linspace(0.1, 0.9, 6)
-    before = engine.generate([Request("a", prefix, draws)], sampling)[0]
+    before = engine.generate([Request(prefix, draws)], sampling)[0]
     longer = [*prefix, *before.ids, *encode(policy, "holes 1 2")]
     with torch.no_grad():
         for parameter in changed.model.parameters():
             parameter.mul_(0.8)
     engine.forget()
-    after = engine.generate([Request("a", longer, draws)], sampling)[0]
+    after = engine.generate([Request(longer, draws)], sampling)[0]
     assert_scored_by_a_fresh_forward(changed, longer, after, 1.0)
     old = full_logprobs(policy, [*longer, *after.ids], 1.0)[len(longer) - 1 : -1]
     stale = old[torch.arange(len(after.ids)), torch.tensor(after.ids)].numpy()
     assert np.abs(stale - np.array(after.logprob)).max() > 0.01
 
 
-def test_training_mode_is_left_as_found(policy: Policy) -> None:
+@pytest.mark.parametrize("fails", [False, True])
+def test_training_mode_is_left_as_found(policy: Policy, fails: bool) -> None:
+    def follow(number: int, answer: Continuation) -> None:
+        if fails:
+            raise RuntimeError("the caller's")
+
     policy.model.train()
     try:
-        TransformersEngine(policy).generate([Request("a", [3, 4], np.array([0.5]))], Sampling(1.0, STOP))
+        with pytest.raises(RuntimeError, match="the caller's") if fails else nullcontext():
+            TransformersEngine(policy).generate([Request([3, 4], np.array([0.5]))], Sampling(1.0, STOP), follow)
         assert policy.model.training
     finally:
         policy.model.eval()
@@ -339,7 +596,9 @@ def test_extreme_draws_never_pick_an_impossible_token() -> None:
 def test_a_loaded_policy_encodes_and_scores_as_the_saved_one(tmp_path: Path) -> None:
     """transformers rebuilds a known model type's own pre-tokenizer around the vocabulary unless told not to."""
     tokenizer = train_tokenizer(TEXTS, 320)
-    model = Qwen2ForCausalLM(Qwen2Config(**SHAPE, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id))
+    model = Qwen2ForCausalLM(
+        Qwen2Config(**SHAPE, hidden_size=32, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+    )
     saved = Policy(model.eval(), tokenizer)
     saved.save(tmp_path / "policy")
     loaded = load_policy(tmp_path / "policy")

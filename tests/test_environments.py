@@ -11,7 +11,7 @@ import re
 import subprocess
 import sys
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +26,7 @@ from pipeline.environments.registry import SPLITS
 from pipeline.policy.bootstrap import expert_of
 from pipeline.policy.tokenizer import train_tokenizer
 from pipeline.rollout.collector import collect, iteration_specs
-from pipeline.rollout.engine import Continuation, Request, Sampling
+from pipeline.rollout.engine import Continuation, Follow, Request, Sampling
 
 ROOT = Path(__file__).parents[1]
 SLIPPERY = Environment(
@@ -206,11 +206,19 @@ class Repeating:
     def __init__(self, tokenizer: Any, text: str) -> None:
         self._ids = list(tokenizer(text)["input_ids"])
 
-    def generate(self, requests: Sequence[Request], sampling: Sampling) -> list[Continuation]:
-        pieces = [self._ids[: len(request.uniforms)] for request in requests]
-        return [Continuation(ids, [-1.0] * len(ids), [1.0] * len(ids), "stop", 0) for ids in pieces]
+    def generate(
+        self, requests: Iterable[Request], sampling: Sampling, follow: Follow | None = None
+    ) -> list[Continuation]:
+        return [self._converse(number, request, follow) for number, request in enumerate(requests)]
 
     def forget(self) -> None: ...
+
+    def _converse(self, number: int, request: Request | None, follow: Follow | None) -> Continuation:
+        while request is not None:
+            ids = self._ids[: len(request.uniforms)]
+            answer = Continuation(ids, [-1.0] * len(ids), [1.0] * len(ids), "stop", 0)
+            request = follow(number, answer) if follow else None
+        return answer
 
 
 @pytest.fixture(scope="module")

@@ -35,6 +35,9 @@ class FrozenLake(gymnasium.Env[str, str]):
         grid: draw the grid in every observation, in the first one, or never; coordinates are always given.
     """
 
+    observation_space = gymnasium.spaces.Text(max_length=2000)
+    action_space = gymnasium.spaces.Text(max_length=100)
+
     def __init__(
         self,
         size: int = 4,
@@ -58,8 +61,8 @@ class FrozenLake(gymnasium.Env[str, str]):
             raise ValueError(f"grid must be always, first or never, got {grid!r}")
         self.size, self.frozen, self.success_rate = size, frozen, success_rate
         self.least_distance, self.max_actions, self.grid = least_distance, max_actions, grid
-        self.observation_space = gymnasium.spaces.Text(max_length=2000)
-        self.action_space = gymnasium.spaces.Text(max_length=100)
+        self.player: Cell = (0, 0)
+        self._lake: FrozenLakeEnv | None = None
         self.done, self.success = True, False
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
@@ -67,9 +70,8 @@ class FrozenLake(gymnasium.Env[str, str]):
         super().reset(seed=seed)
         state_seed = (options or {}).get("state_seed")
         self._draw_lake(self.np_random if state_seed is None else np.random.default_rng(state_seed))
-        lake = copy.copy(_gymnasium_lake(tuple(self._desc()), self.success_rate))
-        lake.reset(seed=int(self.np_random.integers(2**31)))
-        self._lake, self.actions_left, self.done, self.success = lake, self.max_actions, False, False
+        self._slips, self._lake, self.player = int(self.np_random.integers(2**31)), None, self.start
+        self.actions_left, self.done, self.success = self.max_actions, False, False
         return self._observe(first=True), {}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
@@ -80,7 +82,11 @@ class FrozenLake(gymnasium.Env[str, str]):
         """
         if self.done:
             raise RuntimeError("step called after the episode's end: call reset")
-        _, reward, terminated, _, _ = self._lake.step(list(MOVES).index(action))
+        if self._lake is None:  # most instances that are drawn are never played on
+            self._lake = copy.copy(_gymnasium_lake(tuple(self._desc()), self.success_rate))
+            self._lake.reset(seed=self._slips)
+        cell, reward, terminated, _, _ = self._lake.step(list(MOVES).index(action))
+        self.player = divmod(int(cell), self.size)
         self.actions_left -= 1
         self.success = self.player == self.goal
         truncated = not terminated and self.actions_left == 0
@@ -91,12 +97,6 @@ class FrozenLake(gymnasium.Env[str, str]):
         """``Left``, ``Down``, ``Right`` or ``Up`` in any case, surrounded by any space; else None."""
         name = text.strip().capitalize()
         return name if name in MOVES else None
-
-    @property
-    def player(self) -> Cell:
-        """Row and column of the player."""
-        row, column = divmod(int(self._lake.s), self.size)
-        return row, column
 
     @property
     def state_key(self) -> str:

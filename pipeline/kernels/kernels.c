@@ -392,3 +392,97 @@ void swiglu_backward(const float *gate, const float *up, const float *to_out, lo
         STORE(to_gate + i, upper * LOAD(up + i) * open * (1 + x * (1 - open)));
     }
 }
+
+/* The first `count` numbers at p, and a very small one in the lanes behind them. */
+INLINE vec load_part(const float *p, long count) {
+    if (count >= LANES) return LOAD(p);
+    vec x = splat(-1e30f);
+    for (long i = 0; i < count; i++) x[i] = p[i];
+    return x;
+}
+INLINE void store_part(float *p, vec x, long count) {
+    if (count >= LANES) STORE(p, x);
+    else
+        for (long i = 0; i < count; i++) p[i] = x[i];
+}
+
+typedef struct {
+    float peak, mass, mean; /* largest x; sum of exp(x - peak); mean of x - peak under the distribution */
+} moments;
+
+/* Of the distribution with logits x * factor. Sums are taken in blocks, so that their error does not grow with the
+ * vocabulary. With `grown` not null, exp(x - peak) is kept there. */
+INLINE moments distribution(const float *x, long length, float factor, float *grown) {
+    vec most = splat(-1e30f);
+    for (long j = 0; j < length; j += LANES) most = larger(most, load_part(x + j, length - j));
+    float peak = largest(most) * factor;
+    double mass = 0, mean = 0;
+    for (long block = 0; block < length; block += 64 * LANES) {
+        vec sum = {}, weighted = {};
+        for (long j = block; j < length && j < block + 64 * LANES; j += LANES) {
+            vec below = larger(load_part(x + j, length - j) * factor - peak, splat(-200.0f)), p = exponential(below);
+            if (length - j < LANES)
+                for (long i = length - j; i < LANES; i++) p[i] = 0;
+            if (grown) STORE(grown + j, p);
+            sum += p;
+            weighted += p * below;
+        }
+        mass += total(sum);
+        mean += total(weighted);
+    }
+    return (moments){peak, (float)mass, (float)(mean / mass)};
+}
+
+/* Per row of logits: log-partition of the raw and of the tempered logits, the token's log-probability, the entropy. */
+void score_forward(const float *logits, const int64_t *tokens, long rows, long vocabulary, float factor, float *raw,
+                   float *normaliser, float *logprob, float *entropy) {
+    for (long i = 0; i < rows; i++) {
+        const float *x = logits + i * vocabulary;
+        moments tempered = distribution(x, vocabulary, factor, 0);
+        float log_mass = logf(tempered.mass);
+        normaliser[i] = tempered.peak + log_mass;
+        logprob[i] = x[tokens[i]] * factor - tempered.peak - log_mass;
+        entropy[i] = log_mass - tempered.mean;
+        raw[i] = normaliser[i];
+        if (factor != 1) {
+            moments plain = distribution(x, vocabulary, 1, 0);
+            raw[i] = plain.peak + logf(plain.mass);
+        }
+    }
+}
+
+/* Turns logits into the slope of a loss that has the given slopes by log-probability, entropy and raw log-partition. */
+void score_backward(float *logits, const int64_t *tokens, long rows, long vocabulary, float factor, const float *raw,
+                    const float *normaliser, const float *entropy, const float *to_logprob, const float *to_entropy,
+                    const float *to_raw) {
+    for (long i = 0; i < rows; i++) {
+        float *x = logits + i * vocabulary, by_logprob = to_logprob[i] * factor, by_entropy = to_entropy[i] * factor;
+        for (long j = 0; j < vocabulary; j += LANES) {
+            vec value = load_part(x + j, vocabulary - j), surprise = value * factor - normaliser[i];
+            vec slope = -exponential(surprise) * (by_logprob + by_entropy * (surprise + entropy[i]));
+            if (to_raw[i] != 0) slope += exponential(value - raw[i]) * to_raw[i];
+            store_part(x + j, slope, vocabulary - j);
+        }
+        x[tokens[i]] += by_logprob;
+    }
+}
+
+/* Invert each row's cumulative distribution at one uniform draw. */
+void sample_forward(const float *logits, long rows, long vocabulary, float factor, const double *draws, int64_t *token,
+                    float *logprob, float *entropy) {
+    float *grown = scratch(vocabulary + LANES);
+    for (long i = 0; i < rows; i++) {
+        const float *x = logits + i * vocabulary;
+        moments all = distribution(x, vocabulary, factor, grown);
+        double mass = 0, below = 0;
+        for (long j = 0; j < vocabulary; j += LANES) mass += total(LOAD(grown + j));
+        long chosen = 0;
+        for (double block; chosen + LANES < vocabulary; chosen += LANES, below += block)
+            if (below + (block = total(LOAD(grown + chosen))) > draws[i] * mass) break;
+        while (chosen < vocabulary - 1 && (below += grown[chosen]) <= draws[i] * mass) chosen++;
+        token[i] = chosen;
+        logprob[i] = x[chosen] * factor - all.peak - logf(all.mass);
+        entropy[i] = logf(all.mass) - all.mean;
+    }
+    free(grown);
+}

@@ -13,7 +13,7 @@ import platform
 import shutil
 import subprocess
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
@@ -43,6 +43,9 @@ _SIGNATURES = {
     "rms_norm_backward": [*[_ADDRESS] * 4, _COUNT, _COUNT, *[_ADDRESS] * 2],
     "swiglu_forward": [*[_ADDRESS] * 2, _COUNT, _ADDRESS],
     "swiglu_backward": [*[_ADDRESS] * 3, _COUNT, *[_ADDRESS] * 2],
+    "score_forward": [*[_ADDRESS] * 2, _COUNT, _COUNT, _FLOAT, *[_ADDRESS] * 4],
+    "score_backward": [*[_ADDRESS] * 2, _COUNT, _COUNT, _FLOAT, *[_ADDRESS] * 6],
+    "sample_forward": [_ADDRESS, _COUNT, _COUNT, _FLOAT, *[_ADDRESS] * 4],
 }
 
 
@@ -53,7 +56,12 @@ def attends(x: Tensor) -> bool:
 
 def computes(x: Tensor) -> bool:
     """Whether there are token-wise kernels for (…, width) tensors like this one on this machine."""
-    return x.device.type == "cpu" and x.dtype == torch.float32 and x.shape[-1] % LANES == 0 and library() is not None
+    return x.shape[-1] % LANES == 0 and scores(x)
+
+
+def scores(x: Tensor) -> bool:
+    """Whether there are kernels for (…, vocabulary) logits like these on this machine."""
+    return x.device.type == "cpu" and x.dtype == torch.float32 and library() is not None
 
 
 @lru_cache(maxsize=1)
@@ -131,12 +139,10 @@ class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, to_out: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None, None]:
         query, key, value, out, logsum, *rotation = ctx.saved_tensors
-        slopes = tuple(torch.empty_like(x) for x in (query, key, value))
-        rest = (out, logsum, to_out.contiguous(), *slopes)
-        _over_sequences(
-            "causal_backward", (query, key, value), tuple(rotation) or None, ctx.offsets, ctx.scale, rest
-        )
-        return *slopes, None, None, None
+        to_query, to_key, to_value = (torch.empty_like(x) for x in (query, key, value))
+        rest = (out, logsum, to_out.contiguous(), to_query, to_key, to_value)
+        _over_sequences("causal_backward", (query, key, value), tuple(rotation) or None, ctx.offsets, ctx.scale, rest)
+        return to_query, to_key, to_value, None, None, None
 
 
 def cached_attention(
@@ -158,7 +164,7 @@ def cached_attention(
     def part(first: int, last: int) -> None:
         kernel(
             *(x[first].data_ptr() for x in tensors),
-            *(x[first].data_ptr() for x in rotation or ()) or (None, None),
+            *([x[first].data_ptr() for x in rotation] if rotation else (None, None)),
             keys.data_ptr(),
             values.data_ptr(),
             slots[first:].ctypes.data,
@@ -169,9 +175,10 @@ def cached_attention(
             out[first].data_ptr(),
         )
 
-    # A slot's tokens must not be divided between threads: the later ones attend to the earlier.
-    starts = np.flatnonzero(np.r_[True, slots[1:] != slots[:-1]])
-    _in_threads(part, np.r_[starts, len(slots)])
+    if torch.get_num_threads() == 1:
+        part(0, len(slots))
+    else:  # a slot's tokens must not be divided between threads: the later ones attend to the earlier
+        _in_threads(part, np.r_[0, np.flatnonzero(np.diff(slots)) + 1, len(slots)])
     return out
 
 
@@ -201,9 +208,7 @@ class _RMSNorm(torch.autograd.Function):
         x, weight, inverse = ctx.saved_tensors
         to_out, to_x, to_weight = to_out.contiguous(), torch.empty_like(x), torch.zeros_like(weight)
         addresses = (t.data_ptr() for t in (x, weight, inverse, to_out))
-        _kernel("rms_norm_backward")(
-            *addresses, inverse.numel(), x.shape[-1], to_x.data_ptr(), to_weight.data_ptr()
-        )
+        _kernel("rms_norm_backward")(*addresses, inverse.numel(), x.shape[-1], to_x.data_ptr(), to_weight.data_ptr())
         return to_x, to_weight, None
 
 
@@ -228,6 +233,52 @@ class _SwiGLU(torch.autograd.Function):
         to_gate, to_up = torch.empty_like(gate), torch.empty_like(up)
         _elementwise("swiglu_backward", (gate, up, to_out.contiguous()), (to_gate, to_up))
         return to_gate, to_up
+
+
+def score(logits: Float[Tensor, "n vocabulary"], tokens: Int[Tensor, " n"], temperature: float) -> list[Tensor]:
+    """Raw log-partition, tempered log-partition, log-probability and entropy, each (n,): see ``scoring.score_tokens``."""
+    logits, tokens = logits.contiguous(), tokens.contiguous()
+    columns = [logits.new_empty(len(logits)) for _ in range(4)]
+    inputs = (logits, tokens)
+    _over_rows("score_forward", inputs, (logits.shape[1], 1 / temperature), columns)
+    return columns
+
+
+def score_slope(
+    logits: Float[Tensor, "n vocabulary"],
+    tokens: Int[Tensor, " n"],
+    temperature: float,
+    raw: Float[Tensor, " n"],
+    normaliser: Float[Tensor, " n"],
+    entropy: Float[Tensor, " n"],
+    slopes: Sequence[Float[Tensor, " n"]],
+) -> Float[Tensor, "n vocabulary"]:
+    """A loss's slope by the logits, in their place, from its slopes by log-probability, entropy and log-partition."""
+    rest = [x.contiguous() for x in (raw, normaliser, entropy, *slopes)]
+    _over_rows("score_backward", (logits, tokens.contiguous()), (logits.shape[1], 1 / temperature), rest)
+    return logits
+
+
+def sample(
+    logits: Float[Tensor, "n vocabulary"], temperature: float, draws: Float[Tensor, " n"]
+) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]]:
+    """Token, log-probability and entropy: see ``transformers_engine.sample``."""
+    logits, count = logits.contiguous(), len(logits)
+    token, logprob, entropy = (torch.empty(count, dtype=kind) for kind in (torch.int64, torch.float32, torch.float32))
+    rest = (draws.contiguous(), token, logprob, entropy)
+    _over_rows("sample_forward", (logits,), (logits.shape[1], 1 / temperature), rest)
+    return token, logprob, entropy
+
+
+def _over_rows(name: str, inputs: Sequence[Tensor], settings: tuple[int, float], rest: Sequence[Tensor]) -> None:
+    kernel = _kernel(name)
+
+    def part(first: int, last: int) -> None:
+        if last > first:
+            sources, others = ([x[first].data_ptr() for x in group] for group in (inputs, rest))
+            kernel(*sources, last - first, *settings, *others)
+
+    _in_threads(part, np.arange(len(inputs[0]) + 1))
 
 
 def _differentiable(function: Any, *arguments: Any) -> Tensor:

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from pipeline.kernels import native
 from pipeline.policy.model import Policy
 from pipeline.policy.trunk import hidden_states, packed_attention
 
@@ -104,13 +105,9 @@ class _ScoreTokens(torch.autograd.Function):
         logprob, entropy, raw, normaliser = (hidden.new_empty(len(tokens), dtype=torch.float32) for _ in range(4))
         for piece in _chunks(len(tokens), len(weight)):
             logits = F.linear(hidden[piece], weight, bias).float()
-            raw[piece] = torch.logsumexp(logits, dim=-1)
-            normaliser[piece] = raw[piece]
-            if temperature != 1.0:
-                normaliser[piece] = torch.logsumexp(logits.div_(temperature), dim=-1)
-            logprob[piece] = logits.gather(-1, tokens[piece].unsqueeze(-1)).squeeze(-1) - normaliser[piece]
-            probability = (logits - normaliser[piece].unsqueeze(-1)).exp_()
-            entropy[piece] = normaliser[piece] - torch.linalg.vecdot(probability, logits)
+            columns = (native.score if native.scores(logits) else _score)(logits, tokens[piece], temperature)
+            for whole, part in zip((raw, normaliser, logprob, entropy), columns, strict=True):
+                whole[piece] = part
         ctx.save_for_backward(hidden, weight, bias, tokens, entropy, raw, normaliser)
         ctx.temperature = temperature
         ctx.set_materialize_grads(False)
@@ -126,23 +123,44 @@ class _ScoreTokens(torch.autograd.Function):
         to_bias = None if bias is None else torch.zeros_like(bias, dtype=torch.float32)
         for piece in _chunks(len(tokens), len(weight)):
             logits = F.linear(hidden[piece], weight, bias).float()
-            slope = torch.zeros_like(logits)
-            if to_raw is not None:
-                slope += (logits - raw[piece].unsqueeze(-1)).exp_().mul_(to_raw[piece].unsqueeze(-1) * ctx.temperature)
-            surprise = logits.div_(ctx.temperature).sub_(normaliser[piece].unsqueeze(-1))
-            probability = surprise.exp()
-            if to_entropy is not None:
-                surprise.add_(entropy[piece].unsqueeze(-1)).mul_(probability)
-                slope.addcmul_(surprise, to_entropy[piece].unsqueeze(-1), value=-1)
-            if to_logprob is not None:
-                slope.addcmul_(probability, to_logprob[piece].unsqueeze(-1), value=-1)
-                slope.scatter_add_(-1, tokens[piece].unsqueeze(-1), to_logprob[piece].unsqueeze(-1))
-            slope = slope.div_(ctx.temperature).to(hidden.dtype)
+            given = (to_logprob, to_entropy, to_raw)
+            slopes = [torch.zeros_like(raw[piece]) if slope is None else slope[piece] for slope in given]
+            slope_of = native.score_slope if native.scores(logits) else _score_slope
+            known = (raw[piece], normaliser[piece], entropy[piece])
+            slope = slope_of(logits, tokens[piece], ctx.temperature, *known, slopes).to(hidden.dtype)
             to_hidden[piece] = slope @ weight
             to_weight += slope.t() @ hidden[piece]
             if to_bias is not None:
                 to_bias += slope.sum(0)
         return to_hidden, to_weight.to(weight.dtype), None if to_bias is None else to_bias.to(weight.dtype), None, None
+
+
+def _score(logits: Tensor, tokens: Tensor, temperature: float) -> list[Tensor]:
+    """Raw and tempered log-partition, log-probability and entropy of a chunk; overwrites the logits."""
+    raw = torch.logsumexp(logits, dim=-1)
+    normaliser = raw if temperature == 1.0 else torch.logsumexp(logits.div_(temperature), dim=-1)
+    logprob = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - normaliser
+    probability = (logits - normaliser.unsqueeze(-1)).exp_()
+    return [raw, normaliser, logprob, normaliser - torch.linalg.vecdot(probability, logits)]
+
+
+def _score_slope(
+    logits: Tensor,
+    tokens: Tensor,
+    temperature: float,
+    raw: Tensor,
+    normaliser: Tensor,
+    entropy: Tensor,
+    slopes: Sequence[Tensor],
+) -> Tensor:
+    """A loss's slope by a chunk's logits, from its slopes by log-probability, entropy and raw log-partition."""
+    to_logprob, to_entropy, to_raw = (slope.unsqueeze(-1) for slope in slopes)
+    slope = (logits - raw.unsqueeze(-1)).exp_().mul_(to_raw * temperature)
+    surprise = logits.div_(temperature).sub_(normaliser.unsqueeze(-1))
+    probability = surprise.exp()
+    slope.addcmul_(surprise.add_(entropy.unsqueeze(-1)).mul_(probability), to_entropy, value=-1)
+    slope.addcmul_(probability, to_logprob, value=-1)
+    return slope.scatter_add_(-1, tokens.unsqueeze(-1), to_logprob).div_(temperature)
 
 
 def _chunks(tokens: int, vocabulary: int) -> list[slice]:

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.kernels import native
 from pipeline.policy.model import Policy
 from pipeline.policy.trunk import hidden_states
 from pipeline.rollout.cache import SlotCache
@@ -177,8 +178,8 @@ class TransformersEngine:
 
     def _sample(self, rows: list[_Row], logits: Tensor, sampling: Sampling) -> list[_Row]:
         """One token for every row; returns the rows whose continuation is now complete."""
-        draws = torch.tensor([row.request.uniforms[len(row.ids)] for row in rows], dtype=torch.float64)
-        sampled = sample(logits, sampling.temperature, draws.to(logits.device))
+        draws = np.array([row.request.uniforms[len(row.ids)] for row in rows])
+        sampled = sample(logits, sampling.temperature, torch.from_numpy(draws).to(logits.device))
         ends, complete = self._may_end(sampling.stop), []
         for row, token, logprob, entropy in zip(rows, *(column.tolist() for column in sampled), strict=True):
             row.started = True
@@ -256,6 +257,8 @@ def sample(logits: Tensor, temperature: float, draws: Tensor) -> tuple[Tensor, T
     Returns:
         token (rows,), its log-probability and the distribution's entropy in nats, both float32.
     """
+    if native.scores(logits):
+        return native.sample(logits, temperature, draws)
     scaled = logits.float() / temperature
     normaliser = torch.logsumexp(scaled, dim=-1)
     probability = (scaled - normaliser.unsqueeze(-1)).exp_()

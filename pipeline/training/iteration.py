@@ -20,6 +20,7 @@ from pipeline.policy.scoring import length_batches
 from pipeline.randomness import generator
 from pipeline.rollout.collector import collect, iteration_specs
 from pipeline.rollout.engine import RolloutEngine
+from pipeline.timing import Phases
 from pipeline.trajectory import Role, Trajectories
 
 Values = Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], Tensor]
@@ -64,6 +65,7 @@ def prepare_iteration(
     reference: Policy,
     values: Values | None,
     first: Trajectories | None = None,
+    phases: Phases | None = None,
 ) -> Iteration:
     """Collect and annotate an iteration's episodes, and give every token its advantage and weight.
 
@@ -77,13 +79,17 @@ def prepare_iteration(
         reference: the frozen reference policy.
         values: the critic's values, for methods that have one.
         first: the annotated episodes of iteration 0 if the rollout stage has already sampled them.
+        phases: told how long everything takes.
     """
+    phases = phases or Phases()
     if number == 0 and first is not None:
         trajectories = first
     else:
-        specs = iteration_specs(config, name, seed, number)
-        sampled = collect(engine, reference.tokenizer, config, name, specs, config.rollout.temperature)
-        trajectories = annotate(sampled, reference, config.rollout.temperature, config.train.tokens_per_forward)
+        with phases.phase("collect"):
+            specs = iteration_specs(config, name, seed, number)
+            sampled = collect(engine, reference.tokenizer, config, name, specs, config.rollout.temperature)
+        with phases.phase("annotate"):
+            trajectories = annotate(sampled, reference, config.rollout.temperature, config.train.tokens_per_forward)
 
     everything = token_batch(trajectories)
     kept = select_groups(method, everything.returns, everything.group)
@@ -93,9 +99,12 @@ def prepare_iteration(
 
     selected = trajectories.select(torch.nonzero(kept).squeeze(-1).numpy())
     batch = token_batch(selected)
-    estimated = None if values is None else _token_values(selected, values, config.train.tokens_per_forward)
-    estimate = token_advantages(method, batch, estimated)
-    weights = token_weights(method, batch)
+    with phases.phase("values"):
+        estimated = None if values is None else _token_values(selected, values, config.train.tokens_per_forward)
+    with phases.phase("advantages"):
+        estimate = token_advantages(method, batch, estimated)
+    with phases.phase("weights"):
+        weights = token_weights(method, batch)
     examples = _examples(selected, batch, estimate.advantage, weights, estimated, estimate.value_target)
     if estimated is not None and estimate.value_target is not None:
         metrics["explained_variance"] = _explained_variance(estimated, estimate.value_target, batch.trainable)

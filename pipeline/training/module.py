@@ -17,6 +17,7 @@ from pipeline.objective.regularisers import kl_penalty, value_loss
 from pipeline.policy.model import Policy
 from pipeline.policy.scoring import TokenScores, length_batches, predicting_hidden, score_tokens
 from pipeline.rollout.transformers_engine import TransformersEngine
+from pipeline.timing import Phases
 from pipeline.training.critic import ValueFunction, batch_values
 from pipeline.training.iteration import Example, Iteration, minibatches, prepare_iteration
 from pipeline.trajectory import RESPONSE_ROLES, Role, Trajectories
@@ -52,6 +53,7 @@ class PolicyGradient(lightning.LightningModule):
         self.critic_settings = slot.critic if isinstance(slot, GAE) else None
         self.critic = ValueFunction(self.critic_settings, self.reference) if self.critic_settings else None
         self.engine = TransformersEngine(policy, config.rollout.batch_episodes)
+        self.phases = Phases()
         self.curve: list[dict[str, float]] = []
         """One row of metrics per finished iteration."""
         self.last_episodes: Trajectories | None = None
@@ -95,21 +97,25 @@ class PolicyGradient(lightning.LightningModule):
             self.reference,
             None if critic is None else lambda ids, wanted: batch_values(critic, policy, ids, wanted),
             self.first,
+            self.phases,
         )
 
     def training_step(self, *_: Any) -> None:
         """One iteration: collect, then update minibatch by minibatch."""
-        iteration = self.collect()
-        self._check_recomputed(iteration)
+        with self.phases.phase("prepare"):
+            iteration = self.collect()
+            self._check_recomputed(iteration)
         record = _Averages()
-        batches = minibatches(iteration.examples, self.config, self.seed, iteration.number)
-        for minibatch in batches:
-            self._update(minibatch, iteration.number, record)
-        scheduler: Any = self.lr_schedulers()
-        scheduler.step()
+        with self.phases.phase("update"):
+            batches = minibatches(iteration.examples, self.config, self.seed, iteration.number)
+            for minibatch in batches:
+                self._update(minibatch, iteration.number, record)
+            scheduler: Any = self.lr_schedulers()
+            scheduler.step()
         metrics = {**iteration.metrics, **record.means(), "updates": float(len(batches))}
         if batches:
-            metrics |= self._moved(batches[-1])
+            with self.phases.phase("moved"):
+                metrics |= self._moved(batches[-1])
         self.last_episodes = iteration.trajectories
         self.curve.append({"iteration": float(iteration.number), **metrics})
 

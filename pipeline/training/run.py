@@ -67,7 +67,9 @@ def train_one(job: TrainingJob, report: Report) -> Path:
     partial = task.cache / "partial"
     shutil.rmtree(partial, ignore_errors=True)
     module.policy.save(partial / "policy")
-    timings = [{k: row.pop(k) for k in ("seconds", "tokens_per_second")} for row in module.curve]
+    timings = [
+        {k: row.pop(k) for k in list(row) if k.startswith(("seconds", "tokens_per_second"))} for row in module.curve
+    ]
     write_json(partial / "curves.json", module.curve)
     write_json(partial / "timings.json", timings)
     write_json(partial / "runs.json", run.finish(policy.tokenizer, module.last_episodes))
@@ -77,7 +79,10 @@ def train_one(job: TrainingJob, report: Report) -> Path:
 
 
 class _Clock(Callback):
-    """Seconds spent in iterations so far (validation left out), and tokens sampled per second of each."""
+    """Seconds spent in iterations so far (validation left out), tokens sampled per second of each, seconds by phase.
+
+    What happens after an iteration (validation, tracking, checkpoint) is counted in the next one's phases.
+    """
 
     def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
         self._began = time.monotonic()
@@ -87,6 +92,7 @@ class _Clock(Callback):
         earlier = pl_module.curve[-2]["seconds"] if len(pl_module.curve) > 1 else 0.0
         row["seconds"] = earlier + spent
         row["tokens_per_second"] = row["tokens"] / spent
+        row |= {f"seconds_{name}": seconds for name, seconds in pl_module.phases.take().items()}
 
 
 class _Validation(Callback):
@@ -105,7 +111,8 @@ class _Validation(Callback):
             row |= {f"validation_{k}": result[k] for k in ("success", "return", "valid_action_rate")}
 
     def _validate(self, module: PolicyGradient) -> dict[str, float]:
-        played = validate(module.engine, module.policy.tokenizer, module.config, module.name, module.seed)
+        with module.phases.phase("validation"):
+            played = validate(module.engine, module.policy.tokenizer, module.config, module.name, module.seed)
         return summary(played)
 
 
@@ -128,7 +135,8 @@ class _Progress(Callback):
             "tok/s": "tokens_per_second",
         }
         text = " ".join(f"{label} {row[key]:.3g}" for label, key in shown.items() if key in row)
-        self._report(int(row["iteration"]) + 1, self._total, text)
+        with pl_module.phases.phase("progress"):
+            self._report(int(row["iteration"]) + 1, self._total, text)
 
 
 class _Log(Callback):
@@ -143,7 +151,8 @@ class _Log(Callback):
         earlier = pl_module.curve
         row["episodes_total"] = sum(r["episodes"] for r in earlier)
         row["tokens_total"] = sum(r["tokens"] for r in earlier)
-        self._run.log(row, iteration)
+        with pl_module.phases.phase("tracking"):
+            self._run.log(row, iteration)
 
 
 class _Checkpoint(Callback):
@@ -158,8 +167,9 @@ class _Checkpoint(Callback):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         partial = self._task.cache / "checkpoint.partial"
-        trainer.save_checkpoint(partial)
-        os.replace(partial, self._task.cache / "checkpoint.ckpt")
+        with pl_module.phases.phase("checkpoint"):
+            trainer.save_checkpoint(partial)
+            os.replace(partial, self._task.cache / "checkpoint.ckpt")
 
 
 def _quiet() -> None:
