@@ -9,7 +9,7 @@ PIPELINE = $(if $(PRESET),presets/$(PRESET)/dvc.yaml,dvc.yaml)
 PARAMS = $(if $(PRESET),presets/$(PRESET)/params.yaml,params.yaml)
 OUT = $(if $(PRESET),presets/$(PRESET),.)
 
-.PHONY: help install repro smoke test play ui preset match publish clean
+.PHONY: help install repro smoke test play ui preset match bench publish clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -44,6 +44,15 @@ play: install ## watch one episode (METHOD=grpo SEED=0 TEMPERATURE=0.5 EPISODE=0
 
 match: install ## find the learning rate of METHOD=grpo_lr_matched that moves action tokens as TO=grpo_actfocus does
 	@python -m stages.match --params $(PARAMS) --method $(METHOD) --to $(TO)
+
+bench: install .venv-trl/.installed ## measure speed against the machine's floor, plain transformers and TRL (DEVICE=cuda)
+	dvc repro --quiet annotate
+	python -m benchmarks.bench --params $(PARAMS) --trl .venv-trl/bin/python $(if $(DEVICE),--device $(DEVICE))
+
+.venv-trl/.installed: benchmarks/trl_requirements.txt constraints.txt
+	$(PYTHON) -m venv .venv-trl
+	.venv-trl/bin/pip install --quiet --disable-pip-version-check -r benchmarks/trl_requirements.txt
+	@touch $@
 
 publish: install ## put the latest comparison into README.md and docs/
 	python -m stages.publish

@@ -322,14 +322,13 @@ def test_tokens_that_pass_at_once_change_nothing(policy: Policy, monkeypatch: py
 
 
 def test_a_member_does_not_begin_before_its_prompt_is_there(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The first prompt is known but no longer stored, and has to wait for a step; so have all that share it."""
-    prompts, draws = [list(range(40, 60)), [8, 9], [11, 12], [70] * 15], np.array([0.3, 0.4, 0.5])
-    engine, sampling = TransformersEngine(policy, slots=3), Sampling(1.0, STOP)
-    for prompt in prompts[:3]:  # each in the slot of the one before, or all slots in turn and then the first again
-        engine.generate([Request(prompt, draws[:1])], sampling)
-    engine.generate([Request([*prompts[1], *prompt], draws[:1]) for prompt in prompts[1:3]] * 2, sampling)
+    """A prompt was seen, but no slot holds it any more; while it waits for its step, so do all that share it."""
+    prompt, other, first = list(range(40, 60)), [8, 9], [70] * 15
+    draws, sampling, engine = np.array([0.3, 0.4, 0.5]), Sampling(1.0, STOP), TransformersEngine(policy, slots=3)
+    engine.generate([Request(prompt, draws)], sampling)
+    engine.generate([Request(other, draws)] * 3, sampling)
     monkeypatch.setattr(transformers_engine, "TOKENS_PER_STEP", 20)
-    requests = [Request(prompts[i], draws) for i in (3, 0, 0)]
+    requests = [Request(ids, draws) for ids in (first, prompt, prompt)]
     for request, answer in zip(requests, engine.generate(requests, sampling), strict=True):
         assert_scored_by_a_fresh_forward(policy, request.ids, answer, 1.0)
 
@@ -597,7 +596,13 @@ def test_a_loaded_policy_encodes_and_scores_as_the_saved_one(tmp_path: Path) -> 
     """transformers rebuilds a known model type's own pre-tokenizer around the vocabulary unless told not to."""
     tokenizer = train_tokenizer(TEXTS, 320)
     model = Qwen2ForCausalLM(
-        Qwen2Config(**SHAPE, hidden_size=32, vocab_size=len(tokenizer), eos_token_id=tokenizer.eos_token_id)
+        Qwen2Config(
+            **SHAPE,
+            hidden_size=32,
+            num_key_value_heads=2,
+            vocab_size=len(tokenizer),
+            eos_token_id=tokenizer.eos_token_id,
+        )
     )
     saved = Policy(model.eval(), tokenizer)
     saved.save(tmp_path / "policy")

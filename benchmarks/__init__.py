@@ -1,0 +1,1 @@
+"""Measurements, none of them part of a test: ``make bench``."""

@@ -1,0 +1,522 @@
+"""How fast this machine runs the pipeline, and how far that is from what it could: ``make bench``.
+
+Writes reports/bench.json and reports/bench.svg. One thread unless a line says otherwise: that is how the pipeline trains,
+one process per core. Repeated figures are medians with their extremes.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from rich.progress import Progress
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from benchmarks.baselines import GenerateEngine, padded_scores
+from benchmarks.flops import forward_flops, sampling_flops
+from pipeline.config import Config, load
+from pipeline.energy.annotate import annotate
+from pipeline.files import write_json
+from pipeline.kernels import native
+from pipeline.policy.model import Policy, load_trained
+from pipeline.policy.scoring import length_batches, predicting_hidden, score_tokens
+from pipeline.processes import Report, run_in_processes
+from pipeline.rollout.collector import collect, iteration_specs
+from pipeline.rollout.engine import Continuation, Request, Sampling
+from pipeline.rollout.transformers_engine import TransformersEngine
+from pipeline.training.result import table_slice
+from pipeline.trajectory import Trajectories, read
+
+REPEATS = 5
+ENVIRONMENT = "frozen_lake"
+SHAPES = {"0.2 M": (64, 2, 4), "0.9 M": (128, 4, 4), "3 M": (256, 4, 8), "20 M": (512, 6, 8)}
+"""Hidden size, layers, heads."""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """What is measured on."""
+
+    config: Config
+    policy_directory: Path
+    table: Path
+    device: torch.device
+    dtype: torch.dtype
+
+    def policy(self) -> Policy:
+        return load_trained(self.policy_directory, self.config)
+
+    def scratch(self, hidden: int, layers: int, heads: int, context: int = 4096) -> Policy:
+        """A random Qwen2 of another size with the policy's tokenizer."""
+        tokenizer = self.policy().tokenizer
+        torch.manual_seed(0)
+        shape = Qwen2Config(
+            vocab_size=len(tokenizer),
+            hidden_size=hidden,
+            intermediate_size=4 * hidden,
+            num_hidden_layers=layers,
+            num_attention_heads=heads,
+            num_key_value_heads=heads,
+            max_position_embeddings=context,
+            tie_word_embeddings=True,
+            eos_token_id=tokenizer.eos_token_id,
+            bos_token_id=None,
+        )
+        return Policy(Qwen2ForCausalLM(shape).to(self.device, self.dtype).eval(), tokenizer)
+
+    def episodes(self) -> Trajectories:
+        """The annotated episodes of the first seed's first iteration."""
+        found = table_slice(read(self.table), self.config, ENVIRONMENT, 0)
+        assert found is not None
+        return found
+
+
+def repeated(work: Callable[[], Any], repeats: int = REPEATS, warm: int = 1) -> list[float]:
+    """Seconds of each repetition."""
+    for _ in range(warm):
+        work()
+    seconds = []
+    for _ in range(repeats):
+        began = time.perf_counter()
+        work()
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return seconds
+
+
+def spread(values: list[float]) -> dict[str, Any]:
+    """Median and extremes."""
+    return {"median": float(np.median(values)), "least": min(values), "most": max(values), "n": len(values)}
+
+
+def rates(amount: float, seconds: list[float]) -> dict[str, Any]:
+    """``amount`` per second."""
+    return spread([amount / s for s in seconds])
+
+
+def matrix_peak(threads: int, dtype: torch.dtype, device: torch.device, size: int = 2048) -> dict[str, Any]:
+    """FLOP/s of a large square matrix product."""
+    torch.set_num_threads(threads)
+    size = size if device.type == "cpu" else 8192
+    a = torch.randn(size, size).to(device, dtype)
+    result = rates(2.0 * size**3, repeated(lambda: a @ a, 7, warm=2))
+    torch.set_num_threads(1)
+    return result
+
+
+def pieces(episodes: Trajectories) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Token ids and masks of sampled tokens, episode by episode."""
+    spans = [slice(a, b) for a, b in zip(episodes.offsets[:-1], episodes.offsets[1:], strict=True)]
+    return [episodes.input_ids[s] for s in spans], [episodes.sampled[s] for s in spans]
+
+
+def synthetic(policy: Policy, count: int, length: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Random sequences, of which the later half of every 40 tokens is to be predicted."""
+    draws = np.random.default_rng(0)
+    ids = [draws.integers(0, len(policy.tokenizer), length).astype(np.int32) for _ in range(count)]
+    return ids, [np.arange(length) % 40 >= 20] * count
+
+
+def update(policy: Policy, ids: list[np.ndarray], wanted: list[np.ndarray], budget: int, padded: bool = False) -> None:
+    """Forward and backward passes over minibatches of 32 sequences and an Adam step for each."""
+    optimizer = torch.optim.Adam(policy.model.parameters(), lr=1e-6)
+    order = np.random.default_rng(0).permutation(len(ids))
+    for start in range(0, len(order), 32):
+        chosen = order[start : start + 32]
+        groups = [chosen] if padded else [chosen[b] for b in length_batches([len(ids[i]) for i in chosen], budget)]
+        total = sum(int(wanted[i].sum()) for i in chosen)
+        for group in groups:
+            sequences, masks = [ids[i] for i in group], [wanted[i] for i in group]
+            if padded:
+                logprob, entropy = padded_scores(policy, sequences, masks)
+            else:
+                tokens = np.concatenate([s[m] for s, m in zip(sequences, masks, strict=True)]).astype(np.int64)
+                hidden = predicting_hidden(policy, sequences, masks)
+                scores = score_tokens(hidden, torch.from_numpy(tokens).to(policy.device), policy.head, 1.0)
+                logprob, entropy = scores.logprob, scores.entropy
+            ((-logprob - 0.001 * entropy).sum() / total).backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+
+def update_rates(
+    policy: Policy, ids: list[np.ndarray], wanted: list[np.ndarray], budget: int, repeats: int = REPEATS
+) -> dict[str, Any]:
+    """Tokens per second, and useful FLOP/s."""
+    policy.model.train()
+    seconds = repeated(lambda: update(policy, ids, wanted, budget), repeats)
+    flops = 3 * forward_flops(policy.model.config, [len(s) for s in ids], wanted)
+    return {
+        "parameters": sum(p.numel() for p in policy.model.parameters()),
+        "tokens_per_second": rates(sum(map(len, ids)), seconds),
+        "flops_per_second": rates(flops, seconds),
+    }
+
+
+def rollout_rates(setup: Setup, slots: int, episodes: int, repeats: int, engine: Any = None, turns: int = 0) -> Any:
+    """Tokens and episodes per second of playing the reference policy's first iteration, or more of it."""
+    config = setup.config
+    if turns:
+        section = config.environments[ENVIRONMENT].model_copy(update={"max_turns": turns})
+        config = config.model_copy(update={"environments": {ENVIRONMENT: section}})
+    groups = -(-episodes // config.rollout.group_size)
+    config = config.model_copy(update={"rollout": config.rollout.model_copy(update={"groups": groups})})
+    policy = setup.policy()
+    engine = engine(policy) if engine else TransformersEngine(policy, slots)
+    specs = iteration_specs(config, ENVIRONMENT, 0, 0)[:episodes]
+    played: list[Trajectories] = []
+    seconds = repeated(
+        lambda: played.append(collect(engine, policy.tokenizer, config, ENVIRONMENT, specs, 1.0)), repeats
+    )
+    last = played[-1]
+    sampled = [int(p.sampled.sum()) for p in played[1:]]
+    prompts = [int(mask.sum()) for mask in np.split(last.role == 0, last.offsets[1:-1])]
+    flops = sampling_flops(policy.model.config, prompts[:: config.rollout.group_size], list(last.lengths), sampled[-1])
+    return {
+        "slots": slots,
+        "tokens_per_second": spread([n / s for n, s in zip(sampled, seconds, strict=True)]),
+        "episodes_per_second": rates(len(specs), seconds),
+        "flops_per_second": rates(flops, seconds),
+    }
+
+
+def by_turn(setup: Setup, turns: int = 10, reply: int = 24, observation: int = 20) -> dict[str, Any]:
+    """Time per token of each turn of a long dialogue: it should grow as attention does, linearly with the context."""
+    engine = TransformersEngine(setup.policy(), 128)
+    best = np.minimum.reduce([_turn_seconds(engine, turns, reply, observation) for _ in range(REPEATS)])
+    per_token = best / (128 * reply)
+    context = 30 + np.arange(turns) * (reply + observation) + reply / 2
+    slope, intercept = np.polyfit(context[1:], per_token[1:], 1)
+    fitted = intercept + slope * context
+    return {
+        "microseconds_per_token": (per_token * 1e6).tolist(),
+        "context": context.tolist(),
+        "line": (fitted * 1e6).tolist(),
+        "largest_departure_turns_2_to_10": float(np.abs(per_token / fitted - 1)[1:].max()),
+    }
+
+
+def _turn_seconds(engine: TransformersEngine, turns: int, reply: int, observation: int) -> np.ndarray:
+    engine.forget()
+    stamps, spoken = [time.perf_counter()], [0] * 128
+    prefixes = [[1 + i % 300] * 30 for i in range(128)]
+
+    def follow(number: int, answer: Continuation) -> Request | None:
+        spoken[number] += 1
+        if min(spoken) == len(stamps):
+            stamps.append(time.perf_counter())
+        prefixes[number] = [*prefixes[number], *answer.ids, *[5] * observation]
+        return None if spoken[number] == turns else Request(prefixes[number], np.full(reply, 0.37))
+
+    requests = [Request(prefix, np.full(reply, 0.37)) for prefix in prefixes]
+    engine.generate(requests, Sampling(1.0, "\x00never"), follow)
+    return np.diff(stamps)
+
+
+def training_task(setup: Setup, method: str, iterations: int, folder: Path) -> Any:
+    """A real training with tracking and checkpoints, in a folder of its own."""
+    from pipeline.tracking.store import prepare_store, run_settings
+    from pipeline.training.result import training_task as task_of
+    from pipeline.training.run import TrainingJob
+
+    config = setup.config
+    config = config.model_copy(
+        update={
+            "train": config.train.model_copy(update={"iterations": iterations, "validate_every": 10 * iterations}),
+            "tracking": config.tracking.model_copy(update={"uri": f"sqlite:///{folder}/mlflow.db"}),
+        }
+    )
+    prepare_store(config.tracking.uri, ENVIRONMENT)
+    task = task_of(config, ENVIRONMENT, method, 0, setup.policy_directory, folder)
+    return TrainingJob(task, setup.table, run_settings(config, folder, ENVIRONMENT, method, 0))
+
+
+def train(job: Any, report: Report) -> list[dict[str, float]]:
+    """Train; returns what each iteration took."""
+    from pipeline.training.run import train_one
+
+    result = train_one(job, report)
+    timings = json.loads((result / "timings.json").read_text())
+    curves = json.loads((result / "curves.json").read_text())
+    return [{**timing, "tokens": row["tokens"]} for timing, row in zip(timings, curves, strict=True)]
+
+
+def whole_training(setup: Setup, methods: list[str], iterations: int = 9) -> dict[str, Any]:
+    """Seconds by phase, and generated tokens per second of wall time, tracking and all; methods side by side."""
+    with tempfile.TemporaryDirectory() as scratch:
+        jobs = {}
+        for number, method in enumerate(methods):
+            folder = Path(scratch) / str(number)
+            folder.mkdir()
+            jobs[f"{number} {method}"] = training_task(setup, method, iterations, folder)
+        rows = run_in_processes(train, jobs, len(methods), "train")
+    result: dict[str, Any] = {}
+    for label, found in rows.items():
+        # The first iteration's episodes come from the table; what follows an iteration is counted in the next one's phases.
+        phases = sorted({k for row in found for k in row if k.startswith("seconds_")} - {"seconds_validation"})
+        later = found[2:]
+        seconds = [sum(row.get(p, 0.0) for p in phases) for row in later]
+        housekeeping = ("seconds_tracking", "seconds_checkpoint", "seconds_progress")
+        after = [sum(row.get(p, 0.0) for p in housekeeping) for row in later]
+        steps = np.diff([row["seconds"] for row in found])[1:]
+        wall = [float(step) + a for step, a in zip(steps, after, strict=True)]
+        result[label] = {
+            "seconds_per_iteration": spread(wall),
+            "phases": {
+                p.removeprefix("seconds_"): spread([row.get(p, 0.0) for row in found[2:]]) for p in sorted(phases)
+            },
+            "covered_by_phases": float(sum(seconds) / sum(wall)),
+            "share_of_weights": float(sum(r.get("seconds_weights", 0.0) for r in later) / sum(wall)),
+            "share_of_annotation": float(sum(r.get("seconds_annotate", 0.0) for r in later) / sum(wall)),
+            "share_of_tracking_checkpoint_progress": float(sum(after) / sum(wall)),
+            "generated_tokens_per_second": spread([r["tokens"] / w for r, w in zip(later, wall, strict=True)]),
+        }
+    return result
+
+
+def trl(setup: Setup, python: Path, params: Path) -> dict[str, Any]:
+    """TRL's trainings, one by one; the fastest again with two threads, and twice at once."""
+
+    def start(configuration: str, threads: int, iterations: int, out: Path) -> subprocess.Popen[bytes]:
+        command = [python, "benchmarks/trl_peer.py", "--configuration", configuration, "--threads", str(threads)]
+        command += [
+            "--params",
+            params,
+            "--policy",
+            setup.policy_directory,
+            "--iterations",
+            str(iterations),
+            "--out",
+            out,
+        ]
+        environment = {**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": str(threads)}
+        return subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.DEVNULL)
+
+    def rates_of(out: Path) -> dict[str, Any]:
+        found = json.loads(out.read_text())
+        rows = [row for row in found["iterations"] if not row["warmup"]]
+        return {
+            "versions": found["versions"],
+            "seconds_per_iteration": spread([row["wall_seconds"] for row in rows]),
+            "generation_seconds": spread([row["generation_seconds"] for row in rows]),
+            "update_seconds": spread([row["update_seconds"] for row in rows]),
+            "generated_tokens_per_second": spread([row["sampled_tokens"] / row["wall_seconds"] for row in rows]),
+            "trained_tokens_per_second_of_update": spread([r["trained_tokens"] / r["update_seconds"] for r in rows]),
+        }
+
+    with tempfile.TemporaryDirectory() as scratch:
+        result = {}
+        for configuration, warm in (("plain", 1), ("cached", 1), ("compiled", 2)):
+            out = Path(scratch) / f"{configuration}.json"
+            if start(configuration, 1, REPEATS + warm, out).wait() == 0:
+                result[configuration] = rates_of(out)
+        best = max(result, key=lambda name: result[name]["generated_tokens_per_second"]["median"])
+        out = Path(scratch) / "threads.json"
+        start(best, 2, REPEATS + 2, out).wait()
+        result[f"{best}, two threads"] = rates_of(out)
+        outs = [Path(scratch) / f"pair-{n}.json" for n in range(2)]
+        for process in [start(best, 1, REPEATS + 2, out) for out in outs]:
+            process.wait()
+        result[f"{best}, beside another"] = rates_of(outs[0])
+        return {"best": best, **result}
+
+
+def dvc_cost(repeats: int = 2) -> dict[str, Any]:
+    """The smoke preset's stages through ``dvc repro`` and called one after another, in turn."""
+    lock = Path("presets/smoke/dvc.lock")
+    through = ["dvc", "repro", "--quiet", "--force", "presets/smoke/dvc.yaml"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "check": True}
+    subprocess.run(through, **quiet)  # type: ignore[call-overload]
+    import yaml
+
+    commands = [stage["cmd"] for stage in yaml.safe_load(lock.read_text())["stages"].values()]
+    rounds: dict[str, list[float]] = {"dvc": [], "commands": []}
+    for _ in range(repeats):
+        began = time.perf_counter()
+        subprocess.run(through, **quiet)  # type: ignore[call-overload]
+        rounds["dvc"].append(time.perf_counter() - began)
+        began = time.perf_counter()
+        for command in commands:
+            subprocess.run([sys.executable, *command.split()[1:]], **quiet)  # type: ignore[call-overload]
+        rounds["commands"].append(time.perf_counter() - began)
+    began = time.perf_counter()
+    subprocess.run(["dvc", "repro", "--quiet", "presets/smoke/dvc.yaml"], **quiet)  # type: ignore[call-overload]
+    nothing = time.perf_counter() - began
+    cost = min(rounds["dvc"]) - min(rounds["commands"])
+    return {**rounds, "stages": len(commands), "seconds_per_stage": cost / len(commands), "nothing_to_do": nothing}
+
+
+def headline(setup: Setup) -> dict[str, Any]:
+    """The default workload on one core: our figures, their floors, and what plain transformers does."""
+    policy, episodes, budget = setup.policy(), setup.episodes(), setup.config.train.tokens_per_forward
+    ids, wanted = pieces(episodes)
+    baseline = repeated(lambda: update(policy, ids, wanted, budget, padded=True), REPEATS)
+    seconds = repeated(lambda: annotate(episodes, policy, 1.0, budget), REPEATS)
+    flops = forward_flops(policy.model.config, episodes.lengths, wanted)
+    bigger = setup.scratch(*SHAPES["0.9 M"])
+    return {
+        "rollout": rollout_rates(setup, 128, 128, REPEATS),
+        "rollout_5_turns": rollout_rates(setup, 128, 128, REPEATS, turns=5),
+        "rollout_5_turns_generate": rollout_rates(setup, 128, 128, REPEATS, GenerateEngine, turns=5),
+        "annotation": {
+            "tokens_per_second": rates(len(episodes.input_ids), seconds),
+            "flops_per_second": rates(flops, seconds),
+        },
+        "update": update_rates(policy, ids, wanted, budget),
+        "update_padded_transformers": {"tokens_per_second": rates(len(episodes.input_ids), baseline)},
+        "update_1M": update_rates(bigger, ids, wanted, budget),
+        "by_turn": by_turn(setup),
+    }
+
+
+def scaling(setup: Setup) -> dict[str, Any]:
+    """One axis at a time."""
+    default, budget = setup.policy(), setup.config.train.tokens_per_forward
+    result: dict[str, Any] = {"batch": {}, "context": {}, "model": {}, "threads": {}}
+    for slots in (32, 128, 512, 1024):
+        result["batch"][slots] = rollout_rates(setup, slots, slots, 3)
+    for length in (256, 1024, 4096):
+        policy = setup.scratch(64, 2, 4)
+        result["context"][length] = update_rates(policy, *synthetic(policy, 16384 // length, length), budget, 3)
+    for name, shape in SHAPES.items():
+        policy = setup.scratch(*shape)
+        count = 64 if name != "20 M" else 16
+        result["model"][name] = update_rates(policy, *synthetic(policy, count, 160), budget, 2)
+    ids, wanted = pieces(setup.episodes())
+    for threads in (1, 2):
+        torch.set_num_threads(threads)
+        result["threads"][threads] = {
+            "update": update_rates(default, ids, wanted, budget, 3),
+            "rollout": rollout_rates(setup, 128, 128, 3),
+        }
+    torch.set_num_threads(1)
+    return result
+
+
+def memory(setup: Setup) -> dict[str, float]:
+    """Resident megabytes at their highest, in processes that do one thing each."""
+    result = {}
+    for name in ("import", "rollout", "update"):
+        code = f"from benchmarks.bench import peak_of; peak_of({name!r}, {str(setup.policy_directory.parents[1])!r})"
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+        result[name] = float(found.stdout.split()[-1])
+    return result
+
+
+def peak_of(name: str, out: str) -> None:
+    """Do one thing and print the process's highest resident megabytes."""
+    import resource
+
+    torch.set_num_threads(1)
+    setup = default_setup(Path("params.yaml"), Path(out), "cpu")
+    if name == "rollout":
+        rollout_rates(setup, 128, 128, 1)
+    if name == "update":
+        update(setup.policy(), *pieces(setup.episodes()), setup.config.train.tokens_per_forward)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+
+
+def on_gpu(setup: Setup) -> dict[str, Any]:
+    """A 0.4 B Qwen2 shape in bfloat16: update against the matrix peak, decoding against the memory's bandwidth."""
+    policy = setup.scratch(1024, 24, 16)
+    peak = matrix_peak(1, setup.dtype, setup.device)["median"]
+    source = torch.empty(2**30, dtype=torch.uint8, device=setup.device)
+    bandwidth = 2 * 2**30 / min(repeated(lambda: source.clone(), 5))
+    found = update_rates(policy, *synthetic(policy, 64, 1024), 32768)
+    engine, steps = TransformersEngine(policy, 128), 128
+    requests = [Request([1 + i % 300] * 64, np.full(steps, 0.37)) for i in range(128)]
+
+    def decode() -> None:
+        engine.forget()
+        engine.generate(requests, Sampling(1.0, "\x00never"))
+
+    seconds = repeated(decode, 3)
+    weights = sum(p.numel() * p.element_size() for p in policy.model.parameters())
+    return {
+        "matrix_peak": peak,
+        "bandwidth": bandwidth,
+        "update": found,
+        "share_of_peak": found["flops_per_second"]["median"] / peak,
+        "decode_tokens_per_second": rates(128 * steps, seconds),
+        "decode_share_of_weight_reading_floor": steps * weights / bandwidth / min(seconds),
+    }
+
+
+def default_setup(params: Path, out: Path, device: str) -> Setup:
+    """The reference policy and table that ``make repro`` has made."""
+    dtype = torch.float32 if device == "cpu" else torch.bfloat16
+    table = out / "data" / "annotated" / f"{ENVIRONMENT}.parquet"
+    return Setup(load(params), out / "models" / "policy", table, torch.device(device), dtype)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--params", type=Path, default=Path("params.yaml"))
+    parser.add_argument("--device", default="cpu", help="cpu or cuda; on cuda only the large model is measured")
+    parser.add_argument("--trl", type=Path, help="python of TRL's environment; without it TRL is left out")
+    parser.add_argument("--only", help="comma-separated sections")
+    parser.add_argument("--out", type=Path, default=Path("reports/bench.json"))
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    setup = default_setup(arguments.params, Path("."), arguments.device)
+    cpu = torch.device("cpu")
+    sections: dict[str, Callable[[], Any]] = {
+        "peaks": lambda: {
+            f"{str(dtype).removeprefix('torch.')}, {threads} thread{'s' * (threads > 1)}": matrix_peak(
+                threads, dtype, cpu
+            )
+            for dtype in (torch.float32, torch.bfloat16)
+            for threads in (1, 2)
+        },
+        "headline": lambda: headline(setup),
+        "training": lambda: whole_training(setup, ["grpo"]),
+        "training_two_at_once": lambda: whole_training(setup, ["grpo", "grpo_actfocus"]),
+        "trl": lambda: trl(setup, arguments.trl, arguments.params) if arguments.trl else None,
+        "scaling": lambda: scaling(setup),
+        "memory_megabytes": lambda: memory(setup),
+        "dvc": dvc_cost,
+    }
+    if arguments.device != "cpu":
+        sections = {"gpu": lambda: on_gpu(setup)}
+    chosen = arguments.only.split(",") if arguments.only else list(sections)
+    found: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() and arguments.only else {}
+    found["machine"] = {
+        "processor": platform.processor() or platform.machine(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "kernels": native.library() is not None,
+    }
+    found.setdefault("seconds", {})
+    with Progress() as progress:
+        bar = progress.add_task("bench", total=len(chosen))
+        for name in chosen:
+            progress.update(bar, description=name)
+            began = time.perf_counter()
+            found[name] = sections[name]()
+            found["seconds"][name] = time.perf_counter() - began
+            write_json(arguments.out, found)
+            progress.advance(bar)
+    if "headline" in found:
+        from benchmarks.report import bench_figure, bench_text
+
+        bench_figure(found).savefig(arguments.out.with_suffix(".svg"))
+        text = bench_text(found)
+        arguments.out.with_suffix(".txt").write_text(text)
+        print(text)
+
+
+if __name__ == "__main__":
+    main()
