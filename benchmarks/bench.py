@@ -1,6 +1,6 @@
 """How fast this machine runs the pipeline, and how far that is from what it could: ``make bench``.
 
-Writes reports/bench.json and reports/bench.svg. One thread unless a line says otherwise: that is how the pipeline trains,
+Writes reports/bench.json and reports/bench.png. One thread unless a line says otherwise: that is how the pipeline trains,
 one process per core. Repeated figures are medians with their extremes.
 """
 
@@ -26,7 +26,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.baselines import GenerateEngine, padded_scores
 from benchmarks.flops import forward_flops, sampling_flops
-from pipeline.config import Config, load
+from pipeline.config import Config, load, read_yaml
 from pipeline.energy.annotate import annotate
 from pipeline.files import write_json
 from pipeline.kernels import native
@@ -74,7 +74,8 @@ class Setup:
             eos_token_id=tokenizer.eos_token_id,
             bos_token_id=None,
         )
-        return Policy(Qwen2ForCausalLM(shape).to(self.device, self.dtype).eval(), tokenizer)
+        model: Any = Qwen2ForCausalLM(shape)
+        return Policy(model.to(self.device, self.dtype).eval(), tokenizer)
 
     def episodes(self) -> Trajectories:
         """The annotated episodes of the first seed's first iteration."""
@@ -239,7 +240,7 @@ def training_task(setup: Setup, method: str, iterations: int, folder: Path) -> A
             "tracking": config.tracking.model_copy(update={"uri": f"sqlite:///{folder}/mlflow.db"}),
         }
     )
-    prepare_store(config.tracking.uri, ENVIRONMENT)
+    prepare_store(f"sqlite:///{folder}/mlflow.db", ENVIRONMENT)
     task = task_of(config, ENVIRONMENT, method, 0, setup.policy_directory, folder)
     return TrainingJob(task, setup.table, run_settings(config, folder, ENVIRONMENT, method, 0))
 
@@ -340,9 +341,7 @@ def dvc_cost(repeats: int = 2) -> dict[str, Any]:
     through = ["dvc", "repro", "--quiet", "--force", "presets/smoke/dvc.yaml"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "check": True}
     subprocess.run(through, **quiet)  # type: ignore[call-overload]
-    import yaml
-
-    commands = [stage["cmd"] for stage in yaml.safe_load(lock.read_text())["stages"].values()]
+    commands = [stage["cmd"] for stage in read_yaml(lock)["stages"].values()]
     rounds: dict[str, list[float]] = {"dvc": [], "commands": []}
     for _ in range(repeats):
         began = time.perf_counter()
@@ -512,7 +511,7 @@ def main() -> None:
     if "headline" in found:
         from benchmarks.report import bench_figure, bench_text
 
-        bench_figure(found).savefig(arguments.out.with_suffix(".svg"))
+        bench_figure(found).savefig(arguments.out.with_suffix(".png"), dpi=110)
         text = bench_text(found)
         arguments.out.with_suffix(".txt").write_text(text)
         print(text)

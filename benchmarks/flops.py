@@ -33,7 +33,8 @@ def forward_flops(config: Any, lengths: Sequence[int] | np.ndarray, wanted: Sequ
     wanted_pairs = float(sum(np.flatnonzero(mask).sum() for mask in wanted))  # token t is predicted from t others
     before, per_pair = config.num_hidden_layers - 1, 4 * heads * size
     linear = before * tokens * (query_side + key_side) + tokens * key_side + rows * query_side
-    return 2 * linear + per_pair * (before * pairs + wanted_pairs) + 2 * rows * config.hidden_size * config.vocab_size
+    attention = per_pair * (before * pairs + wanted_pairs)
+    return float(2 * linear + attention + 2 * rows * config.hidden_size * config.vocab_size)
 
 
 def sampling_flops(config: Any, prompts: Sequence[int], lengths: Sequence[int], sampled: int) -> float:
@@ -52,7 +53,8 @@ def sampling_flops(config: Any, prompts: Sequence[int], lengths: Sequence[int], 
     width = config.hidden_size
     per_token = width * (2 * (heads + groups) * size + 3 * config.intermediate_size)
     linear = config.num_hidden_layers * (own + sum(prompts)) * per_token
-    return 2 * linear + 4 * heads * size * config.num_hidden_layers * pairs + 2 * sampled * width * config.vocab_size
+    attention = 4 * heads * size * config.num_hidden_layers * pairs
+    return float(2 * linear + attention + 2 * sampled * width * config.vocab_size)
 
 
 def _heads(config: Any) -> tuple[int, int, int]:

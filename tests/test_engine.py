@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import (
@@ -435,14 +435,15 @@ def test_requests_are_taken_when_there_is_room(policy: Policy) -> None:
     assert len(answers) == taken == ended == 7
 
 
-def test_more_prompts_than_slots_may_come_and_come_again(policy: Policy) -> None:
-    """What is kept of the oldest prompt is dropped when there are more than slots, not under who is to use it."""
-    sampling, prompts = Sampling(1.0, STOP), {"a": [5, 6, 7], "b": [8, 9], "c": [10, 11]}
-    for order in ("abac", "abacbca"):
-        requests = [Request(prompts[name], np.array([0.5])) for name in order]
-        answers = TransformersEngine(policy, slots=2).generate(requests, sampling)
-        for request, answer in zip(requests, answers, strict=True):
-            assert_scored_by_a_fresh_forward(policy, request.ids, answer, 1.0)
+@settings(deadline=None, max_examples=40, derandomize=True)
+@given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 2)), min_size=4, max_size=14), st.integers(1, 3))
+@example([(0, 1), (1, 1), (0, 1), (2, 1)], 2)
+def test_prompts_may_come_and_come_again_in_any_order(policy: Policy, said: list[tuple[int, int]], slots: int) -> None:
+    """What is kept of old prompts is dropped when there are more than slots; nobody who is to use it is forgotten."""
+    sampling, engine = Sampling(1.0, STOP), TransformersEngine(policy, slots)
+    requests = [Request([40 + prompt] * (2 + prompt % 3), np.array([0.3, 0.6][:tokens])) for prompt, tokens in said]
+    for request, answer in zip(requests, engine.generate(requests, sampling), strict=True):
+        assert_scored_by_a_fresh_forward(policy, request.ids, answer, 1.0)
 
 
 def test_an_engine_takes_changed_prefixes_and_old_ones_in_another_order(policy: Policy) -> None:
@@ -565,12 +566,18 @@ def test_training_mode_is_left_as_found(policy: Policy, fails: bool) -> None:
 # ------------------------------------------------------------------------------------------------------- sample
 
 
+KINDS = [torch.float32, torch.float64]
+"""Through the native kernel, where there is a compiler, and as on other devices."""
+
+
 @settings(deadline=None, max_examples=25, derandomize=True)
-@given(st.lists(st.floats(-6, 6), min_size=2, max_size=8), st.sampled_from([0.5, 1.0, 3.0]))
-def test_an_even_grid_of_draws_gives_the_distribution(logits: list[float], temperature: float) -> None:
+@given(st.lists(st.floats(-6, 6), min_size=2, max_size=8), st.sampled_from([0.5, 1.0, 3.0]), st.sampled_from(KINDS))
+def test_an_even_grid_of_draws_gives_the_distribution(
+    logits: list[float], temperature: float, kind: torch.dtype
+) -> None:
     grid = 4000
     draws = (torch.arange(grid, dtype=torch.float64) + 0.5) / grid
-    rows = torch.tensor([logits]).expand(grid, -1)
+    rows = torch.tensor([logits], dtype=kind).expand(grid, -1)
     token, logprob, entropy = sample(rows, temperature, draws)
     exact = torch.softmax(torch.tensor(logits, dtype=torch.float64) / temperature, -1)
     frequency = torch.bincount(token, minlength=len(logits)) / grid
@@ -580,8 +587,9 @@ def test_an_even_grid_of_draws_gives_the_distribution(logits: list[float], tempe
     np.testing.assert_allclose(entropy, torch.full((grid,), -(exact * exact.log()).sum().item()), atol=1e-5)
 
 
-def test_extreme_draws_never_pick_an_impossible_token() -> None:
-    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]]).expand(3, -1)
+@pytest.mark.parametrize("kind", KINDS)
+def test_extreme_draws_never_pick_an_impossible_token(kind: torch.dtype) -> None:
+    logits = torch.tensor([[-torch.inf, 0.0, -torch.inf, 0.0, -torch.inf]], dtype=kind).expand(3, -1)
     draws = torch.tensor([0.0, 0.5, 1 - 2**-53], dtype=torch.float64)
     token, logprob, entropy = sample(logits, 1.0, draws)
     assert token.tolist() == [1, 3, 3]

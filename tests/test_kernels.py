@@ -328,15 +328,11 @@ def test_swiglu(rows: int, width: int, spread: float) -> None:
 
 @needs_compiler
 def test_swiglu_at_its_ends() -> None:
-    ends = torch.tensor(
-        [-100.0, -88.0, -87.0, -20.0, -1e-7, -0.0, 0.0, 1e-7, 20.0, 87.0, 88.0, 100.0, 1e4, -1e4, 3e38, -3e38]
-    )
-    actual = gradients(native.swiglu, ends[None], torch.ones(1, 16))
-    safe = ends.double().clamp(-700, 700)[None]
-    expected = gradients(plain_swiglu, safe, torch.ones(1, 16, dtype=torch.float64))
-    for ours, theirs in zip(actual, expected, strict=True):
-        assert torch.isfinite(ours).all()
-        assert_close(ours[:, :13], theirs[:, :13] if ours is not actual[0] else (theirs / safe * ends)[:, :13])
+    ends = [-1e4, -100.0, -88.0, -87.0, -20.0, -1e-7, -0.0, 0.0, 1e-7, 20.0, 87.0, 88.0, 100.0, 1e4, -5.0, 5.0]
+    actual = gradients(native.swiglu, torch.tensor([ends]), torch.full((1, 16), -100.0))
+    exact = gradients(plain_swiglu, torch.tensor([ends]).double().clamp_min(-700), torch.full((1, 16), -100.0).double())
+    for ours, theirs in zip(actual, exact, strict=True):
+        assert_close(ours, theirs)
 
 
 # ---------------------------------------------------------------------------------------------- scores and samples
@@ -491,10 +487,8 @@ def test_it_is_compiled_elsewhere_when_its_own_folder_cannot_be_written(fresh_li
     assert len(list((tmp_path / "temporary").rglob("*.so"))) == 1
 
 
-@pytest.mark.parametrize("source", ["this is no C", ""])
-def test_what_cannot_be_used_is_not(fresh_library: Path, source: str) -> None:
-    """Neither what does not compile, nor a library without the kernels."""
-    (fresh_library / "kernels.c").write_text(source)
+def test_what_does_not_compile_is_not_used(fresh_library: Path) -> None:
+    (fresh_library / "kernels.c").write_text("this is no C")
     assert native.library() is None
 
 

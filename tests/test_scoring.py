@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import functools
 import itertools
+import subprocess
+import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -14,11 +17,13 @@ from hypothesis import strategies as st
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from pipeline.energy.annotate import annotate
+from pipeline.kernels import native
 from pipeline.policy import scoring
 from pipeline.policy.model import Policy
 from pipeline.policy.scoring import TokenScores, length_batches, predicting_hidden, score_tokens
 from pipeline.trajectory import EpisodeBuilder, Role, Trajectories, build
 
+ROOT = Path(__file__).parents[1]
 VOCABULARY = 37
 properties = settings(deadline=None, max_examples=30, derandomize=True)
 
@@ -93,7 +98,7 @@ def reference(
 @properties
 @given(st.lists(st.integers(1, 12), min_size=1, max_size=4), st.sampled_from([0.5, 1.0, 2.0]), st.integers(0, 99))
 def test_scores_equal_the_full_logits(lengths: list[int], temperature: float, seed: int) -> None:
-    """Padded in a batch, all three statistics are those of each sequence alone; temperature leaves the log-partition."""
+    """Packed in a batch, all three statistics are those of each sequence alone; temperature leaves the log-partition."""
     policy = shared_policy()
     ids, wanted = some_sequences(lengths, seed)
     actual = torch.stack(list(score(policy, ids, wanted, temperature)), 1).double()
@@ -174,16 +179,100 @@ def test_chunks_change_neither_values_nor_gradients(
         torch.testing.assert_close(chunked, whole, atol=1e-4, rtol=1e-4)
 
 
-def test_chunks_hold_no_more_logits_than_allowed(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
-    seen: list[int] = []
-    policy.head.register_forward_hook(lambda module, inputs, output: seen.append(output.numel()))
-    monkeypatch.setattr(scoring, "LOGITS_PER_CHUNK", 3 * VOCABULARY)
-    ids, wanted = some_sequences([30])
-    score(policy, ids, wanted)
-    assert max(seen) == 3 * VOCABULARY
-    assert sum(seen) == wanted[0].sum() * VOCABULARY
-    monkeypatch.setattr(scoring, "LOGITS_PER_CHUNK", 1)
-    assert len(score(policy, ids, wanted).logprob) == wanted[0].sum()
+def obvious_scores(
+    hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None, tokens: torch.Tensor, temperature: float
+) -> list[torch.Tensor]:
+    """All logits at once, and autograd."""
+    logits = hidden @ weight.T + (0 if bias is None else bias)
+    distribution = torch.distributions.Categorical(logits=logits / temperature)
+    return [distribution.log_prob(tokens), distribution.entropy(), logits.logsumexp(-1)]
+
+
+@pytest.fixture(params=["kernels", "torch"])
+def either_way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the native kernels, where there is a compiler, and as on other devices."""
+    if request.param == "torch":
+        monkeypatch.setattr(native, "scores", lambda logits: False)
+
+
+@pytest.mark.usefixtures("either_way")
+@pytest.mark.parametrize("used", [(1.0, 0.0, 0.0), (0.0, 1.0, 0.0), (0.0, 0.0, 1.0), (0.7, -0.4, 0.2)])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
+@pytest.mark.parametrize("rows", [1, 4, 100])
+def test_gradients_are_those_of_autograd_through_all_logits(
+    monkeypatch: pytest.MonkeyPatch, used: tuple[float, ...], bias: bool, temperature: float, rows: int
+) -> None:
+    """Of every output alone, the others left out, and of all together; 11 tokens in chunks of 1, 4 and one chunk."""
+    monkeypatch.setattr(scoring, "LOGITS_PER_CHUNK", rows * VOCABULARY)
+    draws = torch.Generator().manual_seed(0)
+    head = torch.nn.Linear(16, VOCABULARY, bias=bias)
+    hidden, tokens = torch.randn(11, 16, generator=draws), torch.randint(VOCABULARY, (11,), generator=draws)
+    with torch.no_grad():
+        for parameter in head.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=draws))
+    slopes = torch.randn(3, 11, generator=draws)
+
+    def gradients(outputs: Sequence[torch.Tensor], inputs: list[torch.Tensor]) -> list[torch.Tensor]:
+        parts = [u * (s.to(x.dtype) * x).sum() for u, s, x in zip(used, slopes, outputs, strict=True) if u]
+        return list(torch.autograd.grad(sum(parts), inputs))
+
+    exact = [x.detach().double().requires_grad_() for x in (hidden, *head.parameters())]
+    expected = obvious_scores(exact[0], exact[1], exact[2] if bias else None, tokens, temperature)
+    hidden.requires_grad_()
+    actual = score_tokens(hidden, tokens, head, temperature)
+    own = gradients(actual, [hidden, *head.parameters()])
+    for ours, theirs in zip([*actual, *own], [*expected, *gradients(expected, exact)], strict=True):
+        torch.testing.assert_close(ours.detach().double(), theirs.detach(), atol=1e-4, rtol=2e-5)
+
+
+@pytest.mark.usefixtures("either_way")
+def test_half_precision_keeps_its_type_and_scores_in_float32() -> None:
+    torch.manual_seed(0)
+    head, hidden = torch.nn.Linear(16, VOCABULARY).bfloat16(), torch.randn(9, 16).bfloat16().requires_grad_()
+    tokens = torch.arange(9)
+    scores = score_tokens(hidden, tokens, head, 0.8)
+    assert {column.dtype for column in scores} == {torch.float32}
+    sum(column.sum() for column in scores).backward()
+    exact = [x.detach().double().requires_grad_() for x in (hidden, head.weight, head.bias)]
+    sum(column.sum() for column in obvious_scores(*exact, tokens, 0.8)).backward()
+    for ours, theirs in zip((hidden, head.weight, head.bias), exact, strict=True):
+        assert ours.grad.dtype == torch.bfloat16
+        torch.testing.assert_close(ours.grad.double(), theirs.grad, atol=0.05, rtol=0.05)
+
+
+UPDATE = """
+import sys, torch
+from pathlib import Path
+from pipeline.policy.scoring import score_tokens
+
+def resident(name):  # of this program alone; ru_maxrss begins with what the process was before
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) / 1000 for line in lines if line.startswith(name))
+
+torch.set_num_threads(1)
+head, tokens = torch.nn.Linear(64, 150_000, bias=False), torch.arange(int(sys.argv[1]))
+hidden = torch.randn(len(tokens), 64, requires_grad=True)
+small = score_tokens(hidden[:2], tokens[:2], torch.nn.Linear(64, 9), 0.9)
+sum(column.sum() for column in small).backward()
+before = resident("VmRSS")
+scores = score_tokens(hidden, tokens, head, 0.9)
+(scores.logprob.sum() + scores.entropy.sum() + scores.logsumexp.sum()).backward()
+assert head.weight.grad.abs().sum() > 0 and hidden.grad[-1].abs().sum() > 0
+print(resident("VmHWM") - before)
+"""
+
+
+def test_memory_of_an_update_does_not_hold_all_logits() -> None:
+    """4,096 tokens of a vocabulary of 150,000 have 2.5 GB of logits, and as much of gradients and probabilities."""
+    raised = {}
+    for tokens in (1024, 4096):
+        done = subprocess.run([sys.executable, "-c", UPDATE, str(tokens)], capture_output=True, text=True, cwd=ROOT)
+        assert done.returncode == 0, done.stderr
+        raised[tokens] = float(done.stdout)
+    assert 0 < raised[4096] < 600
+    assert raised[4096] < 4 * raised[1024]
+    assert raised[4096] - raised[1024] < 50
 
 
 def test_nothing_wanted_gives_nothing(policy: Policy) -> None:
@@ -199,7 +288,7 @@ def test_wanting_a_first_token_is_refused(policy: Policy) -> None:
         predicting_hidden(policy, ids, wanted)
 
 
-def test_padding_changes_nothing(policy: Policy) -> None:
+def test_neighbours_change_nothing(policy: Policy) -> None:
     """A sequence alone, and beside longer and shorter ones."""
     ids, wanted = some_sequences([5, 14, 2, 9])
     together = score(policy, ids, wanted)

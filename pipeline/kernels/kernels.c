@@ -121,15 +121,18 @@ INLINE void rotate(float *out, const float *x, const float *cosine, const float 
     }
 }
 
-/* `count` tokens' rows, rotated and times a factor; rows from `tokens` on are zero. */
-INLINE void gather(float *out, const float *x, const float *cosine, const float *sine, long first, long count,
-                   long tokens, long stride, int size, float factor) {
+/* `count` rows from number `first` on, rotated by the codes of the tokens that they belong to (`where`, or their own
+ * number) and times a factor; rows from `rows` on are zero. */
+INLINE void gather(float *out, const float *x, const float *cosine, const float *sine, const int64_t *where, long first,
+                   long count, long rows, long stride, int size, float factor) {
     for (long r = 0; r < count; r++) {
-        long t = first + r;
-        if (t < tokens)
-            rotate(out + r * size, x + t * stride, cosine ? cosine + t * size : 0, sine + t * size, size, factor, 0);
-        else
+        long i = first + r;
+        if (i < rows) {
+            long t = where ? where[i] : i;
+            rotate(out + r * size, x + i * stride, cosine ? cosine + t * size : 0, sine + t * size, size, factor, 0);
+        } else {
             memset(out + r * size, 0, size * sizeof(float));
+        }
     }
 }
 
@@ -137,9 +140,11 @@ INLINE long whole(long n) { return (n + 2 * LANES - 1) / (2 * LANES) * (2 * LANE
 
 static float *scratch(long floats) { return aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64); }
 
+/* Queries may be those of some tokens only: `where` gives their numbers within their sequence, `starts` where each
+ * sequence's queries begin. */
 INLINE void forward(const float *query, const float *key, const float *value, const float *cosine, const float *sine,
-                    const int64_t *offsets, long sequences, int heads, int groups, int size, float scale, float *out,
-                    float *logsum) {
+                    const int64_t *offsets, const int64_t *starts, const int64_t *where, long sequences, int heads,
+                    int groups, int size, float scale, float *out, float *logsum) {
     long longest = 0, q_stride = (long)heads * size, k_stride = (long)groups * size;
     for (long e = 0; e < sequences; e++)
         if (offsets[e + 1] - offsets[e] > longest) longest = offsets[e + 1] - offsets[e];
@@ -149,21 +154,23 @@ INLINE void forward(const float *query, const float *key, const float *value, co
     for (long e = 0; e < sequences; e++) {
         long begin = offsets[e], tokens = offsets[e + 1] - begin, width = whole(tokens);
         const float *c = cosine ? cosine + begin * size : 0, *s = sine + begin * size;
+        const int64_t *at = where + starts[e];
+        long first = starts[e], asked = starts[e + 1] - first;
         for (int h = 0; h < heads; h++) {
             int g = h * groups / heads;
             const float *v = value + begin * k_stride + g * size;
             if (h * groups % heads == 0) {
-                gather(turned, key + begin * k_stride + g * size, c, s, 0, tokens, tokens, k_stride, size, 1);
+                gather(turned, key + begin * k_stride + g * size, c, s, 0, 0, tokens, tokens, k_stride, size, 1);
                 turn(keys, turned, tokens, width, size, size);
             }
-            for (long i = 0; i < tokens; i += QUERIES) {
-                long end = whole(i + QUERIES), seen = i + QUERIES < tokens ? i + QUERIES : tokens;
-                gather(q, query + begin * q_stride + h * size, c, s, i, QUERIES, tokens, q_stride, size, scale);
+            for (long i = 0; i < asked; i += QUERIES) {
+                long seen = at[i + QUERIES < asked ? i + QUERIES - 1 : asked - 1] + 1, end = whole(seen);
+                gather(q, query + first * q_stride + h * size, c, s, at, i, QUERIES, asked, q_stride, size, scale);
                 products(rows, q, keys, end, width, size);
                 float share[QUERIES];
                 for (int r = 0; r < QUERIES; r++) {
                     float *row = rows + r * width;
-                    for (long t = i + r + 1; t < end; t++) row[t] = -1e30f;
+                    for (long t = i + r < asked ? at[i + r] + 1 : 1; t < end; t++) row[t] = -1e30f;
                     vec most = LOAD(row);
                     for (long t = LANES; t < end; t += LANES) most = larger(most, LOAD(row + t));
                     float peak = largest(most);
@@ -175,12 +182,12 @@ INLINE void forward(const float *query, const float *key, const float *value, co
                     }
                     float mass = total(sum);
                     share[r] = 1 / mass;
-                    if (i + r < tokens) logsum[(begin + i + r) * heads + h] = peak + logf(mass);
+                    if (i + r < asked) logsum[(first + i + r) * heads + h] = peak + logf(mass);
                 }
                 mixture(mixed, rows, v, seen, width, k_stride, size);
-                for (int r = 0; r < QUERIES && i + r < tokens; r++)
+                for (int r = 0; r < QUERIES && i + r < asked; r++)
                     for (int d = 0; d < size; d++)
-                        out[(begin + i + r) * q_stride + h * size + d] = mixed[r * size + d] * share[r];
+                        out[(first + i + r) * q_stride + h * size + d] = mixed[r * size + d] * share[r];
             }
         }
     }
@@ -188,9 +195,9 @@ INLINE void forward(const float *query, const float *key, const float *value, co
 }
 
 INLINE void backward(const float *query, const float *key, const float *value, const float *cosine, const float *sine,
-                     const int64_t *offsets, long sequences, int heads, int groups, int size, float scale,
-                     const float *out, const float *logsum, const float *to_out, float *to_query, float *to_key,
-                     float *to_value) {
+                     const int64_t *offsets, const int64_t *starts, const int64_t *where, long sequences, int heads,
+                     int groups, int size, float scale, const float *out, const float *logsum, const float *to_out,
+                     float *to_query, float *to_key, float *to_value) {
     long longest = 0, q_stride = (long)heads * size, k_stride = (long)groups * size;
     for (long e = 0; e < sequences; e++)
         if (offsets[e + 1] - offsets[e] > longest) longest = offsets[e + 1] - offsets[e];
@@ -203,29 +210,31 @@ INLINE void backward(const float *query, const float *key, const float *value, c
     for (long e = 0; e < sequences; e++) {
         long begin = offsets[e], tokens = offsets[e + 1] - begin, width = whole(tokens);
         const float *c = cosine ? cosine + begin * size : 0, *s = sine + begin * size;
+        const int64_t *at = where + starts[e];
+        long first = starts[e], asked = starts[e + 1] - first;
         for (int h = 0; h < heads; h++) {
             int g = h * groups / heads;
             if (h * groups % heads == 0) {
-                gather(turned, key + begin * k_stride + g * size, c, s, 0, tokens, tokens, k_stride, size, 1);
+                gather(turned, key + begin * k_stride + g * size, c, s, 0, 0, tokens, tokens, k_stride, size, 1);
                 turn(keys, turned, tokens, width, size, size);
                 turn(values, value + begin * k_stride + g * size, tokens, width, k_stride, size);
                 memset(key_sums, 0, size * width * sizeof(float));
                 memset(value_sums, 0, size * width * sizeof(float));
             }
-            for (long i = 0; i < tokens; i += QUERIES) {
-                long end = whole(i + QUERIES), seen = i + QUERIES < tokens ? i + QUERIES : tokens;
-                long at = begin * q_stride + h * size;
-                gather(q, query + at, c, s, i, QUERIES, tokens, q_stride, size, scale);
-                gather(upper, to_out + at, 0, 0, i, QUERIES, tokens, q_stride, size, 1);
+            for (long i = 0; i < asked; i += QUERIES) {
+                long seen = at[i + QUERIES < asked ? i + QUERIES - 1 : asked - 1] + 1, end = whole(seen);
+                long from = first * q_stride + h * size;
+                gather(q, query + from, c, s, at, i, QUERIES, asked, q_stride, size, scale);
+                gather(upper, to_out + from, 0, 0, at, i, QUERIES, asked, q_stride, size, 1);
                 products(rows, q, keys, end, width, size);
                 products(slopes, upper, values, end, width, size);
                 for (int r = 0; r < QUERIES; r++) {
                     float *row = rows + r * width, *slope = slopes + r * width, mean = 0, mass = 0;
-                    if (i + r < tokens) {
-                        mass = logsum[(begin + i + r) * heads + h];
-                        for (int d = 0; d < size; d++) mean += upper[r * size + d] * out[at + (i + r) * q_stride + d];
+                    if (i + r < asked) {
+                        mass = logsum[(first + i + r) * heads + h];
+                        for (int d = 0; d < size; d++) mean += upper[r * size + d] * out[from + (i + r) * q_stride + d];
                     }
-                    for (long t = i + r + 1; t < end; t++) row[t] = -1e30f;
+                    for (long t = i + r < asked ? at[i + r] + 1 : 0; t < end; t++) row[t] = -1e30f;
                     for (long t = 0; t < end; t += LANES) {
                         vec p = exponential(LOAD(row + t) - mass);
                         STORE(row + t, p);
@@ -235,9 +244,9 @@ INLINE void backward(const float *query, const float *key, const float *value, c
                 spread(value_sums, rows, upper, seen, width, size);
                 spread(key_sums, slopes, q, seen, width, size);
                 mixture(mixed, slopes, turned, seen, width, size, size);
-                for (long t = i; t < seen; t++)
-                    rotate(to_query + at + t * q_stride, mixed + (t - i) * size, c ? c + t * size : 0, s + t * size, size,
-                           scale, 1);
+                for (int r = 0; r < QUERIES && i + r < asked; r++)
+                    rotate(to_query + from + (i + r) * q_stride, mixed + r * size, c ? c + at[i + r] * size : 0,
+                           s + at[i + r] * size, size, scale, 1);
             }
             if ((h + 1) * groups % heads == 0)
                 for (long t = 0; t < tokens; t++) {
@@ -287,27 +296,29 @@ INLINE void attend_slot(const float *q, const float *keys, const float *values, 
     }
 }
 
-/* Store new tokens' keys and values in their slots, then attend from each to its slot up to itself. */
+/* Store new tokens' keys and values in their slots, then attend from those that ask (`asking` gives their numbers among
+ * the new tokens) to their slot up to themselves. */
 INLINE void cached(const float *query, const float *key, const float *value, const float *cosine, const float *sine,
-                   float *keys, float *values, const int64_t *slots, const int64_t *positions, long tokens, long capacity, int heads, int groups,
-                   int size, float scale, float *out) {
+                   float *keys, float *values, const int64_t *slots, const int64_t *positions, long tokens,
+                   const int64_t *asking, long queries, long capacity, int heads, int groups, int size, float scale,
+                   float *out) {
     long slab = capacity * size;
     float turned[size];
     for (long i = 0; i < tokens; i++)
         for (int g = 0; g < groups; g++) {
-            gather(turned, key + g * size, cosine, sine, i, 1, tokens, (long)groups * size, size, 1);
             long position = positions[i], at = (slots[i] * groups + g) * slab;
             float *tile = keys + at + position / LANES * LANES * size + position % LANES;
+            gather(turned, key + g * size, cosine, sine, 0, i, 1, tokens, (long)groups * size, size, 1);
             for (int d = 0; d < size; d++) tile[d * LANES] = turned[d];
             memcpy(values + at + position * size, value + (i * groups + g) * size, size * sizeof(float));
         }
     float *rows = scratch(capacity);
-    for (long i = 0; i < tokens; i++)
+    for (long i = 0; i < queries; i++)
         for (int h = 0; h < heads; h++) {
-            long at = (slots[i] * groups + h * groups / heads) * slab;
-            long to = (i * heads + h) * (long)size;
-            gather(turned, query + h * size, cosine, sine, i, 1, tokens, (long)heads * size, size, scale);
-            attend_slot(turned, keys + at, values + at, rows, positions[i] + 1, size, out + to);
+            long at = (slots[asking[i]] * groups + h * groups / heads) * slab;
+            gather(turned, query + h * size, cosine, sine, asking, i, 1, queries, (long)heads * size, size, scale);
+            attend_slot(turned, keys + at, values + at, rows, positions[asking[i]] + 1, size,
+                        out + (i * heads + h) * (long)size);
         }
     free(rows);
 }
@@ -323,22 +334,24 @@ INLINE void cached(const float *query, const float *key, const float *value, con
 
 #define QKV const float *query, const float *key, const float *value, const float *cosine, const float *sine
 
-void causal_forward(QKV, const int64_t *offsets, long sequences, int heads, int groups, int size, float scale, float *out,
-                    float *logsum) {
-    FOR_SIZE(forward(query, key, value, cosine, sine, offsets, sequences, heads, groups, SIZE, scale, out, logsum))
+void causal_forward(QKV, const int64_t *offsets, const int64_t *starts, const int64_t *where, long sequences, int heads,
+                    int groups, int size, float scale, float *out, float *logsum) {
+    FOR_SIZE(forward(query, key, value, cosine, sine, offsets, starts, where, sequences, heads, groups, SIZE, scale, out,
+                     logsum))
 }
 
-void causal_backward(QKV, const int64_t *offsets, long sequences, int heads, int groups, int size, float scale,
-                     const float *out, const float *logsum, const float *to_out, float *to_query, float *to_key,
-                     float *to_value) {
-    FOR_SIZE(backward(query, key, value, cosine, sine, offsets, sequences, heads, groups, SIZE, scale, out, logsum, to_out,
-                      to_query, to_key, to_value))
+void causal_backward(QKV, const int64_t *offsets, const int64_t *starts, const int64_t *where, long sequences, int heads,
+                     int groups, int size, float scale, const float *out, const float *logsum, const float *to_out,
+                     float *to_query, float *to_key, float *to_value) {
+    FOR_SIZE(backward(query, key, value, cosine, sine, offsets, starts, where, sequences, heads, groups, SIZE, scale, out,
+                      logsum, to_out, to_query, to_key, to_value))
 }
 
 void cached_forward(QKV, float *keys, float *values, const int64_t *slots, const int64_t *positions, long tokens,
-                    long capacity, int heads, int groups, int size, float scale, float *out) {
-    FOR_SIZE(cached(query, key, value, cosine, sine, keys, values, slots, positions, tokens, capacity, heads, groups, SIZE,
-                    scale, out))
+                    const int64_t *asking, long queries, long capacity, int heads, int groups, int size, float scale,
+                    float *out) {
+    FOR_SIZE(cached(query, key, value, cosine, sine, keys, values, slots, positions, tokens, asking, queries, capacity,
+                    heads, groups, SIZE, scale, out))
 }
 
 /* y = x / sqrt(mean x^2 + eps) * weight; `inverse` keeps 1 / sqrt(...) of each token. Width is a multiple of 16. */

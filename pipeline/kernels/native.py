@@ -15,6 +15,7 @@ import subprocess
 import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -36,9 +37,9 @@ Rotation = tuple[Tensor, Tensor]
 _ADDRESS, _COUNT, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
 _SHAPE = [_INT, _INT, _INT, _FLOAT]
 _SIGNATURES = {
-    "causal_forward": [*[_ADDRESS] * 6, _COUNT, *_SHAPE, *[_ADDRESS] * 2],
-    "causal_backward": [*[_ADDRESS] * 6, _COUNT, *_SHAPE, *[_ADDRESS] * 6],
-    "cached_forward": [*[_ADDRESS] * 9, _COUNT, _COUNT, *_SHAPE, _ADDRESS],
+    "causal_forward": [*[_ADDRESS] * 8, _COUNT, *_SHAPE, *[_ADDRESS] * 2],
+    "causal_backward": [*[_ADDRESS] * 8, _COUNT, *_SHAPE, *[_ADDRESS] * 6],
+    "cached_forward": [*[_ADDRESS] * 9, _COUNT, _ADDRESS, _COUNT, _COUNT, *_SHAPE, _ADDRESS],
     "rms_norm_forward": [*[_ADDRESS] * 2, _COUNT, _COUNT, _FLOAT, *[_ADDRESS] * 2],
     "rms_norm_backward": [*[_ADDRESS] * 4, _COUNT, _COUNT, *[_ADDRESS] * 2],
     "swiglu_forward": [*[_ADDRESS] * 2, _COUNT, _ADDRESS],
@@ -105,16 +106,36 @@ def _compile(compiler: str, target: Path) -> None:
     partial.replace(target)
 
 
+@dataclass(frozen=True)
+class Layout:
+    """Which tokens of a packed batch belong together, and which of them ask. All int64, contiguous."""
+
+    offsets: Int[np.ndarray, " e1"]
+    """Where each sequence begins, and the end of the last."""
+    starts: Int[np.ndarray, " e1"]
+    """Where each sequence's queries begin among the queries, and the end of the last."""
+    where: Int[np.ndarray, " m"]
+    """Each query's place within its sequence, ascending."""
+
+
+def layout(lengths: Sequence[int] | np.ndarray, asking: Int[np.ndarray, " m"] | None = None) -> Layout:
+    """Sequences of these lengths; ``asking`` are the indices of the tokens that ask, None is all."""
+    offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
+    asking = np.arange(offsets[-1]) if asking is None else asking
+    starts = np.searchsorted(asking, offsets)
+    return Layout(offsets, starts, asking - np.repeat(offsets[:-1], np.diff(starts)))
+
+
 def causal_attention(
-    query: Float[Tensor, "n heads size"],
+    query: Float[Tensor, "m heads size"],
     key: Float[Tensor, "n kv_heads size"],
     value: Float[Tensor, "n kv_heads size"],
     rotation: Rotation | None,
-    offsets: Int[np.ndarray, " e1"],
+    layout: Layout,
     scale: float,
-) -> Float[Tensor, "n heads size"]:
-    """Causal attention within each of the sequences between ``offsets``; differentiable by query, key and value."""
-    return _differentiable(_CausalAttention, query, key, value, rotation, offsets, scale)
+) -> Float[Tensor, "m heads size"]:
+    """Causal attention within sequences, for the tokens that ask; differentiable by query, key and value."""
+    return _differentiable(_CausalAttention, query, key, value, rotation, layout, scale)
 
 
 class _CausalAttention(torch.autograd.Function):
@@ -125,15 +146,15 @@ class _CausalAttention(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
         rotation: Rotation | None,
-        offsets: np.ndarray,
+        layout: Layout,
         scale: float,
     ) -> Tensor:
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
         out, logsum = torch.empty_like(query), query.new_empty(query.shape[:2])
-        _over_sequences("causal_forward", (query, key, value), rotation, offsets, scale, (out, logsum))
+        _over_sequences("causal_forward", (query, key, value), rotation, layout, scale, (out, logsum))
         if ctx is not None:
             ctx.save_for_backward(query, key, value, out, logsum, *(rotation or ()))
-            ctx.offsets, ctx.scale = offsets, scale
+            ctx.layout, ctx.scale = layout, scale
         return out
 
     @staticmethod
@@ -141,12 +162,12 @@ class _CausalAttention(torch.autograd.Function):
         query, key, value, out, logsum, *rotation = ctx.saved_tensors
         to_query, to_key, to_value = (torch.empty_like(x) for x in (query, key, value))
         rest = (out, logsum, to_out.contiguous(), to_query, to_key, to_value)
-        _over_sequences("causal_backward", (query, key, value), tuple(rotation) or None, ctx.offsets, ctx.scale, rest)
+        _over_sequences("causal_backward", (query, key, value), tuple(rotation) or None, ctx.layout, ctx.scale, rest)
         return to_query, to_key, to_value, None, None, None
 
 
 def cached_attention(
-    query: Float[Tensor, "n heads size"],
+    query: Float[Tensor, "m heads size"],
     key: Float[Tensor, "n kv_heads size"],
     value: Float[Tensor, "n kv_heads size"],
     rotation: Rotation | None,
@@ -154,31 +175,38 @@ def cached_attention(
     values: Float[Tensor, "slots kv_heads time size"],
     slots: Int[np.ndarray, " n"],
     positions: Int[np.ndarray, " n"],
+    asking: Int[np.ndarray, " m"],
     scale: float,
-) -> Float[Tensor, "n heads size"]:
-    """Store new tokens' keys and values in their slots, and attend from each to its slot up to itself."""
-    tensors = (query.contiguous(), key.contiguous(), value.contiguous())
-    out = torch.empty_like(tensors[0])
+) -> Float[Tensor, "m heads size"]:
+    """Store new tokens' keys and values in their slots, and attend from those that ask to their slot up to themselves."""
+    query, new = query.contiguous(), (key.contiguous(), value.contiguous())
+    out = torch.empty_like(query)
     kernel, shape = _kernel("cached_forward"), (query.shape[1], key.shape[1], query.shape[2], scale)
 
     def part(first: int, last: int) -> None:
+        begin, end = np.searchsorted(asking, (first, last))
+        codes = [x[first].data_ptr() for x in rotation] if rotation else (None, None)
+        numbers = np.ascontiguousarray(asking[begin:end] - first)
         kernel(
-            *(x[first].data_ptr() for x in tensors),
-            *([x[first].data_ptr() for x in rotation] if rotation else (None, None)),
+            query[begin:].data_ptr(),
+            *(x[first].data_ptr() for x in new),
+            *codes,
             keys.data_ptr(),
             values.data_ptr(),
             slots[first:].ctypes.data,
             positions[first:].ctypes.data,
             last - first,
+            numbers.ctypes.data,
+            int(end - begin),
             values.shape[2],
             *shape,
-            out[first].data_ptr(),
+            out[begin:].data_ptr(),
         )
 
     if torch.get_num_threads() == 1:
         part(0, len(slots))
     else:  # a slot's tokens must not be divided between threads: the later ones attend to the earlier
-        _in_threads(part, np.r_[0, np.flatnonzero(np.diff(slots)) + 1, len(slots)])
+        _in_threads(part, np.concatenate([[0], np.flatnonzero(np.diff(slots)) + 1, [len(slots)]]))
     return out
 
 
@@ -291,20 +319,20 @@ def _over_sequences(
     name: str,
     tensors: tuple[Tensor, ...],
     rotation: Rotation | None,
-    offsets: np.ndarray,
+    layout: Layout,
     scale: float,
     rest: tuple[Tensor, ...],
 ) -> None:
-    offsets = np.ascontiguousarray(offsets, dtype=np.int64)
     kernel, shape = _kernel(name), (tensors[0].shape[1], tensors[1].shape[1], tensors[0].shape[2], scale)
     codes = [x.data_ptr() for x in rotation] if rotation else [None, None]
 
     def part(first: int, last: int) -> None:
-        begin, end = np.searchsorted(offsets, (first, last))
+        begin, end = np.searchsorted(layout.offsets, (first, last))
         inputs, outputs = ([x.data_ptr() for x in group] for group in (tensors, rest))
-        kernel(*inputs, *codes, offsets[begin:].ctypes.data, int(end - begin), *shape, *outputs)
+        borders = (layout.offsets[begin:].ctypes.data, layout.starts[begin:].ctypes.data, layout.where.ctypes.data)
+        kernel(*inputs, *codes, *borders, int(end - begin), *shape, *outputs)
 
-    _in_threads(part, offsets)
+    _in_threads(part, layout.offsets)
 
 
 def _elementwise(name: str, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:

@@ -24,7 +24,7 @@ from pipeline.kernels.native import Rotation
 Attend = Callable[..., Tensor]
 """``attend(layer, query, key, value, rotation, scale)``: query (n, heads, size), key and value (n, key-value heads, size)
 of one packed batch, and the rotary position codes that are still to be applied to query and key, if any; returns (n,
-heads, size)."""
+heads, size). With ``asking=index`` the queries are those of the tokens at these indices only."""
 
 OWN_FAMILIES = ("qwen2", "qwen3", "llama", "mistral")
 """Model types with pre-normalised layers of rotary attention and SwiGLU."""
@@ -44,8 +44,8 @@ def hidden_states(
         ids: token ids.
         positions: of each token in its sequence, from 0.
         attend: see ``Attend``.
-        wanted: indices of the tokens whose states are asked for; behind the last layer's attention nothing else is
-            computed. None is all.
+        wanted: ascending indices of the tokens whose states are asked for; in the last layer only their queries, and
+            nothing else behind them, is computed. None is all.
     """
     if has_own_forward(backbone):
         return _own_forward(backbone, ids, positions, attend, wanted)
@@ -55,15 +55,21 @@ def hidden_states(
 
 def packed_attention(lengths: Sequence[int] | np.ndarray, device: torch.device) -> Attend:
     """Causal attention within each of the sequences that are packed one after another."""
-    offsets = np.r_[0, np.cumsum(lengths)]
-    padded = _padded_attention(np.asarray(lengths), device)
+    padded, everyone = _padded_attention(np.asarray(lengths), device), native.layout(lengths)
 
     def attend(
-        layer: int, query: Tensor, key: Tensor, value: Tensor, rotation: Rotation | None, scale: float
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotation: Rotation | None,
+        scale: float,
+        asking: Tensor | None = None,
     ) -> Tensor:
         if native.attends(query):
-            return native.causal_attention(query, key, value, rotation, offsets, scale)
-        return padded(layer, query, key, value, rotation, scale)
+            layout = everyone if asking is None else native.layout(lengths, asking.numpy())
+            return native.causal_attention(query, key, value, rotation, layout, scale)
+        return padded(layer, query, key, value, rotation, scale, asking)
 
     return attend
 
@@ -80,14 +86,28 @@ def _padded_attention(lengths: np.ndarray, device: torch.device) -> Attend:
     real = torch.from_numpy(np.flatnonzero(inside)).to(device)
 
     def attend(
-        layer: int, query: Tensor, key: Tensor, value: Tensor, rotation: Rotation | None, scale: float
+        layer: int,
+        query: Tensor,
+        key: Tensor,
+        value: Tensor,
+        rotation: Rotation | None,
+        scale: float,
+        asking: Tensor | None = None,
     ) -> Tensor:
-        rotated = (rotate(query, rotation), rotate(key, rotation), value)
+        rotated = (rotate(at_every_token(query, len(key), asking), rotation), rotate(key, rotation), value)
         q, k, v = (x[index].transpose(1, 2) for x in rotated)
         out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-        return out.transpose(1, 2).reshape(-1, *query.shape[1:])[real]
+        flat = out.transpose(1, 2).reshape(-1, *query.shape[1:])[real]
+        return flat if asking is None else flat[asking]
 
     return attend
+
+
+def at_every_token(query: Float[Tensor, "m heads size"], tokens: int, asking: Tensor | None) -> Tensor:
+    """Queries of some tokens among zeros for the others, where attention wants one each."""
+    if asking is None:
+        return query
+    return query.new_zeros((tokens, *query.shape[1:])).index_copy(0, asking, query)
 
 
 def has_own_forward(backbone: Any) -> bool:
@@ -114,20 +134,23 @@ def _own_forward(
     for number, layer in enumerate(backbone.layers):
         attention, mlp = layer.self_attn, layer.mlp
         y = _rms_norm(x, layer.input_layernorm)
-        q, k, v = (
-            F.linear(y, p.weight, p.bias).view(len(y), -1, attention.head_dim)
-            for p in (attention.q_proj, attention.k_proj, attention.v_proj)
-        )
+        k, v = (_heads(y, p, attention.head_dim) for p in (attention.k_proj, attention.v_proj))
+        asking = wanted if number == len(backbone.layers) - 1 else None
+        if asking is not None:
+            x, y = x[asking], y[asking]
+        q = _heads(y, attention.q_proj, attention.head_dim)
         if hasattr(attention, "q_norm"):
             q, k = _rms_norm(q, attention.q_norm), _rms_norm(k, attention.k_norm)
-        mixed = attend(number, q, k, v, (cos, sin), attention.scaling).reshape(len(x), -1)
-        if wanted is not None and number == len(backbone.layers) - 1:
-            x, mixed = x[wanted], mixed[wanted]
+        mixed = attend(number, q, k, v, (cos, sin), attention.scaling, asking).reshape(len(x), -1)
         x = x + F.linear(mixed, attention.o_proj.weight, attention.o_proj.bias)
         y = _rms_norm(x, layer.post_attention_layernorm)
         gate, up = (F.linear(y, p.weight, p.bias) for p in (mlp.gate_proj, mlp.up_proj))
         x = x + F.linear(_swiglu(gate, up), mlp.down_proj.weight, mlp.down_proj.bias)
     return _rms_norm(x, backbone.norm)
+
+
+def _heads(x: Tensor, projection: Any, size: int) -> Float[Tensor, "n heads size"]:
+    return F.linear(x, projection.weight, projection.bias).view(len(x), -1, size)
 
 
 def _rms_norm(x: Tensor, norm: Any) -> Tensor:

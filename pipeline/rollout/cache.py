@@ -11,7 +11,7 @@ from torch import Tensor
 
 from pipeline.kernels import native
 from pipeline.kernels.native import Rotation
-from pipeline.policy.trunk import Attend, rotate
+from pipeline.policy.trunk import Attend, at_every_token, rotate
 
 TILE = native.LANES
 """Capacity is a multiple of it."""
@@ -70,9 +70,16 @@ class SlotCache:
 
     def _kernel(self, slots: np.ndarray, positions: np.ndarray) -> Attend:
         def attend(
-            layer: int, query: Tensor, key: Tensor, value: Tensor, rotation: Rotation | None, scale: float
+            layer: int,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            rotation: Rotation | None,
+            scale: float,
+            asking: Tensor | None = None,
         ) -> Tensor:
-            cached = (self.keys[layer], self.values[layer], slots, positions, scale)
+            numbers = np.arange(len(slots)) if asking is None else asking.numpy()
+            cached = (self.keys[layer], self.values[layer], slots, positions, numbers, scale)
             return native.cached_attention(query, key, value, rotation, *cached)
 
         return attend
@@ -94,9 +101,15 @@ class SlotCache:
                 parts.append((index, offset < count, slot[index[:, 0]], length, mask))
 
         def attend(
-            layer: int, query: Tensor, key: Tensor, value: Tensor, rotation: Rotation | None, scale: float
+            layer: int,
+            query: Tensor,
+            key: Tensor,
+            value: Tensor,
+            rotation: Rotation | None,
+            scale: float,
+            asking: Tensor | None = None,
         ) -> Tensor:
-            query, key = rotate(query, rotation), rotate(key, rotation)
+            query, key = rotate(at_every_token(query, len(key), asking), rotation), rotate(key, rotation)
             self.keys[layer, slot, :, position] = key
             self.values[layer, slot, :, position] = value
             out = torch.empty_like(query)
@@ -105,6 +118,6 @@ class SlotCache:
                 q = query[index].transpose(1, 2)
                 mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
                 out[index[real]] = mixed.transpose(1, 2)[real]
-            return out
+            return out if asking is None else out[asking]
 
         return attend

@@ -1,0 +1,110 @@
+"""Benchmarks are not timed here, but what they hold time against is checked."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from transformers import Qwen2Config, Qwen2ForCausalLM
+
+from benchmarks.baselines import GenerateEngine, padded_scores
+from benchmarks.bench import update
+from benchmarks.flops import forward_flops, sampling_flops
+from benchmarks.workload import workload
+from pipeline.config import load
+from pipeline.policy.model import Policy
+from pipeline.policy.scoring import predicting_hidden, score_tokens
+from pipeline.policy.tokenizer import train_tokenizer
+from pipeline.rollout.collector import collect, iteration_specs
+
+ROOT = Path(__file__).parents[1]
+
+
+def small_policy() -> Policy:
+    tokenizer = train_tokenizer(["player 0 1 goal 3 3 holes 1 2", "Left Right Up Down"] * 3, 320)
+    torch.manual_seed(0)
+    shape = Qwen2Config(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return Policy(Qwen2ForCausalLM(shape).eval(), tokenizer)
+
+
+def counted(config: Qwen2Config, length: int, wanted: np.ndarray, cached: bool = False) -> float:
+    """Multiplications and additions of one sequence, token by token; a cache needs the last layer's, too."""
+    size, width, inner = config.hidden_size // config.num_attention_heads, config.hidden_size, config.intermediate_size
+    total = 0
+    for layer in range(config.num_hidden_layers):
+        last = layer == config.num_hidden_layers - 1
+        for token in range(length):
+            total += 2 * 2 * width * config.num_key_value_heads * size  # keys and values
+            if last and not cached and not (token + 1 < length and wanted[token + 1]):
+                continue
+            total += 2 * 2 * width * width + 3 * 2 * width * inner  # query, output, SwiGLU
+            total += (token + 1) * config.num_attention_heads * 2 * 2 * size
+    return total + int(wanted.sum()) * 2 * width * config.vocab_size
+
+
+def test_forward_flops_are_those_of_a_count_token_by_token() -> None:
+    config = small_policy().model.config
+    wanted = [np.array([False, False, True, True, False]), np.array([False, True, False])]
+    expected = counted(config, 5, wanted[0]) + counted(config, 3, wanted[1])
+    assert forward_flops(config, [5, 3], wanted) == expected
+
+
+def test_sampling_flops_count_a_shared_prompt_once() -> None:
+    config = small_policy().model.config
+    alone = sampling_flops(config, [4, 4], [9, 7], sampled=6)
+    together = sampling_flops(config, [4], [9, 7], sampled=6)
+    assert alone - together == counted(config, 4, np.zeros(4, dtype=bool), cached=True)
+    whole = [counted(config, n, np.zeros(n, dtype=bool), cached=True) for n in (9, 7)]
+    assert alone == sum(whole) + 6 * 2 * config.hidden_size * config.vocab_size
+
+
+def test_the_padded_baseline_computes_what_ours_does() -> None:
+    policy, draws = small_policy(), np.random.default_rng(0)
+    ids = [draws.integers(0, 300, n).astype(np.int32) for n in (12, 7, 9)]
+    wanted = [np.arange(len(i)) % 3 == 1 for i in ids]
+    tokens = torch.from_numpy(np.concatenate([i[w] for i, w in zip(ids, wanted, strict=True)]).astype(np.int64))
+    ours = score_tokens(predicting_hidden(policy, ids, wanted), tokens, policy.head, 1.0)
+    logprob, entropy = padded_scores(policy, ids, wanted)
+    torch.testing.assert_close(ours.logprob, logprob, atol=1e-4, rtol=0)
+    torch.testing.assert_close(ours.entropy, entropy, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize("padded", [False, True])
+def test_the_timed_update_moves_the_policy_alike_padded_or_packed(padded: bool) -> None:
+    policy, draws = small_policy(), np.random.default_rng(0)
+    before = policy.head.weight.detach().clone()
+    ids = [draws.integers(0, 300, n).astype(np.int32) for n in (12, 7, 9)]
+    update(policy, ids, [np.arange(len(i)) % 3 == 1 for i in ids], 16, padded)
+    moved = (policy.head.weight.detach() - before).abs().max()
+    assert 0 < float(moved) < 1e-5  # one Adam step of 1e-6
+
+
+def test_the_generate_baseline_plays_whole_episodes() -> None:
+    config, policy = load(ROOT / "params.yaml"), small_policy()
+    section = config.environments["frozen_lake"].model_copy(update={"max_turns": 2, "response_tokens": 6})
+    config = config.model_copy(update={"environments": {"frozen_lake": section}})
+    specs = iteration_specs(config, "frozen_lake", 0, 0)[:20]
+    played = collect(GenerateEngine(policy), policy.tokenizer, config, "frozen_lake", specs, 1.0)
+    assert len(played) == 20
+    assert set(np.diff(played.turn_offsets)) == {2}
+    assert played.sampled.sum() <= 20 * 2 * 6
+    assert float(np.abs(played.logprob[played.sampled]).max()) > 0
+
+
+def test_the_workload_is_told_by_a_hash_of_its_settings() -> None:
+    config = load(ROOT / "params.yaml")
+    longer = config.model_copy(update={"train": config.train.model_copy(update={"iterations": 37})})
+    assert workload(config) == workload(load(ROOT / "params.yaml"))
+    assert workload(config).split(":")[0] != workload(longer).split(":")[0]
+    assert "36 iterations of 128 episodes" in workload(config)
