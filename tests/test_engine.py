@@ -446,6 +446,14 @@ def test_prompts_may_come_and_come_again_in_any_order(policy: Policy, said: list
         assert_scored_by_a_fresh_forward(policy, request.ids, answer, 1.0)
 
 
+def test_what_stood_behind_another_beginning_is_not_taken(policy: Policy) -> None:
+    """The third prompt is the second with the first's end, which was computed behind other tokens."""
+    engine, sampling = TransformersEngine(policy, slots=1), Sampling(1.0, STOP)
+    for prompt in ([40, 41, 42, 43, 44], [40, 50], [40, 50, 42, 43, 44]):
+        answer = engine.generate([Request(prompt, np.array([0.5]))], sampling)[0]
+        assert_scored_by_a_fresh_forward(policy, prompt, answer, 1.0)
+
+
 def test_an_engine_takes_changed_prefixes_and_old_ones_in_another_order(policy: Policy) -> None:
     sampling, engine = Sampling(1.0, STOP), TransformersEngine(policy, slots=2)
     first, second, third = (encode(policy, text) for text in ("Left Up", "goal 3 3", "holes"))

@@ -13,6 +13,7 @@ from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedTokenize
 from transformers.models.auto.tokenization_auto import get_tokenizer_config
 
 from pipeline.config import Config, ConfigError
+from pipeline.policy.trunk import hidden_states, packed_attention
 
 
 @dataclass(frozen=True)
@@ -114,19 +115,28 @@ def _load_tokenizer(source: str | Path, options: dict[str, Any]) -> Any:
 
 @torch.no_grad()
 def _check_head(policy: Policy, source: str) -> None:
-    """Log-probabilities are computed from trunk and head; refuse a model whose logits are anything else."""
+    """Log-probabilities are computed from trunk and head, on packed sequences; refuse a model that cannot do so."""
     if policy.head is None:
         raise ConfigError(f"policy: {source!r} has no output head")
     config = policy.model.config
     windowed = getattr(config, "sliding_window", None) and getattr(config, "use_sliding_window", True)
     if windowed or "sliding_attention" in (getattr(config, "layer_types", None) or ()):
-        # The engine's cache slots are not positions, so that a window over slots would be a wrong one.
         raise ConfigError(f"policy: {source!r} uses sliding-window attention, which is not supported")
-    ids = torch.arange(4, device=policy.device).unsqueeze(0)
-    ours = policy.head(policy.backbone(input_ids=ids).last_hidden_state)
-    theirs = policy.model(input_ids=ids).logits
-    if not torch.allclose(ours.float(), theirs.float(), atol=1e-4, rtol=1e-3):
-        raise ConfigError(f"policy: {source!r} transforms its logits after the output head, which is not supported")
+    lengths, device = (4, 3), policy.device
+    pieces = [torch.arange(length, device=device) for length in lengths]
+    theirs = torch.cat([policy.model(input_ids=piece.unsqueeze(0)).logits[0] for piece in pieces]).float()
+    try:
+        packed = torch.cat(pieces)  # a token's position is its id here
+        hidden = hidden_states(policy.backbone, packed, packed, packed_attention(lengths, device))
+    except (TypeError, AttributeError, ValueError) as error:
+        raise ConfigError(f"policy: {source!r} cannot run on packed sequences: {_first_line(error)}") from None
+    ours = policy.head(hidden).float()
+    tolerance = (1e-3 if policy.model.dtype == torch.float32 else 5e-2) * float(theirs.abs().max())
+    if not torch.allclose(ours, theirs, atol=tolerance, rtol=0):
+        raise ConfigError(
+            f"policy: {source!r} computes other logits on packed sequences; its attention is not exchangeable, or "
+            "something follows its output head"
+        )
 
 
 def _first_line(error: BaseException) -> str:

@@ -141,7 +141,7 @@ def _own_forward(
         q = _heads(y, attention.q_proj, attention.head_dim)
         if hasattr(attention, "q_norm"):
             q, k = _rms_norm(q, attention.q_norm), _rms_norm(k, attention.k_norm)
-        mixed = attend(number, q, k, v, (cos, sin), attention.scaling, asking).reshape(len(x), -1)
+        mixed = attend(number, q, k, v, (cos, sin), attention.scaling, asking).flatten(1)
         x = x + F.linear(mixed, attention.o_proj.weight, attention.o_proj.bias)
         y = _rms_norm(x, layer.post_attention_layernorm)
         gate, up = (F.linear(y, p.weight, p.bias) for p in (mlp.gate_proj, mlp.up_proj))
@@ -150,7 +150,7 @@ def _own_forward(
 
 
 def _heads(x: Tensor, projection: Any, size: int) -> Float[Tensor, "n heads size"]:
-    return F.linear(x, projection.weight, projection.bias).view(len(x), -1, size)
+    return F.linear(x, projection.weight, projection.bias).unflatten(-1, (projection.out_features // size, size))
 
 
 def _rms_norm(x: Tensor, norm: Any) -> Tensor:
