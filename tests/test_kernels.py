@@ -90,37 +90,39 @@ def plain_attention(
 
 
 def check_causal_attention(
-    lengths: Sequence[int], heads: int, groups: int, size: int, rotated: bool, spread: float = 1.0
+    lengths: Sequence[int], heads: int, groups: int, size: int, rotated: bool, spread: float = 1.0, share: float = 1.0
 ) -> None:
-    """Output, and gradients of all three inputs for a random direction."""
+    """Output, and gradients of all three inputs for a random direction, when a share of the tokens asks."""
     total, scale = sum(lengths), size**-0.5
+    asking = np.flatnonzero(np.random.default_rng(total).random(total) < share)
     shapes = [(total, heads, size), (total, groups, size), (total, groups, size)]
     inputs = [normal(*shape, seed=seed) for seed, shape in enumerate(shapes)]
     inputs[0] *= spread
-    direction = normal(*shapes[0], seed=9)
+    direction = normal(len(asking), heads, size, seed=9)
     positions = np.concatenate([np.arange(length) for length in lengths])
-    offsets = np.r_[0, np.cumsum(lengths)]
+    layout = native.layout(lengths) if share == 1.0 else native.layout(lengths, asking)
 
     exact = [x.double().requires_grad_() for x in inputs]
-    expected = plain_attention(*exact, angles(positions, size) if rotated else None, lengths, scale)
+    expected = plain_attention(*exact, angles(positions, size) if rotated else None, lengths, scale)[asking]
     (expected * direction.double()).sum().backward()
 
-    ours = [x.clone().requires_grad_() for x in inputs]
-    actual = native.causal_attention(*ours, codes(positions, size) if rotated else None, offsets, scale)
+    ours = [x.clone().requires_grad_() for x in (inputs[0][asking], *inputs[1:])]
+    actual = native.causal_attention(*ours, codes(positions, size) if rotated else None, layout, scale)
     (actual * direction).sum().backward()
     assert_close(actual.detach(), expected.detach(), 2e-5 * spread)
-    for mine, theirs in zip(ours, exact, strict=True):
-        assert_close(mine.grad, theirs.grad, 1e-4 * spread)
+    for mine, theirs in zip([x.grad for x in ours], [exact[0].grad[asking], *(x.grad for x in exact[1:])], strict=True):
+        assert_close(mine, theirs, 1e-4 * spread)
     with torch.no_grad():
-        alone = native.causal_attention(*inputs, codes(positions, size) if rotated else None, offsets, scale)
+        alone = native.causal_attention(*ours, codes(positions, size) if rotated else None, layout, scale)
     assert torch.equal(alone, actual)
 
 
 @needs_compiler
+@pytest.mark.parametrize("share", [1.0, 0.2])
 @pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("size", native.HEAD_SIZES)
-def test_causal_attention_of_ragged_sequences(size: int, rotated: bool) -> None:
-    check_causal_attention([17, 1, 200, 15, 33, 16, 1], 4, 2, size, rotated)
+def test_causal_attention_of_ragged_sequences(size: int, rotated: bool, share: float) -> None:
+    check_causal_attention([17, 1, 200, 15, 33, 16, 1], 4, 2, size, rotated, share=share)
 
 
 @needs_compiler
@@ -130,9 +132,12 @@ def test_causal_attention_of_ragged_sequences(size: int, rotated: bool) -> None:
     st.sampled_from([(1, 1), (4, 4), (4, 1), (6, 3), (8, 2)]),
     st.sampled_from(native.HEAD_SIZES[:2]),
     st.booleans(),
+    st.sampled_from([1.0, 0.3, 0.0]),
 )
-def test_causal_attention_of_any_lengths(lengths: list[int], heads: tuple[int, int], size: int, rotated: bool) -> None:
-    check_causal_attention(lengths, *heads, size, rotated)
+def test_causal_attention_of_any_lengths(
+    lengths: list[int], heads: tuple[int, int], size: int, rotated: bool, share: float
+) -> None:
+    check_causal_attention(lengths, *heads, size, rotated, share=share)
 
 
 @needs_compiler
@@ -148,7 +153,7 @@ def test_attention_takes_what_is_not_contiguous() -> None:
     query, key, value = (normal(heads, 25, size, seed=heads).transpose(0, 1) for heads in (4, 2, 2))
     assert not query.is_contiguous()
     expected = plain_attention(query.double(), key.double(), value.double(), None, lengths, 0.3)
-    assert_close(native.causal_attention(query, key, value, None, np.array([0, 5, 25]), 0.3), expected)
+    assert_close(native.causal_attention(query, key, value, None, native.layout(lengths), 0.3), expected)
 
 
 # ------------------------------------------------------------------------------------------------- cached attention
@@ -187,7 +192,10 @@ class PlainCache:
 def check_cache(
     seed: int, heads: int, groups: int, size: int, rotated: bool, dtype: torch.dtype, atol: float, steps: int = 5
 ) -> SlotCache:
-    """Chunks and single tokens of random slots in random order, and copies of slots, compared after every step."""
+    """Chunks and single tokens of random slots in random order, and copies of slots, compared after every step.
+
+    In the second layer some tokens ask, and all are stored.
+    """
     draws, layers, slots, scale = np.random.default_rng(seed), 2, 4, size**-0.5
     config = LlamaConfig(
         num_attention_heads=heads, num_key_value_heads=groups, hidden_size=heads * size, num_hidden_layers=layers
@@ -213,7 +221,10 @@ def check_cache(
                 for i, h in enumerate((heads, groups, groups))
             ]
             expected = plain.attend(layer, *numbers, rows, rotated, scale)
-            assert_close(attend(layer, *(x.to(dtype) for x in numbers), rotation, scale), expected, atol)
+            query, key, value = (x.to(dtype) for x in numbers)
+            asking = torch.from_numpy(np.flatnonzero(draws.random(len(rows)) < 0.4)) if layer else None
+            chosen = slice(None) if asking is None else asking
+            assert_close(attend(layer, query[chosen], key, value, rotation, scale, asking), expected[chosen], atol)
     return cache
 
 
@@ -257,7 +268,7 @@ def test_cached_attention_is_causal_attention_bit_for_bit_in_chunks_of_any_size(
         results.append(torch.cat(parts))
     for result in results[1:]:
         assert torch.equal(result, results[0])
-    causal = native.causal_attention(*tensors, rotation, np.array([0, 50]), 0.25)
+    causal = native.causal_attention(*tensors, rotation, native.layout([50]), 0.25)
     assert_close(results[0], causal)
 
 
@@ -403,8 +414,8 @@ def threads() -> Iterator[Callable[[int], None]]:
 
 def causal(lengths: Sequence[int]) -> list[Tensor]:
     tensors = [normal(sum(lengths), heads, 16, seed=heads + i) for i, heads in enumerate((4, 2, 2))]
-    rotation, offsets = codes(np.arange(sum(lengths)), 16), np.r_[0, np.cumsum(lengths)]
-    return gradients(lambda *qkv: native.causal_attention(*qkv, rotation, offsets, 0.25), *tensors)
+    rotation, layout = codes(np.arange(sum(lengths)), 16), native.layout(lengths)
+    return gradients(lambda *qkv: native.causal_attention(*qkv, rotation, layout, 0.25), *tensors)
 
 
 def cached(counts: Sequence[int]) -> list[Tensor]:

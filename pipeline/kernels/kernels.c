@@ -436,6 +436,7 @@ INLINE moments distribution(const float *x, long length, float factor, float *gr
             vec below = larger(load_part(x + j, length - j) * factor - peak, splat(-200.0f)), p = exponential(below);
             if (length - j < LANES)
                 for (long i = length - j; i < LANES; i++) p[i] = 0;
+            p = (vec)((ivec)p & (below > -87.0f)); /* exponential() ends at 2^-126; nothing impossible is drawn */
             if (grown) STORE(grown + j, p);
             sum += p;
             weighted += p * below;

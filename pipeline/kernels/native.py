@@ -185,6 +185,8 @@ def cached_attention(
 
     def part(first: int, last: int) -> None:
         begin, end = np.searchsorted(asking, (first, last))
+        if first == last:
+            return
         codes = [x[first].data_ptr() for x in rotation] if rotation else (None, None)
         numbers = np.ascontiguousarray(asking[begin:end] - first)
         kernel(
@@ -348,7 +350,7 @@ def _elementwise(name: str, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, .
 def _kernel(name: str) -> Any:
     loaded = library()
     if loaded is None:
-        raise RuntimeError("the kernels are not available on this machine; ask `usable` first")
+        raise RuntimeError("the kernels are not available on this machine; ask `computes`, `attends` or `scores` first")
     return getattr(loaded, name)
 
 

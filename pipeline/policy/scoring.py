@@ -141,7 +141,7 @@ def _score(logits: Tensor, tokens: Tensor, temperature: float) -> list[Tensor]:
     normaliser = raw if temperature == 1.0 else torch.logsumexp(logits.div_(temperature), dim=-1)
     logprob = logits.gather(-1, tokens.unsqueeze(-1)).squeeze(-1) - normaliser
     probability = (logits - normaliser.unsqueeze(-1)).exp_()
-    return [raw, normaliser, logprob, normaliser - torch.linalg.vecdot(probability, logits)]
+    return [raw, normaliser, logprob, normaliser - torch.linalg.vecdot(probability, logits.clamp_min(-1e30))]
 
 
 def _score_slope(

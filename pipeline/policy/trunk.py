@@ -129,7 +129,7 @@ def _projections(layer: Any) -> tuple[Any, ...]:
 def _own_forward(
     backbone: Any, ids: Tensor, positions: Tensor, attend: Attend, wanted: Tensor | None
 ) -> Float[Tensor, "m width"]:
-    x = F.embedding(ids, backbone.embed_tokens.weight)
+    x = F.embedding(ids, backbone.embed_tokens.weight, backbone.embed_tokens.padding_idx)
     cos, sin = (part[0] for part in backbone.rotary_emb(x, positions.unsqueeze(0)))
     for number, layer in enumerate(backbone.layers):
         attention, mlp = layer.self_attn, layer.mlp
@@ -150,7 +150,8 @@ def _own_forward(
 
 
 def _heads(x: Tensor, projection: Any, size: int) -> Float[Tensor, "n heads size"]:
-    return F.linear(x, projection.weight, projection.bias).unflatten(-1, (projection.out_features // size, size))
+    projected = F.linear(x, projection.weight, projection.bias)
+    return projected.view(len(x), projection.out_features // size, size)
 
 
 def _rms_norm(x: Tensor, norm: Any) -> Tensor:

@@ -59,6 +59,12 @@ class TransformersEngine:
         """See ``RolloutEngine.generate``."""
         was_training = self.policy.model.training
         self.policy.model.eval()
+        try:
+            return self._converse(requests, sampling, follow)
+        finally:
+            self.policy.model.train(was_training)
+
+    def _converse(self, requests: Iterable[Request], sampling: Sampling, follow: Follow | None) -> list[Continuation]:
         waiting, active, free = enumerate(requests), list[_Row](), list(range(self.slots))
         last: dict[int, Continuation] = {}
         while True:
@@ -74,7 +80,6 @@ class TransformersEngine:
                     free.append(row.slot)
                 else:
                     row.go_on(request)
-        self.policy.model.train(was_training)
         return [last[number] for number in sorted(last)]
 
     def _admit(self, waiting: Iterator[tuple[int, Request]], active: list[_Row], free: list[int]) -> list[_Row]:
@@ -90,8 +95,10 @@ class TransformersEngine:
                 row.slot = free.pop(0)
             else:
                 source, held = self._longest_stored(row.prompt)
-                known = held if row.prompt in self._prompt_logits else min(held, len(row.prompt) - 1)
-                row.slot = free.pop(free.index(source) if source in free else 0)
+                if held == len(row.prompt):
+                    row.logits = self._prompt_logits.get(row.prompt)
+                known = held if row.logits is not None else min(held, len(row.prompt) - 1)
+                row.slot = free.pop(free.index(source) if held and source in free else 0)
                 self._copy(source, row, known)
                 row.new = list(row.prompt[known:])
                 if row.new:
@@ -136,11 +143,16 @@ class TransformersEngine:
                 total += len(row.new)
         logits = [self._forward(speaking)] if speaking else []
         for row in active:
-            if not row.started and not row.new and row not in speaking and row.prompt in self._prompt_logits:
-                if row.length < len(row.prompt):
-                    self._copy(self._longest_stored(row.prompt)[0], row, len(row.prompt))
-                speaking.append(row)
-                logits.append(self._prompt_logits[row.prompt])
+            if row.started or row.new or row in speaking:
+                continue
+            if row.logits is None:  # another row computes the same prompt, in this step or a later one
+                source, held = self._longest_stored(row.prompt)
+                row.logits = self._prompt_logits.get(row.prompt) if held == len(row.prompt) else None
+                if row.logits is None:
+                    continue
+                self._copy(source, row, held)
+            speaking.append(row)
+            logits.append(row.logits)
         return speaking, torch.cat(logits)
 
     def _forward(self, rows: list[_Row]) -> Tensor:
@@ -172,6 +184,7 @@ class TransformersEngine:
 
     def _remember(self, prompt: tuple[int, ...], logits: Tensor) -> None:
         """Keep the logits behind a prompt for the others that have it; of the oldest no more than there are slots."""
+        self._prompt_logits.pop(prompt, None)
         self._prompt_logits[prompt] = logits
         if len(self._prompt_logits) > self.slots:
             del self._prompt_logits[next(iter(self._prompt_logits))]
@@ -203,13 +216,15 @@ class TransformersEngine:
         return str(self.policy.tokenizer.backend_tokenizer.decode([*forced, *row.ids], skip_special_tokens=False))
 
     def _may_end(self, stop: str) -> frozenset[int]:
-        """Tokens that can complete a response: they begin with an end of the stop text, or contain it, or end
-        the sequence."""
+        """Tokens that can complete a response: they begin with an end of the stop text, or contain it, or are part of a
+        character, or end the sequence."""
         if stop not in self._ends:
             backend, count = self.policy.tokenizer.backend_tokenizer, len(self.policy.tokenizer)
             texts = backend.decode_batch([[token] for token in range(count)], skip_special_tokens=False)
             tails = tuple(stop[start:] for start in range(len(stop)))
-            found = (token for token, text in enumerate(texts) if text.startswith(tails) or stop in text)
+            found = (
+                token for token, text in enumerate(texts) if text.startswith(tails) or stop in text or "\ufffd" in text
+            )
             self._ends[stop] = frozenset(found) | self._eos
         return self._ends[stop]
 
@@ -225,6 +240,8 @@ class _Row:
     """Tokens of it that its slot holds."""
     new: list[int] = field(default_factory=list)
     """Tokens that have yet to pass through the model."""
+    logits: Tensor | None = None
+    """Behind its prompt, where another row has computed them."""
     started: bool = False
     """Its prompt has been computed, and something sampled behind it."""
     ids: list[int] = field(default_factory=list)
@@ -266,4 +283,4 @@ def sample(logits: Tensor, temperature: float, draws: Tensor) -> tuple[Tensor, T
     token = torch.searchsorted(cumulative, (draws * cumulative[:, -1]).unsqueeze(-1), right=True)
     token = token.clamp_max(logits.shape[-1] - 1)
     logprob = scaled.gather(-1, token).squeeze(-1) - normaliser
-    return token.squeeze(-1), logprob, normaliser - torch.linalg.vecdot(probability, scaled)
+    return token.squeeze(-1), logprob, normaliser - torch.linalg.vecdot(probability, scaled.clamp_min(-1e30))
