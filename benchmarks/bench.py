@@ -32,6 +32,7 @@ from pipeline.files import write_json
 from pipeline.kernels import native
 from pipeline.policy.model import Policy, load_trained
 from pipeline.policy.scoring import length_batches, predicting_hidden, score_tokens
+from pipeline.policy.trunk import Attend, packed_attention, padded_attention
 from pipeline.processes import Report, run_in_processes
 from pipeline.rollout.collector import collect, iteration_specs
 from pipeline.rollout.engine import Continuation, Request, Sampling
@@ -227,6 +228,28 @@ def _turn_seconds(engine: TransformersEngine, turns: int, reply: int, observatio
     return np.diff(stamps)
 
 
+def attention(setup: Setup) -> dict[str, Any]:
+    """Microseconds a token and layer of causal attention, forward and backward: the kernel and PyTorch's."""
+    result = {}
+    for length in (160, 640, 2048):
+        count = max(1, 4096 // length)
+        q, k, v, slope = torch.randn(4, count * length, 4, 16).unbind()
+        tensors = [x.contiguous().requires_grad_() for x in (q, k, v)]
+        both = {
+            "kernel": packed_attention([length] * count, setup.device),
+            "pytorch": padded_attention(np.full(count, length), setup.device),
+        }
+        result[length] = {
+            name: spread([s * 1e6 / len(q) for s in repeated(_attention_step(attend, tensors, slope), 7)])
+            for name, attend in both.items()
+        }
+    return result
+
+
+def _attention_step(attend: Attend, tensors: list[torch.Tensor], slope: torch.Tensor) -> Callable[[], Any]:
+    return lambda: torch.autograd.grad(attend(0, *tensors, None, 0.25), tensors, slope)
+
+
 def training_task(setup: Setup, method: str, iterations: int, folder: Path) -> Any:
     """A real training with tracking and checkpoints, in a folder of its own."""
     from pipeline.tracking.store import prepare_store, run_settings
@@ -378,6 +401,7 @@ def headline(setup: Setup) -> dict[str, Any]:
         "update_padded_transformers": {"tokens_per_second": rates(len(episodes.input_ids), baseline)},
         "update_1M": update_rates(bigger, ids, wanted, budget),
         "by_turn": by_turn(setup),
+        "attention": attention(setup),
     }
 
 

@@ -39,6 +39,14 @@ def summary(found: dict[str, Any]) -> list[tuple[str, str]]:
             f"{rate(head['update_1M']):,.0f} tokens/s, {share(head['update_1M'])}",
         ),
     ]
+    for length, both in head["attention"].items():
+        kernel, pytorch = both["kernel"]["median"], both["pytorch"]["median"]
+        lines.append(
+            (
+                f"causal attention with gradients, {length} tokens",
+                f"{kernel:.1f} µs a token and layer; PyTorch's {pytorch:.1f}",
+            )
+        )
     lines += _training_lines(found)
     if found.get("dvc"):
         dvc = found["dvc"]

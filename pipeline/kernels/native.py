@@ -228,7 +228,7 @@ class _RMSNorm(torch.autograd.Function):
             row, one = 4 * width * first, 4 * first
             kernel(address[0] + row, weight.data_ptr(), last - first, width, eps, address[1] + row, address[2] + one)
 
-        _in_threads(part, np.arange(inverse.numel() + 1))
+        _in_threads(part, np.arange(inverse.numel() + 1), x.numel())
         if ctx is not None:
             ctx.save_for_backward(x, weight, inverse)
         return out
@@ -308,7 +308,7 @@ def _over_rows(name: str, inputs: Sequence[Tensor], settings: tuple[int, float],
             sources, others = ([x[first].data_ptr() for x in group] for group in (inputs, rest))
             kernel(*sources, last - first, *settings, *others)
 
-    _in_threads(part, np.arange(len(inputs[0]) + 1))
+    _in_threads(part, np.arange(len(inputs[0]) + 1), inputs[0].numel())
 
 
 def _differentiable(function: Any, *arguments: Any) -> Tensor:
@@ -344,7 +344,7 @@ def _elementwise(name: str, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, .
         sources, targets = ([x.data_ptr() + 4 * LANES * first for x in group] for group in (inputs, outputs))
         kernel(*sources, LANES * (last - first), *targets)
 
-    _in_threads(part, np.arange(inputs[0].numel() // LANES + 1))
+    _in_threads(part, np.arange(inputs[0].numel() // LANES + 1), inputs[0].numel())
 
 
 def _kernel(name: str) -> Any:
@@ -359,11 +359,14 @@ def _pool(process: int, threads: int) -> ThreadPoolExecutor:
     return ThreadPoolExecutor(threads)
 
 
-def _in_threads(part: Callable[[int, int], None], borders: np.ndarray) -> None:
-    """Call ``part(first, last)`` for consecutive stretches between borders, as many as PyTorch has threads."""
+def _in_threads(part: Callable[[int, int], None], borders: np.ndarray, numbers: int | None = None) -> None:
+    """Call ``part(first, last)`` for consecutive stretches between borders, as many as PyTorch has threads.
+
+    Passes over few ``numbers`` are over before another thread is awake.
+    """
     threads = torch.get_num_threads()
     total = int(borders[-1])
-    if threads == 1 or len(borders) <= threads:
+    if threads == 1 or len(borders) <= threads or (numbers is not None and numbers < 2**21):
         part(0, total)
         return
     cuts = borders[np.searchsorted(borders, np.linspace(0, total, threads + 1))]

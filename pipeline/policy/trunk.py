@@ -55,7 +55,7 @@ def hidden_states(
 
 def packed_attention(lengths: Sequence[int] | np.ndarray, device: torch.device) -> Attend:
     """Causal attention within each of the sequences that are packed one after another."""
-    padded, everyone = _padded_attention(np.asarray(lengths), device), native.layout(lengths)
+    padded, everyone = padded_attention(np.asarray(lengths), device), native.layout(lengths)
 
     def attend(
         layer: int,
@@ -74,7 +74,7 @@ def packed_attention(lengths: Sequence[int] | np.ndarray, device: torch.device) 
     return attend
 
 
-def _padded_attention(lengths: np.ndarray, device: torch.device) -> Attend:
+def padded_attention(lengths: np.ndarray, device: torch.device) -> Attend:
     """The same for any device and precision: the sequences are brought side by side for PyTorch's attention.
 
     Padding stands behind each sequence, where causality hides it, so no mask is needed; give sequences of similar length.

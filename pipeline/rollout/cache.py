@@ -43,7 +43,7 @@ class SlotCache:
         """Make room for ``length`` tokens in every slot."""
         if length <= self.capacity:
             return
-        old, self.capacity = self.capacity, -(-max(length, self.capacity * 3 // 2) // TILE) * TILE
+        old, self.capacity = self.capacity, max(-(-length // TILE) * TILE, 2 * self.capacity, 8 * TILE)
         values, keys = (self.values.new_zeros((*self._shape, self.capacity, self._size)) for _ in range(2))
         if self._tiled:
             keys = keys.view(*self._shape, self.capacity // TILE, self._size, TILE)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -79,6 +80,8 @@ class TrainingRun:
 
 def log_traces(uri: str, experiment: str, run_id: str, tokenizer: Any, episodes: Trajectories) -> None:
     """Each episode as a trace with a span per turn: what was shown, what was written, the tokens' numbers."""
+    # Exported in the background they would have to be waited for, with threads that look for work once a second.
+    os.environ.setdefault("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING", "false")
     mlflow.set_tracking_uri(uri)
     mlflow.set_experiment(experiment)
     with mlflow.start_run(run_id=run_id):
