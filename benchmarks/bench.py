@@ -228,7 +228,7 @@ def _turn_seconds(engine: TransformersEngine, turns: int, reply: int, observatio
     return np.diff(stamps)
 
 
-def attention(setup: Setup) -> dict[str, Any]:
+def attention(setup: Setup) -> dict[int, Any]:
     """Microseconds a token and layer of causal attention, forward and backward: the kernel and PyTorch's."""
     result = {}
     for length in (160, 640, 2048):

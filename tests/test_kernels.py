@@ -277,7 +277,7 @@ def test_a_cache_grows_and_keeps_what_it_holds(size: int) -> None:
     config = LlamaConfig(num_attention_heads=2, num_key_value_heads=2, hidden_size=2 * size, num_hidden_layers=1)
     cache, plain = SlotCache(config, 2, torch.device("cpu"), torch.float32), PlainCache(1, 2)
     seen = set()
-    for step, count in enumerate([3, 13, 1, 40, 1, 1]):
+    for step, count in enumerate([3, 13, 1, 140, 1, 200, 1]):
         rows, places = np.ones(count, dtype=np.int64), len(plain.held[0][1]) + np.arange(count)
         numbers = [normal(count, 2, size, seed=10 * step + i) for i in range(3)]
         expected = plain.attend(0, *numbers, rows, True, 0.2)
