@@ -42,7 +42,7 @@ from pipeline.trajectory import Trajectories, read
 
 REPEATS = 5
 ENVIRONMENT = "frozen_lake"
-SHAPES = {"0.2 M": (64, 2, 4), "0.9 M": (128, 4, 4), "3 M": (256, 4, 8), "20 M": (512, 6, 8)}
+SHAPES = {"0.2 M": (64, 2, 4), "1.1 M": (128, 4, 4), "3 M": (256, 4, 8), "20 M": (512, 6, 8)}
 """Hidden size, layers, heads."""
 
 
@@ -109,14 +109,20 @@ def rates(amount: float, seconds: list[float]) -> dict[str, Any]:
     return spread([amount / s for s in seconds])
 
 
-def matrix_peak(threads: int, dtype: torch.dtype, device: torch.device, size: int = 2048) -> dict[str, Any]:
-    """FLOP/s of a large square matrix product."""
+def matrix_peak(threads: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+    """FLOP/s of matrix products, the best of several shapes and repetitions: a peak is not an average."""
     torch.set_num_threads(threads)
-    size = size if device.type == "cpu" else 8192
-    a = torch.randn(size, size).to(device, dtype)
-    result = rates(2.0 * size**3, repeated(lambda: a @ a, 7, warm=2))
+    shapes = [(n, n, n) for n in (512, 1024, 2048)] + [(512, 512, 128), (4096, 256, 1024)]
+    if device.type != "cpu":
+        shapes = [(8192, 8192, 8192)]
+    best = {}
+    for m, k, n in shapes:
+        a, b = torch.randn(m, k).to(device, dtype), torch.randn(k, n).to(device, dtype)
+        calls = max(1, int(2e9 / (2 * m * k * n))) if device.type == "cpu" else 1
+        seconds = repeated(lambda a=a, b=b, calls=calls: [a @ b for _ in range(calls)], 7, warm=2)  # type: ignore[misc]
+        best[f"{m} x {k} x {n}"] = 2.0 * m * k * n * calls / min(seconds)
     torch.set_num_threads(1)
-    return result
+    return {"peak": max(best.values()), "by_shape": best}
 
 
 def pieces(episodes: Trajectories) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -388,7 +394,7 @@ def headline(setup: Setup) -> dict[str, Any]:
     baseline = repeated(lambda: update(policy, ids, wanted, budget, padded=True), REPEATS)
     seconds = repeated(lambda: annotate(episodes, policy, 1.0, budget), REPEATS)
     flops = forward_flops(policy.model.config, episodes.lengths, wanted)
-    bigger = setup.scratch(*SHAPES["0.9 M"])
+    bigger = setup.scratch(*SHAPES["1.1 M"])
     return {
         "rollout": rollout_rates(setup, 128, 128, REPEATS),
         "rollout_5_turns": rollout_rates(setup, 128, 128, REPEATS, turns=5),
@@ -441,21 +447,21 @@ def memory(setup: Setup) -> dict[str, float]:
 
 def peak_of(name: str, out: str) -> None:
     """Do one thing and print the process's highest resident megabytes."""
-    import resource
-
     torch.set_num_threads(1)
     setup = default_setup(Path("params.yaml"), Path(out), "cpu")
     if name == "rollout":
         rollout_rates(setup, 128, 128, 1)
     if name == "update":
         update(setup.policy(), *pieces(setup.episodes()), setup.config.train.tokens_per_forward)
-    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
+    # Not getrusage: its highest mark begins with the process that started this one.
+    marks = Path("/proc/self/status").read_text().split("VmHWM:")
+    print(int(marks[1].split()[0]) / 1024 if len(marks) > 1 else float("nan"))
 
 
 def on_gpu(setup: Setup) -> dict[str, Any]:
     """A 0.4 B Qwen2 shape in bfloat16: update against the matrix peak, decoding against the memory's bandwidth."""
     policy = setup.scratch(1024, 24, 16)
-    peak = matrix_peak(1, setup.dtype, setup.device)["median"]
+    peak = matrix_peak(1, setup.dtype, setup.device)["peak"]
     source = torch.empty(2**30, dtype=torch.uint8, device=setup.device)
     bandwidth = 2 * 2**30 / min(repeated(lambda: source.clone(), 5))
     found = update_rates(policy, *synthetic(policy, 64, 1024), 32768)

@@ -9,7 +9,7 @@ from matplotlib.figure import Figure
 
 def summary(found: dict[str, Any]) -> list[tuple[str, str]]:
     """Lines of name and value: medians, ratios and shares of the floor."""
-    head, peak = found["headline"], found["peaks"]["float32, 1 thread"]["median"]
+    head, peak = found["headline"], found["peaks"]["float32, 1 thread"]["peak"]
 
     def rate(section: dict[str, Any]) -> float:
         return float(section["tokens_per_second"]["median"])
@@ -48,6 +48,9 @@ def summary(found: dict[str, Any]) -> list[tuple[str, str]]:
             )
         )
     lines += _training_lines(found)
+    if found.get("memory_megabytes"):
+        used = found["memory_megabytes"]
+        lines.append(("memory at its highest", ", ".join(f"{name} {value:,.0f} MB" for name, value in used.items())))
     if found.get("dvc"):
         dvc = found["dvc"]
         lines.append(
@@ -107,8 +110,8 @@ def bench_figure(found: dict[str, Any]) -> Figure:
     """Shares of the floor, time by phase, and scaling along four axes."""
     figure = Figure(figsize=(12, 7), layout="constrained")
     axes = figure.subplots(2, 3)
-    head, peak = found["headline"], found["peaks"]["float32, 1 thread"]["median"]
-    names = {"rollout": "rollout", "annotation": "annotation", "update": "update", "update_1M": "update, 0.9 M"}
+    head, peak = found["headline"], found["peaks"]["float32, 1 thread"]["peak"]
+    names = {"rollout": "rollout", "annotation": "annotation", "update": "update", "update_1M": "update, 1.1 M"}
     shares = [head[key]["flops_per_second"]["median"] / peak * 100 for key in names]
     axes[0, 0].barh(list(names.values()), shares)
     axes[0, 0].set(title="Share of the float32 matrix peak", xlabel="percent", xlim=(0, 100))
@@ -138,5 +141,7 @@ def bench_figure(found: dict[str, Any]) -> Figure:
         share = [point["flops_per_second"]["median"] / peak * 100 for point in points.values()]
         axis.plot(at, share, "o-")
         axis.set(xscale="log", xlabel=label, ylabel="percent of the matrix peak", ylim=(0, 100))
+        axis.set_xticks(at, [f"{value:,.0f}" if value < 1e5 else f"{value / 1e6:.1f} M" for value in at])
+        axis.minorticks_off()
         axis.set_title("Rollout" if key == "batch" else "Update")
     return figure
