@@ -29,10 +29,10 @@ from benchmarks.flops import forward_flops, sampling_flops
 from pipeline.config import Config, load, read_yaml
 from pipeline.energy.annotate import annotate
 from pipeline.files import write_json
-from pipeline.kernels import native
+from pipeline.kernels.library import library
 from pipeline.policy.model import Policy, load_trained
 from pipeline.policy.scoring import length_batches, predicting_hidden, score_tokens
-from pipeline.policy.trunk import Attend, packed_attention, padded_attention
+from pipeline.policy.trunk import Attend, Heads, packed_attention, padded_attention
 from pipeline.processes import Report, run_in_processes
 from pipeline.rollout.collector import collect, iteration_specs
 from pipeline.rollout.engine import Continuation, Request, Sampling
@@ -253,7 +253,8 @@ def attention(setup: Setup) -> dict[int, Any]:
 
 
 def _attention_step(attend: Attend, tensors: list[torch.Tensor], slope: torch.Tensor) -> Callable[[], Any]:
-    return lambda: torch.autograd.grad(attend(0, *tensors, None, 0.25), tensors, slope)
+    q, k, v = tensors
+    return lambda: torch.autograd.grad(attend(0, Heads(q, k, v, None, 0.25)), tensors, slope)
 
 
 def training_task(setup: Setup, method: str, iterations: int, folder: Path) -> Any:
@@ -526,7 +527,7 @@ def main() -> None:
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
         "torch": torch.__version__,
-        "kernels": native.library() is not None,
+        "kernels": library() is not None,
     }
     found.setdefault("seconds", {})
     with Progress() as progress:

@@ -40,12 +40,18 @@ def main() -> str:
 
 
 def replace_block(document: Path, name: str, content: str) -> None:
-    """Put text between a document's marks of that name."""
+    """Put text between a document's marks of that name.
+
+    Raises:
+        ValueError: the document has no such marks, and the text would be lost.
+    """
     from pipeline.files import write_text
 
     start, end = (mark.format(name) for mark in MARKS)
     block = f"{start}\n```text\n{content}```\n{end}"
     text = document.read_text(encoding="utf-8")
+    if start not in text or end not in text:
+        raise ValueError(f"{document}: no block {name!r}")
     write_text(document, re.sub(f"{re.escape(start)}.*?{re.escape(end)}", lambda _: block, text, flags=re.S))
 
 

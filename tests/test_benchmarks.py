@@ -18,6 +18,7 @@ from pipeline.policy.model import Policy
 from pipeline.policy.scoring import predicting_hidden, score_tokens
 from pipeline.policy.tokenizer import train_tokenizer
 from pipeline.rollout.collector import collect, iteration_specs
+from stages.publish import MARKS, replace_block
 
 ROOT = Path(__file__).parents[1]
 
@@ -108,3 +109,15 @@ def test_the_workload_is_told_by_a_hash_of_its_settings() -> None:
     assert workload(config) == workload(load(ROOT / "params.yaml"))
     assert workload(config).split(":")[0] != workload(longer).split(":")[0]
     assert "36 iterations of 128 episodes" in workload(config)
+
+
+def test_publishing_replaces_its_own_block_and_nothing_else(tmp_path: Path) -> None:
+    document = tmp_path / "page.md"
+    marks = [mark.format("bench") for mark in MARKS]
+    document.write_text(f"before\n{marks[0]}\nold \\1\n{marks[1]}\nafter\n", encoding="utf-8")
+    for content in ("new \\g<0> 1\n", "newer\n"):
+        replace_block(document, "bench", content)
+        text = document.read_text(encoding="utf-8")
+        assert text == f"before\n{marks[0]}\n```text\n{content}```\n{marks[1]}\nafter\n"
+    with pytest.raises(ValueError, match="no-such"):
+        replace_block(document, "no-such", "lost")

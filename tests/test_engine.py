@@ -26,7 +26,7 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from pipeline.kernels import native
+from pipeline.kernels import library, native
 from pipeline.policy.model import Policy, load_policy
 from pipeline.policy.tokenizer import train_tokenizer
 from pipeline.policy.trunk import hidden_states
@@ -91,7 +91,9 @@ def named(kind_and_size: tuple[str, int]) -> str:
 def policy(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Policy:
     """Heads of 8 numbers attend through PyTorch, those of 16 through the native kernel, where there is a compiler."""
     made = random_policy(*request.param, tmp_path_factory.mktemp(request.param[0]) / "policy")
-    assert native.attends(torch.empty(1, request.param[1])) == (request.param[1] == 16 and native.library() is not None)
+    assert native.attends(torch.empty(1, request.param[1])) == (
+        request.param[1] == 16 and library.library() is not None
+    )
     return made
 
 

@@ -6,7 +6,6 @@ import os
 import shutil
 import subprocess
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -21,9 +20,10 @@ from transformers import LlamaConfig, Qwen2Config, Qwen2ForCausalLM
 
 from pipeline.config import parse, read_yaml
 from pipeline.energy.annotate import score_trajectories
-from pipeline.kernels import native
+from pipeline.kernels import library, native
 from pipeline.policy.model import Policy
 from pipeline.policy.tokenizer import train_tokenizer
+from pipeline.policy.trunk import Heads
 from pipeline.rollout.cache import SlotCache
 from pipeline.rollout.collector import collect, iteration_specs
 from pipeline.rollout.transformers_engine import TransformersEngine
@@ -224,7 +224,8 @@ def check_cache(
             query, key, value = (x.to(dtype) for x in numbers)
             asking = torch.from_numpy(np.flatnonzero(draws.random(len(rows)) < 0.4)) if layer else None
             chosen = slice(None) if asking is None else asking
-            assert_close(attend(layer, query[chosen], key, value, rotation, scale, asking), expected[chosen], atol)
+            mixed = attend(layer, Heads(query[chosen], key, value, rotation, scale, asking))
+            assert_close(mixed, expected[chosen], atol)
     return cache
 
 
@@ -264,7 +265,8 @@ def test_cached_attention_is_causal_attention_bit_for_bit_in_chunks_of_any_size(
             span = slice(start, start + chunk)
             places = np.arange(50)[span]
             attend = cache.attention(np.ones(len(places), dtype=np.int64), places)
-            parts.append(attend(0, *(x[span] for x in tensors), tuple(code[span] for code in rotation), 0.25))
+            cut = (x[span] for x in tensors)
+            parts.append(attend(0, Heads(*cut, tuple(code[span] for code in rotation), 0.25)))
         results.append(torch.cat(parts))
     for result in results[1:]:
         assert torch.equal(result, results[0])
@@ -281,7 +283,8 @@ def test_a_cache_grows_and_keeps_what_it_holds(size: int) -> None:
         rows, places = np.ones(count, dtype=np.int64), len(plain.held[0][1]) + np.arange(count)
         numbers = [normal(count, 2, size, seed=10 * step + i) for i in range(3)]
         expected = plain.attend(0, *numbers, rows, True, 0.2)
-        assert_close(cache.attention(rows, places)(0, *numbers, codes(places, size), 0.2), expected)
+        heads = Heads(*numbers, codes(places, size), 0.2)
+        assert_close(cache.attention(rows, places)(0, heads), expected)
         assert cache.capacity >= places[-1] + 1
         seen.add(cache.capacity)
     assert len(seen) >= 3
@@ -424,7 +427,7 @@ def cached(counts: Sequence[int]) -> list[Tensor]:
     places = np.concatenate([np.arange(count) for count in counts])
     attend = cache.attention(np.repeat(np.arange(len(counts)), counts), places)
     tensors = [normal(sum(counts), heads, 16, seed=heads + i) for i, heads in enumerate((4, 2, 2))]
-    return [attend(0, *tensors, codes(places, 16), 0.25), cache.keys, cache.values]
+    return [attend(0, Heads(*tensors, codes(places, 16), 0.25)), cache.keys, cache.values]
 
 
 WORK: dict[str, Callable[[], Sequence[Tensor]]] = {
@@ -465,42 +468,42 @@ def test_threads_change_nothing(name: str, threads: Callable[[int], None]) -> No
 
 @pytest.fixture
 def fresh_library(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Path]:
-    """A copy of the source that was never compiled, in a folder of its own; temporary files go elsewhere."""
+    """A copy of the source that was never compiled, in a folder of its own; the user's cache is elsewhere."""
     source = tmp_path / "kernels" / "kernels.c"
     source.parent.mkdir()
-    shutil.copy(native.SOURCE, source)
-    monkeypatch.setattr(native, "SOURCE", source)
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "temporary"))
-    native.library.cache_clear()
+    shutil.copy(library.SOURCE, source)
+    monkeypatch.setattr(library, "SOURCE", source)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    library.library.cache_clear()
     yield source.parent
-    native.library.cache_clear()
+    library.library.cache_clear()
 
 
 @needs_compiler
 def test_what_was_compiled_is_found_again(fresh_library: Path) -> None:
-    assert native.library() is not None
+    assert library.library() is not None
     (compiled,) = fresh_library.rglob("*.so")
     before = compiled.stat()
-    native.library.cache_clear()
-    assert native.library() is not None
+    library.library.cache_clear()
+    assert library.library() is not None
     assert list(fresh_library.rglob("*.so")) == [compiled]
     assert (compiled.stat().st_mtime_ns, compiled.stat().st_ino) == (before.st_mtime_ns, before.st_ino)
     (fresh_library / "kernels.c").write_text((fresh_library / "kernels.c").read_text() + "/* another */\n")
-    native.library.cache_clear()
-    assert native.library() is not None
+    library.library.cache_clear()
+    assert library.library() is not None
     assert len(list(fresh_library.rglob("*.so"))) == 2
 
 
 @needs_compiler
 def test_it_is_compiled_elsewhere_when_its_own_folder_cannot_be_written(fresh_library: Path, tmp_path: Path) -> None:
     (fresh_library / "__pycache__").write_text("no folder")
-    assert native.library() is not None
-    assert len(list((tmp_path / "temporary").rglob("*.so"))) == 1
+    assert library.library() is not None
+    assert len(list((tmp_path / "cache").rglob("*.so"))) == 1
 
 
 def test_what_does_not_compile_is_not_used(fresh_library: Path) -> None:
     (fresh_library / "kernels.c").write_text("this is no C")
-    assert native.library() is None
+    assert library.library() is None
 
 
 @pytest.mark.parametrize("compiler", ["false", "/no/such/compiler"])
@@ -508,7 +511,7 @@ def test_without_a_working_compiler_there_are_no_kernels(
     fresh_library: Path, monkeypatch: pytest.MonkeyPatch, compiler: str
 ) -> None:
     monkeypatch.setenv("CC", compiler)
-    assert native.library() is None
+    assert library.library() is None
     assert not native.attends(torch.empty(1, 16))
     assert not native.computes(torch.empty(1, 16))
 
@@ -540,7 +543,7 @@ def rollout_and_scores(path: str) -> None:
     columns = {"sampled": played.sampled, "recorded": played.logprob, "recorded_entropy": played.entropy}
     scored = {"logprob": logprob, "entropy": entropy, "partition": partition}
     np.savez(
-        path, ids=played.input_ids, offsets=played.offsets, kernels=native.library() is not None, **columns, **scored
+        path, ids=played.input_ids, offsets=played.offsets, kernels=library.library() is not None, **columns, **scored
     )
 
 

@@ -24,7 +24,7 @@ from transformers import (
     Qwen3Model,
 )
 
-from pipeline.kernels import native
+from pipeline.kernels import library, native
 from pipeline.policy import trunk
 from pipeline.policy.trunk import hidden_states, packed_attention
 
@@ -112,7 +112,7 @@ def test_own_forward_is_the_models(name: str, size: int) -> None:
     """With heads of 8 through PyTorch's attention, with heads of 16 through the kernel, where there is a compiler."""
     backbone = random_backbone(name, size)
     assert trunk.has_own_forward(backbone)
-    assert native.attends(torch.empty(1, size)) == (size == 16 and native.library() is not None)
+    assert native.attends(torch.empty(1, size)) == (size == 16 and library.library() is not None)
     check_against_transformers(backbone)
 
 

@@ -140,37 +140,69 @@ INLINE long whole(long n) { return (n + 2 * LANES - 1) / (2 * LANES) * (2 * LANE
 
 static float *scratch(long floats) { return aligned_alloc(64, (floats * sizeof(float) + 63) / 64 * 64); }
 
-/* Queries may be those of some tokens only: `where` gives their numbers within their sequence, `starts` where each
- * sequence's queries begin. */
-INLINE void forward(const float *query, const float *key, const float *value, const float *cosine, const float *sine,
-                    const int64_t *offsets, const int64_t *starts, const int64_t *where, long sequences, int heads,
-                    int groups, int size, float scale, float *out, float *logsum) {
-    long longest = 0, q_stride = (long)heads * size, k_stride = (long)groups * size;
-    for (long e = 0; e < sequences; e++)
-        if (offsets[e + 1] - offsets[e] > longest) longest = offsets[e + 1] - offsets[e];
-    long widest = whole(longest);
-    float *keys = scratch(size * widest), *rows = scratch(QUERIES * widest), *q = scratch(2 * QUERIES * size);
-    float *mixed = q + QUERIES * size, *turned = scratch(size * widest);
-    for (long e = 0; e < sequences; e++) {
-        long begin = offsets[e], tokens = offsets[e + 1] - begin, width = whole(tokens);
-        const float *c = cosine ? cosine + begin * size : 0, *s = sine + begin * size;
-        const int64_t *at = where + starts[e];
-        long first = starts[e], asked = starts[e + 1] - first;
-        for (int h = 0; h < heads; h++) {
-            int g = h * groups / heads;
-            const float *v = value + begin * k_stride + g * size;
-            if (h * groups % heads == 0) {
-                gather(turned, key + begin * k_stride + g * size, c, s, 0, 0, tokens, tokens, k_stride, size, 1);
-                turn(keys, turned, tokens, width, size, size);
-            }
-            for (long i = 0; i < asked; i += QUERIES) {
-                long seen = at[i + QUERIES < asked ? i + QUERIES - 1 : asked - 1] + 1, end = whole(seen);
-                gather(q, query + first * q_stride + h * size, c, s, at, i, QUERIES, asked, q_stride, size, scale);
-                products(rows, q, keys, end, width, size);
+/* A packed batch: tokens between `offsets` belong together. Queries may be those of some tokens only: `where` gives their
+ * places within their sequence, `starts` where each sequence's queries begin. */
+typedef struct {
+    const float *query, *key, *value, *cosine, *sine;
+    const int64_t *offsets, *starts, *where;
+    long sequences;
+    int heads, groups;
+    float scale;
+} batch;
+
+/* One sequence of it: tokens from `begin`, queries from `first`, where these stand, its rotary codes. */
+typedef struct {
+    long begin, tokens, width, first, asked;
+    const int64_t *at;
+    const float *cosine, *sine;
+} sequence;
+
+INLINE sequence sequence_of(const batch *b, long e, int size) {
+    long begin = b->offsets[e], tokens = b->offsets[e + 1] - begin, first = b->starts[e];
+    return (sequence){begin, tokens, whole(tokens), first, b->starts[e + 1] - first, b->where + first,
+                      b->cosine ? b->cosine + begin * size : 0, b->sine + begin * size};
+}
+
+INLINE long widest_of(const batch *b) {
+    long longest = 0;
+    for (long e = 0; e < b->sequences; e++)
+        if (b->offsets[e + 1] - b->offsets[e] > longest) longest = b->offsets[e + 1] - b->offsets[e];
+    return whole(longest);
+}
+
+/* Rotated keys of one head, as they are (`turned`) and with time last (`keys`). */
+INLINE void take_keys(const batch *b, sequence s, int g, int size, float *turned, float *keys) {
+    const float *key = b->key + (s.begin * b->groups + g) * size;
+    gather(turned, key, s.cosine, s.sine, 0, 0, s.tokens, s.tokens, (long)b->groups * size, size, 1);
+    turn(keys, turned, s.tokens, s.width, size, size);
+}
+
+/* Scores of a block of queries from number i on, very small behind each query's own place; returns how many tokens the
+ * block sees. */
+INLINE long score_block(const batch *b, sequence s, int h, long i, int size, float *q, const float *keys, float *rows) {
+    const float *query = b->query + (s.first * b->heads + h) * size;
+    long seen = s.at[i + QUERIES < s.asked ? i + QUERIES - 1 : s.asked - 1] + 1, end = whole(seen);
+    gather(q, query, s.cosine, s.sine, s.at, i, QUERIES, s.asked, (long)b->heads * size, size, b->scale);
+    products(rows, q, keys, end, s.width, size);
+    for (int r = 0; r < QUERIES; r++)
+        for (long t = i + r < s.asked ? s.at[i + r] + 1 : 0; t < end; t++) rows[r * s.width + t] = -1e30f;
+    return seen;
+}
+
+INLINE void forward(const batch *b, int size, float *out, float *logsum) {
+    long widest = widest_of(b), stride = (long)b->heads * size;
+    float *keys = scratch(size * widest), *turned = scratch(size * widest), *rows = scratch(QUERIES * widest);
+    float *q = scratch(2 * QUERIES * size), *mixed = q + QUERIES * size;
+    for (long e = 0; e < b->sequences; e++) {
+        sequence s = sequence_of(b, e, size);
+        for (int h = 0; h < b->heads; h++) {
+            int g = h * b->groups / b->heads;
+            if (h * b->groups % b->heads == 0) take_keys(b, s, g, size, turned, keys);
+            for (long i = 0; i < s.asked; i += QUERIES) {
+                long seen = score_block(b, s, h, i, size, q, keys, rows), end = whole(seen);
                 float share[QUERIES];
                 for (int r = 0; r < QUERIES; r++) {
-                    float *row = rows + r * width;
-                    for (long t = i + r < asked ? at[i + r] + 1 : 1; t < end; t++) row[t] = -1e30f;
+                    float *row = rows + r * s.width;
                     vec most = LOAD(row);
                     for (long t = LANES; t < end; t += LANES) most = larger(most, LOAD(row + t));
                     float peak = largest(most);
@@ -182,81 +214,72 @@ INLINE void forward(const float *query, const float *key, const float *value, co
                     }
                     float mass = total(sum);
                     share[r] = 1 / mass;
-                    if (i + r < asked) logsum[(first + i + r) * heads + h] = peak + logf(mass);
+                    if (i + r < s.asked) logsum[(s.first + i + r) * b->heads + h] = peak + logf(mass);
                 }
-                mixture(mixed, rows, v, seen, width, k_stride, size);
-                for (int r = 0; r < QUERIES && i + r < asked; r++)
+                const float *value = b->value + (s.begin * b->groups + g) * size;
+                mixture(mixed, rows, value, seen, s.width, (long)b->groups * size, size);
+                for (int r = 0; r < QUERIES && i + r < s.asked; r++)
                     for (int d = 0; d < size; d++)
-                        out[(first + i + r) * q_stride + h * size + d] = mixed[r * size + d] * share[r];
+                        out[(s.first + i + r) * stride + h * size + d] = mixed[r * size + d] * share[r];
             }
         }
     }
-    free(keys), free(rows), free(q), free(turned);
+    free(keys), free(turned), free(rows), free(q);
 }
 
-INLINE void backward(const float *query, const float *key, const float *value, const float *cosine, const float *sine,
-                     const int64_t *offsets, const int64_t *starts, const int64_t *where, long sequences, int heads,
-                     int groups, int size, float scale, const float *out, const float *logsum, const float *to_out,
+INLINE void backward(const batch *b, int size, const float *out, const float *logsum, const float *to_out,
                      float *to_query, float *to_key, float *to_value) {
-    long longest = 0, q_stride = (long)heads * size, k_stride = (long)groups * size;
-    for (long e = 0; e < sequences; e++)
-        if (offsets[e + 1] - offsets[e] > longest) longest = offsets[e + 1] - offsets[e];
-    long widest = whole(longest);
-    float *keys = scratch(size * widest), *values = scratch(size * widest);
+    long widest = widest_of(b), stride = (long)b->heads * size, k_stride = (long)b->groups * size;
+    float *keys = scratch(size * widest), *turned = scratch(size * widest), *values = scratch(size * widest);
     float *key_sums = scratch(size * widest), *value_sums = scratch(size * widest);
     float *rows = scratch(QUERIES * widest), *slopes = scratch(QUERIES * widest);
     float *q = scratch(3 * QUERIES * size), *upper = q + QUERIES * size, *mixed = upper + QUERIES * size;
-    float *turned = scratch(size * widest);
-    for (long e = 0; e < sequences; e++) {
-        long begin = offsets[e], tokens = offsets[e + 1] - begin, width = whole(tokens);
-        const float *c = cosine ? cosine + begin * size : 0, *s = sine + begin * size;
-        const int64_t *at = where + starts[e];
-        long first = starts[e], asked = starts[e + 1] - first;
-        for (int h = 0; h < heads; h++) {
-            int g = h * groups / heads;
-            if (h * groups % heads == 0) {
-                gather(turned, key + begin * k_stride + g * size, c, s, 0, 0, tokens, tokens, k_stride, size, 1);
-                turn(keys, turned, tokens, width, size, size);
-                turn(values, value + begin * k_stride + g * size, tokens, width, k_stride, size);
-                memset(key_sums, 0, size * width * sizeof(float));
-                memset(value_sums, 0, size * width * sizeof(float));
+    for (long e = 0; e < b->sequences; e++) {
+        sequence s = sequence_of(b, e, size);
+        for (int h = 0; h < b->heads; h++) {
+            int g = h * b->groups / b->heads;
+            long at = s.first * stride + h * size;
+            if (h * b->groups % b->heads == 0) {
+                take_keys(b, s, g, size, turned, keys);
+                turn(values, b->value + s.begin * k_stride + g * size, s.tokens, s.width, k_stride, size);
+                memset(key_sums, 0, size * s.width * sizeof(float));
+                memset(value_sums, 0, size * s.width * sizeof(float));
             }
-            for (long i = 0; i < asked; i += QUERIES) {
-                long seen = at[i + QUERIES < asked ? i + QUERIES - 1 : asked - 1] + 1, end = whole(seen);
-                long from = first * q_stride + h * size;
-                gather(q, query + from, c, s, at, i, QUERIES, asked, q_stride, size, scale);
-                gather(upper, to_out + from, 0, 0, at, i, QUERIES, asked, q_stride, size, 1);
-                products(rows, q, keys, end, width, size);
-                products(slopes, upper, values, end, width, size);
+            for (long i = 0; i < s.asked; i += QUERIES) {
+                long seen = score_block(b, s, h, i, size, q, keys, rows), end = whole(seen);
+                gather(upper, to_out + at, 0, 0, 0, i, QUERIES, s.asked, stride, size, 1);
+                products(slopes, upper, values, end, s.width, size);
                 for (int r = 0; r < QUERIES; r++) {
-                    float *row = rows + r * width, *slope = slopes + r * width, mean = 0, mass = 0;
-                    if (i + r < asked) {
-                        mass = logsum[(first + i + r) * heads + h];
-                        for (int d = 0; d < size; d++) mean += upper[r * size + d] * out[from + (i + r) * q_stride + d];
+                    float *row = rows + r * s.width, *slope = slopes + r * s.width, mean = 0, mass = 0;
+                    if (i + r < s.asked) {
+                        mass = logsum[(s.first + i + r) * b->heads + h];
+                        for (int d = 0; d < size; d++) mean += upper[r * size + d] * out[at + (i + r) * stride + d];
                     }
-                    for (long t = i + r < asked ? at[i + r] + 1 : 0; t < end; t++) row[t] = -1e30f;
                     for (long t = 0; t < end; t += LANES) {
                         vec p = exponential(LOAD(row + t) - mass);
                         STORE(row + t, p);
                         STORE(slope + t, p * (LOAD(slope + t) - mean));
                     }
                 }
-                spread(value_sums, rows, upper, seen, width, size);
-                spread(key_sums, slopes, q, seen, width, size);
-                mixture(mixed, slopes, turned, seen, width, size, size);
-                for (int r = 0; r < QUERIES && i + r < asked; r++)
-                    rotate(to_query + from + (i + r) * q_stride, mixed + r * size, c ? c + at[i + r] * size : 0,
-                           s + at[i + r] * size, size, scale, 1);
+                spread(value_sums, rows, upper, seen, s.width, size);
+                spread(key_sums, slopes, q, seen, s.width, size);
+                mixture(mixed, slopes, turned, seen, s.width, size, size);
+                for (int r = 0; r < QUERIES && i + r < s.asked; r++) {
+                    long t = s.at[i + r] * size;
+                    rotate(to_query + at + (i + r) * stride, mixed + r * size, s.cosine ? s.cosine + t : 0, s.sine + t,
+                           size, b->scale, 1);
+                }
             }
-            if ((h + 1) * groups % heads == 0)
-                for (long t = 0; t < tokens; t++) {
-                    long to = (begin + t) * k_stride + g * size;
-                    rotate(to_key + to, key_sums + t * size, c ? c + t * size : 0, s + t * size, size, 1, 1);
+            if ((h + 1) * b->groups % b->heads == 0)
+                for (long t = 0; t < s.tokens; t++) {
+                    long to = (s.begin + t) * k_stride + g * size;
+                    rotate(to_key + to, key_sums + t * size, s.cosine ? s.cosine + t * size : 0, s.sine + t * size, size,
+                           1, 1);
                     memcpy(to_value + to, value_sums + t * size, size * sizeof(float));
                 }
         }
     }
-    free(keys), free(values), free(key_sums), free(value_sums), free(rows), free(slopes), free(q), free(turned);
+    free(keys), free(turned), free(values), free(key_sums), free(value_sums), free(rows), free(slopes), free(q);
 }
 
 /* One query of one head over the first `length` tokens of a slot: keys in tiles [length / 16][size][16], values as
@@ -334,17 +357,19 @@ INLINE void cached(const float *query, const float *key, const float *value, con
 
 #define QKV const float *query, const float *key, const float *value, const float *cosine, const float *sine
 
-void causal_forward(QKV, const int64_t *offsets, const int64_t *starts, const int64_t *where, long sequences, int heads,
-                    int groups, int size, float scale, float *out, float *logsum) {
-    FOR_SIZE(forward(query, key, value, cosine, sine, offsets, starts, where, sequences, heads, groups, SIZE, scale, out,
-                     logsum))
+#define SEQUENCES const int64_t *offsets, const int64_t *starts, const int64_t *where, long sequences, int heads, int groups
+#define BATCH                                                                                                          \
+    (batch) { query, key, value, cosine, sine, offsets, starts, where, sequences, heads, groups, scale }
+
+void causal_forward(QKV, SEQUENCES, int size, float scale, float *out, float *logsum) {
+    batch b = BATCH;
+    FOR_SIZE(forward(&b, SIZE, out, logsum))
 }
 
-void causal_backward(QKV, const int64_t *offsets, const int64_t *starts, const int64_t *where, long sequences, int heads,
-                     int groups, int size, float scale, const float *out, const float *logsum, const float *to_out,
+void causal_backward(QKV, SEQUENCES, int size, float scale, const float *out, const float *logsum, const float *to_out,
                      float *to_query, float *to_key, float *to_value) {
-    FOR_SIZE(backward(query, key, value, cosine, sine, offsets, starts, where, sequences, heads, groups, SIZE, scale, out,
-                      logsum, to_out, to_query, to_key, to_value))
+    batch b = BATCH;
+    FOR_SIZE(backward(&b, SIZE, out, logsum, to_out, to_query, to_key, to_value))
 }
 
 void cached_forward(QKV, float *keys, float *values, const int64_t *slots, const int64_t *positions, long tokens,
@@ -354,9 +379,11 @@ void cached_forward(QKV, float *keys, float *values, const int64_t *slots, const
                     heads, groups, SIZE, scale, out))
 }
 
+/* Kernels over rows: everything that has a row for each token comes first, then how many rows and how wide. */
+
 /* y = x / sqrt(mean x^2 + eps) * weight; `inverse` keeps 1 / sqrt(...) of each token. Width is a multiple of 16. */
-void rms_norm_forward(const float *x, const float *weight, long tokens, long width, float eps, float *out,
-                      float *inverse) {
+void rms_norm_forward(const float *x, float *out, float *inverse, long tokens, long width, const float *weight,
+                      float eps) {
     for (long i = 0; i < tokens; i++) {
         const float *row = x + i * width;
         vec sum = {};
@@ -367,8 +394,8 @@ void rms_norm_forward(const float *x, const float *weight, long tokens, long wid
 }
 
 /* With n = x * inverse and s = to_out * weight: to_x = inverse (s - n mean(s n)), to_weight = sum to_out n. */
-void rms_norm_backward(const float *x, const float *weight, const float *inverse, const float *to_out, long tokens,
-                       long width, float *to_x, float *to_weight) {
+void rms_norm_backward(const float *x, const float *inverse, const float *to_out, float *to_x, long tokens, long width,
+                       const float *weight, float *to_weight) {
     for (long i = 0; i < tokens; i++) {
         const float *row = x + i * width, *upper = to_out + i * width;
         float factor = inverse[i];
@@ -390,16 +417,17 @@ INLINE vec logistic(vec x) { /* exponential() wants x <= 0 */
     return (vec)(((ivec)(small * upper) & negative) | ((ivec)upper & ~negative));
 }
 
-/* SwiGLU (arXiv 2002.05202): out = gate / (1 + exp(-gate)) * up. Lengths are multiples of 16. */
-void swiglu_forward(const float *gate, const float *up, long length, float *out) {
-    for (long i = 0; i < length; i += LANES) {
+/* SwiGLU (arXiv 2002.05202): out = gate / (1 + exp(-gate)) * up. */
+void swiglu_forward(const float *gate, const float *up, float *out, long tokens, long width) {
+    for (long i = 0; i < tokens * width; i += LANES) {
         vec x = LOAD(gate + i);
         STORE(out + i, x * logistic(x) * LOAD(up + i));
     }
 }
 
-void swiglu_backward(const float *gate, const float *up, const float *to_out, long length, float *to_gate, float *to_up) {
-    for (long i = 0; i < length; i += LANES) {
+void swiglu_backward(const float *gate, const float *up, const float *to_out, float *to_gate, float *to_up, long tokens,
+                     long width) {
+    for (long i = 0; i < tokens * width; i += LANES) {
         vec x = LOAD(gate + i), upper = LOAD(to_out + i), open = logistic(x);
         STORE(to_up + i, upper * x * open);
         STORE(to_gate + i, upper * LOAD(up + i) * open * (1 + x * (1 - open)));
@@ -448,8 +476,8 @@ INLINE moments distribution(const float *x, long length, float factor, float *gr
 }
 
 /* Per row of logits: log-partition of the raw and of the tempered logits, the token's log-probability, the entropy. */
-void score_forward(const float *logits, const int64_t *tokens, long rows, long vocabulary, float factor, float *raw,
-                   float *normaliser, float *logprob, float *entropy) {
+void score_forward(const float *logits, const int64_t *tokens, float *raw, float *normaliser, float *logprob,
+                   float *entropy, long rows, long vocabulary, float factor) {
     for (long i = 0; i < rows; i++) {
         const float *x = logits + i * vocabulary;
         moments tempered = distribution(x, vocabulary, factor, 0);
@@ -466,13 +494,14 @@ void score_forward(const float *logits, const int64_t *tokens, long rows, long v
 }
 
 /* Turns logits into the slope of a loss that has the given slopes by log-probability, entropy and raw log-partition. */
-void score_backward(float *logits, const int64_t *tokens, long rows, long vocabulary, float factor, const float *raw,
-                    const float *normaliser, const float *entropy, const float *to_logprob, const float *to_entropy,
-                    const float *to_raw) {
+void score_backward(float *logits, const int64_t *tokens, const float *raw, const float *normaliser,
+                    const float *entropy, const float *to_logprob, const float *to_entropy, const float *to_raw,
+                    long rows, long vocabulary, float factor) {
     for (long i = 0; i < rows; i++) {
         float *x = logits + i * vocabulary, by_logprob = to_logprob[i] * factor, by_entropy = to_entropy[i] * factor;
         for (long j = 0; j < vocabulary; j += LANES) {
-            vec value = load_part(x + j, vocabulary - j), surprise = value * factor - normaliser[i];
+            vec value = load_part(x + j, vocabulary - j);
+            vec surprise = larger(value * factor - normaliser[i], splat(-200.0f));
             vec slope = -exponential(surprise) * (by_logprob + by_entropy * (surprise + entropy[i]));
             if (to_raw[i] != 0) slope += exponential(value - raw[i]) * to_raw[i];
             store_part(x + j, slope, vocabulary - j);
@@ -482,8 +511,8 @@ void score_backward(float *logits, const int64_t *tokens, long rows, long vocabu
 }
 
 /* Invert each row's cumulative distribution at one uniform draw. */
-void sample_forward(const float *logits, long rows, long vocabulary, float factor, const double *draws, int64_t *token,
-                    float *logprob, float *entropy) {
+void sample_forward(const float *logits, const double *draws, int64_t *token, float *logprob, float *entropy, long rows,
+                    long vocabulary, float factor) {
     float *grown = scratch(vocabulary + LANES);
     for (long i = 0; i < rows; i++) {
         const float *x = logits + i * vocabulary;

@@ -1,4 +1,4 @@
-"""Compiles ``kernels.c`` with the machine's C compiler, once, and calls it; without a compiler it is not available.
+"""The kernels of ``kernels.c`` as functions of tensors.
 
 Everything here has a counterpart in plain PyTorch that is used on other devices, in other precisions, for other head
 sizes, and where nothing can be compiled.
@@ -6,18 +6,11 @@ sizes, and where nothing can be compiled.
 
 from __future__ import annotations
 
-import ctypes
-import hashlib
 import os
-import platform
-import shutil
-import subprocess
-import tempfile
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -25,29 +18,14 @@ import torch
 from jaxtyping import Float, Int
 from torch import Tensor
 
+from pipeline.kernels.library import kernel, library
+
 HEAD_SIZES = (16, 32, 64, 128)
 LANES = 16
 """Numbers in a vector; the time axis of cached keys is in tiles of as many."""
-SOURCE = Path(__file__).with_name("kernels.c")
-FLAGS = ("-O3", "-march=native", "-fPIC", "-shared", "-Wno-psabi")
 
 Rotation = tuple[Tensor, Tensor]
 """Cosines and sines of rotary position codes, each (n, size), as transformers computes them."""
-
-_ADDRESS, _COUNT, _INT, _FLOAT = ctypes.c_void_p, ctypes.c_long, ctypes.c_int, ctypes.c_float
-_SHAPE = [_INT, _INT, _INT, _FLOAT]
-_SIGNATURES = {
-    "causal_forward": [*[_ADDRESS] * 8, _COUNT, *_SHAPE, *[_ADDRESS] * 2],
-    "causal_backward": [*[_ADDRESS] * 8, _COUNT, *_SHAPE, *[_ADDRESS] * 6],
-    "cached_forward": [*[_ADDRESS] * 9, _COUNT, _ADDRESS, _COUNT, _COUNT, *_SHAPE, _ADDRESS],
-    "rms_norm_forward": [*[_ADDRESS] * 2, _COUNT, _COUNT, _FLOAT, *[_ADDRESS] * 2],
-    "rms_norm_backward": [*[_ADDRESS] * 4, _COUNT, _COUNT, *[_ADDRESS] * 2],
-    "swiglu_forward": [*[_ADDRESS] * 2, _COUNT, _ADDRESS],
-    "swiglu_backward": [*[_ADDRESS] * 3, _COUNT, *[_ADDRESS] * 2],
-    "score_forward": [*[_ADDRESS] * 2, _COUNT, _COUNT, _FLOAT, *[_ADDRESS] * 4],
-    "score_backward": [*[_ADDRESS] * 2, _COUNT, _COUNT, _FLOAT, *[_ADDRESS] * 6],
-    "sample_forward": [_ADDRESS, _COUNT, _COUNT, _FLOAT, *[_ADDRESS] * 4],
-}
 
 
 def attends(x: Tensor) -> bool:
@@ -63,47 +41,6 @@ def computes(x: Tensor) -> bool:
 def scores(x: Tensor) -> bool:
     """Whether there are kernels for (…, vocabulary) logits like these on this machine."""
     return x.device.type == "cpu" and x.dtype == torch.float32 and library() is not None
-
-
-@lru_cache(maxsize=1)
-def library() -> ctypes.CDLL | None:
-    """The compiled kernels; None if there is no C compiler, or ``ACTFOCUS_KERNELS=off`` is in the environment."""
-    compiler = shutil.which(os.environ.get("CC", "cc"))
-    if compiler is None or os.environ.get("ACTFOCUS_KERNELS") == "off":
-        return None
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
-    processor = platform.machine().encode() + _processor_flags()
-    key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, processor, *map(str.encode, FLAGS)])).hexdigest()
-    for folder in (SOURCE.parent / "__pycache__", Path(tempfile.gettempdir()) / f"actfocus-{os.getuid()}"):
-        target = folder / f"kernels-{key[:16]}.so"
-        try:
-            if not target.exists():
-                _compile(compiler, target)
-            loaded = ctypes.CDLL(str(target))
-            for name, types in _SIGNATURES.items():
-                getattr(loaded, name).argtypes, getattr(loaded, name).restype = types, None
-            return loaded
-        except OSError:  # a folder that cannot be written to, or not executed from
-            continue
-        except subprocess.CalledProcessError:  # a compiler without vector extensions
-            return None
-    return None
-
-
-def _processor_flags() -> bytes:
-    """What -march=native depends on: a library is not to be used on another processor."""
-    try:
-        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
-        return next((line for line in lines if line.startswith((b"flags", b"Features"))), b"")
-    except OSError:
-        return platform.processor().encode()
-
-
-def _compile(compiler: str, target: Path) -> None:
-    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    partial = target.with_suffix(f".{os.getpid()}")  # processes may compile at once; the last one wins, all are equal
-    subprocess.run([compiler, *FLAGS, "-o", partial, SOURCE, "-lm"], capture_output=True, check=True)
-    partial.replace(target)
 
 
 @dataclass(frozen=True)
@@ -181,7 +118,7 @@ def cached_attention(
     """Store new tokens' keys and values in their slots, and attend from those that ask to their slot up to themselves."""
     query, new = query.contiguous(), (key.contiguous(), value.contiguous())
     out = torch.empty_like(query)
-    kernel, shape = _kernel("cached_forward"), (query.shape[1], key.shape[1], query.shape[2], scale)
+    run, shape = kernel("cached_forward"), (query.shape[1], key.shape[1], query.shape[2], scale)
 
     def part(first: int, last: int) -> None:
         begin, end = np.searchsorted(asking, (first, last))
@@ -189,7 +126,7 @@ def cached_attention(
             return
         codes = [x[first].data_ptr() for x in rotation] if rotation else (None, None)
         numbers = np.ascontiguousarray(asking[begin:end] - first)
-        kernel(
+        run(
             query[begin:].data_ptr(),
             *(x[first].data_ptr() for x in new),
             *codes,
@@ -220,15 +157,9 @@ def rms_norm(x: Float[Tensor, "*n width"], weight: Float[Tensor, " width"], eps:
 class _RMSNorm(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
-        x, width, kernel = x.contiguous(), x.shape[-1], _kernel("rms_norm_forward")
+        x = x.contiguous()
         out, inverse = torch.empty_like(x), x.new_empty(x.shape[:-1])
-        address = [t.data_ptr() for t in (x, out, inverse)]
-
-        def part(first: int, last: int) -> None:
-            row, one = 4 * width * first, 4 * first
-            kernel(address[0] + row, weight.data_ptr(), last - first, width, eps, address[1] + row, address[2] + one)
-
-        _in_threads(part, np.arange(inverse.numel() + 1), x.numel())
+        _over_rows("rms_norm_forward", (x, out, inverse), weight.data_ptr(), eps)
         if ctx is not None:
             ctx.save_for_backward(x, weight, inverse)
         return out
@@ -237,8 +168,9 @@ class _RMSNorm(torch.autograd.Function):
     def backward(ctx: Any, to_out: Tensor) -> tuple[Tensor, Tensor, None]:
         x, weight, inverse = ctx.saved_tensors
         to_out, to_x, to_weight = to_out.contiguous(), torch.empty_like(x), torch.zeros_like(weight)
-        addresses = (t.data_ptr() for t in (x, weight, inverse, to_out))
-        _kernel("rms_norm_backward")(*addresses, inverse.numel(), x.shape[-1], to_x.data_ptr(), to_weight.data_ptr())
+        rows = [t.data_ptr() for t in (x, inverse, to_out, to_x)]
+        # Not in threads: all rows add to the slope of the weight.
+        kernel("rms_norm_backward")(*rows, inverse.numel(), x.shape[-1], weight.data_ptr(), to_weight.data_ptr())
         return to_x, to_weight, None
 
 
@@ -252,7 +184,7 @@ class _SwiGLU(torch.autograd.Function):
     def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
         gate, up = gate.contiguous(), up.contiguous()
         out = torch.empty_like(gate)
-        _elementwise("swiglu_forward", (gate, up), (out,))
+        _over_rows("swiglu_forward", (gate, up, out))
         if ctx is not None:
             ctx.save_for_backward(gate, up)
         return out
@@ -261,16 +193,14 @@ class _SwiGLU(torch.autograd.Function):
     def backward(ctx: Any, to_out: Tensor) -> tuple[Tensor, Tensor]:
         gate, up = ctx.saved_tensors
         to_gate, to_up = torch.empty_like(gate), torch.empty_like(up)
-        _elementwise("swiglu_backward", (gate, up, to_out.contiguous()), (to_gate, to_up))
+        _over_rows("swiglu_backward", (gate, up, to_out.contiguous(), to_gate, to_up))
         return to_gate, to_up
 
 
 def score(logits: Float[Tensor, "n vocabulary"], tokens: Int[Tensor, " n"], temperature: float) -> list[Tensor]:
     """Raw log-partition, tempered log-partition, log-probability and entropy, each (n,): see ``scoring.score_tokens``."""
-    logits, tokens = logits.contiguous(), tokens.contiguous()
     columns = [logits.new_empty(len(logits)) for _ in range(4)]
-    inputs = (logits, tokens)
-    _over_rows("score_forward", inputs, (logits.shape[1], 1 / temperature), columns)
+    _over_rows("score_forward", (logits.contiguous(), tokens.contiguous(), *columns), 1 / temperature)
     return columns
 
 
@@ -283,9 +213,9 @@ def score_slope(
     entropy: Float[Tensor, " n"],
     slopes: Sequence[Float[Tensor, " n"]],
 ) -> Float[Tensor, "n vocabulary"]:
-    """A loss's slope by the logits, in their place, from its slopes by log-probability, entropy and log-partition."""
-    rest = [x.contiguous() for x in (raw, normaliser, entropy, *slopes)]
-    _over_rows("score_backward", (logits, tokens.contiguous()), (logits.shape[1], 1 / temperature), rest)
+    """A loss's slope by contiguous logits, in their place, from its slopes by log-probability, entropy, log-partition."""
+    columns = [x.contiguous() for x in (tokens, raw, normaliser, entropy, *slopes)]
+    _over_rows("score_backward", (logits, *columns), 1 / temperature)
     return logits
 
 
@@ -293,28 +223,29 @@ def sample(
     logits: Float[Tensor, "n vocabulary"], temperature: float, draws: Float[Tensor, " n"]
 ) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]]:
     """Token, log-probability and entropy: see ``transformers_engine.sample``."""
-    logits, count = logits.contiguous(), len(logits)
+    count = len(logits)
     token, logprob, entropy = (torch.empty(count, dtype=kind) for kind in (torch.int64, torch.float32, torch.float32))
-    rest = (draws.contiguous(), token, logprob, entropy)
-    _over_rows("sample_forward", (logits,), (logits.shape[1], 1 / temperature), rest)
+    rows = (logits.contiguous(), draws.contiguous(), token, logprob, entropy)
+    _over_rows("sample_forward", rows, 1 / temperature)
     return token, logprob, entropy
-
-
-def _over_rows(name: str, inputs: Sequence[Tensor], settings: tuple[int, float], rest: Sequence[Tensor]) -> None:
-    kernel = _kernel(name)
-
-    def part(first: int, last: int) -> None:
-        if last > first:
-            sources, others = ([x[first].data_ptr() for x in group] for group in (inputs, rest))
-            kernel(*sources, last - first, *settings, *others)
-
-    _in_threads(part, np.arange(len(inputs[0]) + 1), inputs[0].numel())
 
 
 def _differentiable(function: Any, *arguments: Any) -> Tensor:
     """Without gradients the function is called past autograd, which costs more than a small batch does."""
     out: Tensor = function.apply(*arguments) if torch.is_grad_enabled() else function.forward(None, *arguments)
     return out
+
+
+def _over_rows(name: str, tensors: Sequence[Tensor], *settings: Any) -> None:
+    """Call a kernel over rows. The first tensor is (…, width); the others have a row or a number for each of its rows."""
+    run, width = kernel(name), tensors[0].shape[-1]
+    strides = [t.element_size() * (width if t.dim() == tensors[0].dim() else 1) for t in tensors]
+
+    def part(first: int, last: int) -> None:
+        rows = [t.data_ptr() + stride * first for t, stride in zip(tensors, strides, strict=True)]
+        run(*rows, last - first, width, *settings)
+
+    _in_threads(part, np.arange(tensors[0].numel() // width + 1), tensors[0].numel())
 
 
 def _over_sequences(
@@ -325,33 +256,16 @@ def _over_sequences(
     scale: float,
     rest: tuple[Tensor, ...],
 ) -> None:
-    kernel, shape = _kernel(name), (tensors[0].shape[1], tensors[1].shape[1], tensors[0].shape[2], scale)
+    run, shape = kernel(name), (tensors[0].shape[1], tensors[1].shape[1], tensors[0].shape[2], scale)
     codes = [x.data_ptr() for x in rotation] if rotation else [None, None]
 
     def part(first: int, last: int) -> None:
         begin, end = np.searchsorted(layout.offsets, (first, last))
         inputs, outputs = ([x.data_ptr() for x in group] for group in (tensors, rest))
         borders = (layout.offsets[begin:].ctypes.data, layout.starts[begin:].ctypes.data, layout.where.ctypes.data)
-        kernel(*inputs, *codes, *borders, int(end - begin), *shape, *outputs)
+        run(*inputs, *codes, *borders, int(end - begin), *shape, *outputs)
 
     _in_threads(part, layout.offsets)
-
-
-def _elementwise(name: str, inputs: tuple[Tensor, ...], outputs: tuple[Tensor, ...]) -> None:
-    kernel = _kernel(name)
-
-    def part(first: int, last: int) -> None:
-        sources, targets = ([x.data_ptr() + 4 * LANES * first for x in group] for group in (inputs, outputs))
-        kernel(*sources, LANES * (last - first), *targets)
-
-    _in_threads(part, np.arange(inputs[0].numel() // LANES + 1), inputs[0].numel())
-
-
-def _kernel(name: str) -> Any:
-    loaded = library()
-    if loaded is None:
-        raise RuntimeError("the kernels are not available on this machine; ask `computes`, `attends` or `scores` first")
-    return getattr(loaded, name)
 
 
 @lru_cache(maxsize=1)

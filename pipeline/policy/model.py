@@ -128,7 +128,7 @@ def _check_head(policy: Policy, source: str) -> None:
     try:
         packed = torch.cat(pieces)  # a token's position is its id here
         hidden = hidden_states(policy.backbone, packed, packed, packed_attention(lengths, device))
-    except (TypeError, AttributeError, ValueError) as error:
+    except (TypeError, AttributeError, ValueError, RuntimeError, IndexError) as error:
         raise ConfigError(f"policy: {source!r} cannot run on packed sequences: {_first_line(error)}") from None
     ours = policy.head(hidden).float()
     tolerance = (1e-3 if policy.model.dtype == torch.float32 else 5e-2) * float(theirs.abs().max())

@@ -9,7 +9,8 @@ own here; other transformers models run their own, with the same attention put i
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any
+from functools import lru_cache
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -21,10 +22,33 @@ from transformers import AttentionInterface
 from pipeline.kernels import native
 from pipeline.kernels.native import Rotation
 
-Attend = Callable[..., Tensor]
-"""``attend(layer, query, key, value, rotation, scale)``: query (n, heads, size), key and value (n, key-value heads, size)
-of one packed batch, and the rotary position codes that are still to be applied to query and key, if any; returns (n,
-heads, size). With ``asking=index`` the queries are those of the tokens at these indices only."""
+
+class Heads(NamedTuple):
+    """What one layer's attention works on: the tokens of a packed batch."""
+
+    query: Float[Tensor, "m heads size"]
+    key: Float[Tensor, "n kv_heads size"]
+    value: Float[Tensor, "n kv_heads size"]
+    rotation: Rotation | None
+    """Rotary position codes that are still to be applied to query and key, if any."""
+    scale: float
+    asking: Int[Tensor, " m"] | None = None
+    """Ascending indices of the tokens whose queries are given; None is all."""
+
+    def everywhere(self) -> Heads:
+        """Rotated, and with a query for every token, for PyTorch's attention: zeros where nobody asks."""
+        query = self.query
+        if self.asking is not None:
+            query = query.new_zeros((len(self.key), *query.shape[1:])).index_copy(0, self.asking, query)
+        return Heads(_rotate(query, self.rotation), _rotate(self.key, self.rotation), self.value, None, self.scale)
+
+    def answers(self, mixed: Float[Tensor, "n heads size"]) -> Float[Tensor, "m heads size"]:
+        """Those of the asking tokens."""
+        return mixed if self.asking is None else mixed[self.asking]
+
+
+Attend = Callable[[int, Heads], Tensor]
+"""``attend(layer, heads)`` mixes values: (m, heads, size)."""
 
 OWN_FAMILIES = ("qwen2", "qwen3", "llama", "mistral")
 """Model types with pre-normalised layers of rotary attention and SwiGLU."""
@@ -55,21 +79,15 @@ def hidden_states(
 
 def packed_attention(lengths: Sequence[int] | np.ndarray, device: torch.device) -> Attend:
     """Causal attention within each of the sequences that are packed one after another."""
-    padded, everyone = padded_attention(np.asarray(lengths), device), native.layout(lengths)
+    everyone = native.layout(lengths)
+    padded = lru_cache(maxsize=1)(lambda: padded_attention(np.asarray(lengths), device))
 
-    def attend(
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rotation: Rotation | None,
-        scale: float,
-        asking: Tensor | None = None,
-    ) -> Tensor:
-        if native.attends(query):
-            layout = everyone if asking is None else native.layout(lengths, asking.numpy())
-            return native.causal_attention(query, key, value, rotation, layout, scale)
-        return padded(layer, query, key, value, rotation, scale, asking)
+    def attend(layer: int, heads: Heads) -> Tensor:
+        if not native.attends(heads.query):
+            return padded()(layer, heads)
+        asking = heads.asking
+        layout = everyone if asking is None else native.layout(lengths, asking.numpy())
+        return native.causal_attention(*heads[:4], layout, heads.scale)
 
     return attend
 
@@ -85,29 +103,12 @@ def padded_attention(lengths: np.ndarray, device: torch.device) -> Attend:
     index = torch.from_numpy(np.where(inside, starts[:, None] + np.arange(longest), 0)).to(device)
     real = torch.from_numpy(np.flatnonzero(inside)).to(device)
 
-    def attend(
-        layer: int,
-        query: Tensor,
-        key: Tensor,
-        value: Tensor,
-        rotation: Rotation | None,
-        scale: float,
-        asking: Tensor | None = None,
-    ) -> Tensor:
-        rotated = (rotate(at_every_token(query, len(key), asking), rotation), rotate(key, rotation), value)
-        q, k, v = (x[index].transpose(1, 2) for x in rotated)
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale, enable_gqa=True)
-        flat = out.transpose(1, 2).reshape(-1, *query.shape[1:])[real]
-        return flat if asking is None else flat[asking]
+    def attend(layer: int, heads: Heads) -> Tensor:
+        q, k, v = (x[index].transpose(1, 2) for x in heads.everywhere()[:3])
+        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=heads.scale, enable_gqa=True)
+        return heads.answers(out.transpose(1, 2).reshape(-1, *heads.query.shape[1:])[real])
 
     return attend
-
-
-def at_every_token(query: Float[Tensor, "m heads size"], tokens: int, asking: Tensor | None) -> Tensor:
-    """Queries of some tokens among zeros for the others, where attention wants one each."""
-    if asking is None:
-        return query
-    return query.new_zeros((tokens, *query.shape[1:])).index_copy(0, asking, query)
 
 
 def has_own_forward(backbone: Any) -> bool:
@@ -141,7 +142,7 @@ def _own_forward(
         q = _heads(y, attention.q_proj, attention.head_dim)
         if hasattr(attention, "q_norm"):
             q, k = _rms_norm(q, attention.q_norm), _rms_norm(k, attention.k_norm)
-        mixed = attend(number, q, k, v, (cos, sin), attention.scaling, asking).flatten(1)
+        mixed = attend(number, Heads(q, k, v, (cos, sin), attention.scaling, asking)).flatten(1)
         x = x + F.linear(mixed, attention.o_proj.weight, attention.o_proj.bias)
         y = _rms_norm(x, layer.post_attention_layernorm)
         gate, up = (F.linear(y, p.weight, p.bias) for p in (mlp.gate_proj, mlp.up_proj))
@@ -164,7 +165,7 @@ def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return native.swiglu(gate, up) if native.computes(gate) else F.silu(gate) * up
 
 
-def rotate(x: Float[Tensor, "n heads size"], rotation: Rotation | None) -> Float[Tensor, "n heads size"]:
+def _rotate(x: Float[Tensor, "n heads size"], rotation: Rotation | None) -> Float[Tensor, "n heads size"]:
     """Apply rotary position codes, ``x cos + rotate_half(x) sin`` (arXiv 2104.09864), if there are any."""
     if rotation is None:
         return x
@@ -198,9 +199,9 @@ def _attend_in_transformers(
     **_: Any,
 ) -> tuple[Tensor, None]:
     """``Attend`` as transformers calls it: (1, heads, n, size) in, (1, n, heads, size) out."""
-    flat = [x[0].transpose(0, 1) for x in (query, key, value)]
+    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(module.layer_idx, *flat, None, scale).unsqueeze(0), None
+    return attend(module.layer_idx, Heads(q, k, v, None, scale)).unsqueeze(0), None
 
 
 AttentionInterface.register("packed", _attend_in_transformers)

@@ -10,8 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.kernels import native
-from pipeline.kernels.native import Rotation
-from pipeline.policy.trunk import Attend, at_every_token, rotate
+from pipeline.policy.trunk import Attend, Heads
 
 TILE = native.LANES
 """Capacity is a multiple of it."""
@@ -69,18 +68,10 @@ class SlotCache:
         return self._kernel(slots, positions) if self._tiled else self._torch(slots, positions)
 
     def _kernel(self, slots: np.ndarray, positions: np.ndarray) -> Attend:
-        def attend(
-            layer: int,
-            query: Tensor,
-            key: Tensor,
-            value: Tensor,
-            rotation: Rotation | None,
-            scale: float,
-            asking: Tensor | None = None,
-        ) -> Tensor:
-            numbers = np.arange(len(slots)) if asking is None else asking.numpy()
-            cached = (self.keys[layer], self.values[layer], slots, positions, numbers, scale)
-            return native.cached_attention(query, key, value, rotation, *cached)
+        def attend(layer: int, heads: Heads) -> Tensor:
+            asking = np.arange(len(slots)) if heads.asking is None else heads.asking.numpy()
+            held = (self.keys[layer], self.values[layer])
+            return native.cached_attention(*heads[:4], *held, slots, positions, asking, heads.scale)
 
         return attend
 
@@ -100,24 +91,16 @@ class SlotCache:
                 mask = torch.arange(length, device=device) <= position[index][:, None, :, None]
                 parts.append((index, offset < count, slot[index[:, 0]], length, mask))
 
-        def attend(
-            layer: int,
-            query: Tensor,
-            key: Tensor,
-            value: Tensor,
-            rotation: Rotation | None,
-            scale: float,
-            asking: Tensor | None = None,
-        ) -> Tensor:
-            query, key = rotate(at_every_token(query, len(key), asking), rotation), rotate(key, rotation)
+        def attend(layer: int, heads: Heads) -> Tensor:
+            query, key, value = heads.everywhere()[:3]
             self.keys[layer, slot, :, position] = key
             self.values[layer, slot, :, position] = value
             out = torch.empty_like(query)
             for index, real, held, length, mask in parts:
                 k, v = (kind[layer, held, :, :length] for kind in (self.keys, self.values))
                 q = query[index].transpose(1, 2)
-                mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale, enable_gqa=True)
+                mixed = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=heads.scale, enable_gqa=True)
                 out[index[real]] = mixed.transpose(1, 2)[real]
-            return out if asking is None else out[asking]
+            return heads.answers(out)
 
         return attend
