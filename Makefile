@@ -3,7 +3,7 @@ PYTHON ?= python3.11
 PRESET ?=
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
-# Large blocks of memory stay with the process, in huge pages: 5 to 10 % of an update. glibc reads it, others ignore it.
+# Large blocks of memory stay with the process, in huge pages. glibc reads it, others ignore it.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=4000000000
 PIPELINE = $(if $(PRESET),presets/$(PRESET)/dvc.yaml,dvc.yaml)
 PARAMS = $(if $(PRESET),presets/$(PRESET)/params.yaml,params.yaml)

@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ import numpy as np
 import torch
 from rich.progress import Progress
 from transformers import Qwen2Config, Qwen2ForCausalLM
+from transformers.utils import logging
 
 from benchmarks.baselines import GenerateEngine, padded_scores
 from benchmarks.flops import forward_flops, sampling_flops
@@ -86,17 +87,15 @@ class Setup:
 
 
 def repeated(work: Callable[[], Any], repeats: int = REPEATS, warm: int = 1) -> list[float]:
-    """Seconds of each repetition."""
-    for _ in range(warm):
-        work()
+    """Seconds of each repetition, after ``warm`` that do not count."""
     seconds = []
-    for _ in range(repeats):
+    for _ in range(warm + repeats):
         began = time.perf_counter()
         work()
         if torch.cuda.is_available():
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - began)
-    return seconds
+    return seconds[warm:]
 
 
 def spread(values: list[float]) -> dict[str, Any]:
@@ -109,12 +108,15 @@ def rates(amount: float, seconds: list[float]) -> dict[str, Any]:
     return spread([amount / s for s in seconds])
 
 
-def matrix_peak(threads: int, dtype: torch.dtype, device: torch.device) -> dict[str, Any]:
+PRODUCTS = ((512, 512, 512), (1024, 1024, 1024), (2048, 2048, 2048), (512, 512, 128), (4096, 256, 1024))
+"""Rows, inner size and columns of the products that are tried for the CPU's peak."""
+
+
+def matrix_peak(
+    threads: int, dtype: torch.dtype, device: torch.device, shapes: Sequence[tuple[int, int, int]] = PRODUCTS
+) -> dict[str, Any]:
     """FLOP/s of matrix products, the best of several shapes and repetitions: a peak is not an average."""
     torch.set_num_threads(threads)
-    shapes = [(n, n, n) for n in (512, 1024, 2048)] + [(512, 512, 128), (4096, 256, 1024)]
-    if device.type != "cpu":
-        shapes = [(8192, 8192, 8192)]
     best = {}
     for m, k, n in shapes:
         a, b = torch.randn(m, k).to(device, dtype), torch.randn(k, n).to(device, dtype)
@@ -202,7 +204,10 @@ def rollout_rates(setup: Setup, slots: int, episodes: int, repeats: int, engine:
 
 
 def by_turn(setup: Setup, turns: int = 10, reply: int = 24, observation: int = 20) -> dict[str, Any]:
-    """Time per token of each turn of a long dialogue: it should grow as attention does, linearly with the context."""
+    """Microseconds per token of each turn of a long dialogue, and the line fitted to turns 2 to 10.
+
+    Attention makes it grow linearly with the context; the line says whether it does, not how little it could.
+    """
     engine = TransformersEngine(setup.policy(), 128)
     best = np.minimum.reduce([_turn_seconds(engine, turns, reply, observation) for _ in range(REPEATS)])
     per_token = best / (128 * reply)
@@ -282,11 +287,18 @@ def train(job: Any, report: Report) -> list[dict[str, float]]:
     result = train_one(job, report)
     timings = json.loads((result / "timings.json").read_text())
     curves = json.loads((result / "curves.json").read_text())
-    return [{**timing, "tokens": row["tokens"]} for timing, row in zip(timings, curves, strict=True)]
+    return [
+        {**timing, "tokens": row["tokens"], "all_trained": row["kept_trajectories"] == row["episodes"]}
+        for timing, row in zip(timings, curves, strict=True)
+    ]
 
 
 def whole_training(setup: Setup, methods: list[str], iterations: int = 9) -> dict[str, Any]:
-    """Seconds by phase, and generated tokens per second of wall time, tracking and all; methods side by side."""
+    """Seconds by phase, and generated tokens per second of wall time, tracking and all; methods side by side.
+
+    Trained tokens per second are of the update phase, and of all but generation, which is what TRL's side measures; a
+    method that leaves episodes out has none.
+    """
     with tempfile.TemporaryDirectory() as scratch:
         jobs = {}
         for number, method in enumerate(methods):
@@ -315,6 +327,13 @@ def whole_training(setup: Setup, methods: list[str], iterations: int = 9) -> dic
             "share_of_tracking_checkpoint_progress": float(sum(after) / sum(wall)),
             "generated_tokens_per_second": spread([r["tokens"] / w for r, w in zip(later, wall, strict=True)]),
         }
+        if all(row["all_trained"] for row in later):
+            result[label] |= {
+                "trained_tokens_per_second_of_update": spread([r["tokens"] / r["seconds_update"] for r in later]),
+                "trained_tokens_per_second_outside_generation": spread(
+                    [r["tokens"] / (w - r["seconds_collect"]) for r, w in zip(later, wall, strict=True)]
+                ),
+            }
     return result
 
 
@@ -459,15 +478,36 @@ def peak_of(name: str, out: str) -> None:
     print(int(marks[1].split()[0]) / 1024 if len(marks) > 1 else float("nan"))
 
 
-def on_gpu(setup: Setup) -> dict[str, Any]:
-    """A 0.4 B Qwen2 shape in bfloat16: update against the matrix peak, decoding against the memory's bandwidth."""
-    policy = setup.scratch(1024, 24, 16)
-    peak = matrix_peak(1, setup.dtype, setup.device)["peak"]
-    source = torch.empty(2**30, dtype=torch.uint8, device=setup.device)
-    bandwidth = 2 * 2**30 / min(repeated(lambda: source.clone(), 5))
-    found = update_rates(policy, *synthetic(policy, 64, 1024), 32768)
-    engine, steps = TransformersEngine(policy, 128), 128
-    requests = [Request([1 + i % 300] * 64, np.full(steps, 0.37)) for i in range(128)]
+@dataclass(frozen=True)
+class Large:
+    """What ``on_gpu`` measures; the default is a Qwen2 shape of 0.4 B parameters."""
+
+    shape: tuple[int, int, int] = (1024, 24, 16)
+    """Hidden size, layers, heads."""
+    product: int = 8192
+    """Rows and columns of the matrix product."""
+    copied: int = 2**30
+    """Bytes."""
+    sequences: int = 64
+    length: int = 1024
+    """Tokens of each sequence of the update."""
+    slots: int = 128
+    steps: int = 128
+    """Tokens sampled in each slot."""
+
+
+LARGE = Large()
+
+
+def on_gpu(setup: Setup, large: Large = LARGE) -> dict[str, Any]:
+    """Update against the matrix peak, decoding against the time to read the weights (memory copied, both ways)."""
+    policy = setup.scratch(*large.shape)
+    peak = matrix_peak(1, setup.dtype, setup.device, [(large.product,) * 3])["peak"]
+    source = torch.empty(large.copied, dtype=torch.uint8, device=setup.device)
+    bandwidth = 2 * large.copied / min(repeated(lambda: source.clone(), 5))
+    found = update_rates(policy, *synthetic(policy, large.sequences, large.length), 32768)
+    engine, steps = TransformersEngine(policy, large.slots), large.steps
+    requests = [Request([1 + i % 300] * 64, np.full(steps, 0.37)) for i in range(large.slots)]
 
     def decode() -> None:
         engine.forget()
@@ -476,12 +516,14 @@ def on_gpu(setup: Setup) -> dict[str, Any]:
     seconds = repeated(decode, 3)
     weights = sum(p.numel() * p.element_size() for p in policy.model.parameters())
     return {
+        "device": torch.cuda.get_device_name(setup.device) if setup.device.type == "cuda" else str(setup.device),
+        "dtype": str(setup.dtype).removeprefix("torch."),
         "matrix_peak": peak,
         "bandwidth": bandwidth,
         "update": found,
-        "share_of_peak": found["flops_per_second"]["median"] / peak,
-        "decode_tokens_per_second": rates(128 * steps, seconds),
-        "decode_share_of_weight_reading_floor": steps * weights / bandwidth / min(seconds),
+        "decode_slots": large.slots,
+        "decode_tokens_per_second": rates(large.slots * steps, seconds),
+        "decode_share_of_weight_reading_floor": rates(steps * weights / bandwidth, seconds),
     }
 
 
@@ -500,6 +542,7 @@ def main() -> None:
     parser.add_argument("--only", help="comma-separated sections")
     parser.add_argument("--out", type=Path, default=Path("reports/bench.json"))
     arguments = parser.parse_args()
+    logging.disable_progress_bar()
     torch.set_num_threads(1)
     setup = default_setup(arguments.params, Path("."), arguments.device)
     cpu = torch.device("cpu")
@@ -522,7 +565,8 @@ def main() -> None:
     if arguments.device != "cpu":
         sections = {"gpu": lambda: on_gpu(setup)}
     chosen = arguments.only.split(",") if arguments.only else list(sections)
-    found: dict[str, Any] = json.loads(arguments.out.read_text()) if arguments.out.exists() and arguments.only else {}
+    kept = arguments.out.exists() and (arguments.only or arguments.device != "cpu")
+    found: dict[str, Any] = json.loads(arguments.out.read_text()) if kept else {}
     found["machine"] = {
         "processor": platform.processor() or platform.machine(),
         "cores": os.cpu_count(),
@@ -539,13 +583,13 @@ def main() -> None:
             found["seconds"][name] = time.perf_counter() - began
             write_json(arguments.out, found)
             progress.advance(bar)
-    if "headline" in found:
-        from benchmarks.report import bench_figure, bench_text
+    from benchmarks.report import bench_figure, bench_text
 
+    text = bench_text(found)
+    if "headline" in found and "peaks" in found:
         bench_figure(found).savefig(arguments.out.with_suffix(".png"), dpi=110)
-        text = bench_text(found)
         arguments.out.with_suffix(".txt").write_text(text)
-        print(text)
+    print(text)
 
 
 if __name__ == "__main__":

@@ -10,33 +10,13 @@ import difflib
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-Count = Annotated[int, Field(ge=1)]
-Name = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]*$")]
-
-
-class ConfigError(Exception):
-    """A params file that cannot be used; ``str()`` is one line per mistake."""
-
-
-class Section(BaseModel):
-    """A frozen section of ``params.yaml`` that refuses unknown keys."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
-
-
-def _refuse_ignored(section: Section, reason: str, *names: str) -> None:
-    """A knob that has no effect is an error, unless it is left at its default (invariant 5)."""
-    changed = [name for name in names if getattr(section, name) != type(section).model_fields[name].default]
-    if changed:
-        raise ValueError(f"{', '.join(changed)} has no effect while {reason}")
-
+from pipeline.section import ConfigError as ConfigError
+from pipeline.section import Count, Name, Positive, Probability, Section
+from pipeline.slots import Method as Method
 
 class Environment(Section):
     """One environment and the shape of its dialogue."""
@@ -150,157 +130,6 @@ class Bottleneck(Section):
     """Groups in the annotated table, sampled by the reference policy; a multiple of rollout.groups."""
     resamples: Annotated[int, Field(ge=100)] = 2000
     """Bootstrap resamples of its intervals."""
-
-
-class AllGroups(Section):
-    """S2: train on every group."""
-
-    kind: Literal["all"]
-
-
-class RewardVariance(Section):
-    """S2: keep the groups whose returns vary most; groups of equal returns are always dropped (StarPO-S, DAPO)."""
-
-    kind: Literal["reward_variance"]
-    keep: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
-    """Share of the iteration's groups that is kept, by standard deviation of their returns."""
-
-
-class GroupAdvantage(Section):
-    """S3: GRPO, the return standardised within its group."""
-
-    kind: Literal["group"]
-    std: bool = True
-    """Divide by the group's standard deviation."""
-    ddof: Literal[0, 1] = 1
-    """Delta degrees of freedom of that standard deviation; libraries differ."""
-    eps: Positive = 1e-6
-    """Added to that standard deviation."""
-
-    @model_validator(mode="after")
-    def _effective(self) -> GroupAdvantage:
-        if not self.std:
-            _refuse_ignored(self, "std is false", "ddof", "eps")
-        return self
-
-
-class Critic(Section):
-    """The value function of GAE."""
-
-    kind: Literal["trunk", "model"] = "trunk"
-    """``trunk``: a linear head on the policy's last hidden state; ``model``: a copy of the reference policy's trunk."""
-    learning_rate: Positive = 1e-3
-    """Learning rate of the head (trunk) or of the whole critic (model)."""
-    coefficient: Positive = 0.5
-    """Weight of the value loss beside the policy loss."""
-    warmup_iterations: Annotated[int, Field(ge=0)] = 0
-    """First iterations in which only the critic is updated."""
-    clip: Positive | None = None
-    """Value clipping: largest change of a value per iteration; null for none."""
-
-
-class GAE(Section):
-    """S3: token-level generalised advantage estimation over sampled tokens only."""
-
-    kind: Literal["gae"]
-    gamma: Probability = 1.0
-    """Discount per sampled token."""
-    lam: Probability = 1.0
-    """Lambda of GAE."""
-    whiten: bool = True
-    """Standardise advantages over the iteration's sampled tokens."""
-    critic: Critic = Critic()
-
-
-class UniformWeight(Section):
-    """S4: every response token weighs 1."""
-
-    kind: Literal["uniform"]
-
-
-Signal = Literal["reference_energy", "reference_entropy", "behaviour_nll", "logprob_shift"]
-
-
-class ActFocusWeight(Section):
-    """S4: ActFocus (arXiv 2605.14558)."""
-
-    kind: Literal["actfocus"]
-    reasoning_downweight: NonNegative = 0.1
-    """alpha: weight of reasoning tokens."""
-    redistribution_strength: NonNegative = 0.5
-    """beta: how much weight the signal adds to action tokens."""
-    redistribution_temperature: Positive = 1.0
-    """tau: 1 is the paper; large is flat, small is a threshold at the mean."""
-    form: Literal["sigmoid", "softmax"] = "sigmoid"
-    """``sigmoid`` is the paper's; ``softmax`` keeps the total weight of a trajectory's action tokens (needs beta <= 1)."""
-    signal: Signal = "reference_energy"
-    """What is z-scored over the action tokens of the update batch."""
-    think_tag_weight: NonNegative | None = None
-    """Weight of think tags; null is reasoning_downweight. The paper does not say."""
-    answer_tag_weight: NonNegative = 1.0
-    """Weight of answer tags. The paper does not say."""
-    malformed_weight: NonNegative | None = None
-    """Weight of text that has left the format; null is reasoning_downweight. The paper does not say. A small one hardly
-    blames a response for breaking the format where a wrong action is blamed in full."""
-
-    @model_validator(mode="after")
-    def _effective(self) -> ActFocusWeight:
-        if self.form == "softmax" and self.redistribution_strength > 1:
-            raise ValueError("form softmax needs redistribution_strength <= 1")
-        if self.redistribution_strength == 0:
-            _refuse_ignored(self, "redistribution_strength is 0", "redistribution_temperature", "signal", "form")
-        return self
-
-
-class PPOClip(Section):
-    """S5: the clipped surrogate with two bounds."""
-
-    kind: Literal["ppo_clip"]
-    low: Annotated[float, Field(gt=0.0, lt=1.0)] = 0.2
-    """The ratio is not pushed below 1 - low."""
-    high: Positive = 0.28
-    """The ratio is not pushed above 1 + high."""
-
-
-class Regulariser(Section):
-    """S6: terms added to the loss, as plain token means whatever the token weights are."""
-
-    entropy: NonNegative = 0.0
-    """Coefficient of the entropy bonus."""
-    kl: NonNegative = 0.0
-    """Coefficient of the KL to the reference policy."""
-    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """How the KL is estimated from sampled tokens. As a loss, k1 has zero expected gradient on-policy."""
-
-    @model_validator(mode="after")
-    def _effective(self) -> Regulariser:
-        if self.kl == 0:
-            _refuse_ignored(self, "kl is 0", "kl_estimator")
-        return self
-
-
-Filter = Annotated[Union[AllGroups, RewardVariance], Field(discriminator="kind")]
-Advantage = Annotated[Union[GroupAdvantage, GAE], Field(discriminator="kind")]
-Weight = Annotated[Union[UniformWeight, ActFocusWeight], Field(discriminator="kind")]
-
-
-class Method(Section):
-    """One choice per slot, and the step size. In ``methods`` every key is optional; ``method_defaults`` fills the rest."""
-
-    filter: Filter
-    """S2: which groups are trained on."""
-    advantage: Advantage
-    """S3: what is A_t."""
-    weight: Weight
-    """S4: the token weight w_t."""
-    aggregation: Literal["weight_sum", "token_mean", "sequence_mean"]
-    """S4: what divides the sum: the minibatch's total weight, its token count, or each trajectory's weight."""
-    surrogate: PPOClip
-    """S5: how ratio and advantage become a per-token loss."""
-    regulariser: Regulariser
-    """S6: entropy and KL terms."""
-    learning_rate: Positive
-    """Adam's learning rate of the policy."""
 
 
 class Train(Section):
@@ -421,8 +250,8 @@ class Config(Section):
             raise ValueError("methods: 'reference' is the reference policy's own name; choose another")
         whole, rest = divmod(episodes, self.train.minibatch)
         updates = self.train.passes * max(1, whole + (2 * rest >= self.train.minibatch))
-        for name in self.methods:
-            if updates == 1:
+        for name, method in self.methods.items():
+            if updates == 1 and method.needs_two_updates:
                 raise ValueError(
                     f"methods.{name}.surrogate: clipping does nothing with one update per iteration; "
                     "lower train.minibatch or raise train.passes"

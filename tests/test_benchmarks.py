@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,8 +13,9 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.baselines import GenerateEngine, padded_scores
-from benchmarks.bench import update
+from benchmarks.bench import Large, Setup, on_gpu, update
 from benchmarks.flops import forward_flops, sampling_flops
+from benchmarks.report import bench_text, summary
 from benchmarks.workload import workload
 from pipeline.config import load
 from pipeline.policy.model import Policy
@@ -101,6 +105,68 @@ def test_the_generate_baseline_plays_whole_episodes() -> None:
     assert set(np.diff(played.turn_offsets)) == {2}
     assert played.sampled.sum() <= 20 * 2 * 6
     assert float(np.abs(played.logprob[played.sampled]).max()) > 0
+
+
+class SmallSetup(Setup):
+    """A setup without the files that ``make repro`` makes."""
+
+    def policy(self) -> Policy:
+        return small_policy()
+
+
+def test_what_a_gpu_runs_also_runs_tiny_on_a_cpu_and_is_reported() -> None:
+    setup = SmallSetup(load(ROOT / "params.yaml"), ROOT, ROOT, torch.device("cpu"), torch.bfloat16)
+    tiny = Large(shape=(32, 2, 2), product=64, copied=2**16, sequences=4, length=40, slots=3, steps=5)
+    found = json.loads(json.dumps(on_gpu(setup, tiny)))
+    assert found["update"]["parameters"] == sum(p.numel() for p in setup.scratch(32, 2, 2).model.parameters())
+    names, values = zip(*summary({"gpu": found}), strict=True)
+    assert names[0] == "cpu, bfloat16 matrix peak"
+    assert names[3].endswith("3 at once")
+    assert "of the matrix peak" in values[2]
+
+
+def measured(*values: float) -> dict[str, float]:
+    return {"median": float(np.median(values)), "least": min(values), "most": max(values), "n": len(values)}
+
+
+def trained(*generated: float) -> dict[str, Any]:
+    shares = dict.fromkeys(("weights", "annotation", "tracking_checkpoint_progress"), 0.1)
+    return {
+        "seconds_per_iteration": measured(1.0),
+        "generated_tokens_per_second": measured(*generated),
+        **{f"share_of_{name}": share for name, share in shares.items()},
+    }
+
+
+def test_ratios_are_reported_with_the_spread_of_both_sides() -> None:
+    theirs = trained(10, 20, 40) | {"trained_tokens_per_second_of_update": measured(30, 40, 50)}
+    others = {"cached, two threads": trained(20, 30, 60), "cached, beside another": trained(5, 10, 20)}
+    found: dict[str, Any] = {
+        "training": {"0 grpo": trained(80, 100, 120)},
+        "training_two_at_once": {"0 grpo": trained(60, 70, 80), "1 grpo_actfocus": trained(40, 50, 60)},
+        "trl": {"best": "cached", "cached": theirs, **others},
+    }
+    lines = dict(summary(found))
+    assert lines["one core each: ours against TRL's best"] == "5.0 x (2.0 to 12.0)"
+    pair = lines["two cores each: two of our trainings against the better of TRL's ways"]
+    assert pair == "4.0 x (1.7 to 7.0)"  # two threads: 120 / 30, 100 / 60, 140 / 20
+    assert "trained" not in bench_text(found)
+    found["training"]["0 grpo"] |= {
+        "trained_tokens_per_second_of_update": measured(300),
+        "trained_tokens_per_second_outside_generation": measured(100, 200, 300),
+    }
+    lines = dict(summary(found))
+    assert lines["  trained tokens/s of the update phase alone"] == "300"
+    assert lines["  trained tokens/s, generation left out"] == "200 against 40, 5.0 x (2.0 to 10.0)"
+
+
+@pytest.mark.parametrize("key", [int, str])
+def test_two_threads_are_reported_against_one_before_and_after_json(key: Callable[[int], Any]) -> None:
+    def both(*values: float) -> dict[str, Any]:
+        return {name: {"tokens_per_second": measured(*values)} for name in ("update", "rollout")}
+
+    found = {"scaling": {"threads": {key(1): both(10, 10, 20), key(2): both(10, 15, 20)}}}
+    assert summary(found) == [("two threads against one", "update 1.5 x (0.5 to 2.0), rollout 1.5 x (0.5 to 2.0)")]
 
 
 def test_the_workload_is_told_by_a_hash_of_its_settings() -> None:
