@@ -18,12 +18,13 @@ from pipeline.section import ConfigError as ConfigError
 from pipeline.section import Count, Name, Positive, Probability, Section
 from pipeline.slots import Method as Method
 
+
 class Environment(Section):
     """One environment and the shape of its dialogue."""
 
     id: str
     """gymnasium id, ``module:Id-v0`` included; ours are ``actfocus/...`` (see pipeline/environments)."""
-    settings: dict[str, Any] = {}
+    settings: dict[str, Any] = Field(default={})
     """Keyword arguments of the environment's constructor."""
     layout: Literal["compact", "published"] = "compact"
     """Dialogue: ``compact`` sends the observation alone, ``published`` the wording of the published runs."""
@@ -171,9 +172,9 @@ class Evaluation(Section):
 class Compare(Section):
     """The statistical comparison."""
 
-    uniform: dict[str, str] = {}
+    uniform: dict[str, str] = Field(default={})
     """Method -> its uniform counterpart, for paired differences."""
-    control: dict[str, str] = {}
+    control: dict[str, str] = Field(default={})
     """Method -> its matched control, for paired differences."""
     resamples: Annotated[int, Field(ge=100)] = 5000
     """Bootstrap resamples."""

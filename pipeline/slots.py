@@ -243,7 +243,7 @@ class EntropyGAE(AdvantageSection):
     """Discount of reward per sampled token."""
     lam: Probability = 1.0
     """Lambda of the reward's GAE."""
-    entropy_gamma: Probability = 0.95
+    entropy_gamma: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
     """Discount of entropy per sampled token. Ours."""
     entropy_lam: Probability = 0.95
     """Lambda of the entropy's GAE. Ours."""
@@ -275,9 +275,7 @@ class SoftQ(AdvantageSection):
 
 
 Advantage = Annotated[
-    Union[
-        GroupAdvantage, TokenGroupAdvantage, StepGroupAdvantage, GAE, TurnGAE, BilevelGAE, EntropyGAE, SoftQ
-    ],
+    Union[GroupAdvantage, TokenGroupAdvantage, StepGroupAdvantage, GAE, TurnGAE, BilevelGAE, EntropyGAE, SoftQ],
     Field(discriminator="kind"),
 ]
 

@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import NamedTuple
+
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from pipeline.objective.batch import TokenBatch
 
 
 def group_advantage(
@@ -48,7 +53,7 @@ def gae(
     trainable: Bool[Tensor, " n"],
     trajectory: Int[Tensor, " n"],
     *,
-    gamma: float,
+    gamma: float | Float[Tensor, " n"],
     lam: float,
 ) -> Float[Tensor, " n"]:
     """Token-level generalised advantage estimation (arXiv 1506.02438, eq. 16) over trainable tokens only.
@@ -61,7 +66,7 @@ def gae(
         values: V of the state in which each token is chosen.
         trainable: the policy chose this token.
         trajectory: index of its trajectory, non-decreasing.
-        gamma: discount per trainable token.
+        gamma: discount after each trainable token; one for all, or one per token.
         lam: lambda.
 
     Returns:
@@ -74,13 +79,14 @@ def gae(
         raise ValueError("a reward stands on a token that the policy did not choose")
     index = torch.nonzero(trainable).squeeze(-1)
     own, r, v = trajectory[index].tolist(), reward[index].tolist(), values[index].tolist()
+    g = gamma[index].tolist() if isinstance(gamma, Tensor) else [gamma] * len(r)
     result = [0.0] * len(r)
     following_advantage = following_value = 0.0
     following_trajectory = -1
     for t in range(len(r) - 1, -1, -1):
         if own[t] != following_trajectory:
             following_advantage = following_value = 0.0
-        following_advantage = r[t] + gamma * following_value - v[t] + gamma * lam * following_advantage
+        following_advantage = r[t] + g[t] * following_value - v[t] + g[t] * lam * following_advantage
         result[t], following_value, following_trajectory = following_advantage, v[t], own[t]
     advantages = torch.zeros_like(values)
     advantages[index] = torch.tensor(result, dtype=values.dtype)
@@ -94,3 +100,222 @@ def whiten(advantages: Float[Tensor, " n"], trainable: Bool[Tensor, " n"], eps: 
         return advantages
     centred = (advantages - chosen.mean()) / (chosen.var(unbiased=False) + eps).sqrt()
     return torch.where(trainable, centred, 0.0)
+
+
+class AdvantageEstimate(NamedTuple):
+    """What S3 gives."""
+
+    advantage: Float[Tensor, " n"]
+    """0 where not trainable."""
+    targets: dict[str, HeadTarget]
+    """By name of the head that shall learn it."""
+    state: dict[str, float]
+    """What the next iteration is to know; empty for most."""
+
+
+class HeadTarget(NamedTuple):
+    """What a head shall predict, and where."""
+
+    value: Float[Tensor, " n"]
+    mask: Bool[Tensor, " n"]
+
+
+Estimates = Mapping[str, Tensor]
+"""What the heads say of each token, before the update: a critic its ``value`` and so on."""
+State = Mapping[str, float]
+"""What an adaptive slot has kept from earlier iterations; empty at first."""
+
+
+def from_group(
+    batch: TokenBatch, estimates: Estimates, state: State, *, std: bool, ddof: int, eps: float
+) -> AdvantageEstimate:
+    """GRPO: ``group_advantage`` of the returns, on every trainable token."""
+    own = group_advantage(batch.returns, batch.group, std=std, ddof=ddof, eps=eps)
+    return AdvantageEstimate(to_tokens(own, batch.trajectory, batch.trainable), {}, {})
+
+
+def from_token_group(
+    batch: TokenBatch, estimates: Estimates, state: State, *, ddof: int, eps: float
+) -> AdvantageEstimate:
+    """GTPO (arXiv 2508.04349): ``group_advantage`` of the tokens' rewards, over all trainable tokens of a group."""
+    advantage = torch.zeros_like(batch.reward)
+    chosen = batch.trainable
+    if bool(chosen.any()):
+        group = batch.group[batch.trajectory[chosen]]
+        advantage[chosen] = group_advantage(batch.reward[chosen], group, std=True, ddof=ddof, eps=eps)
+    return AdvantageEstimate(advantage, {}, {})
+
+
+def from_step_group(
+    batch: TokenBatch, estimates: Estimates, state: State, *, step_weight: float, gamma: float, std: bool
+) -> AdvantageEstimate:
+    """GiGPO (arXiv 2505.10978): ``A_episode + step_weight * A_step``.
+
+    A turn is scored by the discounted return from it on, ``R_k = sum_j gamma^(j-k) r_j``, and compared with all turns of
+    its group that began in the same state; alone in its state it has ``A_step = 0``.
+    """
+    episode = group_advantage(batch.returns, batch.group, std=std, ddof=1, eps=1e-6)
+    advantage = to_tokens(episode, batch.trajectory, batch.trainable)
+    if len(batch.turn_state):
+        score = discounted_returns(turn_rewards(batch), batch.turn_trajectory, gamma)
+        step = group_advantage(score, batch.turn_state, std=std, ddof=1, eps=1e-6)
+        advantage = advantage + step_weight * torch.where(batch.trainable, step[batch.turn.clamp_min(0)], 0.0)
+    return AdvantageEstimate(advantage, {}, {})
+
+
+def from_gae(
+    batch: TokenBatch, estimates: Estimates, state: State, *, gamma: float, discount: str, lam: float, whiten: bool
+) -> AdvantageEstimate:
+    """Token-level GAE; with ``discount`` "turn" gamma applies after a response's last token only (POAD)."""
+    factor: float | Tensor = gamma
+    if discount == "turn":
+        factor = torch.where(last_of_turn(batch), gamma, 1.0).to(batch.reward.dtype)
+    values = estimates["value"]
+    raw = gae(batch.reward, values, batch.trainable, batch.trajectory, gamma=factor, lam=lam)
+    target = HeadTarget(torch.where(batch.trainable, raw + values, 0.0), batch.trainable)
+    return AdvantageEstimate(_whitened(raw, batch, whiten), {"value": target}, {})
+
+
+def from_turn_gae(
+    batch: TokenBatch, estimates: Estimates, state: State, *, gamma: float, lam: float, whiten: bool
+) -> AdvantageEstimate:
+    """GAE over turns, V_k the value of turn k's first trainable token; its tokens share A_k.
+
+    ``delta_k = r_k + gamma * V_{k+1} - V_k`` over a trajectory's turns that have a trainable token.
+    """
+    first = first_of_turn(batch)
+    owner, turn = batch.trajectory[first], batch.turn[first]
+    values = estimates["value"][first]
+    everything = torch.ones_like(owner, dtype=torch.bool)
+    own = gae(turn_rewards(batch)[turn], values, everything, owner, gamma=gamma, lam=lam)
+    by_turn = torch.zeros(len(batch.turn_trajectory), dtype=own.dtype).index_add_(0, turn, own)
+    target = torch.zeros_like(batch.reward)
+    target[first] = own + values
+    raw = torch.where(batch.trainable, by_turn[batch.turn.clamp_min(0)] if len(by_turn) else batch.reward, 0.0)
+    return AdvantageEstimate(_whitened(raw, batch, whiten), {"value": HeadTarget(target, first)}, {})
+
+
+def from_bilevel_gae(
+    batch: TokenBatch,
+    estimates: Estimates,
+    state: State,
+    *,
+    turn_gamma: float,
+    turn_lam: float,
+    gamma: float,
+    lam: float,
+    whiten: bool,
+) -> AdvantageEstimate:
+    """Bi-level GAE (arXiv 2510.16907): over turns, then backwards over the tokens within each.
+
+    V_k is the value at turn k's last trainable token; the turn's advantage ``A_k = delta_k + turn_gamma * turn_lam *
+    A_{k+1}``, ``delta_k = r_k + turn_gamma * V_{k+1} - V_k``, stands on that token, and the others follow from it by
+    ``A_t = r_t + gamma * V_{t+1} - V_t + gamma * lam * A_{t+1}``. Turn ends come from the turns themselves, not from rewards.
+    """
+    last, values = last_of_turn(batch), estimates["value"]
+    high = torch.zeros_like(values)
+    everything = torch.ones_like(batch.trajectory[last], dtype=torch.bool)
+    high[last] = gae(
+        batch.reward[last], values[last], everything, batch.trajectory[last], gamma=turn_gamma, lam=turn_lam
+    )
+    # Token GAE of one turn whose last delta is A_k: a "reward" of A_k + V_k, and nothing after it.
+    closing = torch.where(last, high + values, batch.reward)
+    raw = gae(closing, values, batch.trainable, batch.turn, gamma=gamma, lam=lam)
+    target = HeadTarget(torch.where(batch.trainable, raw + values, 0.0), batch.trainable)
+    return AdvantageEstimate(_whitened(raw, batch, whiten), {"value": target}, {})
+
+
+def from_entropy_gae(
+    batch: TokenBatch,
+    estimates: Estimates,
+    state: State,
+    *,
+    gamma: float,
+    lam: float,
+    entropy_gamma: float,
+    entropy_lam: float,
+    budget: float,
+    multiplier_rate: float,
+    whiten: bool,
+) -> AdvantageEstimate:
+    """After TECRL (arXiv 2511.11592): ``A_reward + c * A_entropy``, each by GAE with a value function of its own.
+
+    In the second ``(1 - entropy_gamma) * H_t`` is a token's "reward", so that values are on the scale of H. c starts at 0 and moves by ``multiplier_rate *
+    (budget - H / H_0)`` an iteration, never below 0; H is the mean token entropy, H_0 the first iteration's.
+    """
+    entropy = float(batch.entropy[batch.trainable].mean()) if bool(batch.trainable.any()) else 0.0
+    first = state.get("first_entropy", entropy)
+    relative = entropy / first if first > 0 else 0.0
+    multiplier = max(0.0, state.get("multiplier", 0.0) + multiplier_rate * (budget - relative))
+    advantage, targets = torch.zeros_like(batch.reward), {}
+    own = torch.where(batch.trainable, (1 - entropy_gamma) * batch.entropy, 0.0)
+    parts = (
+        ("value", batch.reward, gamma, lam, 1.0),
+        ("entropy_value", own, entropy_gamma, entropy_lam, multiplier),
+    )
+    for name, earned, discount, trace, factor in parts:
+        values = estimates[name]
+        raw = gae(earned, values, batch.trainable, batch.trajectory, gamma=discount, lam=trace)
+        targets[name] = HeadTarget(torch.where(batch.trainable, raw + values, 0.0), batch.trainable)
+        advantage = advantage + factor * _whitened(raw, batch, whiten)
+    return AdvantageEstimate(advantage, targets, {"first_entropy": first, "multiplier": multiplier})
+
+
+def from_soft_q(batch: TokenBatch, estimates: Estimates, state: State, *, gamma: float) -> AdvantageEstimate:
+    """ETPO (arXiv 2402.06700): soft Bellman targets, token by token.
+
+    With ``S(x) = V(x) - b KL(x)`` of the prefix x in which a token is chosen (``soft_value`` of the estimates):
+    ``y_j = S(x_{j+1})`` inside a response, ``y_K = reward + gamma * S(s')`` at its end, and ``reward`` alone at the
+    episode's. The policy learns from Q itself; ``A_t = Q(x_t, w_t) - S(x_t)`` is there for weights that ask for it.
+    """
+    soft, taken = estimates["soft_value"], estimates["taken"]
+    chosen = batch.trainable
+    index = torch.nonzero(chosen).squeeze(-1)
+    following = torch.zeros_like(soft[index])
+    following[:-1] = torch.where(batch.trajectory[index][1:] == batch.trajectory[index][:-1], soft[index][1:], 0.0)
+    factor = torch.where(last_of_turn(batch)[index], gamma, 1.0).to(soft.dtype)
+    target = torch.zeros_like(soft)
+    target[index] = batch.reward[index] + factor * following
+    return AdvantageEstimate(torch.where(chosen, taken - soft, 0.0), {"q": HeadTarget(target, chosen)}, {})
+
+
+def scaled_by_entropy(batch: TokenBatch, advantage: Float[Tensor, " n"], scale: float) -> Float[Tensor, " n"]:
+    """AEPO (arXiv 2510.14545): ``A_t * (1 + scale * z(H_t))`` over the batch's trainable tokens."""
+    return advantage * (1 + scale * whiten(batch.entropy, batch.trainable)) if scale else advantage
+
+
+def turn_rewards(batch: TokenBatch) -> Float[Tensor, " t"]:
+    """Sum of the rewards on each turn's tokens."""
+    inside = batch.turn >= 0
+    total = torch.zeros(len(batch.turn_trajectory), dtype=batch.reward.dtype)
+    return total.index_add_(0, batch.turn[inside], batch.reward[inside])
+
+
+def discounted_returns(reward: Float[Tensor, " t"], owner: Int[Tensor, " t"], gamma: float) -> Float[Tensor, " t"]:
+    """``sum_{j >= k} gamma^(j-k) r_j`` over later entries of the same owner (non-decreasing)."""
+    everything = torch.ones_like(owner, dtype=torch.bool)
+    return gae(reward, torch.zeros_like(reward), everything, owner, gamma=gamma, lam=1.0)
+
+
+def first_of_turn(batch: TokenBatch) -> Bool[Tensor, " n"]:
+    """The first trainable token of each turn."""
+    return _edge_of_turn(batch, slice(1, None), slice(None, -1))
+
+
+def last_of_turn(batch: TokenBatch) -> Bool[Tensor, " n"]:
+    """The last trainable token of each turn."""
+    return _edge_of_turn(batch, slice(None, -1), slice(1, None))
+
+
+def _edge_of_turn(batch: TokenBatch, here: slice, there: slice) -> Bool[Tensor, " n"]:
+    index = torch.nonzero(batch.trainable).squeeze(-1)
+    turn = batch.turn[index]
+    edge = torch.ones_like(turn, dtype=torch.bool)
+    edge[here] = turn[here] != turn[there]
+    mask = torch.zeros_like(batch.trainable)
+    mask[index[edge]] = True
+    return mask
+
+
+def _whitened(raw: Float[Tensor, " n"], batch: TokenBatch, wanted: bool) -> Float[Tensor, " n"]:
+    return whiten(raw, batch.trainable) if wanted else raw

@@ -1,4 +1,9 @@
-"""Slot S4, second half: what divides the weighted sum of token losses."""
+"""Slot S4, second half: what divides the weighted sum of token losses.
+
+Each function gives the factors c_t with which a minibatch's loss is ``sum_t c_t * loss_t``. Arguments: the token weights of
+one minibatch, 0 where not trainable; which tokens are trainable; the index of each token's trajectory. Factors are 0
+where the weight is, and all 0 if nothing has weight.
+"""
 
 from __future__ import annotations
 
@@ -7,30 +12,36 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
-def coefficients(
-    weights: Float[Tensor, " n"], trainable: Bool[Tensor, " n"], trajectory: Int[Tensor, " n"], aggregation: str
+def weight_sum(
+    weights: Float[Tensor, " n"], trainable: Bool[Tensor, " n"], trajectory: Int[Tensor, " n"]
 ) -> Float[Tensor, " n"]:
-    """Per-token factors c_t with which a minibatch's loss is ``sum_t c_t * loss_t``.
+    """``w_t / sum w`` (ActFocus, arXiv 2605.14558); with w = 1 the token mean."""
+    return weights / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
 
-    * ``weight_sum``: ``w_t / sum w`` (ActFocus, arXiv 2605.14558; with w = 1 the token mean);
-    * ``token_mean``: ``w_t / n`` with n trainable tokens;
-    * ``sequence_mean``: each trajectory's weighted mean, then the mean over trajectories (GRPO, arXiv 2402.03300).
 
-    Args:
-        weights: token weights of one minibatch, 0 where not trainable.
-        trainable: the policy chose this token.
-        trajectory: index of its trajectory.
-        aggregation: one of the three.
+def token_mean(
+    weights: Float[Tensor, " n"], trainable: Bool[Tensor, " n"], trajectory: Int[Tensor, " n"]
+) -> Float[Tensor, " n"]:
+    """``w_t / n`` with n trainable tokens."""
+    return weights / trainable.sum().clamp_min(1)
 
-    Returns:
-        Factors, 0 where not trainable; all 0 if nothing has weight.
-    """
-    if aggregation == "weight_sum":
-        return weights / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
-    if aggregation == "token_mean":
-        return weights / trainable.sum().clamp_min(1)
-    totals = torch.zeros(int(trajectory.max()) + 1, dtype=weights.dtype).index_add_(0, trajectory, weights)
+
+def sequence_mean(
+    weights: Float[Tensor, " n"], trainable: Bool[Tensor, " n"], trajectory: Int[Tensor, " n"]
+) -> Float[Tensor, " n"]:
+    """Each trajectory's weighted mean, then the mean over the trajectories that have weight (GRPO, arXiv 2402.03300)."""
+    totals = torch.zeros(_trajectories(trajectory), dtype=weights.dtype).index_add_(0, trajectory, weights)
     alive = (totals > 0).sum().clamp_min(1)
-    return (
-        torch.where(weights > 0, weights / totals[trajectory].clamp_min(torch.finfo(weights.dtype).tiny), 0.0) / alive
-    )
+    tiny = torch.finfo(weights.dtype).tiny
+    return torch.where(weights > 0, weights / totals[trajectory].clamp_min(tiny), 0.0) / alive
+
+
+def constant(
+    weights: Float[Tensor, " n"], trainable: Bool[Tensor, " n"], trajectory: Int[Tensor, " n"], *, tokens: float
+) -> Float[Tensor, " n"]:
+    """``w_t / (e * tokens)`` with e trajectories: long responses are not blamed less (Dr. GRPO, arXiv 2503.20783)."""
+    return weights / (max(1, _trajectories(trajectory)) * tokens)
+
+
+def _trajectories(trajectory: Int[Tensor, " n"]) -> int:
+    return int(trajectory.max()) + 1 if len(trajectory) else 0

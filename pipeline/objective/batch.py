@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 import torch
@@ -14,7 +14,7 @@ from pipeline.trajectory import Role, Trajectories
 
 @dataclass(frozen=True)
 class TokenBatch:
-    """N tokens of E trajectories, prompts and observations included, in order."""
+    """N tokens of E trajectories, prompts and observations included, in order; T turns."""
 
     role: Int[Tensor, " n"]
     """A ``Role`` per token."""
@@ -22,20 +22,36 @@ class TokenBatch:
     """The policy chose this token; all other tokens have advantage and weight 0."""
     trajectory: Int[Tensor, " n"]
     """Index of the token's trajectory, non-decreasing."""
+    turn: Int[Tensor, " n"]
+    """Index of the turn whose response holds the token, over all trajectories; -1 outside responses."""
+    turn_trajectory: Int[Tensor, " t"]
+    """Index of each turn's trajectory, non-decreasing."""
+    turn_state: Int[Tensor, " t"]
+    """Index of the environment's state before each turn: equal where group and ``state_key`` are."""
     group: Int[Tensor, " e"]
     """Index of each trajectory's group."""
+    success: Bool[Tensor, " e"]
+    """The trajectory's episode succeeded."""
     returns: Float[Tensor, " e"]
     """Sum of rewards per trajectory."""
     reward: Float[Tensor, " n"]
     """Each turn's reward on its last trainable token."""
     logprob: Float[Tensor, " n"]
     """Behaviour policy, 0 where not trainable."""
+    entropy: Float[Tensor, " n"]
+    """Behaviour policy, nats; 0 where not trainable."""
     energy: Float[Tensor, " n"]
     """-logsumexp of the reference policy's raw logits."""
     ref_logprob: Float[Tensor, " n"]
     """Reference policy."""
     ref_entropy: Float[Tensor, " n"]
     """Reference policy, nats."""
+    noise: Float[Tensor, " n"]
+    """A named uniform draw from [0, 1) per token, for slots that choose at random."""
+    iteration: int = 0
+    """Of the training, from 0."""
+    advantage: Float[Tensor, " n"] = field(default_factory=lambda: torch.zeros(0))
+    """A_t, once S3 has been asked."""
 
     def of(self, *roles: Role) -> Bool[Tensor, " n"]:
         """Mask of the trainable tokens with one of these roles."""
@@ -47,9 +63,19 @@ class TokenBatch:
         """E, the number of trajectories."""
         return len(self.returns)
 
+    def per_trajectory(self, values: Float[Tensor, " n"]) -> Float[Tensor, " e"]:
+        """Sums over each trajectory's trainable tokens."""
+        chosen = torch.where(self.trainable, values, 0.0)
+        return torch.zeros(self.trajectories, dtype=values.dtype).index_add_(0, self.trajectory, chosen)
 
-def token_batch(trajectories: Trajectories) -> TokenBatch:
+
+def token_batch(trajectories: Trajectories, draws: np.random.Generator, iteration: int = 0) -> TokenBatch:
     """Flat tensors of annotated trajectories.
+
+    Args:
+        trajectories: annotated.
+        draws: named generator of the slots' random choices.
+        iteration: of the training.
 
     Raises:
         ValueError: they are not annotated.
@@ -60,6 +86,12 @@ def token_batch(trajectories: Trajectories) -> TokenBatch:
     assert trajectories.energy is not None
     assert trajectories.ref_logprob is not None
     assert trajectories.ref_entropy is not None
+    owner = np.repeat(np.arange(len(trajectories)), np.diff(trajectories.turn_offsets))
+    visited: dict[tuple[int, str], int] = {}
+    states = [
+        visited.setdefault((int(group), key), len(visited))
+        for group, key in zip(trajectories.groups[owner], trajectories.turns["state_key"], strict=True)
+    ]
 
     def tensor(values: np.ndarray, dtype: torch.dtype) -> Tensor:
         return torch.from_numpy(np.array(values)).to(dtype)
@@ -68,11 +100,26 @@ def token_batch(trajectories: Trajectories) -> TokenBatch:
         role=tensor(trajectories.role, torch.long),
         trainable=tensor(trajectories.sampled, torch.bool),
         trajectory=tensor(trajectories.token_episode, torch.long),
+        turn=tensor(trajectories.token_turn(), torch.long),
+        turn_trajectory=tensor(owner, torch.long),
+        turn_state=torch.tensor(states, dtype=torch.long),
         group=tensor(trajectories.groups, torch.long),
+        success=tensor(np.array(trajectories.episodes["success"]), torch.bool),
         returns=tensor(trajectories.returns, torch.float32),
         reward=tensor(trajectories.token_rewards(), torch.float32),
         logprob=tensor(trajectories.logprob, torch.float32),
+        entropy=tensor(trajectories.entropy, torch.float32),
         energy=tensor(trajectories.energy, torch.float32),
         ref_logprob=tensor(trajectories.ref_logprob, torch.float32),
         ref_entropy=tensor(trajectories.ref_entropy, torch.float32),
+        noise=tensor(draws.random(len(trajectories.role), dtype=np.float32), torch.float32),
+        iteration=iteration,
     )
+
+
+def positions(batch: TokenBatch) -> Int[Tensor, " n"]:
+    """How many trainable tokens of its trajectory come before each token."""
+    seen = batch.trainable.long().cumsum(0) - batch.trainable.long()
+    first = torch.full((batch.trajectories,), len(seen), dtype=torch.long)
+    first = first.scatter_reduce(0, batch.trajectory, seen, "amin")
+    return seen - first[batch.trajectory]

@@ -9,6 +9,11 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 
+def all_groups(returns: Float[Tensor, " e"], group: Int[Tensor, " e"]) -> Bool[Tensor, " e"]:
+    """Keep every trajectory."""
+    return torch.ones_like(returns, dtype=torch.bool)
+
+
 def group_deviation(returns: Float[Tensor, " e"], group: Int[Tensor, " e"]) -> Float[Tensor, " g"]:
     """Population standard deviation of the returns within each group; exactly 0 where all are equal."""
     groups = int(group.max()) + 1

@@ -1,117 +1,230 @@
-"""Composing a method from its slots: the one place where settings meet functions."""
+"""Composing a method from its slots: the tables in which settings meet functions. Nothing else dispatches on a choice.
+
+A function's keyword arguments are its section's settings. To add a choice: its section in ``pipeline/slots.py``, its
+function in the slot's file, and one entry here. ``python -m pipeline.objective.methods`` prints a params file's methods.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import argparse
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, NamedTuple
 
-import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pipeline.config import GAE, ActFocusWeight, GroupAdvantage, Method, RewardVariance
-from pipeline.objective import advantages, filters, regularisers, surrogates, weights
+from pipeline import slots
+from pipeline.config import load
+from pipeline.objective import advantages, aggregation, filters, regularisers, rewards, surrogates, weights
+from pipeline.objective.advantages import AdvantageEstimate, Estimates, State
 from pipeline.objective.batch import TokenBatch
+from pipeline.objective.regularisers import EntropyTerms
+from pipeline.objective.surrogates import Plan, Surrogate, SurrogateLoss, UpdateTokens
+from pipeline.section import Section
+
+REWARDS: dict[type[Section], Callable[..., Tensor]] = {
+    slots.PlainReward: rewards.plain,
+    slots.TokenEntropyReward: rewards.token_entropy,
+    slots.SequenceEntropyReward: rewards.sequence_entropy,
+    slots.EntropyRateReward: rewards.entropy_rate,
+    slots.ReferenceKLReward: rewards.reference_kl,
+}
+FILTERS: dict[type[Section], Callable[..., Tensor]] = {
+    slots.AllGroups: filters.all_groups,
+    slots.RewardVariance: filters.reward_variance,
+}
+ADVANTAGES: dict[type[Section], Callable[..., AdvantageEstimate]] = {
+    slots.GroupAdvantage: advantages.from_group,
+    slots.TokenGroupAdvantage: advantages.from_token_group,
+    slots.StepGroupAdvantage: advantages.from_step_group,
+    slots.GAE: advantages.from_gae,
+    slots.TurnGAE: advantages.from_turn_gae,
+    slots.BilevelGAE: advantages.from_bilevel_gae,
+    slots.EntropyGAE: advantages.from_entropy_gae,
+    slots.SoftQ: advantages.from_soft_q,
+}
+WEIGHTS: dict[type[Section], Callable[..., Tensor]] = {
+    slots.UniformWeight: weights.uniform_weights,
+    slots.ActFocusWeight: weights.actfocus_weights,
+    slots.RoleRampWeight: weights.role_ramp,
+    slots.TopEntropyWeight: weights.top_entropy,
+    slots.SpuriousMaskWeight: weights.spurious_mask,
+    slots.AttenuatedWeight: weights.attenuated,
+    slots.PivotWeight: weights.pivots,
+}
+AGGREGATIONS: dict[type[Section], Callable[..., Tensor]] = {
+    slots.WeightSum: aggregation.weight_sum,
+    slots.TokenMean: aggregation.token_mean,
+    slots.SequenceMean: aggregation.sequence_mean,
+    slots.ConstantNormaliser: aggregation.constant,
+}
+SURROGATES: dict[type[Section], Surrogate] = {
+    slots.PPOClip: Surrogate(surrogates.token_clip),
+    slots.SequenceClip: Surrogate(surrogates.sequence_clip),
+    slots.DetachedClip: Surrogate(surrogates.detached_clip),
+    slots.StraightThroughClip: Surrogate(surrogates.straight_through_clip),
+    slots.CovarianceClip: Surrogate(surrogates.covariance_clip, surrogates.plan_covariance_clip),
+    slots.CovarianceKL: Surrogate(surrogates.covariance_kl, surrogates.plan_covariance_kl),
+    slots.BalancedClip: Surrogate(surrogates.balanced_clip, surrogates.plan_balanced_clip),
+    slots.SoftQSurrogate: Surrogate(surrogates.soft_q),
+}
+REGULARISERS: dict[type[Section], Callable[..., tuple[EntropyTerms, dict[str, float]]]] = {
+    slots.FixedRegulariser: regularisers.fixed,
+    slots.EntropyBand: regularisers.entropy_band,
+    slots.EntropyTarget: regularisers.entropy_target,
+}
 
 
-def select_groups(method: Method, returns: Float[Tensor, " e"], group: Tensor) -> Bool[Tensor, " e"]:
+def settings(section: Section, *elsewhere: str) -> dict[str, Any]:
+    """A section's settings as keyword arguments, but for its ``kind`` and those that are used elsewhere."""
+    return {name: getattr(section, name) for name in type(section).model_fields if name not in ("kind", *elsewhere)}
+
+
+def select_groups(method: slots.Method, returns: Float[Tensor, " e"], group: Int[Tensor, " e"]) -> Bool[Tensor, " e"]:
     """S2: which trajectories the iteration trains on."""
-    if isinstance(method.filter, RewardVariance):
-        return filters.reward_variance(returns, group, method.filter.keep)
-    return torch.ones_like(returns, dtype=torch.bool)
+    return FILTERS[type(method.filter)](returns, group, **settings(method.filter))
 
 
-def token_advantages(method: Method, batch: TokenBatch, values: Float[Tensor, " n"] | None) -> AdvantageEstimate:
-    """S3: advantages of all tokens, and the targets of the critic if the method has one.
+def shape_rewards(method: slots.Method, batch: TokenBatch) -> TokenBatch:
+    """S7: the batch with reshaped rewards and their returns."""
+    reward = REWARDS[type(method.reward)](batch, **settings(method.reward))
+    return batch if reward is batch.reward else replace(batch, reward=reward, returns=batch.per_trajectory(reward))
+
+
+def token_advantages(
+    method: slots.Method, batch: TokenBatch, estimates: Estimates, state: State | None = None
+) -> AdvantageEstimate:
+    """S3: advantages of all tokens, the targets of the method's heads, and what an adaptive advantage will remember.
 
     Args:
         method: the row of slots.
-        batch: the trajectories that passed the filter.
-        values: the critic's, needed by GAE.
+        batch: the trajectories that passed the filter, rewards reshaped.
+        estimates: what the heads say of each token.
+        state: what the advantage remembers.
+
+    Raises:
+        ValueError: a head's estimate is missing.
     """
-    slot = method.advantage
-    if isinstance(slot, GroupAdvantage):
-        per_trajectory = advantages.group_advantage(
-            batch.returns, batch.group, std=slot.std, ddof=slot.ddof, eps=slot.eps
-        )
-        return AdvantageEstimate(advantages.to_tokens(per_trajectory, batch.trajectory, batch.trainable), None)
-    assert isinstance(slot, GAE)
-    if values is None:
-        raise ValueError("GAE needs a critic's values")
-    estimate = advantages.gae(batch.reward, values, batch.trainable, batch.trajectory, gamma=slot.gamma, lam=slot.lam)
-    targets = torch.where(batch.trainable, estimate + values, 0.0)
-    return AdvantageEstimate(advantages.whiten(estimate, batch.trainable) if slot.whiten else estimate, targets)
+    section = method.advantage
+    missing = [name for name in section.heads() if name not in estimates]
+    if missing and not estimates:
+        raise ValueError(f"advantage {section.kind} needs the estimates of its heads: {', '.join(missing)}")
+    elsewhere = (*(name for name, field in section if isinstance(field, slots.Head)), "entropy_scale")
+    estimate = ADVANTAGES[type(section)](batch, estimates, state or {}, **settings(section, *elsewhere))
+    return estimate._replace(advantage=advantages.scaled_by_entropy(batch, estimate.advantage, section.entropy_scale))
 
 
-class AdvantageEstimate(NamedTuple):
-    """Advantages, and what the critic shall predict (None without a critic)."""
-
-    advantage: Float[Tensor, " n"]
-    value_target: Float[Tensor, " n"] | None
+def token_weights(method: slots.Method, batch: TokenBatch) -> Float[Tensor, " n"]:
+    """S4: weights of all tokens; the batch knows its advantages."""
+    return WEIGHTS[type(method.weight)](batch, **settings(method.weight))
 
 
-def token_weights(method: Method, batch: TokenBatch) -> Float[Tensor, " n"]:
-    """S4: weights of all tokens."""
-    slot = method.weight
-    if isinstance(slot, ActFocusWeight):
-        return weights.actfocus_weights(
-            batch,
-            alpha=slot.reasoning_downweight,
-            beta=slot.redistribution_strength,
-            tau=slot.redistribution_temperature,
-            form=slot.form,
-            signal=slot.signal,
-            think_tag=slot.think_tag_weight,
-            answer_tag=slot.answer_tag_weight,
-            malformed=slot.malformed_weight,
-        )
-    return weights.uniform_weights(batch)
+def coefficients(
+    method: slots.Method,
+    weight: Float[Tensor, " n"],
+    trainable: Bool[Tensor, " n"],
+    trajectory: Int[Tensor, " n"],
+) -> Float[Tensor, " n"]:
+    """S4: the factors c_t of a minibatch."""
+    section = method.aggregation
+    return AGGREGATIONS[type(section)](weight, trainable, trajectory, **settings(section))
+
+
+def surrogate_plan(method: slots.Method) -> Callable[[UpdateTokens], Plan] | None:
+    """S5: what the surrogate must know of a whole minibatch before its loss; None if nothing."""
+    section = method.surrogate
+    function = SURROGATES[type(section)].plan
+    return None if function is None else lambda tokens: function(tokens, **settings(section))
+
+
+def entropy_terms(
+    method: slots.Method, batch: TokenBatch, state: State | None = None
+) -> tuple[EntropyTerms, dict[str, float]]:
+    """S6: entropy terms of all tokens, and what an adaptive regulariser will remember."""
+    section = method.regulariser
+    elsewhere = ("kl", "kl_estimator", "skip_above_kl")
+    return REGULARISERS[type(section)](batch, state or {}, **settings(section, *elsewhere))
+
+
+def surrogate_loss(method: slots.Method, tokens: UpdateTokens, plan: Plan | None) -> SurrogateLoss:
+    """S5: the loss of each token; ``plan`` holds their rows of the surrogate's plan, if it has one."""
+    section = method.surrogate
+    return SURROGATES[type(section)].loss(tokens, plan, **settings(section))
 
 
 class PolicyLoss(NamedTuple):
-    """Scalars to minimise and to look at."""
+    """Scalars to minimise and to look at: sums over the given tokens, to be added up over the pieces of a minibatch."""
 
     total: Float[Tensor, ""]
     surrogate: Float[Tensor, ""]
     entropy: Float[Tensor, ""]
     kl: Float[Tensor, ""]
     clipped: Float[Tensor, ""]
-    """Weighted sums over the given tokens, to be added up over the pieces of a minibatch."""
+    moved: Float[Tensor, ""]
+    """KL of the policy from the behaviour policy (k3)."""
 
 
-def policy_loss(
-    method: Method,
-    *,
-    logprob: Float[Tensor, " n"],
-    entropy: Float[Tensor, " n"],
-    logprob_old: Float[Tensor, " n"],
-    ref_logprob: Float[Tensor, " n"],
-    advantage: Float[Tensor, " n"],
-    coefficient: Float[Tensor, " n"],
-    tokens: int,
-) -> PolicyLoss:
-    """S5 and S6 on trainable tokens: ``sum_t c_t * surrogate_t - c_H * mean H + c_KL * mean KL``.
+def policy_loss(method: slots.Method, tokens: UpdateTokens, plan: Plan | None, count: int) -> PolicyLoss:
+    """S5 and S6: ``sum_t c_t * surrogate_t + mean entropy loss + c_KL * mean KL``.
 
-    The two means are over tokens whatever the token weights are, as the paper leaves these terms untouched.
+    The means are over tokens whatever the token weights are, as ActFocus's paper leaves these terms untouched.
 
     Args:
         method: the row of slots.
-        logprob: of the policy, with gradient.
-        entropy: of the policy, with gradient.
-        logprob_old: of the behaviour policy.
-        ref_logprob: of the reference policy.
-        advantage: A_t.
-        coefficient: c_t of ``aggregation.coefficients``, computed on the whole minibatch.
-        tokens: trainable tokens of the whole minibatch.
+        tokens: of a minibatch or a piece of it.
+        plan: their rows of the surrogate's plan, if it has one.
+        count: trainable tokens of the whole minibatch.
     """
-    loss, clipped = surrogates.ppo_clip(
-        logprob, logprob_old, advantage, low=method.surrogate.low, high=method.surrogate.high
-    )
-    surrogate = (coefficient * loss).sum()
-    mean_entropy = entropy.sum() / tokens
-    kl = regularisers.kl_penalty(logprob, ref_logprob, method.regulariser.kl_estimator).sum() / tokens
+    regulariser = method.regulariser
+    loss, clipped = surrogate_loss(method, tokens, plan)
+    surrogate = (tokens.coefficient * loss).sum()
     total = surrogate
-    if method.regulariser.entropy:
-        total = total - method.regulariser.entropy * mean_entropy
-    if method.regulariser.kl:
-        total = total + method.regulariser.kl * kl
-    return PolicyLoss(total, surrogate, mean_entropy, kl, clipped.float().sum() / tokens)
+    terms = EntropyTerms(*tokens.entropy_terms.unbind(-1))
+    if bool((terms.bonus != 0).any() | (terms.penalty != 0).any()):
+        total = total + regularisers.entropy_loss(tokens.entropy, terms).sum() / count
+    kl = regularisers.kl_penalty(tokens.logprob, tokens.ref_logprob, regulariser.kl_estimator).sum() / count
+    if regulariser.kl:
+        total = total + regulariser.kl * kl
+    moved = regularisers.kl_penalty(tokens.logprob_old, tokens.logprob.detach(), "k3").sum() / count
+    return PolicyLoss(total, surrogate, tokens.entropy.sum() / count, kl, clipped.float().sum() / count, moved)
+
+
+SLOTS = ("reward", "filter", "advantage", "weight", "aggregation", "surrogate", "regulariser")
+
+
+def described(method: slots.Method) -> dict[str, str]:
+    """Each slot's choice with its settings, as in params.yaml."""
+    return {slot: _written(getattr(method, slot)) for slot in SLOTS}
+
+
+def method_table(methods: Mapping[str, slots.Method], defaults: slots.Method) -> str:
+    """One paragraph per method: name, status, source, and the slots in which it differs from the defaults."""
+    usual, lines = described(defaults), []
+    for name, method in methods.items():
+        lines.append(f"{name}  [{method.status}]  {method.source}".rstrip())
+        own = {slot: text for slot, text in described(method).items() if text != usual[slot]}
+        lines += [f"    {slot:<12}{text}" for slot, text in own.items()] or ["    the defaults"]
+        lines.append(f"    {'step':<12}learning_rate {method.learning_rate:g}")
+    lines += ["defaults", *(f"    {slot:<12}{text}" for slot, text in usual.items())]
+    return "\n".join(lines)
+
+
+def _written(section: Section) -> str:
+    parts = []
+    for name, value in section:
+        if name == "kind":
+            continue
+        if isinstance(value, Section):
+            parts.append(f"{name} ({_written(value)})")
+        else:
+            parts.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}")
+    kind = getattr(section, "kind", "")
+    return f"{kind}: {', '.join(parts)}" if parts else str(kind)
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description="Print the methods of a params file: slots, settings, source, status.")
+    parser.add_argument("--params", default="presets/methods/params.yaml")
+    config = load(parser.parse_args().params)
+    print(method_table(config.methods, config.method_defaults))

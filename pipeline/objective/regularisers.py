@@ -1,10 +1,97 @@
-"""Slot S6: terms added to the loss."""
+"""Slot S6: terms added to the loss.
+
+A choice gives every token its entropy terms, once per iteration and from what it has kept of earlier ones; the loss of these
+terms is the same for all.
+"""
 
 from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
+
+from pipeline.objective.batch import TokenBatch
+
+
+class EntropyTerms(NamedTuple):
+    """Per token: the bonus's coefficient, and a penalty per nat outside a band."""
+
+    bonus: Float[Tensor, " n"]
+    penalty: Float[Tensor, " n"]
+    low: Float[Tensor, " n"]
+    high: Float[Tensor, " n"]
+
+
+State = Mapping[str, float]
+"""What an adaptive regulariser has kept from earlier iterations; empty at first."""
+
+
+def entropy_loss(entropy: Float[Tensor, " n"], terms: EntropyTerms) -> Float[Tensor, " n"]:
+    """``-bonus * H + penalty * (max(0, low - H) + max(0, H - high))``."""
+    outside = (terms.low - entropy).clamp_min(0) + (entropy - terms.high).clamp_min(0)
+    return terms.penalty * outside - terms.bonus * entropy
+
+
+def fixed(batch: TokenBatch, state: State, *, entropy: float) -> tuple[EntropyTerms, dict[str, float]]:
+    """The same bonus on every token."""
+    return _without_band(torch.full_like(batch.entropy, entropy)), {}
+
+
+def entropy_band(
+    batch: TokenBatch, state: State, *, entropy: float, penalty: float, low: float, high: float
+) -> tuple[EntropyTerms, dict[str, float]]:
+    """EPO (arXiv 2509.22576): a band of ``low`` to ``high`` times the mean entropy of the same turn in earlier iterations.
+
+    The mean is over all tokens of a turn's number in all earlier iterations; a turn that has none has no band.
+    """
+    inside = batch.trainable & (batch.turn >= 0)
+    number = torch.zeros_like(batch.turn)
+    if len(batch.turn_trajectory):
+        index = torch.arange(len(batch.turn_trajectory))
+        first = torch.full((batch.trajectories,), len(index), dtype=torch.long)
+        first = first.scatter_reduce(0, batch.turn_trajectory, index, "amin")
+        number = (index - first[batch.turn_trajectory])[batch.turn.clamp_min(0)]
+    terms = _without_band(torch.full_like(batch.entropy, entropy))
+    kept = dict(state)
+    for turn in sorted(set(number[inside].tolist())):
+        own = inside & (number == turn)
+        total, count = (state.get(f"turn_{turn}_{key}", 0.0) for key in ("entropy", "tokens"))
+        if count:
+            mean = total / count
+            terms.penalty[own], terms.low[own], terms.high[own] = penalty, low * mean, high * mean
+        kept[f"turn_{turn}_entropy"] = total + float(batch.entropy[own].double().sum())
+        kept[f"turn_{turn}_tokens"] = count + float(own.sum())
+    return terms, kept
+
+
+def entropy_target(
+    batch: TokenBatch, state: State, *, entropy: float, target: float, rate: float, largest: float, hardness: float
+) -> tuple[EntropyTerms, dict[str, float]]:
+    """After the idea of AER (arXiv 2510.10959); its exact form is not known to us.
+
+    The coefficient starts at ``entropy`` and moves by ``rate * (target * H_0 - H)`` an iteration, within 0 and
+    ``largest``; H is the mean token entropy, H_0 the first iteration's. A token's is larger by ``hardness`` times the
+    failure rate of its group.
+    """
+    chosen = batch.entropy[batch.trainable]
+    mean = float(chosen.mean()) if len(chosen) else 0.0
+    first = state.get("first_entropy", mean)
+    coefficient = entropy
+    if "coefficient" in state:
+        coefficient = min(largest, max(0.0, state["coefficient"] + rate * (target * first - mean)))
+    nothing = torch.zeros(int(batch.group.max()) + 1, dtype=batch.entropy.dtype)
+    members = nothing.index_add(0, batch.group, torch.ones_like(batch.group, dtype=nothing.dtype)).clamp_min(1)
+    failed = nothing.index_add(0, batch.group, (~batch.success).to(nothing.dtype)) / members
+    bonus = coefficient * (1 + hardness * failed[batch.group][batch.trajectory])
+    return _without_band(bonus), {"first_entropy": first, "coefficient": coefficient}
+
+
+def _without_band(bonus: Float[Tensor, " n"]) -> EntropyTerms:
+    nothing = torch.zeros_like(bonus)
+    return EntropyTerms(bonus, nothing.clone(), nothing - torch.inf, nothing + torch.inf)
 
 
 def kl_penalty(logprob: Float[Tensor, " n"], ref_logprob: Float[Tensor, " n"], estimator: str) -> Float[Tensor, " n"]:

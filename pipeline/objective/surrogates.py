@@ -1,28 +1,72 @@
-"""Slot S5: ratio and advantage to a per-token loss."""
+"""Slot S5: ratio and advantage to a per-token loss.
+
+A choice is a function of the update's tokens. Where it needs to know the whole minibatch (which tokens have the highest
+covariance, how far bounds must move), a second function plans that before the minibatch is cut into pieces, from all its
+tokens as the policy now scores them; the loss is then given its tokens' rows of the plan.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+
+@dataclass(frozen=True)
+class UpdateTokens:
+    """The m trainable tokens of a minibatch, or of a piece of it that holds whole trajectories."""
+
+    logprob: Float[Tensor, " m"]
+    """Of the policy; with gradient in a loss, without in a plan."""
+    entropy: Float[Tensor, " m"]
+    """Of the policy, nats; likewise."""
+    logprob_old: Float[Tensor, " m"]
+    """Of the behaviour policy."""
+    ref_logprob: Float[Tensor, " m"]
+    """Of the reference policy."""
+    advantage: Float[Tensor, " m"]
+    """A_t."""
+    coefficient: Float[Tensor, " m"]
+    """c_t of the aggregation, computed on the whole minibatch."""
+    entropy_terms: Float[Tensor, "m 4"]
+    """Columns of ``regularisers.EntropyTerms``."""
+    noise: Float[Tensor, " m"]
+    """A named uniform draw from [0, 1)."""
+    trajectory: Int[Tensor, " m"]
+    """Index of the token's trajectory, from 0, non-decreasing."""
+    soft: Float[Tensor, " m"] | None = None
+    """``sum_v pi(v) (b log(pi(v) / ref(v)) - Q(v))``, for methods with a Q function."""
+
+
+Plan = Float[Tensor, "m k"]
 
 
 class SurrogateLoss(NamedTuple):
     """Loss per token, and which tokens lost their gradient to clipping."""
 
-    loss: Float[Tensor, " n"]
-    clipped: Bool[Tensor, " n"]
+    loss: Float[Tensor, " m"]
+    clipped: Bool[Tensor, " m"]
+
+
+class Surrogate(NamedTuple):
+    """A choice of S5: its loss, and its plan if it needs one. Settings are passed as keyword arguments."""
+
+    loss: Callable[..., SurrogateLoss]
+    plan: Callable[..., Plan] | None = None
 
 
 def ppo_clip(
-    logprob: Float[Tensor, " n"],
-    logprob_old: Float[Tensor, " n"],
-    advantage: Float[Tensor, " n"],
+    logprob: Float[Tensor, " m"],
+    logprob_old: Float[Tensor, " m"],
+    advantage: Float[Tensor, " m"],
     *,
-    low: float,
-    high: float,
+    low: float | Tensor,
+    high: float | Tensor,
 ) -> SurrogateLoss:
     """PPO's clipped surrogate with two bounds (arXiv 1707.06347, eq. 7; arXiv 2503.14476).
 
@@ -30,5 +74,132 @@ def ppo_clip(
     """
     ratio = torch.exp(logprob - logprob_old)
     plain = ratio * advantage
-    bounded = ratio.clamp(1 - low, 1 + high) * advantage
+    bounded = ratio.clamp(1 - low, 1 + high) * advantage  # type: ignore[arg-type]
     return SurrogateLoss(-torch.minimum(plain, bounded), bounded < plain)
+
+
+def token_clip(tokens: UpdateTokens, plan: Plan | None, *, low: float, high: float) -> SurrogateLoss:
+    """``ppo_clip`` token by token."""
+    return ppo_clip(tokens.logprob, tokens.logprob_old, tokens.advantage, low=low, high=high)
+
+
+def sequence_clip(tokens: UpdateTokens, plan: Plan | None, *, low: float, high: float) -> SurrogateLoss:
+    """GSPO (arXiv 2507.18071): PPO's surrogate with one ratio per trajectory, ``s = exp(mean_t log r_t)``.
+
+    In the token form ``s_t = sg(s) * pi / sg(pi)``, which for equal advantages within a trajectory has GSPO's value and
+    gradient under a mean over tokens, and lets advantages differ.
+    """
+    shift = tokens.logprob - tokens.logprob_old
+    trajectories = int(tokens.trajectory.max()) + 1 if len(shift) else 0
+    nothing = torch.zeros(trajectories, dtype=shift.dtype, device=shift.device)
+    total = nothing.index_add(0, tokens.trajectory, shift.detach())
+    count = nothing.index_add(0, tokens.trajectory, torch.ones_like(shift)).clamp_min(1)
+    of_sequence = (total / count)[tokens.trajectory] + tokens.logprob - tokens.logprob.detach()
+    return ppo_clip(of_sequence, torch.zeros_like(shift), tokens.advantage, low=low, high=high)
+
+
+def detached_clip(tokens: UpdateTokens, plan: Plan | None, *, low: float, high: float) -> SurrogateLoss:
+    """CISPO (arXiv 2506.13585): ``-sg(clip(r, 1 - low, 1 + high)) * A * log pi``; no token loses its gradient."""
+    ratio = torch.exp(tokens.logprob.detach() - tokens.logprob_old)
+    loss = -ratio.clamp(1 - low, 1 + high) * tokens.advantage * tokens.logprob
+    return SurrogateLoss(loss, torch.zeros_like(ratio, dtype=torch.bool))
+
+
+def straight_through_clip(tokens: UpdateTokens, plan: Plan | None, *, low: float, high: float) -> SurrogateLoss:
+    """AEPO (arXiv 2510.14545): where ``A > 0`` and ``r > 1 + high`` the ratio is ``(1 + high) / sg(r) * r``.
+
+    Its value is clipped, its gradient kept; where ``A < 0`` PPO's lower bound holds.
+    """
+    ratio = torch.exp(tokens.logprob - tokens.logprob_old)
+    above = (tokens.advantage > 0) & (ratio.detach() > 1 + high)
+    below = (tokens.advantage < 0) & (ratio.detach() < 1 - low)
+    held = torch.where(above, (1 + high) / ratio.detach() * ratio, torch.where(below, 1 - low, ratio))
+    return SurrogateLoss(-held * tokens.advantage, below)
+
+
+def covariance(tokens: UpdateTokens) -> Float[Tensor, " m"]:
+    """``(A - mean A) * (log pi - mean log pi)`` over the given tokens (arXiv 2505.22617)."""
+    advantage, logprob = tokens.advantage, tokens.logprob
+    return (advantage - advantage.mean()) * (logprob - logprob.mean())
+
+
+def plan_covariance_clip(
+    tokens: UpdateTokens, *, low: float, high: float, share: float, band: tuple[float, float]
+) -> Plan:
+    """1 on the tokens whose loss is dropped: ``max(1, floor(share * m))`` random ones with covariance in the band."""
+    cov = covariance(tokens)
+    candidates = torch.nonzero((cov > band[0]) & (cov < band[1])).squeeze(-1)
+    room = max(1, math.floor(round(share * len(cov), 9)))
+    dropped = torch.zeros_like(cov)
+    dropped[candidates[torch.argsort(tokens.noise[candidates], stable=True)[:room]]] = 1.0
+    return dropped.unsqueeze(-1)
+
+
+def covariance_clip(
+    tokens: UpdateTokens, plan: Plan, *, low: float, high: float, share: float, band: tuple[float, float]
+) -> SurrogateLoss:
+    """Clip-Cov (arXiv 2505.22617): PPO's surrogate, and nothing on the dropped tokens."""
+    dropped = plan[:, 0] > 0
+    loss, clipped = token_clip(tokens, None, low=low, high=high)
+    return SurrogateLoss(torch.where(dropped, 0.0, loss), clipped | dropped)
+
+
+def plan_covariance_kl(tokens: UpdateTokens, *, share: float, coefficient: float) -> Plan:
+    """1 on the ``max(1, floor(share * m))`` tokens of highest covariance."""
+    cov = covariance(tokens)
+    chosen = torch.zeros_like(cov)
+    room = max(1, math.floor(round(share * len(cov), 9)))
+    chosen[torch.sort(cov, descending=True, stable=True).indices[:room]] = 1.0
+    return chosen.unsqueeze(-1)
+
+
+def covariance_kl(tokens: UpdateTokens, plan: Plan, *, share: float, coefficient: float) -> SurrogateLoss:
+    """KL-Cov (arXiv 2505.22617): ``-r A``, and ``+ coefficient * abs(log pi - log pi_old)`` on the chosen tokens."""
+    shift = tokens.logprob - tokens.logprob_old
+    loss = -torch.exp(shift) * tokens.advantage + coefficient * plan[:, 0] * shift.abs()
+    return SurrogateLoss(loss, torch.zeros_like(plan[:, 0], dtype=torch.bool))
+
+
+def plan_balanced_clip(
+    tokens: UpdateTokens,
+    *,
+    low: tuple[float, float],
+    high: tuple[float, float],
+    step: float,
+    positive_share: float,
+    share_of: str,
+    first: str,
+) -> Plan:
+    """The two bounds of the ratio, on every token.
+
+    From their starts one bound and then the other moves by ``step`` until tokens of positive advantage carry
+    ``positive_share`` of the loss's size ``sum c r |A|`` (of all of it, or of that of negative advantages), or both are
+    at their ends. Only tokens count whose gradient survives: ``r <= high`` for A > 0, ``r >= low`` for A < 0.
+    """
+    ratio = torch.exp(tokens.logprob - tokens.logprob_old)
+    pull = tokens.coefficient * ratio * tokens.advantage.abs()
+    positive, negative = tokens.advantage > 0, tokens.advantage < 0
+    bounds, ends = {"low": low[0], "high": high[0]}, {"low": low[1], "high": high[1]}
+
+    def reached() -> bool:
+        gain = float(pull[positive & (ratio <= bounds["high"])].sum())
+        cost = float(pull[negative & (ratio >= bounds["low"])].sum())
+        return gain >= positive_share * (cost + (gain if share_of == "total" else 0.0))
+
+    for bound in (first, "low" if first == "high" else "high"):
+        while bounds[bound] < ends[bound] and not reached():
+            bounds[bound] = min(ends[bound], bounds[bound] + step)
+    return torch.tensor([bounds["low"], bounds["high"]], dtype=ratio.dtype).expand(len(ratio), 2)
+
+
+def balanced_clip(tokens: UpdateTokens, plan: Plan, **_: Any) -> SurrogateLoss:
+    """BAPO (arXiv 2510.18927): PPO's surrogate with the planned bounds of the ratio."""
+    low, high = 1 - plan[:, 0], plan[:, 1] - 1
+    return ppo_clip(tokens.logprob, tokens.logprob_old, tokens.advantage, low=low, high=high)
+
+
+def soft_q(tokens: UpdateTokens, plan: Plan | None) -> SurrogateLoss:
+    """ETPO (arXiv 2402.06700): the expected soft value that is to be lost; see ``soft.soft_policy_loss``."""
+    if tokens.soft is None:
+        raise ValueError("surrogate soft_q needs a Q function")
+    return SurrogateLoss(tokens.soft, torch.zeros_like(tokens.soft, dtype=torch.bool))

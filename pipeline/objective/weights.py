@@ -1,12 +1,14 @@
-"""Slot S4: the token weight w_t."""
+"""Slot S4: the token weight w_t. Each function gives the weight of every token, 0 where not trainable."""
 
 from __future__ import annotations
+
+import math
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pipeline.objective.batch import TokenBatch
+from pipeline.objective.batch import TokenBatch, positions
 from pipeline.trajectory import Role
 
 EPS = 1e-8
@@ -15,7 +17,7 @@ EPS = 1e-8
 
 def uniform_weights(batch: TokenBatch) -> Float[Tensor, " n"]:
     """1 on trainable tokens, 0 elsewhere."""
-    return batch.trainable.float()
+    return batch.trainable.to(batch.entropy.dtype)
 
 
 def z_score(signal: Float[Tensor, " n"], mask: Bool[Tensor, " n"]) -> Float[Tensor, " n"]:
@@ -27,27 +29,32 @@ def z_score(signal: Float[Tensor, " n"], mask: Bool[Tensor, " n"]) -> Float[Tens
     return torch.where(mask, (signal - chosen.mean()) / sigma, 0.0)
 
 
-def signal_values(batch: TokenBatch, signal: str) -> Float[Tensor, " n"]:
-    """The signals of the ablation (arXiv 2605.14558), higher where more weight shall go."""
+def signal_values(batch: TokenBatch, signal: str, focus: Bool[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """The signals of the ablation (arXiv 2605.14558), higher where more weight shall go.
+
+    ``shuffled_energy`` is a control: the energies of the tokens in ``focus``, in a random order.
+    """
     return {
         "reference_energy": lambda: batch.energy,
         "reference_entropy": lambda: batch.ref_entropy,
         "behaviour_nll": lambda: -batch.logprob,
         "logprob_shift": lambda: batch.logprob - batch.ref_logprob,
+        "shuffled_energy": lambda: _shuffled(batch.energy, focus, batch.noise),
     }[signal]()
 
 
 def actfocus_weights(
     batch: TokenBatch,
     *,
-    alpha: float,
-    beta: float,
-    tau: float,
+    reasoning_downweight: float,
+    redistribution_strength: float,
+    redistribution_temperature: float,
     form: str,
     signal: str,
-    think_tag: float | None = None,
-    answer_tag: float = 1.0,
-    malformed: float | None = None,
+    focus: str = "action",
+    think_tag_weight: float | None = None,
+    answer_tag_weight: float = 1.0,
+    malformed_weight: float | None = None,
 ) -> Float[Tensor, " n"]:
     """ActFocus (arXiv 2605.14558): downweight reasoning, redistribute among action tokens by token energy.
 
@@ -59,34 +66,129 @@ def actfocus_weights(
 
     Args:
         batch: the episodes that passed the filter, before they are split into minibatches.
-        alpha: reasoning downweight, at least 0.
-        beta: redistribution strength, at least 0 (at most 1 for softmax).
-        tau: redistribution temperature, greater than 0.
+        reasoning_downweight: alpha, at least 0.
+        redistribution_strength: beta, at least 0 (at most 1 for softmax).
+        redistribution_temperature: tau, greater than 0.
         form: ``sigmoid`` or ``softmax``.
         signal: see ``signal_values``.
-        think_tag: weight of think tags; None is alpha.
-        answer_tag: weight of answer tags.
-        malformed: weight of text that has left the format; None is alpha.
+        focus: ``action``, or as a control ``reasoning``: the two roles change places.
+        think_tag_weight: of think tags; None is alpha.
+        answer_tag_weight: of answer tags.
+        malformed_weight: of text that has left the format; None is alpha.
 
     Returns:
         Weights, 0 where not trainable.
     """
-    action = batch.of(Role.ACTION)
-    z = z_score(signal_values(batch, signal), action) / tau
+    alpha, beta = reasoning_downweight, redistribution_strength
+    raised_role, other_role = Role.ACTION, Role.REASONING
+    if focus == "reasoning":
+        raised_role, other_role = other_role, raised_role
+    chosen = batch.of(raised_role)
+    z = z_score(signal_values(batch, signal, chosen), chosen) / redistribution_temperature
     if form == "sigmoid":
         raised = 1 + beta * torch.sigmoid(z)
     else:
-        raised = (1 - beta) + beta * _share_of_trajectory(z, action, batch.trajectory, batch.trajectories)
+        raised = (1 - beta) + beta * _share_of_trajectory(z, chosen, batch.trajectory, batch.trajectories)
     fixed = {
-        Role.REASONING: alpha,
-        Role.THINK_TAG: alpha if think_tag is None else think_tag,
-        Role.ANSWER_TAG: answer_tag,
-        Role.OTHER: alpha if malformed is None else malformed,
+        other_role: alpha,
+        Role.THINK_TAG: alpha if think_tag_weight is None else think_tag_weight,
+        Role.ANSWER_TAG: answer_tag_weight,
+        Role.OTHER: alpha if malformed_weight is None else malformed_weight,
     }
-    weights = torch.where(action, raised, 0.0)
+    return torch.where(chosen, raised, _by_role(batch, fixed))
+
+
+def role_ramp(
+    batch: TokenBatch,
+    *,
+    tag: float,
+    action: float,
+    reasoning_start: float,
+    reasoning_growth: float,
+    reasoning_end: float,
+) -> Float[Tensor, " n"]:
+    """ResT (arXiv 2509.21826): weights by role, scaled to a mean of 1 over each trajectory's trainable tokens.
+
+    Reasoning, and text that has left the format, weighs ``min(start + growth * iteration, end)``.
+    """
+    reasoning = min(reasoning_start + reasoning_growth * batch.iteration, reasoning_end)
+    fixed = {
+        Role.REASONING: reasoning,
+        Role.OTHER: reasoning,
+        Role.ACTION: action,
+        Role.THINK_TAG: tag,
+        Role.ANSWER_TAG: tag,
+    }
+    raw = _by_role(batch, fixed)
+    mean = batch.per_trajectory(raw) / batch.per_trajectory(torch.ones_like(raw)).clamp_min(1)
+    return torch.where(raw > 0, raw / mean.clamp_min(1e-30)[batch.trajectory], 0.0)
+
+
+def top_entropy(batch: TokenBatch, *, share: float) -> Float[Tensor, " n"]:
+    """80/20 (arXiv 2506.01939): 1 on the ``ceil(share * n)`` trainable tokens of highest entropy, 0 on the others.
+
+    Ties go to the token that comes first.
+    """
+    index = torch.nonzero(batch.trainable).squeeze(-1)
+    order = torch.sort(batch.entropy[index], descending=True, stable=True).indices
+    weights = torch.zeros_like(batch.entropy)
+    weights[index[order[: math.ceil(round(share * len(index), 9))]]] = 1.0
+    return weights
+
+
+def spurious_mask(batch: TokenBatch, *, probability: float, quantile: float) -> Float[Tensor, " n"]:
+    """STAPO (arXiv 2602.15620): 0 where a token is rewarded, unlikely, and the policy was sure; 1 elsewhere.
+
+    Rewarded: ``A > 0``. Unlikely: ``pi < probability``. Sure: entropy below the quantile over the unlikely tokens of
+    successful trajectories; without any such token nothing is masked.
+    """
+    unlikely = batch.trainable & (batch.logprob.exp() < probability)
+    correct = batch.entropy[unlikely & batch.success[batch.trajectory]]
+    if len(correct) == 0:
+        return uniform_weights(batch)
+    sure = batch.entropy < torch.quantile(correct, quantile)
+    return torch.where((batch.advantage > 0) & unlikely & sure, 0.0, uniform_weights(batch))
+
+
+def attenuated(batch: TokenBatch, *, quantile: float, low_entropy_weight: float) -> Float[Tensor, " n"]:
+    """EGSPO (arXiv 2602.03309): 1 where the entropy reaches the quantile over the batch, ``low_entropy_weight`` below."""
+    chosen = batch.entropy[batch.trainable]
+    if len(chosen) == 0:
+        return uniform_weights(batch)
+    low = batch.trainable & (batch.entropy < torch.quantile(chosen, quantile))
+    return torch.where(low, low_entropy_weight, uniform_weights(batch))
+
+
+def pivots(batch: TokenBatch, *, buckets: int, quantile: float, strength: float) -> Float[Tensor, " n"]:
+    """After ERPO (arXiv 2603.28204): ``1 + strength`` on pivots, 1 elsewhere.
+
+    A pivot's entropy is at least the quantile over the batch's tokens of the same bucket. Token i of a trajectory's n
+    trainable tokens is in bucket ``floor(buckets * i / n)``.
+    """
+    length = batch.per_trajectory(torch.ones_like(batch.entropy)).long()
+    bucket = (positions(batch) * buckets) // length.clamp_min(1)[batch.trajectory]
+    weights = uniform_weights(batch)
+    for index in range(buckets):
+        own = batch.trainable & (bucket == index)
+        if bool(own.any()):
+            pivot = own & (batch.entropy >= torch.quantile(batch.entropy[own], quantile))
+            weights = torch.where(pivot, 1 + strength, weights)
+    return weights
+
+
+def _by_role(batch: TokenBatch, fixed: dict[Role, float]) -> Float[Tensor, " n"]:
+    weights = torch.zeros_like(batch.entropy)
     for role, weight in fixed.items():
         weights = torch.where(batch.of(role), weight, weights)
     return weights
+
+
+def _shuffled(values: Float[Tensor, " n"], mask: Bool[Tensor, " n"], noise: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+    """The masked values in the order of their noise."""
+    index = torch.nonzero(mask).squeeze(-1)
+    result = values.clone()
+    result[index] = values[index[torch.argsort(noise[index], stable=True)]]
+    return result
 
 
 def _share_of_trajectory(

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -14,7 +14,13 @@ from pipeline.energy.annotate import annotate
 from pipeline.evaluation.evaluate import summary
 from pipeline.objective.batch import TokenBatch, token_batch
 from pipeline.objective.filters import group_deviation
-from pipeline.objective.methods import select_groups, token_advantages, token_weights
+from pipeline.objective.methods import (
+    entropy_terms,
+    select_groups,
+    shape_rewards,
+    token_advantages,
+    token_weights,
+)
 from pipeline.policy.model import Policy
 from pipeline.policy.scoring import length_batches
 from pipeline.randomness import generator
@@ -23,13 +29,16 @@ from pipeline.rollout.engine import RolloutEngine
 from pipeline.timing import Phases
 from pipeline.trajectory import Role, Trajectories
 
-Values = Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], Tensor]
-"""From sequences and masks of wanted tokens to one value per wanted token."""
+Estimate = Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], dict[str, Tensor]]
+"""From sequences and masks of wanted tokens to what a method's heads say: columns of one number per wanted token."""
+
+Memory = Mapping[str, Mapping[str, float]]
+"""What adaptive slots keep from one iteration for the next, by slot; part of a checkpoint."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """One trajectory, ready to be trained on. Tensors have one entry per trainable token."""
+    """One trajectory, ready to be trained on. Tensors have one entry (or row) per trainable token."""
 
     ids: np.ndarray
     trainable: np.ndarray
@@ -38,8 +47,10 @@ class Example:
     ref_logprob: Tensor
     advantage: Tensor
     weight: Tensor
-    value: Tensor
-    value_target: Tensor
+    entropy_terms: Tensor
+    noise: Tensor
+    heads: dict[str, Tensor]
+    """What each head said before the update, its ``<name>_target``, and where it has one (``<name>_mask``)."""
 
 
 @dataclass(frozen=True)
@@ -52,6 +63,8 @@ class Iteration:
     examples: list[Example]
     """Those that passed the filter."""
     metrics: dict[str, float]
+    memory: Memory = field(default_factory=dict)
+    """For the next iteration."""
 
 
 @torch.no_grad()
@@ -63,9 +76,10 @@ def prepare_iteration(
     number: int,
     engine: RolloutEngine,
     reference: Policy,
-    values: Values | None,
+    estimate: Estimate | None,
     first: Trajectories | None = None,
     phases: Phases | None = None,
+    memory: Memory | None = None,
 ) -> Iteration:
     """Collect and annotate an iteration's episodes, and give every token its advantage and weight.
 
@@ -77,11 +91,12 @@ def prepare_iteration(
         number: of the iteration, from 0.
         engine: samples from the current policy.
         reference: the frozen reference policy.
-        values: the critic's values, for methods that have one.
+        estimate: what the method's heads say, if it has any.
         first: the annotated episodes of iteration 0 if the rollout stage has already sampled them.
         phases: told how long everything takes.
+        memory: what adaptive slots have kept from the iteration before.
     """
-    phases = phases or Phases()
+    phases, memory = phases or Phases(), memory or {}
     if number == 0 and first is not None:
         trajectories = first
     else:
@@ -91,24 +106,31 @@ def prepare_iteration(
         with phases.phase("annotate"):
             trajectories = annotate(sampled, reference, config.rollout.temperature, config.train.tokens_per_forward)
 
-    everything = token_batch(trajectories)
+    everything = token_batch(trajectories, generator(seed, "slots", number), number)
     kept = select_groups(method, everything.returns, everything.group)
     metrics = _collection_metrics(trajectories, everything, kept)
     if not bool(kept.any()):
-        return Iteration(number, trajectories, [], metrics)
+        return Iteration(number, trajectories, [], metrics, memory)
 
     selected = trajectories.select(torch.nonzero(kept).squeeze(-1).numpy())
-    batch = token_batch(selected)
+    batch = shape_rewards(method, token_batch(selected, generator(seed, "slots", number), number))
     with phases.phase("values"):
-        estimated = None if values is None else _token_values(selected, values, config.train.tokens_per_forward)
+        estimates = {} if estimate is None else _estimates(selected, estimate, config.train.tokens_per_forward)
     with phases.phase("advantages"):
-        estimate = token_advantages(method, batch, estimated)
+        advantages = token_advantages(method, batch, estimates, memory.get("advantage"))
+        batch = replace(batch, advantage=advantages.advantage)
     with phases.phase("weights"):
         weights = token_weights(method, batch)
-    examples = _examples(selected, batch, estimate.advantage, weights, estimated, estimate.value_target)
-    if estimated is not None and estimate.value_target is not None:
-        metrics["explained_variance"] = _explained_variance(estimated, estimate.value_target, batch.trainable)
-    return Iteration(number, trajectories, examples, metrics)
+    terms, remembered = entropy_terms(method, batch, memory.get("regulariser"))
+    heads = dict(estimates)
+    for name, (target, mask) in advantages.targets.items():
+        heads |= {f"{name}_target": target, f"{name}_mask": mask.to(target.dtype)}
+        if name in estimates:
+            metrics[f"{name}_explained_variance"] = _explained_variance(estimates[name], target, mask)
+    examples = _examples(selected, batch, weights, torch.stack(terms, dim=-1), heads)
+    kept_memory = {"advantage": advantages.state, "regulariser": remembered}
+    metrics |= {f"{slot}_{key}": value for slot, state in kept_memory.items() for key, value in state.items()}
+    return Iteration(number, trajectories, examples, metrics, kept_memory)
 
 
 def minibatches(examples: list[Example], config: Config, seed: int, iteration: int) -> list[list[Example]]:
@@ -126,33 +148,30 @@ def minibatches(examples: list[Example], config: Config, seed: int, iteration: i
     return result
 
 
-def _token_values(trajectories: Trajectories, values: Values, tokens_per_forward: int) -> Tensor:
-    flat = torch.zeros(len(trajectories.input_ids))
+def _estimates(trajectories: Trajectories, estimate: Estimate, tokens_per_forward: int) -> dict[str, Tensor]:
+    """The heads' columns over all tokens, 0 where not sampled."""
+    flat: dict[str, Tensor] = {}
     for batch in length_batches(trajectories.lengths, tokens_per_forward):
         spans = [slice(trajectories.offsets[e], trajectories.offsets[e + 1]) for e in batch]
         wanted = [trajectories.sampled[span] for span in spans]
         index = np.concatenate([np.arange(s.start, s.stop)[w] for s, w in zip(spans, wanted, strict=True)])
-        flat[torch.from_numpy(index)] = values([trajectories.input_ids[s] for s in spans], wanted).float().cpu()
+        for name, values in estimate([trajectories.input_ids[s] for s in spans], wanted).items():
+            column = flat.setdefault(name, torch.zeros(len(trajectories.input_ids)))
+            column[torch.from_numpy(index)] = values.float().cpu()
     return flat
 
 
 def _examples(
-    trajectories: Trajectories,
-    batch: TokenBatch,
-    advantage: Tensor,
-    weight: Tensor,
-    value: Tensor | None,
-    target: Tensor | None,
+    trajectories: Trajectories, batch: TokenBatch, weight: Tensor, terms: Tensor, heads: dict[str, Tensor]
 ) -> list[Example]:
-    nothing = torch.zeros_like(advantage)
     columns = {
         "role": batch.role,
         "logprob": batch.logprob,
         "ref_logprob": batch.ref_logprob,
-        "advantage": advantage,
+        "advantage": batch.advantage,
         "weight": weight,
-        "value": nothing if value is None else value,
-        "value_target": nothing if target is None else target,
+        "entropy_terms": terms,
+        "noise": batch.noise,
     }
     result = []
     for episode in range(len(trajectories)):
@@ -163,7 +182,8 @@ def _examples(
             Example(
                 ids=trajectories.input_ids[span],
                 trainable=trainable,
-                **{column: values[span][mask] for column, values in columns.items()},
+                **{name: values[span][mask] for name, values in columns.items()},
+                heads={name: values[span][mask] for name, values in heads.items()},
             )
         )
     return result

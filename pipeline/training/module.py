@@ -3,23 +3,28 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import lightning.pytorch as lightning
+import numpy as np
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pipeline.config import GAE, Config, Method
-from pipeline.objective.aggregation import coefficients
-from pipeline.objective.methods import policy_loss
-from pipeline.objective.regularisers import kl_penalty, value_loss
+from pipeline.config import Config, Method
+from pipeline.objective.methods import coefficients, policy_loss, surrogate_loss, surrogate_plan
+from pipeline.objective.regularisers import kl_penalty
+from pipeline.objective.surrogates import UpdateTokens
 from pipeline.policy.model import Policy
 from pipeline.policy.scoring import TokenScores, length_batches, predicting_hidden, score_tokens
+from pipeline.randomness import generator
 from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.timing import Phases
-from pipeline.training.critic import ValueFunction, batch_values
-from pipeline.training.iteration import Example, Iteration, minibatches, prepare_iteration
+from pipeline.training.gradients import gradient_share
+from pipeline.training.heads import Head, Scene, make_heads
+from pipeline.training.iteration import Example, Iteration, Memory, minibatches, prepare_iteration
 from pipeline.trajectory import RESPONSE_ROLES, Role, Trajectories
 
 RECOMPUTE_TOLERANCE = 1e-3
@@ -49,9 +54,9 @@ class PolicyGradient(lightning.LightningModule):
         self.policy = policy
         # In a tuple, so that Lightning neither trains nor saves it.
         self._frozen = (policy.frozen_copy(),)
-        slot = self.method.advantage
-        self.critic_settings = slot.critic if isinstance(slot, GAE) else None
-        self.critic = ValueFunction(self.critic_settings, self.reference) if self.critic_settings else None
+        self.heads = torch.nn.ModuleList(make_heads(self.method.advantage.heads(), self.reference))
+        self.memory: Memory = {}
+        """What adaptive slots keep from one iteration for the next."""
         self.engine = TransformersEngine(policy, config.rollout.batch_episodes)
         self.phases = Phases()
         self.curve: list[dict[str, float]] = []
@@ -66,8 +71,9 @@ class PolicyGradient(lightning.LightningModule):
 
     def configure_optimizers(self) -> Any:
         groups = [{"params": list(self.model.parameters()), "lr": self.method.learning_rate}]
-        if self.critic is not None and self.critic_settings is not None:
-            groups.append({"params": list(self.critic.parameters()), "lr": self.critic_settings.learning_rate})
+        for head in self._heads():
+            trained = [p for p in head.parameters() if p.requires_grad]
+            groups.append({"params": trained, "lr": head.settings.learning_rate})
         optimizer = torch.optim.Adam(groups, betas=self.config.train.betas)
         total = self.config.train.iterations
         linear = self.config.train.schedule == "linear"
@@ -86,7 +92,6 @@ class PolicyGradient(lightning.LightningModule):
         """Sample the current iteration's episodes with the current policy."""
         self.engine.forget()
         self.engine.policy_version = self.current_epoch
-        critic, policy = self.critic, self.policy
         return prepare_iteration(
             self.config,
             self.name,
@@ -95,9 +100,10 @@ class PolicyGradient(lightning.LightningModule):
             self.current_epoch,
             self.engine,
             self.reference,
-            None if critic is None else lambda ids, wanted: batch_values(critic, policy, ids, wanted),
+            self._estimate if len(self.heads) else None,
             self.first,
             self.phases,
+            self.memory,
         )
 
     def training_step(self, *_: Any) -> None:
@@ -106,8 +112,11 @@ class PolicyGradient(lightning.LightningModule):
             iteration = self.collect()
             self._check_recomputed(iteration)
         record = _Averages()
+        batches = minibatches(iteration.examples, self.config, self.seed, iteration.number)
+        if batches and (iteration.number % self.config.train.validate_every == 0):
+            with self.phases.phase("gradients"):
+                record.add(gradient_share(self, batches[0], generator(self.seed, "gradients", iteration.number)))
         with self.phases.phase("update"):
-            batches = minibatches(iteration.examples, self.config, self.seed, iteration.number)
             for minibatch in batches:
                 self._update(minibatch, iteration.number, record)
             scheduler: Any = self.lr_schedulers()
@@ -116,7 +125,7 @@ class PolicyGradient(lightning.LightningModule):
         if batches:
             with self.phases.phase("moved"):
                 metrics |= self._moved(batches[-1])
-        self.last_episodes = iteration.trajectories
+        self.last_episodes, self.memory = iteration.trajectories, iteration.memory
         self.curve.append({"iteration": float(iteration.number), **metrics})
 
     def _check_recomputed(self, iteration: Iteration) -> None:
@@ -129,58 +138,107 @@ class PolicyGradient(lightning.LightningModule):
         """One optimizer step; gradients of the pieces add up to the minibatch's exactly."""
         optimizer: Any = self.optimizers()
         optimizer.zero_grad(set_to_none=True)
-        tokens = sum(len(example.role) for example in minibatch)
-        warming = self.critic_settings is not None and iteration < self.critic_settings.warmup_iterations
-        factors = _coefficients(minibatch, self.method.aggregation)
+        warming = any(iteration < head.settings.warmup_iterations for head in self._heads())
+        factors = self.factors(minibatch)
+        rows = self.plan(minibatch, factors)
+        sizes = _Sizes.of(minibatch)
         totals: dict[str, float] = {}
-        for piece in length_batches([len(e.ids) for e in minibatch], self.config.train.tokens_per_forward):
-            loss, terms = self._loss([minibatch[i] for i in piece], [factors[i] for i in piece], tokens, warming)
+        for piece in self._pieces(minibatch):
+            chosen = None if rows is None else torch.cat([rows[i] for i in piece])
+            loss, terms = self._loss([minibatch[i] for i in piece], [factors[i] for i in piece], chosen, sizes, warming)
             self.manual_backward(loss)
             for key, value in terms.items():
                 totals[key] = totals.get(key, 0.0) + float(value.detach())
         totals["gradient_norm"] = self._clip(self.model)
-        if self.critic is not None:
-            totals["critic_gradient_norm"] = self._clip(self.critic)
+        for head in self._heads():
+            totals[f"{head.name}_gradient_norm"] = self._clip(head)
         finite = all(map(math.isfinite, totals.values()))
+        limit = self.method.regulariser.skip_above_kl
+        skipped = limit is not None and totals["kl_behaviour"] > limit
+        if skipped:  # the policy stands still, heads go on
+            self.model.zero_grad(set_to_none=True)
         if finite:
             optimizer.step()
+            for head in self._heads():
+                head.after_step()
             record.add(totals | _gradient_share(minibatch, factors))
-        record.add({"non_finite_losses": float(not finite)}, summed=True)
+        record.add({"non_finite_losses": float(not finite), "skipped_steps": float(skipped)}, summed=True)
+
+    def factors(self, minibatch: list[Example]) -> list[Tensor]:
+        """c_t of each example's trainable tokens."""
+        lengths = [len(example.weight) for example in minibatch]
+        weight = torch.cat([example.weight for example in minibatch])
+        owner = torch.repeat_interleave(torch.arange(len(minibatch)), torch.tensor(lengths))
+        everything = torch.ones_like(weight, dtype=torch.bool)
+        return list(coefficients(self.method, weight, everything, owner).split(lengths))
+
+    @torch.no_grad()
+    def plan(self, minibatch: list[Example], factors: list[Tensor]) -> list[Tensor] | None:
+        """The surrogate's plan for the whole minibatch as the policy scores it now, a tensor per example."""
+        planned = surrogate_plan(self.method)
+        if planned is None:
+            return None
+        scores: dict[int, list[Tensor]] = {}
+        for piece in self._pieces(minibatch):
+            examples = [minibatch[i] for i in piece]
+            now = self._score(examples)[1]
+            lengths = [len(example.role) for example in examples]
+            columns = zip(now.logprob.cpu().split(lengths), now.entropy.cpu().split(lengths), strict=True)
+            scores |= {int(i): list(column) for i, column in zip(piece, columns, strict=True)}
+        logprob, entropy = (torch.cat([scores[i][k] for i in range(len(minibatch))]) for k in (0, 1))
+        rows = planned(update_tokens(minibatch, factors, logprob, entropy))
+        return list(rows.split([len(example.role) for example in minibatch]))
 
     def _loss(
-        self, examples: list[Example], factors: list[Tensor], tokens: int, warming: bool
+        self,
+        examples: list[Example],
+        factors: list[Tensor],
+        rows: Tensor | None,
+        sizes: _Sizes,
+        warming: bool,
     ) -> tuple[Tensor, dict[str, Tensor]]:
-        sequences, wanted = [e.ids for e in examples], [e.trainable for e in examples]
-        hidden, scores = self._score(examples)
-        device = hidden.device
-
-        def column(name: str) -> Tensor:
-            return torch.cat([getattr(e, name) for e in examples]).to(device)
-
-        parts = policy_loss(
-            self.method,
-            logprob=scores.logprob,
-            entropy=scores.entropy,
-            logprob_old=column("logprob"),
-            ref_logprob=column("ref_logprob"),
-            advantage=column("advantage"),
-            coefficient=torch.cat(factors).to(device),
-            tokens=tokens,
-        )
+        scene, tokens = self._tokens(examples, factors)
+        parts = policy_loss(self.method, tokens, None if rows is None else rows.to(tokens.logprob.device), sizes.tokens)
         terms = {
             "loss": parts.surrogate,
             "policy_entropy": parts.entropy,
             "kl_loss": parts.kl,
+            "kl_behaviour": parts.moved,
             "clip_fraction": parts.clipped,
         }
         total = parts.total * 0.0 if warming else parts.total
-        if self.critic is not None and self.critic_settings is not None:
-            values = self.critic(self.policy, hidden, sequences, wanted, train_trunk=not warming)
-            clip = self.critic_settings.clip
-            error = value_loss(values, column("value"), column("value_target"), clip).sum() / tokens
-            terms["value_loss"] = error
-            total = total + self.critic_settings.coefficient * error
+        for head in self._heads():
+            columns = {k: torch.cat([e.heads[k] for e in examples]).to(scene.hidden.device) for k in examples[0].heads}
+            errors = head.loss(scene, columns, train_trunk=not warming) * columns[f"{head.name}_mask"]
+            error = errors.sum() / sizes.targets[head.name]
+            terms[f"{head.name}_loss"] = error
+            total = total + head.settings.coefficient * error
         return total, terms
+
+    def surrogate_losses(self, examples: list[Example], factors: list[Tensor], rows: Tensor | None) -> Tensor:
+        """``c_t * surrogate_t`` of each trainable token, with gradient."""
+        _, tokens = self._tokens(examples, factors)
+        return tokens.coefficient * surrogate_loss(self.method, tokens, rows).loss
+
+    def _tokens(self, examples: list[Example], factors: list[Tensor]) -> tuple[Scene, UpdateTokens]:
+        hidden, scores = self._score(examples)
+        scene = self._scene([e.ids for e in examples], [e.trainable for e in examples], hidden)
+        soft = next((s for head in self._heads() if (s := head.soft_objective(scene)) is not None), None)
+        return scene, update_tokens(examples, factors, scores.logprob, scores.entropy, soft)
+
+    def _estimate(self, sequences: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> dict[str, Tensor]:
+        with torch.inference_mode():
+            scene = self._scene(sequences, wanted, predicting_hidden(self.policy, sequences, wanted))
+            return {name: column for head in self._heads() for name, column in head.estimate(scene).items()}
+
+    def _scene(self, sequences: Sequence[np.ndarray], wanted: Sequence[np.ndarray], hidden: Tensor) -> Scene:
+        return Scene(self.policy, self.reference, self.config.rollout.temperature, sequences, wanted, hidden)
+
+    def _heads(self) -> list[Head]:
+        return list(self.heads)  # type: ignore[arg-type]
+
+    def _pieces(self, minibatch: list[Example]) -> list[np.ndarray]:
+        return length_batches([len(e.ids) for e in minibatch], self.config.train.tokens_per_forward)
 
     def _score(self, examples: list[Example]) -> tuple[Tensor, TokenScores]:
         wanted = [e.trainable for e in examples]
@@ -204,10 +262,10 @@ class PolicyGradient(lightning.LightningModule):
         return {f"kl_update_{k}": float(moved[role == r].mean()) for k, r in shares.items() if bool((role == r).any())}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["curve"] = self.curve
+        checkpoint["curve"], checkpoint["memory"] = self.curve, self.memory
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        self.curve = checkpoint["curve"]
+        self.curve, self.memory = checkpoint["curve"], checkpoint["memory"]
 
 
 class _Averages:
@@ -226,11 +284,42 @@ class _Averages:
         return {key: total / self._counts[key] for key, total in self._sums.items()}
 
 
-def _coefficients(minibatch: list[Example], aggregation: str) -> list[Tensor]:
-    lengths = [len(example.weight) for example in minibatch]
-    weight = torch.cat([example.weight for example in minibatch])
-    owner = torch.repeat_interleave(torch.arange(len(minibatch)), torch.tensor(lengths))
-    return list(coefficients(weight, torch.ones_like(weight, dtype=torch.bool), owner, aggregation).split(lengths))
+@dataclass(frozen=True)
+class _Sizes:
+    """What a minibatch's means divide by."""
+
+    tokens: int
+    targets: dict[str, float]
+    """Tokens with a target, by head."""
+
+    @classmethod
+    def of(cls, minibatch: list[Example]) -> _Sizes:
+        masks = [name for name in minibatch[0].heads if name.endswith("_mask")]
+        targets = {m.removesuffix("_mask"): max(1.0, float(sum(e.heads[m].sum() for e in minibatch))) for m in masks}
+        return cls(sum(len(e.role) for e in minibatch), targets)
+
+
+def update_tokens(
+    examples: list[Example], factors: list[Tensor], logprob: Tensor, entropy: Tensor, soft: Tensor | None = None
+) -> UpdateTokens:
+    """The examples' trainable tokens as the objective wants them, where the scores are."""
+    lengths = torch.tensor([len(example.role) for example in examples])
+
+    def column(name: str) -> Tensor:
+        return torch.cat([getattr(example, name) for example in examples]).to(logprob.device)
+
+    return UpdateTokens(
+        logprob=logprob,
+        entropy=entropy,
+        logprob_old=column("logprob"),
+        ref_logprob=column("ref_logprob"),
+        advantage=column("advantage"),
+        coefficient=torch.cat(factors).to(logprob.device),
+        entropy_terms=column("entropy_terms"),
+        noise=column("noise"),
+        trajectory=torch.repeat_interleave(torch.arange(len(examples)), lengths).to(logprob.device),
+        soft=soft,
+    )
 
 
 def _gradient_share(minibatch: list[Example], factors: list[Tensor]) -> dict[str, float]:

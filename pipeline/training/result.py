@@ -74,7 +74,7 @@ def training_key(config: Config, environment: str, method: str, seed: int, polic
         "environment": {environment: config.environments[environment].model_dump(mode="json")},
         "rollout": config.rollout.model_dump(mode="json"),
         "train": config.train.model_dump(mode="json"),
-        "method": config.methods[method].model_dump(mode="json"),
+        "method": config.methods[method].model_dump(mode="json", exclude={"source", "status"}),
         "evaluation": {
             k: getattr(config.evaluation, k) for k in ("validation_states", "validation_rollouts", "temperatures")
         },
