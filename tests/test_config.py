@@ -17,8 +17,10 @@ import pyarrow.parquet as pq
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline.config import Config, ConfigError, Section, load, parse, read_yaml
+from pipeline.config import Config, ConfigError, load, parse, read_yaml
 from pipeline.presets import overlay, preset_text, resolve_preset
+from pipeline.section import Section
+from pipeline.slots import Method
 
 ROOT = Path(__file__).parents[1]
 PRESETS = sorted(path.parent.name for path in (ROOT / "presets").glob("*/overlay.yaml"))
@@ -112,7 +114,7 @@ def sections(section: type[Section] = Section) -> list[type[Section]]:
     return [
         s
         for child in section.__subclasses__()
-        if child.__module__ == "pipeline.config"
+        if child.__module__ in ("pipeline.config", "pipeline.slots")
         for s in [child, *sections(child)]
     ]
 
@@ -176,7 +178,10 @@ def test_preset_is_resolved_beside_its_overlay_and_left_alone_when_unchanged(tmp
         ("methods.ppo.advantage.lamb", "unknown key; did you mean 'lam'?"),
         ("methods.ppo.advantage.critic.lerning_rate", "unknown key; did you mean 'learning_rate'?"),
         ("methods.grpo_actfocus.weight.reasonin_downweight", "unknown key; did you mean 'reasoning_downweight'?"),
-        ("methods.grpo_actfocus.weight.zzz", "unknown key; allowed: answer_tag_weight, form, kind, malformed_weight"),
+        (
+            "methods.grpo_actfocus.weight.zzz",
+            "unknown key; allowed: answer_tag_weight, focus, form, kind, malformed_weight",
+        ),
     ],
 )
 def test_a_misspelt_key_is_named_with_its_nearest_neighbour(raw: dict[str, Any], key: str, line: str) -> None:
@@ -244,7 +249,7 @@ def test_every_mistake_has_a_line_of_its_own(raw: dict[str, Any]) -> None:
         (
             "method_defaults",
             {},
-            [f"method_defaults.{slot}" for slot in load(ROOT / "params.yaml").method_defaults.model_dump()],
+            [f"method_defaults.{slot}" for slot, field in Method.model_fields.items() if field.is_required()],
         ),
         ("method_defaults", None, ["method_defaults"]),
     ],
@@ -280,7 +285,7 @@ def test_a_methods_own_mistake_is_reported_beside_the_same_one_in_method_default
             "methods.grpo.weight: redistribution_temperature has no effect while redistribution_strength is 0",
         ),
         (
-            {"methods.grpo.regulariser": {"entropy": 0.0, "kl": 0.0, "kl_estimator": "k1"}},
+            {"methods.grpo.regulariser": {"kind": "fixed", "entropy": 0.0, "kl": 0.0, "kl_estimator": "k1"}},
             "methods.grpo.regulariser: kl_estimator has no effect while kl is 0",
         ),
         (
@@ -314,7 +319,7 @@ def test_a_method_inherits_the_slots_that_it_does_not_name_and_no_part_of_one_th
     config = parse(put(raw, "methods.mine", {"advantage": {"kind": "group", "std": False}, "learning_rate": 3e-4}))
     mine = config.methods["mine"]
     assert mine.surrogate == config.method_defaults.surrogate
-    assert mine.advantage.model_dump() == {"kind": "group", "std": False, "ddof": 1, "eps": 1e-6}
+    assert mine.advantage.model_dump() == {"entropy_scale": 0.0, "kind": "group", "std": False, "ddof": 1, "eps": 1e-6}
     assert mine.learning_rate == 3e-4
 
 

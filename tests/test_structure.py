@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -52,14 +54,21 @@ def test_only_its_own_folder_imports_a_heavy_package(package: str, allowed: set[
 
 
 def test_the_objective_knows_tensors_and_settings_alone() -> None:
-    known = ("torch", "jaxtyping", "numpy", "math", "typing", "dataclasses", "__future__", "collections")
-    own = ("pipeline.objective", "pipeline.config", "pipeline.trajectory")
+    known = ("torch", "jaxtyping", "numpy", "math", "typing", "dataclasses", "__future__", "collections", "argparse")
+    own = ("pipeline.objective", "pipeline.config", "pipeline.section", "pipeline.slots", "pipeline.trajectory")
     for file in (PIPELINE / "objective").glob("*.py"):
         for name in imports(file):
-            assert name.split(".")[0] in known or name.startswith(own), f"{file.name} imports {name}"
+            named = name.split(".")[0] in known or name.startswith(own) or name == "pipeline"
+            assert named, f"{file.name} imports {name}"
+    loaded = "import sys, pipeline.objective.methods; print(*{name.split('.')[0] for name in sys.modules})"
+    result = subprocess.run([sys.executable, "-c", loaded], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert {"torch", "pipeline"} <= set(result.stdout.split())
+    assert {"lightning", "mlflow", "transformers", "dvc"}.isdisjoint(result.stdout.split())
 
 
 LAYERS = (
+    {"section"},
+    {"slots"},
     {"config", "trajectory", "randomness", "files"},
     {"environments", "prompting", "policy", "processes", "presets"},
     {"rollout", "energy", "objective"},

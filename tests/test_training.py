@@ -22,10 +22,11 @@ from pipeline.energy.annotate import annotate, annotate_part
 from pipeline.environments import split_of
 from pipeline.evaluation.evaluate import episode_results, evaluate
 from pipeline.objective.batch import token_batch
-from pipeline.objective.methods import select_groups, token_advantages, token_weights
+from pipeline.objective.methods import entropy_terms, select_groups, shape_rewards, token_advantages, token_weights
 from pipeline.policy.bootstrap import bootstrap
 from pipeline.policy.model import Policy, load_policy, load_trained
 from pipeline.presets import overlay
+from pipeline.randomness import generator
 from pipeline.rollout.collector import collect, iteration_specs
 from pipeline.rollout.table import sample_slice
 from pipeline.rollout.transformers_engine import TransformersEngine
@@ -52,7 +53,7 @@ TINY = {
     "rollout": {"groups": 2, "group_size": 4},
     "bottleneck": {"groups": 4},
     "train": {"iterations": 2, "minibatch": 4, "passes": 2},
-    "method_defaults": {"learning_rate": 1e-4, "regulariser": {"entropy": 0.001, "kl": 0.01, "kl_estimator": "k3"}},
+    "method_defaults": {"learning_rate": 1e-4, "regulariser": {"kind": "fixed", "entropy": 0.001, "kl": 0.01}},
     "evaluation": {"states": 2, "rollouts": 2},
 }
 LAKE = "frozen_lake"
@@ -173,9 +174,9 @@ def standing(module: PolicyGradient, optimizer: torch.optim.Optimizer | None = N
     return module
 
 
-def prepared(config: Config, method: str, policy: Policy, values: Any = None) -> Iteration:
+def prepared(config: Config, method: str, policy: Policy, estimate: Any = None) -> Iteration:
     return prepare_iteration(
-        config, LAKE, config.methods[method], 0, 0, TransformersEngine(policy), policy.frozen_copy(), values
+        config, LAKE, config.methods[method], 0, 0, TransformersEngine(policy), policy.frozen_copy(), estimate
     )
 
 
@@ -187,9 +188,9 @@ def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one)
 
 
-def token_number(sequences: Any, wanted: Any) -> Tensor:
+def token_number(sequences: Any, wanted: Any) -> dict[str, Tensor]:
     """Stands in for a critic: values that differ from token to token."""
-    return torch.cat([torch.arange(int(mask.sum())) / 10 for mask in wanted])
+    return {"value": torch.cat([torch.arange(int(mask.sum())) / 10 for mask in wanted])}
 
 
 # ------------------------------------------------------------------------------------------------------------ bootstrap
@@ -221,35 +222,43 @@ def test_examples_hold_the_flat_batch_of_what_passed_the_filter(policy: Policy, 
     slots = config.methods[method]
     values = token_number if slots.advantage.kind == "gae" else None
     iteration = prepared(config, method, policy, values)
-    everything = token_batch(iteration.trajectories)
+    everything = token_batch(iteration.trajectories, generator(0, "slots", 0))
     kept = select_groups(slots, everything.returns, everything.group)
     assert iteration.metrics["kept_trajectories"] == len(iteration.examples) == int(kept.sum()) == 4
     selected = iteration.trajectories.select(np.flatnonzero(kept))
-    batch = token_batch(selected)
+    batch = shape_rewards(slots, token_batch(selected, generator(0, "slots", 0)))
     estimated = torch.zeros(len(batch.role))
     if values:
         for episode in range(len(selected)):
             own = (batch.trajectory == episode) & batch.trainable
-            estimated[own] = token_number(None, [own])
-    estimate = token_advantages(slots, batch, estimated if values else None)
+            estimated[own] = token_number(None, [own])["value"]
+    estimate = token_advantages(slots, batch, {"value": estimated} if values else {})
+    batch = replace(batch, advantage=estimate.advantage)
     flat = {
         "role": batch.role,
         "logprob": batch.logprob,
         "ref_logprob": batch.ref_logprob,
         "advantage": estimate.advantage,
         "weight": token_weights(slots, batch),
-        "value": estimated,
-        "value_target": torch.zeros_like(estimated) if estimate.value_target is None else estimate.value_target,
+        "entropy_terms": torch.stack(entropy_terms(slots, batch)[0], dim=-1),
+        "noise": batch.noise,
     }
+    heads = {}
+    if values:
+        target, mask = estimate.targets["value"]
+        heads = {"value": estimated, "value_target": target, "value_mask": mask.float()}
+        assert not bool(target[~batch.trainable].any())
     outside = ~batch.trainable
-    assert not bool(
-        flat["advantage"][outside].any() | flat["weight"][outside].any() | flat["value_target"][outside].any()
-    )
+    assert not bool(flat["advantage"][outside].any() | flat["weight"][outside].any())
     assert bool(flat["advantage"].any())
-    assert set(flat) == {field.name for field in fields(Example)} - {"ids", "trainable"}
+    assert set(flat) == {field.name for field in fields(Example)} - {"ids", "trainable", "heads"}
     for name, column in flat.items():
         together = torch.cat([getattr(example, name) for example in iteration.examples])
         assert torch.equal(together, column[batch.trainable]), name
+    for name, column in heads.items():
+        together = torch.cat([example.heads[name] for example in iteration.examples])
+        assert torch.equal(together, column[batch.trainable]), name
+    assert all(set(example.heads) == set(heads) for example in iteration.examples)
     assert np.array_equal(np.concatenate([e.ids for e in iteration.examples]), selected.input_ids)
     assert np.array_equal(np.concatenate([e.trainable for e in iteration.examples]), selected.sampled)
 
@@ -338,7 +347,7 @@ def test_gradient_accumulation_is_exact(policy: Policy, method: str) -> None:
             return loss(examples, *rest)
 
         module._loss = counted  # type: ignore[method-assign]
-        iteration = prepared(configured(), method, policy, token_number if module.critic else None)
+        iteration = prepared(configured(), method, policy, token_number if len(module.heads) else None)
         module._update(iteration.examples, 0, record := _Averages())
         trained[budget], pieces[budget] = weights(module), scored
         assert record.means()["gradient_norm"] > 0
@@ -360,7 +369,7 @@ def test_a_non_finite_update_is_skipped_and_counted(policy: Policy, bad: float) 
     before, record = weights(module.model), _Averages()
     module._update(spoilt, 0, record)
     assert same(weights(module.model), before)
-    assert record.means() == {"non_finite_losses": 1.0}
+    assert record.means() == {"non_finite_losses": 1.0, "skipped_steps": 0.0}
     module._update(good, 0, record)
     after = weights(module.model)
     assert not same(after, before)
@@ -377,10 +386,9 @@ def critic_config(**settings: Any) -> Config:
 def test_a_critic_learns_its_targets(policy: Policy, kind: str) -> None:
     config = critic_config(kind=kind)
     module = standing(PolicyGradient(config, LAKE, "ppo", 0, policy))
-    assert module.critic is not None
-    assert (module.critic.trunk is not None) == (kind == "model")
+    assert (module.heads[0].trunk is not None) == (kind == "model")
     examples = [
-        replace(example, value_target=(example.role == Role.ACTION).float())
+        replace(example, heads=example.heads | {"value_target": (example.role == Role.ACTION).float()})
         for example in prepared(config, "ppo", policy, token_number).examples
     ]
     losses = []
@@ -394,13 +402,12 @@ def test_a_critic_learns_its_targets(policy: Policy, kind: str) -> None:
 @pytest.mark.parametrize("kind", ["trunk", "model"])
 def test_while_the_critic_warms_up_the_policy_stands_still(policy: Policy, kind: str) -> None:
     module = standing(PolicyGradient(critic_config(kind=kind, warmup_iterations=2), LAKE, "ppo", 0, policy))
-    assert module.critic is not None
     examples = prepared(module.config, "ppo", policy, token_number).examples
-    before, critic = weights(module.model), weights(module.critic)
+    before, critic = weights(module.model), weights(module.heads)
     for iteration in (0, 1):  # the head starts at zero: no gradient would reach a shared trunk before the second
         module._update(examples, iteration, _Averages())
     assert same(weights(module.model), before)
-    assert not same(weights(module.critic), critic)
+    assert not same(weights(module.heads), critic)
     module._update(examples, 2, _Averages())
     assert not same(weights(module.model), before)
 

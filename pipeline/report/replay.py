@@ -1,0 +1,79 @@
+"""The replay as a table for a terminal, and as a figure."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.figure import Figure
+
+from pipeline.report.bottleneck_figures import STYLE
+
+PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d")
+"""Okabe and Ito's."""
+MARKS = ("o", "s", "^", "D", "v", "P", "X")
+MEASURES = {
+    "snr": "signal-to-noise ratio",
+    "cosine_many": "cosine of an iteration's gradient\nwith the uniform one of other groups",
+    "cosine_uniform": "cosine with the uniform gradient",
+    "share_action": "gradient share of action tokens",
+}
+
+
+def replay_text(result: Mapping[str, Any]) -> str:
+    """A line per point of the grid; the uniform weights' numbers on top."""
+    uniform = result["uniform"]
+    header = ["alpha", "beta", "tau", "signal", "cos uniform", "cos many", "SNR", "action", "reasoning", "tag", "other"]
+    rows = [
+        [
+            f"{row['alpha']:g}", f"{row['beta']:g}", *((f"{row['tau']:g}", row["signal"]) if row["beta"] else ("-", "-")),
+            *(f"{row[key]:.3f}" for key in ("cosine_uniform", "cosine_many", "snr")),
+            *(f"{row[f'share_{role}']:.0%}" for role in ("action", "reasoning", "tag", "other")),
+        ]
+        for row in result["rows"]
+    ]  # fmt: skip
+    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
+    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in rows]
+    head = "  ".join(cell.ljust(width) for cell, width in zip(header, widths, strict=True)).rstrip()
+    return "\n".join(
+        [
+            f"{result['groups']} groups, advantages of {result['method']}; uniform weights: cos many "
+            f"{uniform['cosine_many']:.3f}, SNR {uniform['snr']:.3f}",
+            head,
+            *lines,
+            "",
+        ]
+    )
+
+
+def draw_replay(result: Mapping[str, Any], target: Path) -> tuple[Path, Path]:
+    """Each measure over alpha, a line per (beta, tau, signal); written as PNG and SVG."""
+    lines: dict[str, list[Mapping[str, Any]]] = {}
+    for row in result["rows"]:
+        label = f"β {row['beta']:g}, τ {row['tau']:g}, {row['signal']}" if row["beta"] else "β 0"
+        lines.setdefault(label, []).append(row)
+    with rc_context(STYLE):
+        figure = Figure(figsize=(11, 7.5), layout="constrained")
+        for axes, (measure, title) in zip(figure.subplots(2, 2).flat, MEASURES.items(), strict=True):
+            for index, (label, rows) in enumerate(lines.items()):
+                ordered = sorted(rows, key=lambda row: row["alpha"])
+                axes.plot(
+                    [row["alpha"] for row in ordered],
+                    [row[measure] for row in ordered],
+                    color=PALETTE[index % len(PALETTE)],
+                    marker=MARKS[index % len(MARKS)],
+                    linestyle="-" if index < len(PALETTE) else "--",
+                    label=label,
+                )
+            if measure in result["uniform"]:
+                axes.axhline(result["uniform"][measure], color="#888888", linestyle=":", label="uniform weights")
+            axes.set(xlabel="α, weight of reasoning tokens", ylabel=title)
+        handles, labels = figure.axes[0].get_legend_handles_labels()
+        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+        figure.suptitle(f"What reweighting changes: {result['groups']} groups, advantages of {result['method']}")
+        files = target.with_suffix(".png"), target.with_suffix(".svg")
+        figure.savefig(files[0], dpi=150, metadata={"Software": None})
+        figure.savefig(files[1], metadata={"Date": None, "Creator": None})
+    return files
