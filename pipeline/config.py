@@ -7,6 +7,7 @@ reported at once, one line each, with the dotted key, the value and what is allo
 from __future__ import annotations
 
 import difflib
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args
 
@@ -249,13 +250,17 @@ class Config(Section):
                         raise ValueError(f"compare.{field}: unknown method {name!r}{_nearest(name, self.methods)}")
         if "reference" in self.methods:
             raise ValueError("methods: 'reference' is the reference policy's own name; choose another")
-        whole, rest = divmod(episodes, self.train.minibatch)
-        updates = self.train.passes * max(1, whole + (2 * rest >= self.train.minibatch))
         for name, method in self.methods.items():
+            # A filter leaves so many groups at most.
+            kept = (
+                math.ceil(round(getattr(method.filter, "keep", 1.0) * self.rollout.groups, 9)) * self.rollout.group_size
+            )
+            whole, rest = divmod(kept, self.train.minibatch)
+            updates = self.train.passes * max(1, whole + (2 * rest >= self.train.minibatch))
             if updates == 1 and method.needs_two_updates:
                 raise ValueError(
-                    f"methods.{name}.surrogate: clipping does nothing with one update per iteration; "
-                    "lower train.minibatch or raise train.passes"
+                    f"methods.{name}.{method.needs_two_updates}: a rule on the ratio does nothing with one update per "
+                    f"iteration of {kept} episodes; lower train.minibatch or raise train.passes"
                 )
         return self
 

@@ -174,6 +174,12 @@ class StepGroupAdvantage(AdvantageSection):
     std: bool = False
     """Divide both advantages by their group's standard deviation; the published default only centres."""
 
+    @model_validator(mode="after")
+    def _effective(self) -> StepGroupAdvantage:
+        if self.step_weight == 0:
+            refuse_ignored(self, "step_weight is 0", "gamma")
+        return self
+
 
 class GAE(AdvantageSection):
     """S3: token-level generalised advantage estimation over sampled tokens only (arXiv 1506.02438)."""
@@ -269,6 +275,11 @@ class SoftQ(AdvantageSection):
     gamma: Probability = 0.99
     """Discount per turn; there is none inside a response."""
     q: QFunction = QFunction()
+
+    @model_validator(mode="after")
+    def _effective(self) -> SoftQ:
+        refuse_ignored(self, "the policy learns from Q itself", "entropy_scale")
+        return self
 
     def heads(self) -> dict[str, Head]:
         return {"q": self.q}
@@ -370,6 +381,12 @@ class AttenuatedWeight(Section):
     low_entropy_weight: NonNegative = 0.3
     """Their weight; the others weigh 1. Ours."""
 
+    @model_validator(mode="after")
+    def _effective(self) -> AttenuatedWeight:
+        if self.low_entropy_weight == 1:
+            refuse_ignored(self, "low_entropy_weight is 1", "quantile")
+        return self
+
 
 class PivotWeight(Section):
     """S4: more weight on tokens whose entropy stands out within their part of the trajectory (after ERPO, 2603.28204)."""
@@ -381,6 +398,12 @@ class PivotWeight(Section):
     """A pivot's entropy is at least this quantile over the batch's tokens of the same part. Ours."""
     strength: NonNegative = 1.0
     """What a pivot weighs beyond 1. Ours."""
+
+    @model_validator(mode="after")
+    def _effective(self) -> PivotWeight:
+        if self.strength == 0:
+            refuse_ignored(self, "strength is 0", "buckets", "quantile")
+        return self
 
 
 Weight = Annotated[
@@ -662,6 +685,8 @@ class Method(Section):
         return self
 
     @property
-    def needs_two_updates(self) -> bool:
-        """Whether a rule of it does nothing in the first update after a rollout."""
-        return self.surrogate.needs_two_updates or self.regulariser.skip_above_kl is not None
+    def needs_two_updates(self) -> str | None:
+        """The slot, if any, with a rule on the ratio: it does nothing in the first update after a rollout."""
+        if self.surrogate.needs_two_updates:
+            return "surrogate"
+        return "regulariser.skip_above_kl" if self.regulariser.skip_above_kl is not None else None

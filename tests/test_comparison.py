@@ -32,7 +32,8 @@ KEYS = """environment method temperature headline seeds states episodes success_
     difference_to_uniform_ci_low difference_to_uniform_ci_high probability_of_improvement
     probability_of_improvement_ci_low probability_of_improvement_ci_high control difference_to_control
     difference_to_control_ci_low difference_to_control_ci_high return_mean action_token_share valid_action_rate
-    truncated_rate iterations kl_update_action_first3 learning_rate regulariser collapsed_seeds non_finite_losses"""
+    truncated_rate iterations kl_update_action_first3 learning_rate regulariser collapsed_seeds non_finite_losses
+    gradient_share_action status source"""
 
 
 def configuration(**changes: Any) -> Config:
@@ -107,6 +108,8 @@ def curve(seed: int, rate: float, kl: float) -> list[dict[str, float]]:
             "episodes": 128.0,
             "tokens": 4000.0 + 10 * seed,
         }
+        if number % 4 == 0:
+            row["measured_gradient_share_action"] = rate / 4
         if number == 0:
             row["validation_success_before"] = 0.3
         if number % 4 == 3:
@@ -259,7 +262,7 @@ def test_drift_of_a_control_is_warned_of_beyond_a_fifth() -> None:
 
 def test_other_warnings() -> None:
     config = configuration(
-        methods={"grpo": {}, "grpo_actfocus": {"regulariser": {"entropy": 0.5, "kl": 0.0}}},
+        methods={"grpo": {}, "grpo_actfocus": {"regulariser": {"kind": "fixed", "entropy": 0.5, "kl": 0.0}}},
         compare={"uniform": {"grpo_actfocus": "grpo"}, "resamples": 200},
     )
     made = inputs(config)
@@ -300,10 +303,22 @@ def test_tables_print_sizes_intervals_and_common_terms_once() -> None:
     assert f"{row['difference_to_uniform']:+.3f} [" in text
     assert "4 × 8 × 3" in text
     lines = [line for line in markdown.split("\n") if line.startswith("|")]
-    assert {line.count("|") for line in lines} == {15, 6}
+    assert {line.count("|") for line in lines} == {15, 7}
     table = result_table(found, "lake", 1.0)
     assert all(len(cells) == len(table.header) for cells in table.rows)
     assert [cells[0] for cells in table.rows] == [*config.methods, REFERENCE]
+
+
+def test_status_and_source_are_shown_where_a_method_has_a_source() -> None:
+    methods = {"grpo": {"source": "arXiv 2402.03300", "status": "faithful"}, "mine": {}}
+    config = configuration(methods=methods, compare={"resamples": 200, "uniform": {}, "control": {}})
+    found = compare(config, inputs(config))
+    lines = [line.split() for line in comparison_text(found).splitlines()]
+    assert [line[1] for line in lines if line and line[0] in ("method", "grpo", "mine", REFERENCE)] == [
+        "status", "faithful", "ours", "–"
+    ]  # fmt: skip
+    assert "| `grpo` | faithful | arXiv 2402.03300 |" in comparison_markdown(found)
+    assert row_of(found, "grpo")["gradient_share_action"] == pytest.approx(RATES["grpo"] / 4)
 
 
 def test_figures_are_equal_byte_for_byte_and_carry_no_date(tmp_path: Path) -> None:

@@ -296,9 +296,15 @@ def test_a_methods_own_mistake_is_reported_beside_the_same_one_in_method_default
             {"methods.grpo.weight": {"kind": "actfocus", "redistribution_strength": 1.5, "form": "softmax"}},
             "methods.grpo.weight: form softmax needs redistribution_strength <= 1",
         ),
-        ({"train.passes": 1, "train.minibatch": 128}, "clipping does nothing with one update per iteration"),
+        (
+            {"train.passes": 1, "train.minibatch": 128},
+            "methods.ppo.surrogate: a rule on the ratio does nothing with one update per iteration of",
+        ),
         # 40 episodes, minibatches of 32: the last 8 join the first minibatch.
-        ({"rollout.group_size": 5, "train.passes": 1}, "clipping does nothing with one update per iteration"),
+        (
+            {"rollout.group_size": 5, "train.passes": 1},
+            "methods.ppo.surrogate: a rule on the ratio does nothing with one update per iteration of",
+        ),
         ({"train.minibatch": 200}, "train.minibatch (200) exceeds an iteration's 128 episodes"),
         ({"methods.grpo.advantage": {"kind": "group", "critic": {}}}, "methods.grpo.advantage.critic: unknown key"),
     ],

@@ -3,110 +3,56 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
+from dataclasses import fields, replace
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import Method
 from pipeline.objective.advantages import gae, group_advantage, to_tokens, whiten
-from pipeline.objective.aggregation import coefficients
 from pipeline.objective.batch import TokenBatch, token_batch
 from pipeline.objective.filters import group_deviation, reward_variance
-from pipeline.objective.methods import policy_loss, select_groups, token_advantages, token_weights
+from pipeline.objective.methods import (
+    coefficients,
+    entropy_terms,
+    policy_loss,
+    select_groups,
+    token_advantages,
+    token_weights,
+)
 from pipeline.objective.regularisers import kl_penalty, value_loss
-from pipeline.objective.surrogates import ppo_clip
+from pipeline.objective.surrogates import UpdateTokens, ppo_clip
 from pipeline.objective.weights import actfocus_weights, signal_values, uniform_weights, z_score
-from pipeline.trajectory import RESPONSE_ROLES, EpisodeBuilder, Role, build
+from pipeline.slots import Method
+from pipeline.trajectory import EpisodeBuilder, Role, build
+from tests.batches import CLOSE, batches, method, noise, population, properties, sigmoid
 
-properties = settings(deadline=None, max_examples=60, derandomize=True)
-CLOSE = {"rtol": 1e-6, "atol": 1e-6}
 SIGNALS = ("reference_energy", "reference_entropy", "behaviour_nll", "logprob_shift")
-AGGREGATIONS = ("weight_sum", "token_mean", "sequence_mean")
+AGGREGATIONS: tuple[dict[str, Any], ...] = (
+    {"kind": "weight_sum"},
+    {"kind": "token_mean"},
+    {"kind": "sequence_mean"},
+    {"kind": "constant", "tokens": 7.5},
+)
 
 
-@st.composite
-def batches(draw: st.DrawFn) -> TokenBatch:
-    """Ragged float64 batches: prompts, observations, prefilled tags, empty responses, groups in any order."""
-    trajectories = draw(st.integers(1, 6))
-    names = draw(st.lists(st.integers(0, 3), min_size=trajectories, max_size=trajectories))
-    numbers = {name: index for index, name in enumerate(dict.fromkeys(names))}
-    role: list[int] = []
-    trainable: list[bool] = []
-    owner: list[int] = []
-    reward: list[float] = []
-
-    def add(trajectory: int, roles: list[Role], chosen: bool) -> None:
-        role.extend(map(int, roles))
-        trainable.extend([chosen] * len(roles))
-        owner.extend([trajectory] * len(roles))
-        reward.extend([0.0] * len(roles))
-
-    for trajectory in range(trajectories):
-        add(trajectory, [Role.PROMPT] * draw(st.integers(1, 3)), chosen=False)
-        for turn in range(draw(st.integers(1, 3))):
-            if turn:
-                add(trajectory, [Role.OBSERVATION] * draw(st.integers(1, 2)), chosen=False)
-            if draw(st.booleans()):
-                add(trajectory, [Role.THINK_TAG], chosen=False)
-            response = draw(st.lists(st.sampled_from(RESPONSE_ROLES), max_size=5))
-            add(trajectory, response, chosen=True)
-            if response:
-                reward[-1] = draw(st.sampled_from([0.0, 1.0, -0.1]))
-    numbers_of = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
-    n = len(role)
-    chosen = torch.tensor(trainable)
-
-    def values(scale: float, shift: float = 0.0) -> torch.Tensor:
-        return torch.where(chosen, torch.from_numpy(shift + scale * numbers_of.standard_normal(n)), 0.0)
-
-    return TokenBatch(
-        role=torch.tensor(role),
-        trainable=chosen,
-        trajectory=torch.tensor(owner),
-        group=torch.tensor([numbers[name] for name in names]),
-        returns=torch.tensor(
-            draw(st.lists(st.sampled_from([0.0, 1.0, 0.9, -0.8]), min_size=trajectories, max_size=trajectories)),
-            dtype=torch.float64,
-        ),
-        reward=torch.tensor(reward, dtype=torch.float64),
-        logprob=-values(1.0).abs(),
-        energy=values(3.0, shift=-10.0),
-        ref_logprob=-values(1.0).abs(),
-        ref_entropy=values(1.0).abs(),
-    )
+BOTH_TERMS = {"kind": "fixed", "entropy": 0.01, "kl": 0.1}
 
 
-def noise(batch: TokenBatch, seed: int = 0) -> torch.Tensor:
-    """One float64 number per token."""
-    return torch.from_numpy(np.random.default_rng(seed).standard_normal(len(batch.role)))
-
-
-def method(**slots: Any) -> Method:
-    row: dict[str, Any] = {
-        "filter": {"kind": "all"},
-        "advantage": {"kind": "group"},
-        "weight": {"kind": "uniform"},
-        "aggregation": "weight_sum",
-        "surrogate": {"kind": "ppo_clip", "low": 0.2, "high": 0.28},
-        "regulariser": {},
-        "learning_rate": 1e-4,
-    }
-    return Method.model_validate(row | slots)
-
-
-def population(values: list[float]) -> tuple[float, float]:
-    """Mean and population variance."""
-    mean = math.fsum(values) / len(values)
-    return mean, math.fsum((value - mean) ** 2 for value in values) / len(values)
-
-
-def sigmoid(x: float) -> float:
-    return 1 / (1 + math.exp(-x)) if x >= 0 else math.exp(x) / (1 + math.exp(x))
+def update_tokens(row: Method, batch: TokenBatch, **columns: torch.Tensor) -> UpdateTokens:
+    """The batch's trainable tokens in an update; ``columns`` have an entry per token of the batch, or per trainable one."""
+    keep = batch.trainable
+    given_columns = {
+        "logprob_old": batch.logprob,
+        "ref_logprob": batch.ref_logprob,
+        "entropy_terms": torch.stack(entropy_terms(row, batch)[0], dim=-1),
+        "noise": batch.noise,
+        "trajectory": batch.trajectory,
+    } | columns
+    return UpdateTokens(**{name: c[keep] if len(c) == len(keep) else c for name, c in given_columns.items()})
 
 
 # ---------------------------------------------------------------------------------------------- S3: advantages
@@ -195,20 +141,22 @@ def test_whiten_equals_reference(batch: TokenBatch) -> None:
 def test_composed_gae_regresses_on_unwhitened_returns(batch: TokenBatch) -> None:
     slot = {"kind": "gae", "gamma": 0.9, "lam": 0.8, "whiten": True}
     values = noise(batch)
-    estimate = token_advantages(method(advantage=slot), batch, values)
+    estimate = token_advantages(method(advantage=slot), batch, {"value": values})
     plain = gae(batch.reward, values, batch.trainable, batch.trajectory, gamma=0.9, lam=0.8)
-    assert estimate.value_target is not None
-    torch.testing.assert_close(estimate.value_target[batch.trainable], (plain + values)[batch.trainable])
-    assert estimate.value_target[~batch.trainable].abs().sum() == 0
+    assert list(estimate.targets) == ["value"]
+    target, mask = estimate.targets["value"]
+    assert torch.equal(mask, batch.trainable)
+    torch.testing.assert_close(target[batch.trainable], (plain + values)[batch.trainable])
+    assert target[~batch.trainable].abs().sum() == 0
     torch.testing.assert_close(estimate.advantage, whiten(plain, batch.trainable))
-    unwhitened = token_advantages(method(advantage=slot | {"whiten": False}), batch, values)
+    unwhitened = token_advantages(method(advantage=slot | {"whiten": False}), batch, {"value": values})
     torch.testing.assert_close(unwhitened.advantage, plain)
 
 
 def test_gae_without_values_is_refused() -> None:
     batch = golden_batch()
-    with pytest.raises(ValueError, match="critic"):
-        token_advantages(method(advantage={"kind": "gae"}), batch, None)
+    with pytest.raises(ValueError, match=r"advantage gae needs .*: value"):
+        token_advantages(method(advantage={"kind": "gae"}), batch, {})
 
 
 # ------------------------------------------------------------------------------------------------- S4: weights
@@ -221,6 +169,18 @@ def reference_signal(batch: TokenBatch, token: int, signal: str) -> float:
     if signal == "reference_entropy":
         return float(batch.ref_entropy[token])
     return -logprob if signal == "behaviour_nll" else logprob - ref
+
+
+def actfocus(batch: TokenBatch, alpha: float, beta: float, tau: float, form: str, signal: str) -> torch.Tensor:
+    """The function by the paper's letters."""
+    return actfocus_weights(
+        batch,
+        reasoning_downweight=alpha,
+        redistribution_strength=beta,
+        redistribution_temperature=tau,
+        form=form,
+        signal=signal,
+    )
 
 
 def reference_weights(
@@ -270,7 +230,7 @@ def reference_weights(
 )
 def test_actfocus_weights_equal_reference(batch: TokenBatch, form: str, alpha: float, beta: float, tau: float) -> None:
     for signal in SIGNALS:
-        actual = actfocus_weights(batch, alpha=alpha, beta=beta, tau=tau, form=form, signal=signal)
+        actual = actfocus(batch, alpha, beta, tau, form, signal)
         expected = reference_weights(batch, alpha, beta, tau, form, signal)
         torch.testing.assert_close(actual.double(), torch.tensor(expected, dtype=torch.float64), **CLOSE)
 
@@ -298,7 +258,7 @@ def test_composed_weights_pass_every_setting_on(batch: TokenBatch) -> None:
 @given(batches())
 def test_signals_are_higher_where_more_weight_shall_go(batch: TokenBatch) -> None:
     for signal in SIGNALS:
-        actual = signal_values(batch, signal).tolist()
+        actual = signal_values(batch, signal, batch.of(Role.ACTION)).tolist()
         assert actual == pytest.approx([reference_signal(batch, t, signal) for t in range(len(batch.role))])
 
 
@@ -332,7 +292,7 @@ def test_role_masks_hold_trainable_tokens_only(batch: TokenBatch) -> None:
 @given(batches())
 @properties
 def test_alpha_one_beta_zero_is_exactly_uniform(form: str, batch: TokenBatch) -> None:
-    weights = actfocus_weights(batch, alpha=1.0, beta=0.0, tau=1.0, form=form, signal="reference_energy")
+    weights = actfocus(batch, 1.0, 0.0, 1.0, form, "reference_energy")
     uniform = uniform_weights(batch).to(weights.dtype)
     assert torch.equal(weights, uniform)
     if not bool(batch.trainable.any()):
@@ -341,7 +301,7 @@ def test_alpha_one_beta_zero_is_exactly_uniform(form: str, batch: TokenBatch) ->
     for aggregation in AGGREGATIONS:
         results = []
         for weight in (slot, {"kind": "uniform"}):
-            row = method(weight=weight, aggregation=aggregation, regulariser={"entropy": 0.01, "kl": 0.1})
+            row = method(weight=weight, aggregation=aggregation, regulariser=BOTH_TERMS)
             results.append(loss_and_gradient(row, batch, token_weights(row, batch).double()))
         assert results[0][0] == results[1][0]
         assert torch.equal(results[0][1], results[1][1])
@@ -353,12 +313,11 @@ def test_redistribution_temperature_has_the_documented_limits(batch: TokenBatch)
     action = batch.of(Role.ACTION)
     if not bool(action.any()):
         return
-    options = {"alpha": 0.1, "beta": 0.5, "signal": "reference_energy"}
-    flat = actfocus_weights(batch, tau=1e9, form="sigmoid", **options)[action]
+    flat = actfocus(batch, 0.1, 0.5, 1e9, "sigmoid", "reference_energy")[action]
     torch.testing.assert_close(flat, torch.full_like(flat, 1.25), **CLOSE)
-    flat = actfocus_weights(batch, tau=1e9, form="softmax", **options)[action]
+    flat = actfocus(batch, 0.1, 0.5, 1e9, "softmax", "reference_energy")[action]
     torch.testing.assert_close(flat, torch.ones_like(flat), **CLOSE)
-    hard = actfocus_weights(batch, tau=1e-9, form="sigmoid", **options)[action]
+    hard = actfocus(batch, 0.1, 0.5, 1e-9, "sigmoid", "reference_energy")[action]
     energy = batch.energy[action]
     away = (energy - energy.mean()).abs() > 1e-3
     torch.testing.assert_close(hard[away], torch.where(energy > energy.mean(), 1.5, 1.0).double()[away], **CLOSE)
@@ -367,7 +326,7 @@ def test_redistribution_temperature_has_the_documented_limits(batch: TokenBatch)
 @properties
 @given(batches(), st.sampled_from([0.01, 1.0, 10.0]), st.sampled_from([0.0, 0.5, 1.0]))
 def test_softmax_form_keeps_each_trajectorys_action_total(batch: TokenBatch, tau: float, beta: float) -> None:
-    weights = actfocus_weights(batch, alpha=0.1, beta=beta, tau=tau, form="softmax", signal="reference_entropy")
+    weights = actfocus(batch, 0.1, beta, tau, "softmax", "reference_entropy")
     action = batch.of(Role.ACTION)
     for trajectory in range(batch.trajectories):
         own = action & (batch.trajectory == trajectory)
@@ -382,11 +341,12 @@ def test_nothing_outside_trainable_tokens_has_advantage_or_weight(batch: TokenBa
     slot = {"kind": "actfocus"}
     for advantage in ({"kind": "group"}, {"kind": "gae"}, {"kind": "gae", "whiten": False}):
         row = method(advantage=advantage, weight=slot)
-        assert token_advantages(row, batch, noise(batch)).advantage[others].abs().sum() == 0
+        assert token_advantages(row, batch, {"value": noise(batch)}).advantage[others].abs().sum() == 0
         weights = token_weights(row, batch)
         assert weights[others].abs().sum() == 0
         for aggregation in AGGREGATIONS:
-            assert coefficients(weights, batch.trainable, batch.trajectory, aggregation)[others].abs().sum() == 0
+            factors = coefficients(method(aggregation=aggregation), weights, batch.trainable, batch.trajectory)
+            assert factors[others].abs().sum() == 0
     assert uniform_weights(batch)[others].abs().sum() == 0
 
 
@@ -395,7 +355,7 @@ def test_nothing_outside_trainable_tokens_has_advantage_or_weight(batch: TokenBa
 
 @properties
 @given(batches(), st.sampled_from(AGGREGATIONS))
-def test_coefficients_equal_reference(batch: TokenBatch, aggregation: str) -> None:
+def test_coefficients_equal_reference(batch: TokenBatch, aggregation: dict[str, Any]) -> None:
     weights = torch.where(batch.trainable, noise(batch).abs(), 0.0)
     weights = torch.where(batch.trajectory == 0, 0.0, weights)  # a trajectory without any weight
     w, owner = weights.tolist(), batch.trajectory.tolist()
@@ -405,13 +365,15 @@ def test_coefficients_equal_reference(batch: TokenBatch, aggregation: str) -> No
     for x, own in zip(w, owner, strict=True):
         if x == 0:
             expected.append(0.0)
-        elif aggregation == "weight_sum":
+        elif aggregation["kind"] == "weight_sum":
             expected.append(x / math.fsum(w))
-        elif aggregation == "token_mean":
+        elif aggregation["kind"] == "token_mean":
             expected.append(x / sum(batch.trainable.tolist()))
+        elif aggregation["kind"] == "constant":
+            expected.append(x / (len(totals) * aggregation["tokens"]))
         else:
             expected.append(x / totals[own] / alive)
-    actual = coefficients(weights, batch.trainable, batch.trajectory, aggregation)
+    actual = coefficients(method(aggregation=aggregation), weights, batch.trainable, batch.trajectory)
     torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64), **CLOSE)
 
 
@@ -431,7 +393,8 @@ def test_loss_is_unchanged_when_all_weights_are_scaled(batch: TokenBatch, factor
 def test_no_weight_at_all_gives_zeros_not_nan() -> None:
     batch = golden_batch()
     for aggregation in AGGREGATIONS:
-        actual = coefficients(torch.zeros(len(batch.role)), batch.trainable, batch.trajectory, aggregation)
+        row = method(aggregation=aggregation)
+        actual = coefficients(row, torch.zeros(len(batch.role)), batch.trainable, batch.trajectory)
         assert actual.tolist() == [0.0] * len(batch.role)
 
 
@@ -560,17 +523,15 @@ def loss_and_gradient(row: Method, batch: TokenBatch, weights: torch.Tensor) -> 
     """A method's loss on a batch with some new policy, as in training: on the trainable tokens."""
     keep = batch.trainable
     logprob = (batch.logprob + 0.4 * noise(batch, 3))[keep].requires_grad_(True)
-    factors = coefficients(weights, batch.trainable, batch.trajectory, row.aggregation)
-    parts = policy_loss(
+    tokens = update_tokens(
         row,
+        batch,
         logprob=logprob,
-        entropy=noise(batch, 4)[keep].abs(),
-        logprob_old=batch.logprob[keep],
-        ref_logprob=batch.ref_logprob[keep],
-        advantage=token_advantages(row, batch, noise(batch, 5)).advantage[keep],
-        coefficient=factors[keep],
-        tokens=int(keep.sum()),
+        entropy=noise(batch, 4).abs(),
+        advantage=token_advantages(row, batch, {"value": noise(batch, 5)}).advantage,
+        coefficient=coefficients(row, weights, batch.trainable, batch.trajectory),
     )
+    parts = policy_loss(row, tokens, None, int(keep.sum()))
     (gradient,) = torch.autograd.grad(parts.total, logprob)
     return float(parts.total.detach()), gradient
 
@@ -585,22 +546,14 @@ def test_policy_loss_equals_reference_with_gradients(
     if tokens == 0:
         return
     estimator = estimator if kl else "k3"  # another estimator of nothing is refused
-    row = method(regulariser={"entropy": bonus, "kl": kl, "kl_estimator": estimator})
+    row = method(regulariser={"kind": "fixed", "entropy": bonus, "kl": kl, "kl_estimator": estimator})
     logprob = (batch.logprob + 0.4 * noise(batch, 3))[keep].requires_grad_(True)
     entropy = noise(batch, 4)[keep].abs().requires_grad_(True)
     old, ref = batch.logprob[keep], batch.ref_logprob[keep]
     advantage, factor = noise(batch, 5)[keep], noise(batch, 6)[keep].abs()
-    parts = policy_loss(
-        row,
-        logprob=logprob,
-        entropy=entropy,
-        logprob_old=old,
-        ref_logprob=ref,
-        advantage=advantage,
-        coefficient=factor,
-        tokens=tokens,
-    )
-    surrogate = penalty = clipped = 0.0
+    columns = {"logprob": logprob, "entropy": entropy, "advantage": advantage, "coefficient": factor}
+    parts = policy_loss(row, update_tokens(row, batch, **columns), None, tokens)
+    surrogate = penalty = clipped = moved = 0.0
     slopes = []
     now = logprob.tolist()
     for t in range(tokens):
@@ -609,12 +562,14 @@ def test_policy_loss_equals_reference_with_gradients(
         surrogate += float(factor[t]) * value
         penalty += extra / tokens
         clipped += (slope == 0.0) / tokens
+        moved += reference_kl(float(old[t]), now[t], "k3")[0] / tokens
         slopes.append(float(factor[t]) * slope + kl * extra_slope / tokens)
     mean_entropy = math.fsum(entropy.tolist()) / tokens
     assert parts.surrogate.item() == pytest.approx(surrogate, abs=1e-6)
     assert parts.kl.item() == pytest.approx(penalty, abs=1e-6)
     assert parts.entropy.item() == pytest.approx(mean_entropy, abs=1e-6)
     assert parts.clipped.item() == pytest.approx(clipped, abs=1e-6)
+    assert parts.moved.item() == pytest.approx(moved, abs=1e-6)
     assert parts.total.item() == pytest.approx(surrogate - bonus * mean_entropy + kl * penalty, abs=1e-6)
     gradient, entropy_gradient = torch.autograd.grad(parts.total, (logprob, entropy), allow_unused=True)
     assert gradient.tolist() == pytest.approx(slopes, abs=1e-6)
@@ -628,17 +583,20 @@ def test_pieces_of_a_minibatch_add_up_to_it(batch: TokenBatch) -> None:
     keep = torch.nonzero(batch.trainable).flatten()
     if len(keep) < 2:
         return
-    row = method(regulariser={"entropy": 0.01, "kl": 0.1})
+    row = method(regulariser=BOTH_TERMS)
     columns = {
         "logprob": batch.logprob + 0.4 * noise(batch, 1),
         "entropy": noise(batch, 2).abs(),
-        "logprob_old": batch.logprob,
-        "ref_logprob": batch.ref_logprob,
         "advantage": noise(batch, 3),
         "coefficient": noise(batch, 4).abs(),
     }
-    whole = policy_loss(row, **{k: v[keep] for k, v in columns.items()}, tokens=len(keep))
-    halves = [policy_loss(row, **{k: v[part] for k, v in columns.items()}, tokens=len(keep)) for part in keep.split(2)]
+    everything = update_tokens(row, batch, **columns)
+    whole = policy_loss(row, everything, None, len(keep))
+    halves = []
+    for part in torch.arange(len(keep)).split(2):
+        named = {f.name: getattr(everything, f.name) for f in fields(everything)}
+        piece = UpdateTokens(**{name: None if c is None else c[part] for name, c in named.items()})
+        halves.append(policy_loss(row, piece, None, len(keep)))
     for term in range(len(whole)):
         assert sum(float(half[term]) for half in halves) == pytest.approx(float(whole[term]), abs=1e-6)
 
@@ -691,13 +649,19 @@ def golden_batch() -> TokenBatch:
         role=torch.tensor([int(role) for role in roles]),
         trainable=torch.tensor([False] + [True] * 6),
         trajectory=torch.zeros(7, dtype=torch.long),
+        turn=torch.tensor([-1] + [0] * 6),
+        turn_trajectory=torch.tensor([0]),
+        turn_state=torch.tensor([0]),
         group=torch.tensor([0]),
+        success=torch.tensor([True]),
         returns=torch.tensor([1.0], dtype=torch.float64),
         reward=torch.tensor([0.0] * 6 + [1.0], dtype=torch.float64),
         logprob=zeros,
+        entropy=zeros,
         energy=torch.tensor([0.0, -9.0, -9.0, -9.0, -3.0, -1.0, -9.0], dtype=torch.float64),
         ref_logprob=zeros,
         ref_entropy=zeros,
+        noise=zeros,
     )
 
 
@@ -718,16 +682,15 @@ def test_golden_actfocus_loss() -> None:
     weights = token_weights(row, batch)
     assert weights.tolist() == pytest.approx([0, 0.1, 0.1, 1, 1.13447071, 1.36552929, 1], abs=1e-7)
     logprob = torch.tensor([0, 0, math.log(0.5), 0, math.log(1.5), 0, 0], dtype=torch.float64, requires_grad=True)
-    parts = policy_loss(
+    tokens = update_tokens(
         row,
+        batch,
         logprob=logprob,
         entropy=torch.zeros(7),
-        logprob_old=batch.logprob,
-        ref_logprob=batch.ref_logprob,
         advantage=torch.tensor([0.0] + [2.0] * 6),
-        coefficient=coefficients(weights, batch.trainable, batch.trajectory, row.aggregation),
-        tokens=6,
+        coefficient=coefficients(row, weights, batch.trainable, batch.trajectory),
     )
+    parts = policy_loss(row, tokens, None, 6)
     assert parts.total.item() == pytest.approx(-2.11389438, abs=1e-7)
     (gradient,) = torch.autograd.grad(parts.total, logprob)
     expected = [0, -0.2 / 4.7, -0.1 / 4.7, -2 / 4.7, 0, -2.73105858 / 4.7, -2 / 4.7]
@@ -738,7 +701,7 @@ def test_golden_actfocus_loss() -> None:
 def test_golden_softmax_weights() -> None:
     """softmax(-1, 1) = 0.11920292, 0.88079708; times 2 tokens, half of it added to one half."""
     batch = golden_batch()
-    weights = actfocus_weights(batch, alpha=0.1, beta=0.5, tau=1.0, form="softmax", signal="reference_energy")
+    weights = actfocus(batch, 0.1, 0.5, 1.0, "softmax", "reference_energy")
     assert weights.tolist() == pytest.approx([0, 0.1, 0.1, 1, 0.61920292, 1.38079708, 1], abs=1e-7)
 
 
@@ -766,9 +729,10 @@ def test_token_batch_reads_trajectories_and_refuses_unannotated_ones() -> None:
     builder.finish(True, "goal")
     plain = build([builder])
     with pytest.raises(ValueError, match="annotated"):
-        token_batch(plain)
+        token_batch(plain, np.random.default_rng(0))
     column = np.arange(5, dtype=np.float32)
-    batch = token_batch(replace(plain, energy=-column, ref_logprob=-2 * column, ref_entropy=3 * column))
+    annotated = replace(plain, energy=-column, ref_logprob=-2 * column, ref_entropy=3 * column)
+    batch = token_batch(annotated, np.random.default_rng(0), 7)
     assert batch.trainable.tolist() == [False, False, False, True, True]
     assert batch.role.tolist() == [Role.PROMPT, Role.PROMPT, Role.THINK_TAG, Role.ACTION, Role.ANSWER_TAG]
     assert batch.reward.tolist() == [0, 0, 0, 0, 1]
@@ -777,3 +741,39 @@ def test_token_batch_reads_trajectories_and_refuses_unannotated_ones() -> None:
     assert batch.ref_logprob.tolist() == [0, -2, -4, -6, -8]
     assert batch.ref_entropy.tolist() == [0, 3, 6, 9, 12]
     assert (batch.trajectory.tolist(), batch.group.tolist(), batch.returns.tolist()) == ([0] * 5, [0], [1.0])
+    assert batch.entropy.tolist() == [0, 0, 0, 1, 2]
+    assert (batch.turn.tolist(), batch.turn_trajectory.tolist()) == ([-1, -1, 0, 0, 0], [0])
+    assert (batch.turn_state.tolist(), batch.success.tolist(), batch.iteration) == ([0], [True], 7)
+    again, other = (token_batch(annotated, np.random.default_rng(seed)).noise for seed in (0, 1))
+    assert torch.equal(batch.noise, again)
+    assert not torch.equal(batch.noise, other)
+    assert len(set(again.tolist())) == 5
+    assert bool(((again >= 0) & (again < 1)).all())
+
+
+def test_turns_share_a_state_where_group_and_state_key_are_equal() -> None:
+    """Three episodes: two of a group, both through "s"; one of another group, which begins in "s" too."""
+    builders = []
+    for name, group, keys in (("a", "g", ("s", "t")), ("b", "g", ("t", "u", "s")), ("c", "h", ("s",))):
+        builder = EpisodeBuilder(
+            episode_id=name, group_id=group, environment="x", state_key=keys[0], seed=0, iteration=0, policy_version=0
+        )
+        for number, key in enumerate(keys):
+            builder.append_text([1], Role.OBSERVATION if number else Role.PROMPT)
+            start = len(builder)
+            builder.append_sampled([4], [Role.ACTION], [-0.5], [1.0])
+            builder.close_turn(start, 0.25, "Left", True, key)
+        builder.finish(name == "b", "goal")
+        builders.append(builder)
+    plain = build(builders)
+    column = np.zeros(12, dtype=np.float32)
+    annotated = replace(plain, energy=column, ref_logprob=column, ref_entropy=column)
+    batch = token_batch(annotated, np.random.default_rng(0))
+    assert batch.turn_trajectory.tolist() == [0, 0, 1, 1, 1, 2]
+    s_here, t_here, again_t, u_here, again_s, s_there = batch.turn_state.tolist()
+    assert (again_t, again_s) == (t_here, s_here)
+    assert len({s_here, t_here, u_here, s_there}) == 4
+    assert batch.turn.tolist() == [-1, 0, -1, 1, -1, 2, -1, 3, -1, 4, -1, 5]
+    assert batch.success.tolist() == [False, True, False]
+    assert batch.returns.tolist() == [0.5, 0.75, 0.25]
+    assert batch.reward.tolist() == [0, 0.25] * 6

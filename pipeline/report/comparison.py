@@ -25,6 +25,8 @@ VERDICT_SEEDS = 5
 """Fewest paired seeds from which a difference is put in words."""
 KL_DRIFT = 0.2
 """Largest relative difference of a control's KL per update from its method's that passes without a warning."""
+SHARE = "measured_gradient_share_action"
+"""Metric of the curves: the action tokens' share of the gradient, from per-token gradients."""
 
 Curves = Mapping[str, list[dict[str, float]]]
 """Seed -> one row per iteration."""
@@ -176,16 +178,20 @@ def _behaviour(episodes: pa.Table) -> dict[str, float | None]:
 def _training(config: Config, method: str, curves: Curves | None) -> dict[str, Any]:
     """How the method was trained: settings from params.yaml, the rest from its learning curves; all null without them."""
     if curves is None:
-        keys = ("iterations", "kl_update_action_first3", "learning_rate", "regulariser", "non_finite_losses")
-        return dict.fromkeys(keys)
+        keys = ("iterations", "kl_update_action_first3", "gradient_share_action", "learning_rate", "regulariser")
+        return dict.fromkeys((*keys, "non_finite_losses", "status", "source"))
     first = [row["kl_update_action"] for rows in curves.values() for row in rows[:3] if "kl_update_action" in row]
+    shares = [r[SHARE] for rows in curves.values() for r in rows if SHARE in r]
     settings = config.methods[method]
     return {
         "iterations": min(len(rows) for rows in curves.values()),
         "kl_update_action_first3": _finite(float(f"{np.mean(first):.6g}")) if first else None,
+        "gradient_share_action": _round(float(np.mean(shares))) if shares else None,
         "learning_rate": settings.learning_rate,
         "regulariser": settings.regulariser.model_dump(mode="json"),
         "non_finite_losses": int(sum(row.get("non_finite_losses", 0) for rows in curves.values() for row in rows)),
+        "status": settings.status,
+        "source": settings.source,
     }
 
 
@@ -232,9 +238,16 @@ def _method_warnings(config: Config, rows: Mapping[str, Mapping[str, Any]], meth
         elif abs(theirs - mine) > KL_DRIFT * mine:
             found.append(
                 f"KL per update on action tokens over the first 3 iterations is {mine:.3g}, its control's {theirs:.3g} "
-                f"({control}, off by more than {KL_DRIFT:.0%}): adjust methods.{control}.learning_rate"
+                f"({control}, off by more than {KL_DRIFT:.0%}): {_advice(config, method, control)}"
             )
     return found
+
+
+def _advice(config: Config, method: str, control: str) -> str:
+    """What a drift of the KL per update means: a matched control's learning rate is there to be adjusted."""
+    if config.methods[method].learning_rate == config.methods[control].learning_rate:
+        return "a difference may be one of step size"
+    return f"adjust methods.{control}.learning_rate"
 
 
 def _compared(name: str, comparison: Comparison | None) -> dict[str, Any]:

@@ -77,19 +77,22 @@ def result_table(comparison: Mapping[str, Any], environment: str, temperature: f
 
 
 def training_table(comparison: Mapping[str, Any], environment: str) -> Table:
-    """How the methods were trained; their entropy and KL terms are a column only if they are not all the same."""
+    """How the methods were trained; entropy and KL terms are a column only if they differ, status and source if given."""
     rows = [r for r in comparison["rows"] if r["environment"] == environment and r["headline"] and r["regulariser"]]
-    differ = len({_terms(row["regulariser"]) for row in rows}) > 1
+    differ, sourced = len({_terms(row["regulariser"]) for row in rows}) > 1, any(row["source"] for row in rows)
     return Table(
         f"{environment}, training",
-        ["method", "iterations", "learning rate", "KL per update on action tokens, first 3 iterations",
+        ["method", *(["status", "source"] if sourced else []), "iterations", "learning rate",
+         "KL per update on action tokens, first 3 iterations", "action tokens' share of the gradient",
          "skipped non-finite updates", *(["entropy and KL terms"] if differ else [])],
         [
             [
                 row["method"],
+                *([row["status"], row["source"] or "–"] if sourced else []),
                 str(row["iterations"]),
                 f"{row['learning_rate']:g}",
                 "–" if row["kl_update_action_first3"] is None else f"{row['kl_update_action_first3']:.3g}",
+                "–" if row["gradient_share_action"] is None else f"{row['gradient_share_action']:.2f}",
                 str(row["non_finite_losses"]),
                 *([_terms(row["regulariser"])] if differ else []),
             ]
@@ -126,6 +129,9 @@ def comparison_text(comparison: Mapping[str, Any]) -> str:
         table = result_table(comparison, environment, temperatures[0])
         keep = [table.header.index(name) for name in shown]
         cells = [[row[i] for i in keep] for row in (table.header, *table.rows)]
+        statuses = {row["method"]: row["status"] for row in rows_at(comparison, environment, temperatures[0])}
+        if any(row["source"] for row in comparison["rows"]):
+            cells = [[line[0], statuses.get(line[0], "status") or "–", *line[1:]] for line in cells]
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
         parts += [table.title, *lines, ""]
@@ -171,4 +177,5 @@ def _number(value: float | None) -> str:
 
 def _terms(regulariser: Mapping[str, Any]) -> str:
     kl = f"{regulariser['kl']:g} ({regulariser['kl_estimator']})" if regulariser["kl"] else "none"
-    return f"entropy bonus {regulariser['entropy']:g}, KL to the reference {kl}"
+    own = "" if regulariser["kind"] == "fixed" else f"{regulariser['kind']}, "
+    return f"{own}entropy bonus {regulariser['entropy']:g}, KL to the reference {kl}"

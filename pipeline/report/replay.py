@@ -14,9 +14,10 @@ from pipeline.report.bottleneck_figures import STYLE
 PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d")
 """Okabe and Ito's."""
 MARKS = ("o", "s", "^", "D", "v", "P", "X")
+DASHES = ("-", "--", ":", "-.")
 MEASURES = {
     "snr": "signal-to-noise ratio",
-    "cosine_many": "cosine of an iteration's gradient\nwith the uniform one of other groups",
+    "cosine_many": "cosine, an iteration with other groups",
     "cosine_uniform": "cosine with the uniform gradient",
     "share_action": "gradient share of action tokens",
 }
@@ -49,23 +50,29 @@ def replay_text(result: Mapping[str, Any]) -> str:
 
 
 def draw_replay(result: Mapping[str, Any], target: Path) -> tuple[Path, Path]:
-    """Each measure over alpha, a line per (beta, tau, signal); written as PNG and SVG."""
-    lines: dict[str, list[Mapping[str, Any]]] = {}
+    """Each measure over alpha, a line per (beta, tau, signal); written as PNG and SVG.
+
+    Colour is the signal, the marker beta, the dash tau. ``cosine_many`` is between an iteration's weighted gradient and
+    the uniform one of all other groups.
+    """
+    lines: dict[tuple[float, float, str], list[Mapping[str, Any]]] = {}
     for row in result["rows"]:
-        label = f"β {row['beta']:g}, τ {row['tau']:g}, {row['signal']}" if row["beta"] else "β 0"
-        lines.setdefault(label, []).append(row)
+        lines.setdefault((row["beta"], row["tau"], row["signal"]), []).append(row)
+    signals, betas, taus = (
+        list(dict.fromkeys(row[key] for row in result["rows"])) for key in ("signal", "beta", "tau")
+    )
     with rc_context(STYLE):
-        figure = Figure(figsize=(11, 7.5), layout="constrained")
+        figure = Figure(figsize=(11, 8), layout="constrained")
         for axes, (measure, title) in zip(figure.subplots(2, 2).flat, MEASURES.items(), strict=True):
-            for index, (label, rows) in enumerate(lines.items()):
+            for (beta, tau, signal), rows in lines.items():
                 ordered = sorted(rows, key=lambda row: row["alpha"])
                 axes.plot(
                     [row["alpha"] for row in ordered],
                     [row[measure] for row in ordered],
-                    color=PALETTE[index % len(PALETTE)],
-                    marker=MARKS[index % len(MARKS)],
-                    linestyle="-" if index < len(PALETTE) else "--",
-                    label=label,
+                    color=PALETTE[signals.index(signal) % len(PALETTE)] if beta else "black",
+                    marker=MARKS[betas.index(beta) % len(MARKS)],
+                    linestyle=DASHES[taus.index(tau) % len(DASHES)] if beta else "-",
+                    label=f"β {beta:g}, τ {tau:g}, {signal}" if beta else "β 0",
                 )
             if measure in result["uniform"]:
                 axes.axhline(result["uniform"][measure], color="#888888", linestyle=":", label="uniform weights")

@@ -1,0 +1,665 @@
+"""Slot S3: every advantage against its definition, written out over lists."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any, get_args
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.config import ConfigError, parse, read_yaml
+from pipeline.objective import methods
+from pipeline.objective.advantages import (
+    discounted_returns,
+    first_of_turn,
+    from_bilevel_gae,
+    from_entropy_gae,
+    from_gae,
+    from_group,
+    from_soft_q,
+    from_step_group,
+    from_token_group,
+    from_turn_gae,
+    last_of_turn,
+    scaled_by_entropy,
+    turn_rewards,
+)
+from pipeline.objective.batch import TokenBatch
+from pipeline.objective.methods import shape_rewards, token_advantages
+from pipeline.slots import Method
+from pipeline.trajectory import Role
+from tests.batches import CLOSE, batches, method, noise, population, properties
+
+ROOT = Path(__file__).parents[1]
+KINDS = [get_args(section.model_fields["kind"].annotation)[0] for section in methods.ADVANTAGES]
+WITH_HEADS = {
+    "gae": "value",
+    "turn_gae": "value",
+    "bilevel_gae": "value",
+    "entropy_gae": "value, entropy_value",
+    "soft_q": "q",
+}
+DISCOUNTS = st.sampled_from([1.0, 0.9, 0.3, 0.0])
+
+
+def row(kind: str, **settings: Any) -> Method:
+    """A legal method with this advantage."""
+    slots: dict[str, Any] = {"advantage": {"kind": kind, **settings}}
+    if kind == "soft_q":
+        slots["surrogate"] = {"kind": "soft_q"}
+    if kind == "token_group":
+        slots["reward"] = {"kind": "token_entropy"}
+    return method(**slots)
+
+
+def estimates(batch: TokenBatch) -> dict[str, torch.Tensor]:
+    """Every head's, also on tokens that are not trainable."""
+    return {
+        name: noise(batch, 10 + seed) for seed, name in enumerate(("value", "entropy_value", "soft_value", "taken"))
+    }
+
+
+def dense(batch: TokenBatch, seed: int = 20) -> TokenBatch:
+    """The batch with a reward on every trainable token, as S7 may leave it."""
+    return replace(batch, reward=torch.where(batch.trainable, noise(batch, seed), 0.0))
+
+
+def turns_of(batch: TokenBatch) -> list[list[list[int]]]:
+    """For each trajectory the trainable tokens of each of its turns that has any."""
+    result = []
+    for trajectory in range(len(batch.returns)):
+        turns = []
+        for turn, owner in enumerate(batch.turn_trajectory.tolist()):
+            tokens = [t for t, own in enumerate(batch.turn.tolist()) if own == turn and batch.trainable.tolist()[t]]
+            if owner == trajectory and tokens:
+                turns.append(tokens)
+        result.append(turns)
+    return result
+
+
+def by_definition(reward: list[float], value: list[float], gamma: list[float], lam: float) -> list[float]:
+    """GAE of one episode: ``A_t = sum_k (prod_{t <= i < k} gamma_i lam) delta_k``, V = 0 after its last step."""
+    following = [*value, 0.0][1:]
+    delta = [r + g * after - v for r, g, after, v in zip(reward, gamma, following, value, strict=True)]
+    return [
+        math.fsum(math.prod(g * lam for g in gamma[t:k]) * delta[k] for k in range(t, len(delta)))
+        for t in range(len(delta))
+    ]
+
+
+def reference_token_gae(
+    batch: TokenBatch, reward: list[float], value: list[float], gamma: float, lam: float, discount: str
+) -> list[float]:
+    result = [0.0] * len(reward)
+    for turns in turns_of(batch):
+        tokens = [t for turn in turns for t in turn]
+        ends = [turn[-1] for turn in turns]
+        factors = [gamma if discount == "token" or t in ends else 1.0 for t in tokens]
+        own = by_definition([reward[t] for t in tokens], [value[t] for t in tokens], factors, lam)
+        for t, advantage in zip(tokens, own, strict=True):
+            result[t] = advantage
+    return result
+
+
+def reference_whitened(batch: TokenBatch, raw: list[float]) -> list[float]:
+    chosen = [a for a, t in zip(raw, batch.trainable.tolist(), strict=True) if t]
+    if not chosen:
+        return raw
+    mean, variance = population(chosen)
+    whole = [(a - mean) / math.sqrt(variance + 1e-8) for a in raw]
+    return [a if t else 0.0 for a, t in zip(whole, batch.trainable.tolist(), strict=True)]
+
+
+def reference_group(values: list[float], group: list[int], std: bool, ddof: int, eps: float) -> list[float]:
+    result = []
+    for value, own in zip(values, group, strict=True):
+        members = [v for v, g in zip(values, group, strict=True) if g == own]
+        if len(set(members)) == 1:
+            result.append(0.0)
+            continue
+        mean, variance = population(members)
+        deviation = math.sqrt(variance * len(members) / (len(members) - ddof))
+        result.append((value - mean) / (deviation + eps) if std else value - mean)
+    return result
+
+
+def close(actual: torch.Tensor, expected: list[float]) -> None:
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64), **CLOSE)
+
+
+def one_token_per_turn(batch: TokenBatch) -> TokenBatch:
+    """Only the last trainable token of each turn is left to the policy."""
+    ends = [turn[-1] for turns in turns_of(batch) for turn in turns]
+    return replace(batch, trainable=torch.tensor([t in ends for t in range(len(batch.role))]))
+
+
+def one_turn_per_trajectory(batch: TokenBatch) -> TokenBatch:
+    """Only the tokens of each trajectory's first turn that has any are left to the policy."""
+    kept = [t for turns in turns_of(batch) if turns for t in turns[0]]
+    mask = torch.tensor([t in kept for t in range(len(batch.role))])
+    return replace(batch, trainable=mask, reward=torch.where(mask, batch.reward, 0.0))
+
+
+def small_batch(turns: list[list[int]], reward: list[list[float]], states: list[list[int]]) -> TokenBatch:
+    """One group of trajectories, each a prompt and turns of so many tokens with these rewards, from these states."""
+    role, trainable, owner, turn_of, rewards, turn_owner = [], [], [], [], [], []
+    for trajectory, lengths in enumerate(turns):
+        for number, length in enumerate(lengths):
+            role += [Role.OBSERVATION if number else Role.PROMPT] + [Role.ACTION] * length
+            trainable += [False] + [True] * length
+            owner += [trajectory] * (1 + length)
+            turn_of += [-1] + [len(turn_owner)] * length
+            rewards += [0.0] * length + [reward[trajectory][number]]
+            turn_owner.append(trajectory)
+    zeros = torch.zeros(len(role), dtype=torch.float64)
+    return TokenBatch(
+        role=torch.tensor([int(r) for r in role]),
+        trainable=torch.tensor(trainable),
+        trajectory=torch.tensor(owner),
+        turn=torch.tensor(turn_of),
+        turn_trajectory=torch.tensor(turn_owner),
+        turn_state=torch.tensor([state for own in states for state in own]),
+        group=torch.zeros(len(turns), dtype=torch.long),
+        success=torch.zeros(len(turns), dtype=torch.bool),
+        returns=torch.tensor([math.fsum(own) for own in reward], dtype=torch.float64),
+        reward=torch.tensor(rewards, dtype=torch.float64),
+        logprob=zeros,
+        entropy=zeros,
+        energy=zeros,
+        ref_logprob=zeros,
+        ref_entropy=zeros,
+        noise=zeros,
+    )
+
+
+def on_tokens(batch: TokenBatch, values: list[float]) -> torch.Tensor:
+    """Values of the trainable tokens, in order; 100 on all others, where nobody may look."""
+    column = torch.full((len(batch.role),), 100.0, dtype=torch.float64)
+    column[batch.trainable] = torch.tensor(values, dtype=torch.float64)
+    return column
+
+
+# ------------------------------------------------------------------------------------------------- what turns are
+
+
+@properties
+@given(batches())
+def test_first_and_last_of_turn_equal_reference(batch: TokenBatch) -> None:
+    turns = [turn for own in turns_of(batch) for turn in own]
+    assert torch.nonzero(first_of_turn(batch)).flatten().tolist() == [turn[0] for turn in turns]
+    assert torch.nonzero(last_of_turn(batch)).flatten().tolist() == [turn[-1] for turn in turns]
+
+
+@properties
+@given(batches())
+def test_turn_rewards_equal_reference(batch: TokenBatch) -> None:
+    for shaped in (batch, dense(batch)):
+        reward, turn = shaped.reward.tolist(), shaped.turn.tolist()
+        expected = [
+            math.fsum(r for r, own in zip(reward, turn, strict=True) if own == k)
+            for k in range(len(batch.turn_trajectory))
+        ]
+        close(turn_rewards(shaped), expected)
+
+
+@properties
+@given(batches(), DISCOUNTS)
+def test_discounted_returns_equal_reference(batch: TokenBatch, gamma: float) -> None:
+    owner = batch.turn_trajectory.tolist()
+    reward = noise(batch, 3)[: len(owner)]
+    expected = [
+        math.fsum(gamma ** (j - k) * float(reward[j]) for j in range(k, len(owner)) if owner[j] == owner[k])
+        for k in range(len(owner))
+    ]
+    close(discounted_returns(reward, batch.turn_trajectory, gamma), expected)
+
+
+# ------------------------------------------------------------------------------------------------------ groups
+
+
+@properties
+@given(batches(), st.booleans(), st.sampled_from([0, 1]), st.sampled_from([1e-6, 0.1]))
+def test_group_equals_reference(batch: TokenBatch, std: bool, ddof: int, eps: float) -> None:
+    own = reference_group(batch.returns.tolist(), batch.group.tolist(), std, ddof, eps)
+    expected = [own[e] if t else 0.0 for e, t in zip(batch.trajectory.tolist(), batch.trainable.tolist(), strict=True)]
+    estimate = from_group(batch, {}, {}, std=std, ddof=ddof, eps=eps)
+    close(estimate.advantage, expected)
+    assert (estimate.targets, estimate.state) == ({}, {})
+
+
+@properties
+@given(batches(), st.sampled_from([0, 1]), st.sampled_from([1e-6, 0.1]))
+def test_token_group_equals_reference(batch: TokenBatch, ddof: int, eps: float) -> None:
+    """Rewards in steps of 1, so that a group's may all be equal."""
+    shaped = replace(batch, reward=torch.where(batch.trainable, noise(batch).round(), 0.0))
+    tokens = [t for t in range(len(batch.role)) if bool(batch.trainable[t])]
+    groups = [int(batch.group[batch.trajectory[t]]) for t in tokens]
+    own = reference_group([float(shaped.reward[t]) for t in tokens], groups, True, ddof, eps)
+    expected = [0.0] * len(batch.role)
+    for t, value in zip(tokens, own, strict=True):
+        expected[t] = value
+    close(from_token_group(shaped, {}, {}, ddof=ddof, eps=eps).advantage, expected)
+
+
+def reference_step_group(batch: TokenBatch, step_weight: float, gamma: float, std: bool) -> list[float]:
+    owner, state, turns = batch.turn_trajectory.tolist(), batch.turn_state.tolist(), range(len(batch.turn_trajectory))
+    reward = [
+        math.fsum(r for r, own in zip(batch.reward.tolist(), batch.turn.tolist(), strict=True) if own == k)
+        for k in turns
+    ]
+    score = [math.fsum(gamma ** (j - k) * reward[j] for j in turns if j >= k and owner[j] == owner[k]) for k in turns]
+    episode = reference_group(batch.returns.tolist(), batch.group.tolist(), std, 1, 1e-6)
+    step = reference_group(score, state, std, 1, 1e-6)
+    result = []
+    for t in range(len(batch.role)):
+        chosen = bool(batch.trainable[t])
+        result.append(episode[int(batch.trajectory[t])] + step_weight * step[int(batch.turn[t])] if chosen else 0.0)
+    return result
+
+
+@properties
+@given(batches(), st.sampled_from([0.0, 1.0, 0.7]), DISCOUNTS, st.booleans())
+def test_step_group_equals_reference(batch: TokenBatch, step_weight: float, gamma: float, std: bool) -> None:
+    actual = from_step_group(batch, {}, {}, step_weight=step_weight, gamma=gamma, std=std).advantage
+    close(actual, reference_step_group(batch, step_weight, gamma, std))
+
+
+@properties
+@given(batches(), st.booleans())
+def test_a_turn_alone_in_its_state_has_the_episodes_advantage_only(batch: TokenBatch, std: bool) -> None:
+    alone = replace(batch, turn_state=torch.arange(len(batch.turn_state)))
+    actual = from_step_group(alone, {}, {}, step_weight=1.0, gamma=0.95, std=std).advantage
+    assert torch.equal(actual, from_group(batch, {}, {}, std=std, ddof=1, eps=1e-6).advantage)
+
+
+def test_golden_step_group() -> None:
+    """Returns 1 and 0: episode advantages 0.5 and -0.5.
+
+    Both begin in state 0, scored 0.5 and 0 at gamma 0.5: 0.25 and -0.25. Their second states differ: 0 each.
+    """
+    batch = small_batch([[1, 2], [2, 1]], [[0, 1], [0, 0]], [[0, 1], [0, 2]])
+    estimate = token_advantages(row("step_group", gamma=0.5), batch, {})
+    assert estimate.advantage[batch.trainable].tolist() == pytest.approx([0.75, 0.5, 0.5, -0.75, -0.75, -0.5])
+    halved = token_advantages(row("step_group", gamma=0.5, step_weight=0.5), batch, {})
+    assert halved.advantage[batch.trainable].tolist() == pytest.approx([0.625, 0.5, 0.5, -0.625, -0.625, -0.5])
+
+
+# --------------------------------------------------------------------------------------------------- token GAE
+
+
+@properties
+@given(batches(), DISCOUNTS, DISCOUNTS, st.sampled_from(["token", "turn"]), st.booleans())
+def test_gae_equals_definition(batch: TokenBatch, gamma: float, lam: float, discount: str, whiten: bool) -> None:
+    batch, value = dense(batch), noise(batch)
+    raw = reference_token_gae(batch, batch.reward.tolist(), value.tolist(), gamma, lam, discount)
+    estimate = from_gae(batch, {"value": value}, {}, gamma=gamma, discount=discount, lam=lam, whiten=whiten)
+    close(estimate.advantage, reference_whitened(batch, raw) if whiten else raw)
+    target = estimate.targets["value"]
+    assert torch.equal(target.mask, batch.trainable)
+    chosen = batch.trainable.tolist()
+    close(target.value, [a + v if t else 0.0 for a, v, t in zip(raw, value.tolist(), chosen, strict=True)])
+
+
+@properties
+@given(batches(), DISCOUNTS)
+def test_turn_discount_of_1_is_token_gae(batch: TokenBatch, lam: float) -> None:
+    """POAD's fact: what it adds is a discount at action ends only."""
+    parts = [
+        from_gae(batch, estimates(batch), {}, gamma=1.0, discount=discount, lam=lam, whiten=False)
+        for discount in ("turn", "token")
+    ]
+    assert torch.equal(parts[0].advantage, parts[1].advantage)
+
+
+@properties
+@given(batches(), DISCOUNTS, DISCOUNTS)
+def test_turn_discount_with_one_token_per_action_is_gae_over_actions(
+    batch: TokenBatch, gamma: float, lam: float
+) -> None:
+    batch, value = one_token_per_turn(batch), noise(batch).tolist()
+    expected = [0.0] * len(batch.role)
+    for turns in turns_of(batch):
+        actions = [token for (token,) in turns]
+        reward = [float(batch.reward[t]) for t in actions]
+        own = by_definition(reward, [value[t] for t in actions], [gamma] * len(actions), lam)
+        for t, advantage in zip(actions, own, strict=True):
+            expected[t] = advantage
+    actual = from_gae(batch, {"value": noise(batch)}, {}, gamma=gamma, discount="turn", lam=lam, whiten=False)
+    close(actual.advantage, expected)
+
+
+def test_golden_turn_discount() -> None:
+    """Two turns of two tokens, reward 8 at the end, gamma 0.5, lambda 1: halved once, between the turns."""
+    batch = small_batch([[2, 2]], [[0, 8]], [[0, 1]])
+    settings = {"gamma": 0.5, "discount": "turn", "whiten": False}
+    estimate = token_advantages(row("gae", **settings), batch, {"value": on_tokens(batch, [0, 0, 0, 0])})
+    assert estimate.advantage[batch.trainable].tolist() == [4, 4, 8, 8]
+
+
+# ----------------------------------------------------------------------------------------------- GAE over turns
+
+
+@properties
+@given(batches(), DISCOUNTS, DISCOUNTS, st.booleans())
+def test_turn_gae_equals_definition(batch: TokenBatch, gamma: float, lam: float, whiten: bool) -> None:
+    batch, value = dense(batch), noise(batch).tolist()
+    raw, target, mask = [0.0] * len(value), [0.0] * len(value), [False] * len(value)
+    for turns in turns_of(batch):
+        reward = [math.fsum(float(batch.reward[t]) for t in turn) for turn in turns]
+        own = by_definition(reward, [value[turn[0]] for turn in turns], [gamma] * len(turns), lam)
+        for turn, advantage in zip(turns, own, strict=True):
+            for t in turn:
+                raw[t] = advantage
+            target[turn[0]], mask[turn[0]] = advantage + value[turn[0]], True
+    estimate = from_turn_gae(batch, {"value": noise(batch)}, {}, gamma=gamma, lam=lam, whiten=whiten)
+    close(estimate.advantage, reference_whitened(batch, raw) if whiten else raw)
+    close(estimate.targets["value"].value, target)
+    assert estimate.targets["value"].mask.tolist() == mask
+
+
+def test_golden_turn_gae() -> None:
+    """Values 1 and 3 at the turns' first tokens, reward 2 at the end, gamma 0.5, lambda 0.5.
+
+    A_2 = 2 - 3 = -1; A_1 = 0 + 0.5 * 3 - 1 + 0.25 * -1 = 0.25.
+    """
+    batch = small_batch([[2, 2]], [[0, 2]], [[0, 1]])
+    settings = {"gamma": 0.5, "lam": 0.5, "whiten": False}
+    estimate = token_advantages(row("turn_gae", **settings), batch, {"value": on_tokens(batch, [1, 50, 3, 50])})
+    assert estimate.advantage[batch.trainable].tolist() == [0.25, 0.25, -1, -1]
+    assert estimate.targets["value"].value[batch.trainable].tolist() == [1.25, 0, 2, 0]
+    assert estimate.targets["value"].mask[batch.trainable].tolist() == [True, False, True, False]
+
+
+def reference_bilevel(
+    batch: TokenBatch, value: list[float], turn_gamma: float, turn_lam: float, gamma: float, lam: float
+) -> list[float]:
+    """Written forwards: the sum over later turns, then the sum over later tokens of the turn."""
+    result = [0.0] * len(value)
+    for turns in turns_of(batch):
+        ends = [turn[-1] for turn in turns]
+        reward = [float(batch.reward[t]) for t in ends]
+        high = by_definition(reward, [value[t] for t in ends], [turn_gamma] * len(ends), turn_lam)
+        for turn, own in zip(turns, high, strict=True):
+            last = len(turn) - 1
+            for i, t in enumerate(turn):
+                deltas = [
+                    float(batch.reward[turn[j]]) + gamma * value[turn[j + 1]] - value[turn[j]] for j in range(last)
+                ]
+                deltas.append(own)
+                result[t] = math.fsum((gamma * lam) ** (j - i) * deltas[j] for j in range(i, last + 1))
+    return result
+
+
+@properties
+@given(batches(), DISCOUNTS, DISCOUNTS, DISCOUNTS, DISCOUNTS, st.booleans())
+def test_bilevel_gae_equals_definition(
+    batch: TokenBatch, turn_gamma: float, turn_lam: float, gamma: float, lam: float, whiten: bool
+) -> None:
+    for rewarded in (batch, dense(batch), replace(batch, reward=torch.zeros_like(batch.reward))):
+        value = noise(batch)
+        raw = reference_bilevel(rewarded, value.tolist(), turn_gamma, turn_lam, gamma, lam)
+        estimate = from_bilevel_gae(
+            rewarded,
+            {"value": value},
+            {},
+            turn_gamma=turn_gamma,
+            turn_lam=turn_lam,
+            gamma=gamma,
+            lam=lam,
+            whiten=whiten,
+        )
+        close(estimate.advantage, reference_whitened(batch, raw) if whiten else raw)
+        target, chosen = estimate.targets["value"], batch.trainable.tolist()
+        assert torch.equal(target.mask, batch.trainable)
+        close(target.value, [a + v if t else 0.0 for a, v, t in zip(raw, value.tolist(), chosen, strict=True)])
+
+
+@properties
+@given(batches(), DISCOUNTS, DISCOUNTS)
+def test_bilevel_gae_of_one_turn_is_token_gae(batch: TokenBatch, gamma: float, lam: float) -> None:
+    batch = dense(one_turn_per_trajectory(batch))
+    expected = reference_token_gae(batch, batch.reward.tolist(), noise(batch).tolist(), gamma, lam, "token")
+    settings = {"turn_gamma": 0.5, "turn_lam": 0.5, "gamma": gamma, "lam": lam, "whiten": False}
+    actual = from_bilevel_gae(batch, {"value": noise(batch)}, {}, **settings)
+    close(actual.advantage, expected)
+
+
+def test_golden_bilevel_gae_without_any_reward() -> None:
+    """Turns end where they end, not where a reward is. Values 1, 2 | 3, 4; turn discount 0.5, turn lambda 0.5.
+
+    A_4 = -4 and A_3 = 4 - 3 - 4 = -3; A_2 = 0.5 * 4 - 2 + 0.25 * -4 = -1 and A_1 = 2 - 1 - 1 = 0.
+    """
+    batch = small_batch([[2, 2]], [[0, 0]], [[0, 1]])
+    settings = {"turn_gamma": 0.5, "turn_lam": 0.5, "whiten": False}
+    estimate = token_advantages(row("bilevel_gae", **settings), batch, {"value": on_tokens(batch, [1, 2, 3, 4])})
+    assert estimate.advantage[batch.trainable].tolist() == [0, -1, -3, -4]
+
+
+# ------------------------------------------------------------------------------------------- two value functions
+
+
+@properties
+@given(st.lists(batches(), min_size=3, max_size=3), st.sampled_from([0.5, 0.8, 1.3]), st.booleans())
+def test_entropy_gae_equals_definition_over_iterations(path: list[TokenBatch], budget: float, whiten: bool) -> None:
+    settings = {"gamma": 0.9, "lam": 0.8, "entropy_gamma": 0.7, "entropy_lam": 0.6, "budget": budget}
+    state: dict[str, float] = {}
+    first, multiplier = None, 0.0
+    for batch in path:
+        entropy = [float(batch.entropy[t]) for turns in turns_of(batch) for turn in turns for t in turn]
+        mean = math.fsum(entropy) / len(entropy) if entropy else 0.0
+        first = mean if first is None else first
+        relative = mean / first if first > 0 else 0.0
+        multiplier = max(0.0, multiplier + 0.5 * (budget - relative))
+        own = [0.3 * h for h in batch.entropy.tolist()]
+        heads = {"value": noise(batch, 1), "entropy_value": noise(batch, 2)}
+        earned = reference_token_gae(batch, batch.reward.tolist(), heads["value"].tolist(), 0.9, 0.8, "token")
+        spread = reference_token_gae(batch, own, heads["entropy_value"].tolist(), 0.7, 0.6, "token")
+        parts = [reference_whitened(batch, raw) if whiten else raw for raw in (earned, spread)]
+        estimate = from_entropy_gae(batch, heads, state, multiplier_rate=0.5, whiten=whiten, **settings)
+        close(estimate.advantage, [a + multiplier * b for a, b in zip(*parts, strict=True)])
+        for name, raw in (("value", earned), ("entropy_value", spread)):
+            target, chosen = estimate.targets[name], batch.trainable.tolist()
+            value = heads[name].tolist()
+            assert torch.equal(target.mask, batch.trainable)
+            close(target.value, [a + v if t else 0.0 for a, v, t in zip(raw, value, chosen, strict=True)])
+        state = estimate.state
+        assert state == pytest.approx({"first_entropy": first, "multiplier": multiplier}, abs=1e-9)
+
+
+def test_entropys_multiplier_rises_below_the_budget_and_is_never_negative() -> None:
+    """Budget 0.8 of the first iteration's mean entropy, rate 0.5: 0, then 0.5 * (0.8 - 0.4), then 0.2 + 0.5 * (0.8 - 1)."""
+    batch = small_batch([[2, 2]], [[0, 1]], [[0, 1]])
+    state: dict[str, float] = {}
+    for scale, multiplier in ((1.0, 0.0), (0.4, 0.2), (1.0, 0.1), (9.0, 0.0), (0.0, 0.4)):
+        now = replace(batch, entropy=torch.where(batch.trainable, 0.5 * scale, 0.0).double())
+        state = token_advantages(row("entropy_gae"), now, estimates(batch), state).state
+        assert state == pytest.approx({"first_entropy": 0.5, "multiplier": multiplier}, abs=1e-6)
+
+
+# ------------------------------------------------------------------------------------------------------- soft Q
+
+
+@properties
+@given(batches(), DISCOUNTS)
+def test_soft_q_equals_reference(batch: TokenBatch, gamma: float) -> None:
+    soft, taken = noise(batch, 1).tolist(), noise(batch, 2).tolist()
+    target, advantage = [0.0] * len(soft), [0.0] * len(soft)
+    for turns in turns_of(batch):
+        for k, turn in enumerate(turns):
+            for j, t in enumerate(turn):
+                advantage[t] = taken[t] - soft[t]
+                if j + 1 < len(turn):
+                    target[t] = soft[turn[j + 1]]
+                elif k + 1 < len(turns):
+                    target[t] = float(batch.reward[t]) + gamma * soft[turns[k + 1][0]]
+                else:
+                    target[t] = float(batch.reward[t])
+    heads = {"soft_value": noise(batch, 1), "taken": noise(batch, 2)}
+    estimate = from_soft_q(batch, heads, {}, gamma=gamma)
+    close(estimate.advantage, advantage)
+    close(estimate.targets["q"].value, target)
+    assert torch.equal(estimate.targets["q"].mask, batch.trainable)
+
+
+def test_golden_soft_q() -> None:
+    """S = 1, 2 | 4, 8 and a reward of 3 at the first turn's end, 5 at the episode's; gamma 0.5."""
+    batch = small_batch([[2, 2], [1]], [[3, 5], [7]], [[0, 1], [0]])
+    heads = {"soft_value": on_tokens(batch, [1, 2, 4, 8, 16]), "taken": on_tokens(batch, [0, 1, 2, 3, 4])}
+    estimate = token_advantages(row("soft_q", gamma=0.5), batch, heads)
+    assert estimate.targets["q"].value[batch.trainable].tolist() == [2, 3 + 0.5 * 4, 8, 5, 7]
+    assert estimate.advantage[batch.trainable].tolist() == [-1, -1, -2, -5, -12]
+
+
+# ------------------------------------------------------------------------------------------------ entropy's scale
+
+
+@properties
+@given(batches(), st.sampled_from([0.2, 1.0]))
+def test_scaled_by_entropy_equals_reference(batch: TokenBatch, scale: float) -> None:
+    z = reference_whitened(batch, batch.entropy.tolist())
+    expected = [a * (1 + scale * own) for a, own in zip(batch.advantage.tolist(), z, strict=True)]
+    close(scaled_by_entropy(batch, batch.advantage, scale), expected)
+    assert torch.equal(scaled_by_entropy(batch, batch.advantage, 0.0), batch.advantage)
+
+
+@pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "soft_q"])
+@given(batches())
+@properties
+def test_entropys_scale_multiplies_every_advantage_and_no_target(kind: str, batch: TokenBatch) -> None:
+    batch = dense(batch)
+    plain = token_advantages(row(kind), batch, estimates(batch))
+    scaled = token_advantages(row(kind, entropy_scale=0.2), batch, estimates(batch))
+    z = reference_whitened(batch, batch.entropy.tolist())
+    close(scaled.advantage, [a * (1 + 0.2 * own) for a, own in zip(plain.advantage.tolist(), z, strict=True)])
+    assert scaled.targets.keys() == plain.targets.keys()
+    for name, (value, mask) in plain.targets.items():
+        assert torch.equal(scaled.targets[name].value, value)
+        assert torch.equal(scaled.targets[name].mask, mask)
+
+
+# --------------------------------------------------------------------------------------------- whatever the choice
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(batches())
+@properties
+def test_advantages_and_targets_are_zero_outside_trainable_tokens(kind: str, batch: TokenBatch) -> None:
+    others = ~batch.trainable
+    assert bool(others.any())
+    estimate = token_advantages(row(kind), shape_rewards(row(kind), batch), estimates(batch))
+    assert estimate.advantage[others].abs().sum() == 0
+    for value, mask in estimate.targets.values():
+        assert not bool((mask & others).any())
+        assert value[~mask].abs().sum() == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_advantage_tells_better_from_worse(kind: str) -> None:
+    """Of two trajectories alike but for their success, the rewarded one has the higher advantage or target at its end."""
+    batch = small_batch([[2], [2]], [[1], [0]], [[0], [0]])
+    batch = replace(batch, success=torch.tensor([True, False]))
+    heads = {name: torch.zeros_like(value) for name, value in estimates(batch).items()}
+    estimate = token_advantages(row(kind), shape_rewards(row(kind), batch), heads)
+    signal = estimate.targets["q"].value if kind == "soft_q" else estimate.advantage
+    better, worse = signal[last_of_turn(batch)].tolist()
+    assert better > worse
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_advantages_are_in_the_rewards_precision(kind: str, dtype: torch.dtype) -> None:
+    batch = small_batch([[2, 1], [2]], [[0, 1], [0]], [[0, 1], [0]])
+    floats = ("returns", "reward", "logprob", "entropy", "energy", "ref_logprob", "ref_entropy", "noise")
+    batch = replace(batch, **{name: getattr(batch, name).to(dtype) for name in floats})
+    heads = {name: value.to(dtype) for name, value in estimates(batch).items()}
+    estimate = token_advantages(row(kind), shape_rewards(row(kind), batch), heads)
+    assert estimate.advantage.dtype == dtype
+    assert all(value.dtype == dtype for value, _ in estimate.targets.values())
+
+
+# --------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize(("kind", "names"), WITH_HEADS.items())
+def test_an_advantage_without_the_estimates_of_its_heads_is_refused(kind: str, names: str) -> None:
+    batch = small_batch([[2]], [[1]], [[0]])
+    with pytest.raises(ValueError, match=f"advantage {kind} needs the estimates of its heads: {names}"):
+        token_advantages(row(kind), batch, {})
+
+
+@pytest.mark.parametrize("kind", sorted(set(KINDS) - set(WITH_HEADS)))
+def test_an_advantage_without_heads_needs_no_estimates(kind: str) -> None:
+    batch = small_batch([[2]], [[1]], [[0]])
+    estimate = token_advantages(row(kind), batch, {})
+    assert estimate.targets == {}
+    # A group of one trajectory, but of two tokens: 0 and 1, of mean 1/2 and sample deviation 1 / sqrt(2).
+    expected = [0.0, -(0.5**0.5), 0.5**0.5] if kind == "token_group" else [0.0, 0.0, 0.0]
+    assert estimate.advantage.tolist() == pytest.approx(expected, abs=1e-5)
+
+
+@pytest.mark.xfail(strict=True, raises=KeyError, reason="token_advantages looks only for no estimates at all")
+@pytest.mark.parametrize(
+    ("kind", "only"), [("entropy_gae", "value"), ("entropy_gae", "entropy_value"), ("soft_q", "taken"), ("gae", "q")]
+)
+def test_an_advantage_with_a_part_of_the_estimates_is_refused(kind: str, only: str) -> None:
+    batch = small_batch([[2]], [[1]], [[0]])
+    with pytest.raises(ValueError, match="needs the estimates"):
+        token_advantages(row(kind), batch, {only: noise(batch)})
+
+
+UNCHECKED = pytest.mark.xfail(strict=True, reason="only gae() looks for rewards on untrainable tokens")
+
+
+@pytest.mark.parametrize("place", [0, 3])
+@pytest.mark.parametrize(
+    "kind",
+    [k if k in ("gae", "bilevel_gae", "entropy_gae") else pytest.param(k, marks=UNCHECKED) for k in KINDS],
+)
+def test_a_reward_on_an_untrainable_token_is_refused(kind: str, place: int) -> None:
+    """A prompt's, and that of a turn's token which the policy did not choose."""
+    batch = small_batch([[3, 2]], [[0, 1]], [[0, 1]])
+    trainable, reward = batch.trainable.clone(), batch.reward.clone()
+    trainable[place], reward[place] = False, 1.0
+    batch = replace(batch, trainable=trainable, reward=reward)
+    with pytest.raises(ValueError, match="reward stands on a token that the policy did not choose"):
+        token_advantages(row(kind), batch, estimates(batch))
+
+
+# ------------------------------------------------------------------------------------------- which slots go together
+
+
+@pytest.mark.parametrize(
+    ("slots", "line"),
+    [
+        ({"advantage": {"kind": "soft_q"}}, ": advantage soft_q and surrogate soft_q go together"),
+        ({"surrogate": {"kind": "soft_q"}}, ": advantage soft_q and surrogate soft_q go together"),
+        ({"advantage": {"kind": "token_group"}}, ": reward token_entropy and advantage token_group go together"),
+        ({"reward": {"kind": "token_entropy"}}, ": reward token_entropy and advantage token_group go together"),
+        (
+            {"advantage": {"kind": "soft_q", "entropy_scale": 0.2}, "surrogate": {"kind": "soft_q"}},
+            ".advantage: entropy_scale has no effect while the policy learns from Q itself",
+        ),
+    ],
+)
+def test_slots_that_do_nothing_together_are_refused_in_one_line(slots: dict[str, Any], line: str) -> None:
+    raw = read_yaml(ROOT / "params.yaml")
+    raw["methods"]["mine"] = slots
+    with pytest.raises(ConfigError) as error:
+        parse(raw)
+    (found,) = str(error.value).split("\n")
+    assert found.startswith(f"params.yaml: methods.mine{line}")
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_advantage_can_be_written_in_a_params_file(kind: str) -> None:
+    raw, wanted = read_yaml(ROOT / "params.yaml"), row(kind)
+    raw["methods"]["mine"] = {
+        slot: {"kind": getattr(wanted, slot).kind} for slot in ("reward", "advantage", "surrogate")
+    }
+    mine = parse(raw).methods["mine"]
+    assert (mine.reward, mine.advantage) == (wanted.reward, wanted.advantage)

@@ -1,0 +1,162 @@
+"""docs/methods.md: every YAML block in it is valid, is the preset's row, and trains."""
+
+from __future__ import annotations
+
+import ast
+import copy
+import re
+from pathlib import Path
+from typing import Any
+
+import lightning.pytorch as lightning
+import pytest
+import torch
+from ruamel.yaml import YAML
+
+from pipeline.config import Config, Method, load, parse, read_yaml
+from pipeline.policy.bootstrap import bootstrap
+from pipeline.policy.model import Policy
+from pipeline.presets import overlay
+from pipeline.training.module import PolicyGradient
+
+ROOT = Path(__file__).parents[1]
+TEXT = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
+ENTRY = re.compile(r"^#{3,4} `(\w+)`$", re.MULTILINE)
+BLOCK = re.compile(r"^```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCKS: list[Any] = [YAML(typ="safe", pure=True).load(block) for block in BLOCK.findall(TEXT)]
+NAMES = [name for block in BLOCKS for name in block["methods"]]
+ROWS = list(read_yaml(ROOT / "presets" / "methods" / "params.yaml")["methods"])
+LAKE = "frozen_lake"
+TINY = {  # all but the slots: each group of four makes two updates, so that no rule on the ratio is idle
+    "policy": {
+        "hidden_size": 32,
+        "layers": 1,
+        "heads": 2,
+        "vocabulary": 320,
+        "demonstrations": {
+            "phases": [{"steps": 60, "reasoning_words": [0, 2], "action_noise": 0.2}],
+            "episodes": 100,
+            "batch_episodes": 8,
+            "learning_rate": 0.01,
+        },
+    },
+    "environments": {LAKE: {"max_turns": 4, "response_tokens": 20, "context_tokens": 400}},
+    "rollout": {"groups": 2, "group_size": 4},
+    "bottleneck": {"groups": 4},
+    "train": {"iterations": 2, "minibatch": 4, "passes": 2},
+    "evaluation": {"states": 2, "rollouts": 2},
+}
+
+
+def laid_over(block: Any, *changes: Any) -> Config:
+    """params.yaml with a block on top of it, as the handbook tells its readers to use it."""
+    raw = read_yaml(ROOT / "params.yaml")
+    for change in (*changes, block):
+        raw = overlay(raw, change)
+    return parse(raw)
+
+
+def alone(block: Any) -> Config:
+    """params.yaml with the block's methods and no others: a row of the same name there must not fill anything in."""
+    raw = read_yaml(ROOT / "params.yaml") | {"methods": None, "compare": {}}
+    return parse(overlay(raw, block))
+
+
+def block_of(name: str) -> Any:
+    (block,) = (block for block in BLOCKS if name in block["methods"])
+    return block
+
+
+def slots(method: Method, *ignored: str) -> dict[str, Any]:
+    return method.model_dump(exclude={"source", "status", *ignored})
+
+
+@pytest.fixture(scope="module")
+def policy() -> Policy:
+    """The tiny reference policy; copied before it is trained."""
+    torch.set_num_threads(1)
+    config = laid_over({}, TINY)
+    assert config.policy.kind == "scratch"
+    return bootstrap(config.policy, config.environments, lambda step, total, loss: None)
+
+
+@pytest.mark.parametrize("block", BLOCKS, ids=lambda block: "+".join(block["methods"]))
+def test_every_block_is_valid_as_it_is_pasted(block: Any) -> None:
+    assert set(block) <= {"methods", "train"}
+    config = laid_over(block)
+    assert set(block["methods"]) <= set(config.methods)
+    assert {name: slots(config.methods[name]) for name in block["methods"]} == {
+        name: slots(method) for name, method in alone(block).methods.items()
+    }
+
+
+def test_every_row_has_one_entry_and_one_block() -> None:
+    assert len(NAMES) == len(set(NAMES))
+    assert set(ROWS) <= set(NAMES)
+    entries = ENTRY.split(TEXT)[1:]
+    headings, bodies = entries[::2], entries[1::2]
+    assert len(headings) == len(set(headings))
+    assert set(ROWS) <= set(headings)
+    for heading, body in zip(headings, bodies, strict=True):
+        first = BLOCK.search(body)
+        assert first, heading
+        assert list(YAML(typ="safe", pure=True).load(first[1])["methods"]) == [heading]
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_a_block_is_the_presets_row(name: str) -> None:
+    row = load(ROOT / "presets" / "methods" / "params.yaml").methods[name]
+    assert slots(alone(block_of(name)).methods[name]) == slots(row)
+
+
+def test_an_entry_says_its_rows_status() -> None:
+    entries = ENTRY.split(TEXT)[1:]
+    bodies = dict(zip(entries[::2], entries[1::2], strict=True))
+    for name, method in load(ROOT / "presets" / "methods" / "params.yaml").methods.items():
+        assert f"Status: {method.status}" in bodies[name], name
+
+
+def test_the_controls_are_those_of_the_preset() -> None:
+    """But for learning rates, which are matched anew when the settings change."""
+    methods = load(ROOT / "presets" / "controls" / "params.yaml").methods
+    assert set(methods) <= set(NAMES)
+    for name, method in methods.items():
+        assert slots(alone(block_of(name)).methods[name], "learning_rate") == slots(method, "learning_rate"), name
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_block_trains(name: str, policy: Policy) -> None:
+    config = laid_over({"methods": block_of(name)["methods"]}, TINY)
+    own = Policy(copy.deepcopy(policy.model), policy.tokenizer)
+    module = PolicyGradient(config, LAKE, name, 0, own)
+    before = copy.deepcopy(module.state_dict())
+    trainer = lightning.Trainer(
+        accelerator="cpu",
+        devices=1,
+        max_epochs=config.train.iterations,
+        logger=False,
+        enable_checkpointing=False,
+        enable_progress_bar=False,
+        enable_model_summary=False,
+    )
+    trainer.fit(module)
+    assert len(module.curve) == 2
+    for row in module.curve:
+        assert row["updates"] >= 2
+        assert row["non_finite_losses"] == 0
+        assert all(torch.isfinite(torch.tensor(value)) for value in row.values())
+    after = module.state_dict()
+    assert all(bool(value.isfinite().all()) for value in after.values())
+    for part in ("model.", *(f"heads.{index}." for index in range(len(module.heads)))):
+        assert any(not torch.equal(after[key], before[key]) for key in after if key.startswith(part)), part
+
+
+def test_no_code_knows_a_methods_name() -> None:
+    """A method is a row of choices; a branch on its name would be in the wrong place."""
+    found = []
+    for folder in ("pipeline", "stages"):
+        for path in sorted((ROOT / folder).rglob("*.py")):
+            for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in ROWS:
+                    found.append(f"{path.relative_to(ROOT)}:{node.lineno}: {node.value}")
+    assert not found

@@ -1,0 +1,299 @@
+"""Slots S7 and S2: rewards reshaped, and which groups remain, against loops over lists."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any, get_args
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.objective import methods
+from pipeline.objective.batch import TokenBatch, positions
+from pipeline.objective.filters import all_groups, reward_variance
+from pipeline.objective.methods import select_groups, shape_rewards
+from pipeline.slots import Method
+from pipeline.trajectory import Role
+from tests.batches import CLOSE, batches, method, noise, properties
+
+KINDS = [get_args(section.model_fields["kind"].annotation)[0] for section in methods.REWARDS]
+FACTORS = st.sampled_from([0.0, 0.5, 2.0])
+
+
+def row(kind: str, **settings: Any) -> Method:
+    """A legal method with this reward."""
+    advantage = {"kind": "token_group" if kind == "token_entropy" else "group"}
+    return method(reward={"kind": kind, **settings}, advantage=advantage)
+
+
+def partly_sure(batch: TokenBatch, sure: str) -> TokenBatch:
+    """The batch with no token, some or all of zero entropy."""
+    some = {"none": torch.zeros_like(batch.trainable), "some": noise(batch, 9) > 0, "all": ~torch.zeros(1).bool()}[sure]
+    return replace(batch, entropy=torch.where(some, 0.0, batch.entropy))
+
+
+SURE = st.sampled_from(["none", "some", "all"])
+
+
+def tokens_of(batch: TokenBatch) -> list[list[int]]:
+    """Each trajectory's trainable tokens."""
+    owner, trainable = batch.trajectory.tolist(), batch.trainable.tolist()
+    return [[t for t in range(len(owner)) if owner[t] == e and trainable[t]] for e in range(len(batch.returns))]
+
+
+def mean_entropies(batch: TokenBatch) -> list[float]:
+    return [math.fsum(float(batch.entropy[t]) for t in own) / len(own) if own else 0.0 for own in tokens_of(batch)]
+
+
+def rivals(batch: TokenBatch, trajectory: int) -> list[int]:
+    """The successful trajectories of its group."""
+    group, success = batch.group.tolist(), batch.success.tolist()
+    return [e for e in range(len(group)) if group[e] == group[trajectory] and success[e]]
+
+
+def check(row: Method, batch: TokenBatch, expected: list[float]) -> TokenBatch:
+    """Rewards are as expected, returns their sums, and nothing else has changed."""
+    shaped = shape_rewards(row, batch)
+    torch.testing.assert_close(shaped.reward, torch.tensor(expected, dtype=torch.float64), **CLOSE)
+    owner = batch.trajectory.tolist()
+    returns = [
+        math.fsum(r for r, own in zip(expected, owner, strict=True) if own == e) for e in range(len(batch.returns))
+    ]
+    torch.testing.assert_close(shaped.returns, torch.tensor(returns, dtype=torch.float64), **CLOSE)
+    for name in vars(batch):
+        if name not in ("reward", "returns"):
+            assert getattr(shaped, name) is getattr(batch, name)
+    return shaped
+
+
+# ------------------------------------------------------------------------------------------------------- rewards
+
+
+@given(batches())
+@properties
+def test_plain_reward_leaves_the_batch_alone(batch: TokenBatch) -> None:
+    assert shape_rewards(row("none"), batch) is batch
+
+
+@properties
+@given(batches())
+def test_positions_equal_reference(batch: TokenBatch) -> None:
+    actual = positions(batch).tolist()
+    for own in tokens_of(batch):
+        assert [actual[t] for t in own] == list(range(len(own)))
+
+
+@properties
+@given(batches(), FACTORS, FACTORS, SURE)
+def test_token_entropy_equals_reference(batch: TokenBatch, base: float, bonus: float, sure: str) -> None:
+    batch = partly_sure(batch, sure)
+    tokens, expected = tokens_of(batch), [0.0] * len(batch.role)
+    for e, own in enumerate(tokens):
+        for position, t in enumerate(own):
+            earned = float(batch.returns[e])
+            if not bool(batch.success[e]):
+                expected[t] = earned
+                continue
+            alive = [tokens[k][position] for k in rivals(batch, e) if len(tokens[k]) > position]
+            total = math.fsum(float(batch.entropy[k]) for k in alive)
+            share = len(alive) * float(batch.entropy[t]) / total if total > 0 else 1.0
+            expected[t] = base * earned + bonus * share
+    check(row("token_entropy", base=base, bonus=bonus), batch, expected)
+
+
+@properties
+@given(batches(), SURE)
+def test_token_entropys_mean_share_is_one_at_every_position(batch: TokenBatch, sure: str) -> None:
+    reward = shape_rewards(row("token_entropy", base=0.0, bonus=1.0), partly_sure(batch, sure)).reward
+    tokens = tokens_of(batch)
+    for group in set(batch.group.tolist()):
+        members = [e for e in range(len(tokens)) if int(batch.group[e]) == group and bool(batch.success[e])]
+        for position in range(max((len(tokens[e]) for e in members), default=0)):
+            shares = [float(reward[tokens[e][position]]) for e in members if len(tokens[e]) > position]
+            assert math.fsum(shares) / len(shares) == pytest.approx(1)
+
+
+@properties
+@given(batches())
+def test_a_group_without_success_gets_its_returns_on_every_token(batch: TokenBatch) -> None:
+    failed = replace(batch, success=torch.zeros_like(batch.success))
+    expected = [0.0] * len(batch.role)
+    for e, own in enumerate(tokens_of(batch)):
+        for t in own:
+            expected[t] = float(batch.returns[e])
+    check(row("token_entropy", base=0.5, bonus=2.0), failed, expected)
+
+
+def small_batch(tokens: list[int], entropy: list[float], success: list[bool], dtype: torch.dtype) -> TokenBatch:
+    """One group of trajectories of one turn each, a prompt and so many tokens; the successful are rewarded with 1."""
+    owner = [e for e, count in enumerate(tokens) for _ in range(1 + count)]
+    inside = [k > 0 for count in tokens for k in range(1 + count)]
+    ends = [k == count for count in tokens for k in range(1 + count)]
+    column = torch.zeros(len(owner), dtype=dtype)
+    column[torch.tensor(inside)] = torch.tensor(entropy, dtype=dtype)
+    earned = [float(own) for own in success]
+    zeros = torch.zeros(len(owner), dtype=dtype)
+    return TokenBatch(
+        role=torch.tensor([int(Role.ACTION if own else Role.PROMPT) for own in inside]),
+        trainable=torch.tensor(inside),
+        trajectory=torch.tensor(owner),
+        turn=torch.tensor([e if own else -1 for e, own in zip(owner, inside, strict=True)]),
+        turn_trajectory=torch.arange(len(tokens)),
+        turn_state=torch.zeros(len(tokens), dtype=torch.long),
+        group=torch.zeros(len(tokens), dtype=torch.long),
+        success=torch.tensor(success),
+        returns=torch.tensor(earned, dtype=dtype),
+        reward=torch.tensor([earned[e] if end else 0.0 for e, end in zip(owner, ends, strict=True)], dtype=dtype),
+        logprob=zeros,
+        entropy=column,
+        energy=zeros,
+        ref_logprob=zeros,
+        ref_entropy=zeros,
+        noise=zeros,
+    )
+
+
+def test_golden_token_entropy() -> None:
+    """Two successes of 2 and 1 tokens and a failure of 2: at position 0 entropies 1 and 3 of two alive, then 2 of one.
+
+    0.5 * 1 + 0.5 * 2 * 1/4 = 0.75; 0.5 + 0.5 * 2 * 3/4 = 1.25; alone at position 1: 0.5 + 0.5 * 1 = 1.
+    """
+    batch = small_batch([2, 1, 2], [1, 2, 3, 5, 7], [True, True, False], torch.float64)
+    shaped = shape_rewards(row("token_entropy"), batch)
+    assert shaped.reward.tolist() == pytest.approx([0, 0.75, 1, 0, 1.25, 0, 0, 0])
+    assert shaped.returns.tolist() == pytest.approx([1.75, 1.25, 0])
+
+
+def test_golden_sequence_entropy() -> None:
+    """Mean entropies 1.5 and 4.5 of two successes: 0.5 * 1 + 0.5 * 2 * 1/4 = 0.75 and 0.5 + 0.5 * 2 * 3/4 = 1.25."""
+    batch = small_batch([2, 1, 2], [1, 2, 4.5, 5, 7], [True, True, False], torch.float64)
+    shaped = shape_rewards(row("sequence_entropy"), batch)
+    assert shaped.reward.tolist() == pytest.approx([0, 0, 0.75, 0, 1.25, 0, 0, 0])
+    assert shaped.returns.tolist() == pytest.approx([0.75, 1.25, 0])
+
+
+@pytest.mark.parametrize("kind", ["token_entropy", "sequence_entropy"])
+def test_shares_of_tiny_entropies_neither_overflow_nor_vanish(kind: str) -> None:
+    batch = small_batch([1, 1], [1e-37, 3e-37], [True, True], torch.float32)
+    shaped = shape_rewards(row(kind, base=0.0, bonus=1e3), batch)
+    assert shaped.returns.tolist() == pytest.approx([500, 1500], rel=1e-4)
+
+
+@properties
+@given(batches(), FACTORS, FACTORS, SURE)
+def test_sequence_entropy_equals_reference(batch: TokenBatch, base: float, bonus: float, sure: str) -> None:
+    batch = partly_sure(batch, sure)
+    mean, expected = mean_entropies(batch), batch.reward.tolist()
+    for e, own in enumerate(tokens_of(batch)):
+        if not own or not bool(batch.success[e]):
+            continue
+        total = math.fsum(mean[k] for k in rivals(batch, e))
+        share = len(rivals(batch, e)) * mean[e] / total if total > 0 else 1.0
+        earned = float(batch.returns[e])
+        expected[own[-1]] += base * earned + bonus * share - earned
+    shaped = check(row("sequence_entropy", base=base, bonus=bonus), batch, expected)
+    for e, own in enumerate(tokens_of(batch)):
+        if own and not bool(batch.success[e]):
+            assert float(shaped.returns[e]) == pytest.approx(float(batch.returns[e]), abs=1e-9)
+
+
+@properties
+@given(batches(), SURE)
+def test_sequence_entropys_mean_share_is_one_in_every_group(batch: TokenBatch, sure: str) -> None:
+    shaped = shape_rewards(row("sequence_entropy", base=0.0, bonus=1.0), partly_sure(batch, sure))
+    tokens = tokens_of(batch)
+    for group in set(batch.group.tolist()):
+        members = [e for e in range(len(tokens)) if int(batch.group[e]) == group and bool(batch.success[e])]
+        if members and all(tokens[e] for e in members):
+            assert math.fsum(float(shaped.returns[e]) for e in members) / len(members) == pytest.approx(1)
+
+
+@properties
+@given(batches(), st.sampled_from([0.1, 2.0]))
+def test_entropy_rate_equals_reference(batch: TokenBatch, coefficient: float) -> None:
+    expected, mean = batch.reward.tolist(), mean_entropies(batch)
+    for e, own in enumerate(tokens_of(batch)):
+        if own:
+            expected[own[-1]] -= coefficient * mean[e]
+    check(row("entropy_rate", coefficient=coefficient), batch, expected)
+
+
+@properties
+@given(batches(), st.sampled_from([0.001, 2.0]))
+def test_reference_kl_equals_reference(batch: TokenBatch, coefficient: float) -> None:
+    expected = [
+        r - coefficient * (new - ref) if chosen else r
+        for r, new, ref, chosen in zip(
+            batch.reward.tolist(),
+            batch.logprob.tolist(),
+            batch.ref_logprob.tolist(),
+            batch.trainable.tolist(),
+            strict=True,
+        )
+    ]
+    check(row("reference_kl", coefficient=coefficient), batch, expected)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(batches())
+@properties
+def test_no_reward_falls_on_a_token_that_is_not_trainable(kind: str, batch: TokenBatch) -> None:
+    """Whatever the columns hold there."""
+    columns = {
+        name: noise(batch, seed) for seed, name in enumerate(("logprob", "ref_logprob", "entropy", "ref_entropy"))
+    }
+    shaped = shape_rewards(row(kind), replace(batch, **{name: column.abs() for name, column in columns.items()}))
+    assert shaped.reward[~batch.trainable].abs().sum() == 0
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@given(batches())
+@properties
+def test_what_tokens_that_are_not_trainable_hold_is_not_read(kind: str, batch: TokenBatch) -> None:
+    others = ~batch.trainable
+    names = ("logprob", "ref_logprob", "entropy", "ref_entropy")
+    spoilt = {name: torch.where(others, 7.0, getattr(batch, name)) for name in names}
+    actual = shape_rewards(row(kind), replace(batch, **spoilt))
+    assert torch.equal(actual.reward, shape_rewards(row(kind), batch).reward)
+    assert torch.equal(actual.returns, shape_rewards(row(kind), batch).returns)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_rewards_keep_their_precision(kind: str) -> None:
+    for dtype in (torch.float32, torch.float64):
+        shaped = shape_rewards(row(kind), small_batch([2, 1], [1, 2, 3], [True, False], dtype))
+        assert (shaped.reward.dtype, shaped.returns.dtype) == (dtype, dtype)
+
+
+# ------------------------------------------------------------------------------------------------------- filters
+
+
+@properties
+@given(batches())
+def test_all_groups_keeps_every_trajectory(batch: TokenBatch) -> None:
+    assert all_groups(batch.returns, batch.group).tolist() == [True] * len(batch.returns)
+    assert select_groups(method(), batch.returns, batch.group).tolist() == [True] * len(batch.returns)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@given(batches())
+@properties
+def test_dapo_keeps_exactly_the_groups_whose_returns_differ(dtype: torch.dtype, batch: TokenBatch) -> None:
+    returns, group = batch.returns.to(dtype), batch.group.tolist()
+    expected = []
+    for own in group:
+        members = [r for r, g in zip(returns.tolist(), group, strict=True) if g == own]
+        expected.append(any(r != members[0] for r in members))
+    row = method(filter={"kind": "reward_variance", "keep": 1.0})
+    assert select_groups(row, returns, batch.group).tolist() == expected
+
+
+@properties
+@given(batches(), st.sampled_from([0.1, 0.5, 1.0]), st.sampled_from([-0.1, 1 / 3, 0.0]))
+def test_no_share_of_groups_keeps_one_of_equal_returns(batch: TokenBatch, keep: float, value: float) -> None:
+    """One group is given returns that are all equal, the first, so that it also comes first among ties."""
+    returns = torch.where(batch.group == 0, value, batch.returns)
+    assert not reward_variance(returns, batch.group, keep)[batch.group == 0].any()

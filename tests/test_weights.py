@@ -1,0 +1,405 @@
+"""Token weights of the related methods and of ActFocus's controls against slow, obvious references."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from pipeline.objective.batch import TokenBatch
+from pipeline.objective.methods import WEIGHTS, coefficients, token_weights
+from pipeline.objective.weights import (
+    actfocus_weights,
+    attenuated,
+    pivots,
+    role_ramp,
+    signal_values,
+    spurious_mask,
+    top_entropy,
+)
+from pipeline.trajectory import RESPONSE_ROLES, Role
+from tests.batches import CLOSE, batches, method, noise, population, properties, sigmoid
+
+ROWS: tuple[dict[str, Any], ...] = (
+    {"kind": "uniform"},
+    {"kind": "actfocus"},
+    {"kind": "actfocus", "form": "softmax"},
+    {"kind": "actfocus", "focus": "reasoning"},
+    {"kind": "actfocus", "signal": "shuffled_energy"},
+    {"kind": "role_ramp"},
+    {"kind": "top_entropy"},
+    {"kind": "spurious_mask", "probability": 0.5},
+    {"kind": "attenuated"},
+    {"kind": "pivots"},
+)
+SHARES = (0.0, 0.25, 0.5, 0.8, 1.0)
+
+
+def quantile(values: list[float], share: float) -> float:
+    """Linear between the order statistics."""
+    ordered = sorted(values)
+    at = share * (len(ordered) - 1)
+    below = min(math.floor(at), max(0, len(ordered) - 2))
+    above = min(below + 1, len(ordered) - 1)
+    return ordered[below] + (at - below) * (ordered[above] - ordered[below])
+
+
+def own_tokens(batch: TokenBatch, trajectory: int) -> list[int]:
+    """A trajectory's trainable tokens, in order."""
+    owner, trainable = batch.trajectory.tolist(), batch.trainable.tolist()
+    return [t for t in range(len(owner)) if owner[t] == trajectory and trainable[t]]
+
+
+def trainable_tokens(batch: TokenBatch) -> list[int]:
+    return [t for t, chosen in enumerate(batch.trainable.tolist()) if chosen]
+
+
+def assert_weights(actual: torch.Tensor, expected: dict[int, float]) -> None:
+    """Equal to a reference that names the tokens it does not leave at 0."""
+    row = [expected.get(t, 0.0) for t in range(len(actual))]
+    torch.testing.assert_close(actual, torch.tensor(row, dtype=torch.float64), **CLOSE)
+
+
+def line(roles: list[Role], **columns: Any) -> TokenBatch:
+    """One trajectory of one response, after a prompt; columns are of the response's tokens."""
+    n = len(roles)
+    zeros = torch.zeros(n + 1, dtype=torch.float64)
+
+    def column(name: str) -> torch.Tensor:
+        return torch.tensor([0.0, *columns[name]], dtype=torch.float64) if name in columns else zeros.clone()
+
+    return TokenBatch(
+        role=torch.tensor([int(Role.PROMPT), *map(int, roles)]),
+        trainable=torch.tensor([False] + [True] * n),
+        trajectory=torch.zeros(n + 1, dtype=torch.long),
+        turn=torch.tensor([-1] + [0] * n),
+        turn_trajectory=torch.tensor([0]),
+        turn_state=torch.tensor([0]),
+        group=torch.tensor([0]),
+        success=torch.tensor([columns.get("success", True)]),
+        returns=torch.ones(1, dtype=torch.float64),
+        reward=zeros,
+        logprob=column("logprob"),
+        entropy=column("entropy"),
+        energy=column("energy"),
+        ref_logprob=zeros,
+        ref_entropy=zeros,
+        noise=column("noise"),
+        iteration=columns.get("iteration", 0),
+        advantage=column("advantage"),
+    )
+
+
+# ------------------------------------------------------------------------------------------------ all of the table
+
+
+def test_the_rows_cover_the_table() -> None:
+    assert {type(method(weight=row).weight) for row in ROWS} == set(WEIGHTS)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+@given(batches())
+@properties
+def test_every_weight_is_finite_and_zero_outside_trainable_tokens(row: dict[str, Any], batch: TokenBatch) -> None:
+    """As drawn, without a trainable token, and with trainable tokens none of which is an action or reasoning."""
+    nobody = torch.zeros_like(batch.trainable)
+    blank = torch.zeros_like(batch.entropy)
+    silent = replace(batch, trainable=nobody, logprob=blank, entropy=blank, advantage=blank)
+    dull = replace(batch, role=torch.where(batch.trainable, int(Role.OTHER), batch.role))
+    chosen = method(weight=row)
+    for one in (batch, silent, dull):
+        actual = token_weights(chosen, one)
+        assert actual.shape == one.role.shape
+        assert actual.dtype == torch.float64
+        assert bool(actual.isfinite().all())
+        assert bool((actual >= 0).all())
+        assert not bool(actual[~one.trainable].any())
+        assert bool(one.trainable.any()) == bool(actual.any())
+        factors = coefficients(chosen, actual, one.trainable, one.trajectory)
+        assert float(factors.sum()) == pytest.approx(1.0 if bool(one.trainable.any()) else 0.0, abs=1e-9)
+
+
+@pytest.mark.parametrize("row", ROWS, ids=str)
+def test_a_batch_without_a_response_has_no_weight(row: dict[str, Any]) -> None:
+    assert token_weights(method(weight=row), line([])).tolist() == [0.0]
+
+
+# ---------------------------------------------------------------------------------------------------- role_ramp
+
+RAMP = {"tag": 1.0, "action": 1.2, "reasoning_start": 0.6, "reasoning_growth": 0.002, "reasoning_end": 1.0}
+
+
+@properties
+@given(batches(), st.sampled_from([RAMP, RAMP | {"action": 0.0}, RAMP | {"reasoning_start": 0.0, "tag": 3.0}]))
+def test_role_ramp_equals_reference(batch: TokenBatch, ramp: dict[str, float]) -> None:
+    reasoning = ramp["reasoning_start"] + ramp["reasoning_growth"] * batch.iteration
+    if reasoning > ramp["reasoning_end"]:
+        reasoning = ramp["reasoning_end"]
+    expected = {}
+    for trajectory in range(batch.trajectories):
+        own = own_tokens(batch, trajectory)
+        raw = {}
+        for t in own:
+            role = int(batch.role[t])
+            raw[t] = ramp["action"] if role == Role.ACTION else reasoning
+            if role in (Role.THINK_TAG, Role.ANSWER_TAG):
+                raw[t] = ramp["tag"]
+        total = math.fsum(raw.values())
+        if total > 0:
+            expected |= {t: weight * len(own) / total for t, weight in raw.items()}
+    assert_weights(role_ramp(batch, **ramp), expected)
+
+
+@properties
+@given(batches())
+def test_role_ramp_has_mean_one_in_every_trajectory(batch: TokenBatch) -> None:
+    weights = role_ramp(batch, **RAMP).tolist()
+    for trajectory in range(batch.trajectories):
+        own = own_tokens(batch, trajectory)
+        assert math.fsum(weights[t] for t in own) == pytest.approx(len(own), abs=1e-9)
+
+
+@pytest.mark.parametrize(
+    ("iteration", "reasoning"), [(0, 0.6), (1, 0.602), (100, 0.8), (199, 0.998), (200, 1.0), (900, 1.0)]
+)
+def test_role_ramp_raises_reasoning_and_malformed_text_up_to_its_end(iteration: int, reasoning: float) -> None:
+    roles = [Role.THINK_TAG, Role.REASONING, Role.OTHER, Role.ANSWER_TAG, Role.ACTION]
+    weights = role_ramp(line(roles, iteration=iteration), **RAMP).tolist()
+    assert [w / weights[1] for w in weights[1:]] == pytest.approx([1, reasoning, reasoning, 1, 1.2])
+
+
+# -------------------------------------------------------------------------------------------------- top_entropy
+
+
+@properties
+@given(batches(), st.sampled_from([0.01, 0.2, 0.5, 0.75, 1.0]), st.booleans())
+def test_top_entropy_keeps_the_ceiling_of_its_share(batch: TokenBatch, share: float, tied: bool) -> None:
+    """With ties a token is kept unless enough others are higher, or equal and earlier."""
+    if tied:
+        batch = replace(batch, entropy=batch.entropy.round())
+    own, entropy = trainable_tokens(batch), batch.entropy.tolist()
+    room = 0
+    while room < share * len(own) - 1e-9:
+        room += 1
+    expected = {}
+    for t in own:
+        ahead = sum(entropy[u] > entropy[t] or (entropy[u] == entropy[t] and u < t) for u in own)
+        expected[t] = float(ahead < room)
+    assert sum(expected.values()) == room
+    assert_weights(top_entropy(batch, share=share), expected)
+
+
+def test_top_entropy_keeps_the_first_of_equals_and_never_an_untrainable_token() -> None:
+    batch = line([Role.REASONING] * 5, entropy=[1.0, 2.0, 1.0, 2.0, 1.0])
+    batch = replace(batch, entropy=batch.entropy + torch.tensor([9.0] + [0.0] * 5))
+    for share, kept in ((0.2, [1]), (0.4, [1, 3]), (0.6, [0, 1, 3]), (0.8, [0, 1, 2, 3]), (0.41, [0, 1, 3])):
+        weights = top_entropy(batch, share=share).tolist()
+        assert weights == [0.0] + [float(t in kept) for t in range(5)]
+
+
+def test_the_share_of_tokens_is_not_rounded_up_by_float_error() -> None:
+    """0.28 * 25 is 7.000000000000001 in floats."""
+    batch = line([Role.ACTION] * 25, entropy=[float(t) for t in range(25)])
+    for share, room in ((0.28, 7), (0.29, 8), (0.56, 14)):
+        assert int(top_entropy(batch, share=share).sum()) == room
+
+
+# ------------------------------------------------------------------------------------------------ spurious_mask
+
+
+@properties
+@given(batches(), st.sampled_from([0.3, 0.6, 1.0]), st.sampled_from(SHARES))
+def test_spurious_mask_equals_reference(batch: TokenBatch, probability: float, share: float) -> None:
+    own, owner = trainable_tokens(batch), batch.trajectory.tolist()
+    entropy, advantage, success = batch.entropy.tolist(), batch.advantage.tolist(), batch.success.tolist()
+    unlikely = [t for t in own if math.exp(float(batch.logprob[t])) < probability]
+    of_success = [entropy[t] for t in unlikely if success[owner[t]]]
+    expected = dict.fromkeys(own, 1.0)
+    if of_success:
+        sure = quantile(of_success, share)
+        expected |= {t: 0.0 for t in unlikely if advantage[t] > 0 and entropy[t] < sure - 1e-12}
+    assert_weights(spurious_mask(batch, probability=probability, quantile=share), expected)
+
+
+@properties
+@given(batches())
+def test_spurious_mask_masks_nothing_that_is_blamed(batch: TokenBatch) -> None:
+    """At the widest setting, where with positive advantages all but the highest entropies would go."""
+    blamed = replace(batch, advantage=-batch.advantage.abs())
+    assert torch.equal(spurious_mask(blamed, probability=1.0, quantile=1.0), batch.trainable.double())
+
+
+@properties
+@given(batches())
+def test_spurious_mask_without_an_unlikely_token_of_success_is_uniform(batch: TokenBatch) -> None:
+    rewarded = replace(batch, advantage=batch.advantage.abs() + 1)
+    failed = replace(rewarded, success=torch.zeros_like(batch.success))
+    likely = replace(rewarded, logprob=torch.zeros_like(batch.logprob))
+    for one in (failed, likely):
+        assert torch.equal(spurious_mask(one, probability=0.9, quantile=1.0), batch.trainable.double())
+
+
+def test_spurious_mask_by_hand() -> None:
+    """Below probability 0.1 are the tokens 0, 1, 2, 3 and 5, whose median entropy is 1.5; below it are 0 and 3."""
+    batch = line(
+        [Role.REASONING] * 6,
+        logprob=[math.log(p) for p in (0.05, 0.05, 0.09, 0.01, 0.11, 0.02)],
+        entropy=[1.0, 1.5, 2.0, 0.5, 0.1, 3.0],
+        advantage=[1.0, -1.0, 1.0, 0.5, 1.0, 1.0],
+    )
+    assert spurious_mask(batch, probability=0.1, quantile=0.5).tolist() == [0, 0, 1, 1, 0, 1, 1]
+    # At the 75 % quantile, 2, token 1 is below but blamed, token 2 not below.
+    assert spurious_mask(batch, probability=0.1, quantile=0.75).tolist() == [0, 0, 1, 1, 0, 1, 1]
+    assert spurious_mask(batch, probability=0.1, quantile=1.0).tolist() == [0, 0, 1, 0, 0, 1, 1]
+    assert spurious_mask(batch, probability=0.2, quantile=1.0).tolist() == [0, 0, 1, 0, 0, 0, 1]
+
+
+# ----------------------------------------------------------------------------------------- attenuated and pivots
+
+
+@properties
+@given(batches(), st.sampled_from(SHARES), st.sampled_from([0.0, 0.3, 1.0]))
+def test_attenuated_equals_reference(batch: TokenBatch, share: float, low: float) -> None:
+    own = trainable_tokens(batch)
+    entropy = {t: float(batch.entropy[t]) for t in own}
+    bound = quantile(list(entropy.values()), share) if own else 0.0
+    expected = {t: low if entropy[t] < bound - 1e-12 else 1.0 for t in own}
+    assert_weights(attenuated(batch, quantile=share, low_entropy_weight=low), expected)
+
+
+def test_attenuated_by_hand() -> None:
+    batch = line([Role.ACTION] * 4, entropy=[4.0, 1.0, 3.0, 2.0])
+    assert attenuated(batch, quantile=0.5, low_entropy_weight=0.25).tolist() == [0, 1, 0.25, 1, 0.25]
+    assert attenuated(batch, quantile=0.0, low_entropy_weight=0.25).tolist() == [0, 1, 1, 1, 1]
+    assert attenuated(batch, quantile=1.0, low_entropy_weight=0.25).tolist() == [0, 1, 0.25, 0.25, 0.25]
+
+
+@properties
+@given(batches(), st.sampled_from([1, 2, 4, 7]), st.sampled_from(SHARES))
+def test_pivots_equal_reference(batch: TokenBatch, buckets: int, share: float) -> None:
+    parts: list[list[int]] = [[] for _ in range(buckets)]
+    for trajectory in range(batch.trajectories):
+        own = own_tokens(batch, trajectory)
+        for place, t in enumerate(own):
+            parts[math.floor(buckets * place / len(own) + 1e-9)].append(t)
+    expected = {}
+    for part in parts:
+        entropy = [float(batch.entropy[t]) for t in part]
+        for t, value in zip(part, entropy, strict=True):
+            expected[t] = 1 + 1.5 * (value >= quantile(entropy, share) - 1e-12)
+    assert_weights(pivots(batch, buckets=buckets, quantile=share, strength=1.5), expected)
+
+
+def test_pivots_are_relative_to_their_part_of_the_trajectory() -> None:
+    """Two parts of three: the highest of each, though the second's would be the lowest of the first."""
+    batch = line([Role.REASONING] * 6, entropy=[5.0, 7.0, 6.0, 0.1, 0.3, 0.2])
+    assert pivots(batch, buckets=2, quantile=1.0, strength=1.0).tolist() == [0, 1, 2, 1, 1, 2, 1]
+    assert pivots(batch, buckets=1, quantile=1.0, strength=1.0).tolist() == [0, 1, 2, 1, 1, 1, 1]
+    assert pivots(batch, buckets=6, quantile=1.0, strength=0.5).tolist() == [0] + [1.5] * 6
+
+
+# ------------------------------------------------------------------------------------------- controls of ActFocus
+
+DEFAULTS: dict[str, Any] = {
+    "reasoning_downweight": 0.1,
+    "redistribution_strength": 0.5,
+    "redistribution_temperature": 2.0,
+    "signal": "reference_energy",
+}
+
+
+@pytest.mark.parametrize("form", ["sigmoid", "softmax"])
+@given(batches())
+@properties
+def test_focus_on_reasoning_is_the_mirror_image(form: str, batch: TokenBatch) -> None:
+    """Where actions and reasoning change places, it gives what the method gives."""
+    swapped = {Role.ACTION: Role.REASONING, Role.REASONING: Role.ACTION}
+    mirrored = replace(batch, role=torch.tensor([int(swapped.get(Role(r), r)) for r in batch.role.tolist()]))
+    actual = actfocus_weights(batch, **DEFAULTS, form=form, focus="reasoning")
+    assert torch.equal(actual, actfocus_weights(mirrored, **DEFAULTS, form=form))
+
+
+@properties
+@given(batches())
+def test_focus_on_reasoning_equals_reference(batch: TokenBatch) -> None:
+    energy = {t: float(batch.energy[t]) for t in trainable_tokens(batch) if int(batch.role[t]) == Role.REASONING}
+    mean, variance = population(list(energy.values())) if energy else (0.0, 0.0)
+    expected = {}
+    for t in trainable_tokens(batch):
+        role = int(batch.role[t])
+        if role == Role.REASONING:
+            expected[t] = 1 + 0.5 * sigmoid((energy[t] - mean) / math.sqrt(variance + 1e-8) / 2)
+        else:
+            expected[t] = 1.0 if role == Role.ANSWER_TAG else 0.1
+    slot = {"kind": "actfocus", "redistribution_temperature": 2.0, "focus": "reasoning"}
+    assert_weights(token_weights(method(weight=slot), batch), expected)
+
+
+@properties
+@given(batches(), st.sampled_from([Role.ACTION, Role.REASONING]))
+def test_shuffled_energy_is_a_reproducible_permutation(batch: TokenBatch, role: Role) -> None:
+    """The k-th token of the focus has the energy of the one whose noise is the k-th smallest."""
+    focus = batch.of(role)
+    actual = signal_values(batch, "shuffled_energy", focus)
+    own = [t for t in trainable_tokens(batch) if int(batch.role[t]) == role]
+    energy, draws = batch.energy.tolist(), batch.noise.tolist()
+    sources = sorted(own, key=lambda t: draws[t])
+    assert [float(actual[t]) for t in own] == [energy[t] for t in sources]
+    assert sorted(actual[focus].tolist()) == sorted(energy[t] for t in own)
+    assert torch.equal(actual[~focus], batch.energy[~focus])
+    assert torch.equal(actual, signal_values(batch, "shuffled_energy", focus))
+    reversed_order = signal_values(replace(batch, noise=1 - batch.noise), "shuffled_energy", focus)
+    assert [float(reversed_order[t]) for t in own] == [energy[t] for t in reversed(sources)]
+
+
+@properties
+@given(batches())
+def test_weights_by_shuffled_energy_are_the_methods_on_other_tokens(batch: TokenBatch) -> None:
+    """The control keeps the weights' distribution; with the noise in the energies' order it is no shuffle at all."""
+    action = batch.of(Role.ACTION)
+    plain = actfocus_weights(batch, **DEFAULTS, form="sigmoid")
+    shuffled = actfocus_weights(batch, **DEFAULTS | {"signal": "shuffled_energy"}, form="sigmoid")
+    assert sorted(shuffled[action].tolist()) == pytest.approx(sorted(plain[action].tolist()), abs=1e-9)
+    torch.testing.assert_close(shuffled[~action], plain[~action])
+    in_order = replace(batch, noise=torch.arange(len(batch.role)) / len(batch.role))
+    unmoved = actfocus_weights(in_order, **DEFAULTS | {"signal": "shuffled_energy"}, form="sigmoid")
+    torch.testing.assert_close(unmoved, plain)
+
+
+def test_another_noise_is_another_shuffle() -> None:
+    batch = line([Role.ACTION] * 8, energy=[float(e) for e in range(8)])
+    orders = set()
+    for seed in range(5):
+        noisy = replace(batch, noise=noise(batch, seed))
+        orders.add(tuple(signal_values(noisy, "shuffled_energy", noisy.of(Role.ACTION)).tolist()))
+    assert len(orders) == 5
+
+
+# ---------------------------------------------------------------------------------------------------- aggregation
+
+
+@properties
+@given(batches(), st.sampled_from([1.0, 12.5, 192.0]))
+def test_the_constant_normaliser_divides_by_trajectories_and_a_constant(batch: TokenBatch, tokens: float) -> None:
+    """However many tokens were sampled, and whatever they weigh."""
+    weights = torch.where(batch.trainable, noise(batch).abs(), 0.0)
+    row = method(aggregation={"kind": "constant", "tokens": tokens})
+    owners = []
+    for owner in batch.trajectory.tolist():
+        if owner not in owners:
+            owners.append(owner)
+    expected = {t: float(weights[t]) / (len(owners) * tokens) for t in trainable_tokens(batch)}
+    assert_weights(coefficients(row, weights, batch.trainable, batch.trajectory), expected)
+
+
+def test_the_constant_normaliser_does_not_blame_long_responses_less() -> None:
+    row = method(aggregation={"kind": "constant", "tokens": 10.0})
+    for count in (1, 4, 9):
+        batch = line([RESPONSE_ROLES[t % 5] for t in range(count)])
+        factors = coefficients(row, batch.trainable.double(), batch.trainable, batch.trajectory)
+        assert factors.tolist() == pytest.approx([0.0] + [0.1] * count)
