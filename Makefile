@@ -9,7 +9,7 @@ PIPELINE = $(if $(PRESET),presets/$(PRESET)/dvc.yaml,dvc.yaml)
 PARAMS = $(if $(PRESET),presets/$(PRESET)/params.yaml,params.yaml)
 OUT = $(if $(PRESET),presets/$(PRESET),.)
 
-.PHONY: help install repro smoke test play ui preset match bench publish clean
+.PHONY: help install repro smoke test play ui preset match replay bench publish clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -44,6 +44,10 @@ play: install ## watch one episode (METHOD=grpo SEED=0 TEMPERATURE=0.5 EPISODE=0
 
 match: install ## find the learning rate of METHOD=grpo_lr_matched that moves action tokens as TO=grpo_actfocus does
 	@python -m stages.match --params $(PARAMS) --method $(METHOD) --to $(TO)
+
+replay: install ## what would reweighting change? (ARGS="--groups 256 --alpha 0 0.1 1 --signal reference_energy")
+	@dvc repro --quiet $(PIPELINE):annotate
+	@python -m stages.replay --params $(PARAMS) $(ARGS)
 
 bench: install .venv-trl/.installed ## measure speed against the machine's floor, plain transformers and TRL (DEVICE=cuda)
 	dvc repro --quiet annotate

@@ -10,6 +10,7 @@ one over the root of their length.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -83,7 +84,7 @@ def replay(
     Returns:
         A ``rows`` entry per point: ``cosine_uniform`` of the gradient over all groups with the one under uniform weights,
         ``cosine_many`` of an iteration's worth of groups with the uniform gradient of all others, ``snr`` (see
-        ``signal_to_noise``), and ``share_<role>``: each role's part of the summed norms of its groups' gradients.
+        ``signal_to_noise``) with its standard error ``snr_error``, and ``share_<role>``: each role's part of the summed norms of its groups' gradients.
 
     Raises:
         ConfigError: the method needs a network beside the policy, or there are too few groups.
@@ -124,7 +125,7 @@ def replay(
                 **point._asdict(),
                 "cosine_uniform": cosine(weighted.sum(0), uniform.sum(0)),
                 "cosine_many": cosine_to_others(weighted, uniform, config.rollout.groups),
-                "snr": signal_to_noise(weighted),
+                **_measured(weighted),
                 **role_shares(gradients, factors),
             }
         )
@@ -135,7 +136,7 @@ def replay(
         "sketch": SKETCH,
         "uniform": {
             "cosine_many": cosine_to_others(uniform, uniform, config.rollout.groups),
-            "snr": signal_to_noise(uniform),
+            **_measured(uniform),
         },
         "rows": rows,
     }
@@ -210,20 +211,45 @@ def cosine_to_others(weighted: np.ndarray, uniform: np.ndarray, size: int) -> fl
     return float(np.mean(found))
 
 
-def signal_to_noise(gradients: np.ndarray) -> float:
+class SignalToNoise(NamedTuple):
+    """An estimate and its standard error."""
+
+    value: float
+    error: float
+
+
+def signal_to_noise(gradients: np.ndarray) -> SignalToNoise:
     """``|mean|^2 / variance of the mean`` of a gradient over all groups, from random halves of them.
 
     Of halves with means a and b, ``a . b`` has the squared norm of the true mean as its expectation, and ``|a - b|^2 / 4``
-    the variance of the mean over both; each is averaged over the resamples. About 0 for pure noise.
+    the variance of the mean over both; each is averaged over the resamples. About 0 for pure noise, and below it by chance.
+    The standard error is a jackknife's over groups, of the same ratio over all halves at once.
     """
+    products = gradients.astype(np.float64) @ gradients.T.astype(np.float64)
     draws, half = generator(0, "replay", "halves"), len(gradients) // 2
     signal = noise = 0.0
     for _ in range(RESAMPLES):
         order = draws.permutation(len(gradients))
-        a, b = gradients[order[:half]].mean(0), gradients[order[half : 2 * half]].mean(0)
-        signal += float(a @ b)
-        noise += float((a - b) @ (a - b)) / 4
-    return signal / noise if noise else 0.0
+        side = np.zeros((2, len(gradients)))
+        side[0, order[:half]] = side[1, order[half : 2 * half]] = 1 / half
+        signal += float(side[0] @ products @ side[1])
+        noise += float((side[0] - side[1]) @ products @ (side[0] - side[1])) / 4
+    left_out = [_ratio(np.delete(np.delete(products, g, 0), g, 1)) for g in range(len(products))]
+    spread = float(np.sum((np.array(left_out) - np.mean(left_out)) ** 2))
+    return SignalToNoise(signal / noise if noise else 0.0, math.sqrt(spread * (1 - 1 / len(products))))
+
+
+def _ratio(products: np.ndarray) -> float:
+    """Signal over noise from all pairs of groups; the noise is that of one more group's mean."""
+    count, squares = len(products), float(np.trace(products))
+    signal = (float(products.sum()) - squares) / (count * (count - 1))
+    noise = (squares / count - signal) / (count + 1)
+    return signal / noise if noise > 0 else 0.0
+
+
+def _measured(gradients: np.ndarray) -> dict[str, float]:
+    value, error = signal_to_noise(gradients)
+    return {"snr": value, "snr_error": error}
 
 
 def role_shares(gradients: np.ndarray, factors: np.ndarray) -> dict[str, float]:

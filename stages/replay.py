@@ -16,10 +16,10 @@ def main() -> str:
         "--method",
         help="whose advantages and tag weights are used (default: the first with ActFocus weights and no critic)",
     )
-    parser.add_argument("--groups", type=int, default=64, help="groups of the table that are used (default: 64)")
+    parser.add_argument("--groups", type=int, default=128, help="groups of the table that are used (default: 128)")
     parser.add_argument("--alpha", type=float, nargs="+", default=[0.0, 0.1, 0.5, 1.0])
     parser.add_argument("--beta", type=float, nargs="+", default=[0.0, 0.5, 2.0])
-    parser.add_argument("--tau", type=float, nargs="+", default=[0.3, 1.0])
+    parser.add_argument("--tau", type=float, nargs="+", default=[1.0])
     parser.add_argument("--signal", nargs="+", default=["reference_energy", "reference_entropy"])
     arguments = parser.parse_args()
     from pipeline.config import ConfigError

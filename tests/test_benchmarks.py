@@ -22,7 +22,7 @@ from pipeline.policy.model import Policy
 from pipeline.policy.scoring import predicting_hidden, score_tokens
 from pipeline.policy.tokenizer import train_tokenizer
 from pipeline.rollout.collector import collect, iteration_specs
-from stages.publish import MARKS, replace_block
+from stages.publish import MARKS, fenced, replace_block
 
 ROOT = Path(__file__).parents[1]
 
@@ -182,7 +182,7 @@ def test_publishing_replaces_its_own_block_and_nothing_else(tmp_path: Path) -> N
     marks = [mark.format("bench") for mark in MARKS]
     document.write_text(f"before\n{marks[0]}\nold \\1\n{marks[1]}\nafter\n", encoding="utf-8")
     for content in ("new \\g<0> 1\n", "newer\n"):
-        replace_block(document, "bench", content)
+        replace_block(document, "bench", fenced(content))
         text = document.read_text(encoding="utf-8")
         assert text == f"before\n{marks[0]}\n```text\n{content}```\n{marks[1]}\nafter\n"
     with pytest.raises(ValueError, match="no-such"):

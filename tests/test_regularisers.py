@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from dataclasses import replace
 from typing import Any, get_args
@@ -185,7 +186,7 @@ def test_harder_groups_have_a_larger_bonus(batch: TokenBatch) -> None:
         by_rate.setdefault(members.count(False) / len(members), set()).add(bonus[t])
     assert all(len(own) == 1 for own in by_rate.values())
     ordered = [next(iter(by_rate[rate])) for rate in sorted(by_rate)]
-    assert all(easier < harder for easier, harder in zip(ordered, ordered[1:], strict=False))
+    assert all(easier < harder for easier, harder in itertools.pairwise(ordered))
 
 
 # ---------------------------------------------------------------------------------------------------------- loss

@@ -73,7 +73,7 @@ LAYERS = (
     {"environments", "prompting", "policy", "processes", "presets"},
     {"rollout", "energy", "objective"},
     {"tracking"},
-    {"training", "evaluation", "report"},
+    {"training", "evaluation", "report", "replay"},
 )
 
 

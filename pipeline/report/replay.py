@@ -30,7 +30,7 @@ def replay_text(result: Mapping[str, Any]) -> str:
     rows = [
         [
             f"{row['alpha']:g}", f"{row['beta']:g}", *((f"{row['tau']:g}", row["signal"]) if row["beta"] else ("-", "-")),
-            *(f"{row[key]:.3f}" for key in ("cosine_uniform", "cosine_many", "snr")),
+            *(f"{row[key]:.3f}" for key in ("cosine_uniform", "cosine_many")), f"{row['snr']:.2f} ± {row['snr_error']:.2f}",
             *(f"{row[f'share_{role}']:.0%}" for role in ("action", "reasoning", "tag", "other")),
         ]
         for row in result["rows"]
@@ -41,7 +41,7 @@ def replay_text(result: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             f"{result['groups']} groups, advantages of {result['method']}; uniform weights: cos many "
-            f"{uniform['cosine_many']:.3f}, SNR {uniform['snr']:.3f}",
+            f"{uniform['cosine_many']:.3f}, SNR {uniform['snr']:.2f} ± {uniform['snr_error']:.2f} (standard error)",
             head,
             *lines,
             "",
