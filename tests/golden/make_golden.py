@@ -4,8 +4,7 @@ From the repository's root, with the project's own environment in .venv, whose t
 
     .venv/bin/python -m venv .cache/verl
     .cache/verl/bin/pip install --no-deps -r tests/golden/requirements.txt
-    .venv/bin/python -c "import sysconfig; print(sysconfig.get_path('purelib'))" > "$(.cache/verl/bin/python -c \\
-        "import sysconfig; print(sysconfig.get_path('purelib'))")/project.pth"
+    echo ../../../../../.venv/lib/python3.11/site-packages > .cache/verl/lib/python3.11/site-packages/project.pth
     .cache/verl/bin/python tests/golden/make_golden.py
 
 Every function is verl's own, called in float64. Rows are trajectories without their prompts, padded on the right; the
@@ -105,10 +104,8 @@ def main() -> None:
         "dual_clip": dual_clip(),
         "aggregation": aggregation(numbers),
         "kl_penalty": [kl_penalty(kind, logprob, reference) for kind in ("k1", "k2", "k3")],
-        "value_loss": [
-            value_loss(clip, values + normal(scale=0.5), values, normal(), mask) for clip in (0.2, 1e9)
-        ],
-    }  # fmt: skip
+        "value_loss": [value_loss(clip, values + normal(scale=0.5), values, normal(), mask) for clip in (0.2, 1e9)],
+    }
     file = Path(__file__).with_name("golden.json")
     file.write_text(json.dumps(plain(golden), allow_nan=False) + "\n", encoding="utf-8")
 
@@ -131,11 +128,10 @@ def all_advantages(reward: Tensor, values: Tensor, mask: Tensor) -> tuple[dict[s
     whitened, returns = core_algos.compute_gae_advantage_return(reward, values, mask, gamma=GAMMA, lam=LAM)
     index = np.array(GROUPS)
     group, _ = core_algos.compute_grpo_outcome_advantage(reward, mask, index)
-    vectorised, _ = core_algos.compute_grpo_vectorized_outcome_advantage(reward, mask, index)
     centred, _ = core_algos.compute_grpo_outcome_advantage(reward, mask, index, norm_adv_by_std_in_grpo=False)
     record = {
         "gae": {"gamma": GAMMA, "lam": LAM, "whitened": whitened, "returns": returns},
-        "group": {"eps": 1e-6, "advantage": group, "vectorised": vectorised},
+        "group": {"eps": 1e-6, "advantage": group},
         "group_centred": {"advantage": centred},
     }
     return {"gae": whitened, "group": group, "group_centred": centred}, record
@@ -145,15 +141,8 @@ def edge_groups() -> Record:
     """A group of equal returns, and a group of one."""
     returns, group = [1.0, 1.0, 1.0, 0.7, 0.2, -0.4], [0, 0, 0, 1, 2, 2]
     grid = torch.tensor(returns, dtype=torch.float64).unsqueeze(-1)
-    ones, index = torch.ones_like(grid), np.array(group)
-    looped, _ = core_algos.compute_grpo_outcome_advantage(grid, ones, index)
-    vectorised, _ = core_algos.compute_grpo_vectorized_outcome_advantage(grid, ones, index)
-    return {
-        "returns": returns,
-        "group": group,
-        "advantage": looped.squeeze(-1),
-        "vectorised": vectorised.squeeze(-1),
-    }
+    advantage, _ = core_algos.compute_grpo_outcome_advantage(grid, torch.ones_like(grid), np.array(group))
+    return {"returns": returns, "group": group, "advantage": advantage.squeeze(-1)}
 
 
 def rewards(reward: Tensor, old: Tensor, reference: Tensor) -> Record:
