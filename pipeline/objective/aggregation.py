@@ -39,8 +39,11 @@ def sequence_mean(
 def constant(
     weights: Float[Tensor, " n"], trainable: Bool[Tensor, " n"], trajectory: Int[Tensor, " n"], *, tokens: float
 ) -> Float[Tensor, " n"]:
-    """``w_t / (e * tokens)`` with e trajectories: long responses are not blamed less (Dr. GRPO, arXiv 2503.20783)."""
-    return weights / (max(1, _trajectories(trajectory)) * tokens)
+    """``w_t / (e * tokens)``: long responses are not blamed less (Dr. GRPO, arXiv 2503.20783).
+
+    e is the number of trajectories that have a trainable token.
+    """
+    return weights / (max(1, len(torch.unique(trajectory[trainable]))) * tokens)
 
 
 def _trajectories(trajectory: Int[Tensor, " n"]) -> int:

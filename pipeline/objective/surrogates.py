@@ -126,9 +126,13 @@ def covariance(tokens: UpdateTokens) -> Float[Tensor, " m"]:
 def plan_covariance_clip(
     tokens: UpdateTokens, *, low: float, high: float, share: float, band: tuple[float, float]
 ) -> Plan:
-    """1 on the tokens whose loss is dropped: ``max(1, floor(share * m))`` random ones with covariance in the band."""
+    """1 on the tokens whose loss is dropped: ``max(1, floor(share * m))`` random ones with covariance in the band.
+
+    None is spent on tokens that PPO's clip has already taken, as in the released code.
+    """
     cov = covariance(tokens)
-    candidates = torch.nonzero((cov > band[0]) & (cov < band[1])).squeeze(-1)
+    already = token_clip(tokens, None, low=low, high=high).clipped
+    candidates = torch.nonzero((cov > band[0]) & (cov < band[1]) & ~already).squeeze(-1)
     room = max(1, math.floor(round(share * len(cov), 9)))
     dropped = torch.zeros_like(cov)
     dropped[candidates[torch.argsort(tokens.noise[candidates], stable=True)[:room]]] = 1.0
