@@ -370,7 +370,10 @@ def test_coefficients_equal_reference(batch: TokenBatch, aggregation: dict[str, 
         elif aggregation["kind"] == "token_mean":
             expected.append(x / sum(batch.trainable.tolist()))
         elif aggregation["kind"] == "constant":
-            expected.append(x / (len(totals) * aggregation["tokens"]))
+            expected.append(
+                x
+                / (len({o for o, t in zip(owner, batch.trainable.tolist(), strict=True) if t}) * aggregation["tokens"])
+            )
         else:
             expected.append(x / totals[own] / alive)
     actual = coefficients(method(aggregation=aggregation), weights, batch.trainable, batch.trajectory)

@@ -197,9 +197,15 @@ def room(share: float, tokens: int) -> int:
     return max(1, whole)
 
 
+def held_by_ppo(g: Given, low: float, high: float) -> list[bool]:
+    ratios = [math.exp(n - o) for n, o in zip(g.now, g.old, strict=True)]
+    return [clip_one(r, a, low, high)[2] for r, a in zip(ratios, g.advantage, strict=True)]
+
+
 def expect_dropped(g: Given) -> list[int]:
-    """Clip-Cov's tokens: of those in the band, the ones with the smallest draws."""
-    candidates = [t for t, c in enumerate(covariances(g)) if 0.05 < c < 2.0]
+    """Clip-Cov's tokens: of those in the band that PPO leaves, the ones with the smallest draws."""
+    held = held_by_ppo(g, 0.8, 1.3)
+    candidates = [t for t, c in enumerate(covariances(g)) if 0.05 < c < 2.0 and not held[t]]
     return sorted(candidates, key=lambda t: g.noise[t])[: room(0.3, len(g.now))]
 
 
@@ -510,14 +516,15 @@ def test_covariance_equals_reference(batch: TokenBatch) -> None:
 @properties
 @given(batches(), st.sampled_from([1e-6, 0.3, 1.0]), st.sampled_from([(0.05, 2.0), (-0.1, 0.1), (50.0, 60.0)]))
 def test_plan_of_covariance_clip(batch: TokenBatch, share: float, band: tuple[float, float]) -> None:
-    """So many tokens of the band as there is room for, and of these the ones with the smallest draws."""
+    """So many tokens of the band that PPO's clip leaves as there is room for: the ones with the smallest draws."""
     assume(bool(batch.trainable.any()))
     tokens = in_update(row_of("ppo_clip"), batch)
     with torch.no_grad():
         plan = plan_covariance_clip(tokens, low=0.2, high=0.2, share=share, band=band)
     assert plan.shape == (len(tokens.logprob), 1)
     given_numbers = Given.of(tokens)
-    candidates = [t for t, c in enumerate(covariances(given_numbers)) if band[0] < c < band[1]]
+    held = held_by_ppo(given_numbers, 0.8, 1.2)
+    candidates = [t for t, c in enumerate(covariances(given_numbers)) if band[0] < c < band[1] and not held[t]]
     chosen = [t for t, mark in enumerate(plan[:, 0].tolist()) if mark == 1.0]
     assert plan.sum() == len(chosen) == min(room(share, len(plan)), len(candidates))
     assert set(chosen) <= set(candidates)
@@ -528,7 +535,8 @@ def test_plan_of_covariance_clip(batch: TokenBatch, share: float, band: tuple[fl
 def test_covariance_clip_drops_at_least_one_token_at_random() -> None:
     """Covariances 1.5, 0.5, 0.5, 1.5 times the spread of log pi; all four are in the band, and one is dropped."""
     ratios, advantages = [math.exp(x) for x in (-1.5, -0.5, 0.5, 1.5)], [-1.0, -1.0, 1.0, 1.0]
-    row = method(surrogate={"kind": "covariance_clip", "share": 1e-6, "band": (0.4, 2.0)})
+    wide = {"low": 0.9, "high": 10.0}
+    row = method(surrogate={"kind": "covariance_clip", "share": 1e-6, "band": (0.4, 2.0), **wide})
     for lowest in range(4):
         draws = [0.9, 0.8, 0.7, 0.6]
         draws[lowest] = 0.1
@@ -537,12 +545,12 @@ def test_covariance_clip_drops_at_least_one_token_at_random() -> None:
         loss, slope, clipped = loss_and_slope(row, tokens)
         assert (loss[lowest], slope[lowest], clipped[lowest]) == (0.0, 0.0, True)
         assert loss[(lowest + 1) % 4] != 0.0
-    narrow = method(surrogate={"kind": "covariance_clip", "share": 1.0, "band": (1.0, 2.0)})
+    narrow = method(surrogate={"kind": "covariance_clip", "share": 1.0, "band": (1.0, 2.0), **wide})
     plan = planned(narrow, few(ratios, advantages))
     assert plan is not None
     assert plan.flatten().tolist() == [1.0, 0.0, 0.0, 1.0]
-    outside = method(surrogate={"kind": "covariance_clip", "share": 1.0, "band": (3.0, 4.0)})
-    ppo = method(surrogate={"kind": "ppo_clip", "low": 0.2, "high": 0.2})
+    outside = method(surrogate={"kind": "covariance_clip", "share": 1.0, "band": (3.0, 4.0), **wide})
+    ppo = method(surrogate={"kind": "ppo_clip", **wide})
     assert loss_and_slope(outside, few(ratios, advantages)) == loss_and_slope(ppo, few(ratios, advantages))
 
 

@@ -390,8 +390,8 @@ def test_the_constant_normaliser_divides_by_trajectories_and_a_constant(batch: T
     weights = torch.where(batch.trainable, noise(batch).abs(), 0.0)
     row = method(aggregation={"kind": "constant", "tokens": tokens})
     owners = []
-    for owner in batch.trajectory.tolist():
-        if owner not in owners:
+    for owner, chosen in zip(batch.trajectory.tolist(), batch.trainable.tolist(), strict=True):
+        if chosen and owner not in owners:
             owners.append(owner)
     expected = {t: float(weights[t]) / (len(owners) * tokens) for t in trainable_tokens(batch)}
     assert_weights(coefficients(row, weights, batch.trainable, batch.trajectory), expected)
