@@ -134,6 +134,10 @@ class AdvantageSection(Section):
         """Networks beside the policy that this advantage needs, by name."""
         return {}
 
+    def estimates(self) -> tuple[str, ...]:
+        """What these networks must say of every token before the update."""
+        return tuple(self.heads())
+
 
 class GroupAdvantage(AdvantageSection):
     """S3: GRPO, the return standardised within its group (arXiv 2402.03300)."""
@@ -283,6 +287,9 @@ class SoftQ(AdvantageSection):
 
     def heads(self) -> dict[str, Head]:
         return {"q": self.q}
+
+    def estimates(self) -> tuple[str, ...]:
+        return ("soft_value", "taken")
 
 
 Advantage = Annotated[

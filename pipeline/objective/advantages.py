@@ -210,7 +210,8 @@ def from_bilevel_gae(
 
     V_k is the value at turn k's last trainable token; the turn's advantage ``A_k = delta_k + turn_gamma * turn_lam *
     A_{k+1}``, ``delta_k = r_k + turn_gamma * V_{k+1} - V_k``, stands on that token, and the others follow from it by
-    ``A_t = r_t + gamma * V_{t+1} - V_t + gamma * lam * A_{t+1}``. Turn ends come from the turns themselves, not from rewards.
+    ``A_t = r_t + gamma * V_{t+1} - V_t + gamma * lam * A_{t+1}``. Turn ends come from the turns themselves, not from rewards;
+    r_k is the reward on the last token, so that rewards inside a turn reach no earlier one.
     """
     last, values = last_of_turn(batch), estimates["value"]
     high = torch.zeros_like(values)

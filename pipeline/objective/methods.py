@@ -104,12 +104,14 @@ def token_advantages(
         state: what the advantage remembers.
 
     Raises:
-        ValueError: a head's estimate is missing.
+        ValueError: an estimate is missing, or a reward stands on a token that the policy did not choose.
     """
     section = method.advantage
-    missing = [name for name in section.heads() if name not in estimates]
-    if missing and not estimates:
+    missing = [name for name in section.estimates() if name not in estimates]
+    if missing:
         raise ValueError(f"advantage {section.kind} needs the estimates of its heads: {', '.join(missing)}")
+    if bool((batch.reward[~batch.trainable] != 0).any()):
+        raise ValueError("a reward stands on a token that the policy did not choose")
     elsewhere = (*(name for name, field in section if isinstance(field, slots.Head)), "entropy_scale")
     estimate = ADVANTAGES[type(section)](batch, estimates, state or {}, **settings(section, *elsewhere))
     return estimate._replace(advantage=advantages.scaled_by_entropy(batch, estimate.advantage, section.entropy_scale))
