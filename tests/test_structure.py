@@ -115,3 +115,11 @@ def test_paths_in_the_readme_exist() -> None:
         assert (ROOT / path).exists(), path
     for path in re.findall(r"\]\((docs/[^)]+)\)", text):
         assert (ROOT / path).exists(), path
+
+
+def test_no_lock_file_is_in_git() -> None:
+    """Without a shared remote it would only make every clone's `dvc repro` a change."""
+    if not (ROOT / ".git").exists():
+        pytest.skip("not a git repository")
+    tracked = subprocess.run(["git", "ls-files", "*dvc.lock"], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert tracked.stdout == ""
