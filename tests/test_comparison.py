@@ -19,7 +19,7 @@ from pipeline.config import Config, ConfigError, parse, read_yaml
 from pipeline.files import write_json
 from pipeline.randomness import generator
 from pipeline.report.comparison import REFERENCE, Inputs, compare, read_inputs, verdict
-from pipeline.report.comparison_figures import FigureFile, learning_figure, write_comparison_figures
+from pipeline.report.comparison_figures import FigureFile, learning_figure, learning_panels, write_comparison_figures
 from pipeline.report.comparison_tables import common_terms, comparison_markdown, comparison_text, result_table
 from pipeline.report.html import report_html
 
@@ -342,6 +342,16 @@ def test_learning_figure_shows_seconds_only_if_they_are_known() -> None:
     labels = [[axes.get_xlabel() for axes in learning_figure(curves, t).axes] for t in ({}, timings)]
     assert labels[0] == ["iterations", "episodes", "sampled tokens"]
     assert labels[1] == [*labels[0], "seconds of training"]
+
+
+@pytest.mark.parametrize("count", [9, 12])
+def test_many_methods_get_a_panel_each(count: int) -> None:
+    curves = {f"method{n}": {"0": curve(0, 0.5 + n / 50, 0.01), "1": curve(1, 0.5, 0.01)} for n in range(count)}
+    shown = [axes for axes in learning_panels(curves).axes if axes.get_visible()]
+    assert [axes.get_title() for axes in shown] == list(curves)
+    for axes in shown:
+        assert len(axes.lines) == count + 2  # everybody in grey, its own mean, its validations
+        assert len(axes.collections) == 1
 
 
 def test_learning_figure_puts_values_where_the_policy_was_made() -> None:

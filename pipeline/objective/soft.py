@@ -29,8 +29,11 @@ def soft_state(
         q: values of the tokens.
         temperature: divides both logits.
     """
-    log_pi = torch.log_softmax(logits.float() / temperature, dim=-1)
-    log_ref = torch.log_softmax(ref_logits.float() / temperature, dim=-1)
+    log_pi, log_ref = (
+        # Never below float32, whatever the models compute in.
+        torch.log_softmax(x.to(torch.promote_types(x.dtype, torch.float32)) / temperature, dim=-1)
+        for x in (logits, ref_logits)
+    )
     pi = log_pi.exp()
     # A token that the policy cannot choose adds nothing, even where the reference cannot either.
     ratio = torch.where(pi > 0, log_pi - log_ref, 0.0)

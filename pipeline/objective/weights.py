@@ -132,7 +132,8 @@ def top_entropy(batch: TokenBatch, *, share: float) -> Float[Tensor, " n"]:
     index = torch.nonzero(batch.trainable).squeeze(-1)
     order = torch.sort(batch.entropy[index], descending=True, stable=True).indices
     weights = torch.zeros_like(batch.entropy)
-    weights[index[order[: math.ceil(round(share * len(index), 9))]]] = 1.0
+    room = max(1, math.ceil(round(share * len(index), 9)))  # 0.28 * 25 is 7.000000000000001
+    weights[index[order[:room]]] = 1.0
     return weights
 
 

@@ -23,6 +23,8 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 DASHES = ("-", "--", ":", "-.")
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#6b6b6b"
+CROWD = 8
+"""More methods than this get a panel each instead of sharing one."""
 SMOOTHING = 5
 """Iterations of the centred moving mean over training success."""
 STYLE: dict[Any, Any] = {
@@ -140,14 +142,36 @@ def learning_figure(curves: Mapping[str, Curves], timings: Mapping[str, Curves])
     return figure
 
 
+def learning_panels(curves: Mapping[str, Curves]) -> Figure:
+    """Training and validation success over iterations, a panel per method; the others' means lie behind it in grey."""
+    smooth = {method: _smooth(_series(curve, "success")) for method, curve in curves.items()}
+    with matplotlib.rc_context(STYLE):
+        rows = math.ceil(len(curves) / 4)
+        figure = Figure((10, 1.75 * rows + 0.3), layout="constrained")
+        panels = figure.subplots(rows, 4, sharex=True, sharey=True, squeeze=False).flat
+        for (method, curve), axes in zip(curves.items(), panels, strict=False):
+            spent = _spent(curve, None, "iterations")
+            for other in smooth.values():
+                axes.plot(np.arange(other.shape[1]), np.nanmean(other, axis=0), color="#cccccc", lw=0.6, zorder=1)
+            _band(axes, spent[:-1], smooth[method], COLOURS[0], "-")
+            axes.plot(*_validation(curve, spent), "o", color=COLOURS[1], ms=4, mec="white", mew=0.6, zorder=4)
+            axes.set_title(method, fontsize=9)
+        for axes in panels:  # what is left of the last row
+            axes.set_visible(False)
+        figure.axes[0].set_ylim(bottom=0)
+        figure.supxlabel("iterations", fontsize=10)
+        figure.supylabel("success", fontsize=10)
+    return figure
+
+
 def health_figure(curves: Mapping[str, Curves]) -> Figure:
     """What shows whether the trainings were healthy, over iterations: mean over seeds and range."""
     with matplotlib.rc_context(STYLE):
-        figure = Figure((10, 6), layout="constrained")
+        figure = Figure((10, 6 + 0.2 * max(0, math.ceil(len(curves) / 4) - 2)), layout="constrained")
         for axes, (key, title) in zip(figure.subplots(2, 3, sharex=True).flat, HEALTH.items(), strict=True):
             for curve, (colour, dash, _) in zip(curves.values(), _looks(), strict=False):
                 series = _series(curve, key)
-                _band(axes, np.arange(series.shape[1]), series, colour, dash)
+                _band(axes, np.arange(series.shape[1]), series, colour, dash, spread=len(curves) <= CROWD)
             axes.set_title(title, fontsize=10)
         for axes in figure.axes[-3:]:
             axes.set_xlabel("iterations")
@@ -168,15 +192,18 @@ def _figures(comparison: Mapping[str, Any], inputs: Inputs, environment: str) ->
         "means; small grey dots: single seeds. The band is the reference policy's 95 % bootstrap interval.",
         success_figure(comparison, environment),
     )
-    yield (
-        "learning",
-        "Learning curves",
+    reading = (
         f"Lines: success of the training episodes, smoothed with a centred moving mean of {SMOOTHING} iterations, mean "
         "over seeds; bands: lowest and highest seed (after smoothing), not a confidence interval. Points: success on "
         "the validation states, mean over seeds, not smoothed. Every value stands at what had been spent when the "
-        "policy that it belongs to was made; episodes, tokens and seconds are means over seeds.",
-        learning_figure(curves, timings),
+        "policy that it belongs to was made"
     )
+    if len(curves) > CROWD:
+        figure, reading = learning_panels(curves), f"{reading}. In grey, the other methods."
+    else:
+        figure = learning_figure(curves, timings)
+        reading = f"{reading}; episodes, tokens and seconds are means over seeds."
+    yield "learning", "Learning curves", reading, figure
     yield (
         "health",
         "Training health",
@@ -251,7 +278,7 @@ def _smooth(series: np.ndarray) -> np.ndarray:
     return np.array([total / np.where(count > 0, count, np.nan) for total, count in pairs])
 
 
-def _band(axes: Axes, x: np.ndarray, series: np.ndarray, colour: str, dash: str) -> None:
+def _band(axes: Axes, x: np.ndarray, series: np.ndarray, colour: str, dash: str, spread: bool = True) -> None:
     """Mean over seeds and the range between the lowest and the highest; a gap where no seed has a value."""
     known = np.isfinite(series)
     count = known.sum(axis=0)
@@ -259,8 +286,9 @@ def _band(axes: Axes, x: np.ndarray, series: np.ndarray, colour: str, dash: str)
     low, high = (np.where(count > 0, extreme, np.nan) for extreme in (
         np.where(known, series, np.inf).min(axis=0), np.where(known, series, -np.inf).max(axis=0)
     ))  # fmt: skip
-    axes.fill_between(x, low, high, color=colour, alpha=0.13, lw=0)
-    axes.plot(x, mean, dash, color=colour, lw=1.6)
+    if spread:
+        axes.fill_between(x, low, high, color=colour, alpha=0.13, lw=0)
+    axes.plot(x, mean, dash, color=colour, lw=1.6 if spread else 1.0)
 
 
 def _legend(figure: Figure, curves: Mapping[str, Curves], marked: bool) -> None:

@@ -125,6 +125,8 @@ class PolicyGradient(lightning.LightningModule):
         if batches:
             with self.phases.phase("moved"):
                 metrics |= self._moved(batches[-1])
+        if len(self.heads):  # what they cost in memory
+            metrics["head_parameters"] = float(sum(p.numel() for p in self.heads.parameters()))
         self.last_episodes, self.memory = iteration.trajectories, iteration.memory
         self.curve.append({"iteration": float(iteration.number), **metrics})
 
