@@ -348,7 +348,7 @@ def test_learning_figure_shows_seconds_only_if_they_are_known() -> None:
 def test_many_methods_get_a_panel_each(count: int) -> None:
     curves = {f"method{n}": {"0": curve(0, 0.5 + n / 50, 0.01), "1": curve(1, 0.5, 0.01)} for n in range(count)}
     shown = [axes for axes in learning_panels(curves).axes if axes.get_visible()]
-    assert [axes.get_title() for axes in shown] == list(curves)
+    assert [axes.get_title("left") for axes in shown] == list(curves)
     for axes in shown:
         assert len(axes.lines) == count + 2  # everybody in grey, its own mean, its validations
         assert len(axes.collections) == 1
