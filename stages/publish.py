@@ -39,8 +39,9 @@ def main() -> str:
         own = Path("presets") / preset / "reports"
         if (own / "comparison.md").exists():
             replace_block(results, preset, demoted((own / "comparison.md").read_text(encoding="utf-8")))
-            for png in sorted((own / "figures").glob("*-success.png")):
-                shutil.copy2(png, figures / f"{preset}-{png.name}")
+            for png in sorted((own / "figures").glob("*.png")):
+                if not png.name.endswith("-health.png"):
+                    shutil.copy2(png, figures / f"{preset}-{png.name}")
             published.append(preset)
     measured = reports / "bench.txt"
     if measured.exists():

@@ -8,7 +8,6 @@ import re
 from pathlib import Path
 from typing import Any
 
-import lightning.pytorch as lightning
 import pytest
 import torch
 from ruamel.yaml import YAML
@@ -18,6 +17,7 @@ from pipeline.policy.bootstrap import bootstrap
 from pipeline.policy.model import Policy
 from pipeline.presets import overlay
 from pipeline.training.module import PolicyGradient
+from tests.test_training import LAKE, TINY, fit
 
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
@@ -26,26 +26,8 @@ BLOCK = re.compile(r"^```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCKS: list[Any] = [YAML(typ="safe", pure=True).load(block) for block in BLOCK.findall(TEXT)]
 NAMES = [name for block in BLOCKS for name in block["methods"]]
 ROWS = list(read_yaml(ROOT / "presets" / "methods" / "params.yaml")["methods"])
-LAKE = "frozen_lake"
-TINY = {  # all but the slots: each group of four makes two updates, so that no rule on the ratio is idle
-    "policy": {
-        "hidden_size": 32,
-        "layers": 1,
-        "heads": 2,
-        "vocabulary": 320,
-        "demonstrations": {
-            "phases": [{"steps": 60, "reasoning_words": [0, 2], "action_noise": 0.2}],
-            "episodes": 100,
-            "batch_episodes": 8,
-            "learning_rate": 0.01,
-        },
-    },
-    "environments": {LAKE: {"max_turns": 4, "response_tokens": 20, "context_tokens": 400}},
-    "rollout": {"groups": 2, "group_size": 4},
-    "bottleneck": {"groups": 4},
-    "train": {"iterations": 2, "minibatch": 4, "passes": 2},
-    "evaluation": {"states": 2, "rollouts": 2},
-}
+SMALL = {key: value for key, value in TINY.items() if key != "method_defaults"}
+"""All but the slots; each group of four makes two updates, so that no rule on the ratio is idle."""
 
 
 def laid_over(block: Any, *changes: Any) -> Config:
@@ -75,7 +57,7 @@ def slots(method: Method, *ignored: str) -> dict[str, Any]:
 def policy() -> Policy:
     """The tiny reference policy; copied before it is trained."""
     torch.set_num_threads(1)
-    config = laid_over({}, TINY)
+    config = laid_over({}, SMALL)
     assert config.policy.kind == "scratch"
     return bootstrap(config.policy, config.environments, lambda step, total, loss: None)
 
@@ -126,20 +108,11 @@ def test_the_controls_are_those_of_the_preset() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_block_trains(name: str, policy: Policy) -> None:
-    config = laid_over({"methods": block_of(name)["methods"]}, TINY)
+    config = laid_over({"methods": block_of(name)["methods"]}, SMALL)
     own = Policy(copy.deepcopy(policy.model), policy.tokenizer)
     module = PolicyGradient(config, LAKE, name, 0, own)
     before = copy.deepcopy(module.state_dict())
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=config.train.iterations,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module)
+    fit(module, config.train.iterations)
     assert len(module.curve) == 2
     for row in module.curve:
         assert row["updates"] >= 2
