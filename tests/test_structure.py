@@ -70,7 +70,7 @@ LAYERS = (
     {"section"},
     {"slots"},
     {"config", "trajectory", "randomness", "files"},
-    {"environments", "prompting", "policy", "processes", "presets"},
+    {"environments", "prompting", "policy", "processes", "presets", "contracts"},
     {"rollout", "energy", "objective"},
     {"tracking"},
     {"training", "evaluation", "report", "replay"},

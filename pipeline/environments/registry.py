@@ -13,9 +13,16 @@ from pipeline.config import ConfigError, Environment
 SPLITS = {"demonstrations": 30, "train": 50, "validation": 10, "test": 10}
 """Per cent of all states, by the hash of the state."""
 
-gymnasium.register(
-    id="actfocus/FrozenLake-v1", entry_point="pipeline.environments.frozen_lake:FrozenLake", disable_env_checker=True
-)
+OURS = {
+    "actfocus/FrozenLake-v1": "pipeline.environments.frozen_lake:FrozenLake",
+    "actfocus/Sokoban-v1": "pipeline.environments.sokoban:Sokoban",
+    "actfocus/Sudoku-v1": "pipeline.environments.sudoku:Sudoku",
+    "actfocus/Bandit-v1": "pipeline.environments.bandit:Bandit",
+}
+"""Id -> class; a module is imported when its environment is made."""
+
+for _id, _class in OURS.items():
+    gymnasium.register(id=_id, entry_point=_class, disable_env_checker=True)
 
 
 class TextEnvironment(Protocol):

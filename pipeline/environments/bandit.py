@@ -1,0 +1,157 @@
+"""A bandit with two arms whose names are the only clue: one pays a little for sure, the other a lot now and then."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import gymnasium
+import numpy as np
+
+SAFE = (
+    ("steady", "calm", "quiet", "patient", "modest", "sturdy", "gentle", "trusty", "sober", "careful"),
+    ("anchor", "harbour", "pension", "turtle", "brick", "oak", "pillow", "cottage", "ledger", "blanket"),
+)
+"""Adjectives and nouns of the low arm's name."""
+
+RISKY = (
+    ("wild", "blazing", "reckless", "daring", "stormy", "roaring", "giddy", "fierce", "electric", "lucky"),
+    ("comet", "dragon", "jackpot", "casino", "volcano", "rocket", "roulette", "phoenix", "lottery", "tiger"),
+)
+"""Adjectives and nouns of the high arm's name."""
+
+POSITIONS = ("first arm", "second arm")
+"""What ``parse_action`` takes for the arms' names, in the order in which they are shown."""
+
+
+class Bandit(gymnasium.Env[str, str]):
+    """Choose one of two arms, once. Success is to choose the high arm, whether it pays or not.
+
+    Args:
+        low_reward: what the low arm always pays; below the high arm's mean.
+        high_reward: what the high arm pays when it pays; else it pays 0.
+        high_probability: chance that the high arm pays, above 0 and at most 1.
+
+    Raises:
+        ValueError: a setting outside these limits.
+    """
+
+    observation_space = gymnasium.spaces.Text(max_length=200)
+    action_space = gymnasium.spaces.Text(max_length=100)
+
+    def __init__(self, low_reward: float = 0.1, high_reward: float = 1.0, high_probability: float = 0.25) -> None:
+        if not 0.0 < high_probability <= 1.0:
+            raise ValueError(f"high_probability must be in (0, 1], got {high_probability!r}")
+        if not math.isfinite(high_reward):
+            raise ValueError(f"high_reward must be finite, got {high_reward!r}")
+        mean = high_probability * high_reward
+        if not -math.inf < low_reward < mean:
+            raise ValueError(f"low_reward must be below the high arm's mean {mean:g}, got {low_reward!r}")
+        self.low_reward, self.high_reward, self.high_probability = low_reward, high_reward, high_probability
+        self.arms: tuple[str, ...] = ()
+        self.high, self.paid = "", 0.0
+        self.actions_left, self.done, self.success = 0, True, False
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+        """Start an episode: names and order come from ``options["state_seed"]`` (or ``seed``), luck from ``seed``."""
+        super().reset(seed=seed)
+        state_seed = (options or {}).get("state_seed")
+        # the 1 keeps names and luck independent where seed and state_seed are the same number
+        self._draw_arms(self.np_random if state_seed is None else np.random.default_rng([state_seed, 1]))
+        self.actions_left, self.paid, self.done, self.success = 1, 0.0, False, False
+        return self._observe(), {}
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        """Choose an arm; that ends the episode. ``action`` must be one that ``parse_action`` takes.
+
+        Raises:
+            RuntimeError: the episode is over.
+            ValueError: ``parse_action`` refuses the action.
+        """
+        if self.done:
+            raise RuntimeError("step called after the episode's end: call reset")
+        arm = self.parse_action(action)
+        if arm is None:
+            raise ValueError(f"action must be {' or '.join(map(repr, self.arms))}, got {action!r}")
+        self.actions_left, self.done, self.success = 0, True, arm == self.high
+        if self.success:
+            self.paid = float(self.high_reward) if self.np_random.random() < self.high_probability else 0.0
+        else:
+            self.paid = float(self.low_reward)
+        return f"{self._observe()}\n{arm} paid {self.paid:g}", self.paid, True, False, {}
+
+    def parse_action(self, text: str) -> str | None:
+        """An arm's name as shown, for that in any case and spacing or for its place in ``POSITIONS``; else None."""
+        name = " ".join(text.lower().split())
+        if name in self.arms:
+            return name
+        return dict(zip(POSITIONS, self.arms, strict=False)).get(name)
+
+    @property
+    def state_key(self) -> str:
+        """The arms in order, and what has been paid."""
+        return f"{' / '.join(self.arms)}: {self.paid:g}"
+
+    @property
+    def instructions(self) -> str:
+        """Task, arms, actions and limits; the names are in the observation."""
+        return (
+            f"You are playing a bandit with two arms. One always pays {self.low_reward:g}; the other pays "
+            f"{self.high_reward:g} with probability {self.high_probability:g}, else 0. Their names hint at which is "
+            "which. Choose the arm that pays more on average.\n"
+            "Actions: the name of an arm, as shown. You have 1 action."
+        )
+
+    def _draw_arms(self, draws: np.random.Generator) -> None:
+        low, self.high = (
+            f"{adjectives[draws.integers(len(adjectives))]} {nouns[draws.integers(len(nouns))]}"
+            for adjectives, nouns in (SAFE, RISKY)
+        )
+        self.arms = (low, self.high) if draws.integers(2) else (self.high, low)
+
+    def _observe(self) -> str:
+        return f"arms: {', '.join(self.arms)}"
+
+
+class BanditExpert:
+    """Chooses the high arm, and describes the arms in words that never name one."""
+
+    def __init__(self) -> None:
+        self._seen: tuple[str, ...] = POSITIONS
+
+    def act(self, bandit: Bandit, draws: np.random.Generator) -> str:
+        """The high arm's name; nothing is left to ``draws``."""
+        self._seen = bandit.arms
+        return bandit.high
+
+    def random_action(self, draws: np.random.Generator) -> str:
+        """Either arm of the bandit that ``act`` or ``reason`` saw last; before any, a position."""
+        return self._seen[int(draws.integers(len(self._seen)))]
+
+    def reason(self, bandit: Bandit, words: int, draws: np.random.Generator) -> str:
+        """Facts about the arms in varied words and order, exactly ``words`` words; never an arm's name."""
+        self._seen = bandit.arms
+        facts: list[str] = []
+        spoken: list[str] = []
+        while len(spoken) < words:
+            facts = facts or self._facts(bandit, draws)
+            spoken += facts.pop(int(draws.integers(len(facts)))).split()
+        return " ".join(spoken[:words])
+
+    def _facts(self, bandit: Bandit, draws: np.random.Generator) -> list[str]:
+        def pick(*options: str) -> str:
+            return options[int(draws.integers(len(options)))]
+
+        sides = ("left", "right") if bandit.arms[1] == bandit.high else ("right", "left")
+        mean = bandit.high_probability * bandit.high_reward
+        return [
+            f"the {sides[0]} one {pick('sounds', 'seems', 'looks')} {pick('safe', 'certain', 'tame')}",
+            f"the {sides[1]} one {pick('sounds', 'seems', 'looks')} {pick('risky', 'bold', 'uncertain')}",
+            f"{pick('sure pay', 'for certain', 'without luck')} {bandit.low_reward:g}",
+            f"{pick('with luck', 'now and then', 'at best')} {bandit.high_reward:g}",
+            f"{pick('on average', 'mean of the bold one', 'its mean is')} {mean:g}",
+            pick("let me think", "hmm", "what do names tell", "so", "luck matters once"),
+        ]
+
+
+expert = BanditExpert

@@ -1,0 +1,374 @@
+"""Sokoban: push every box onto a target, described in text.
+
+Rooms are drawn by reverse play: boxes start on their targets and are pulled away by random moves, so a solution exists;
+a search then finds the shortest one, and the room is kept if its length is allowed. The grid is drawn with the published
+symbols; coordinates (row, column), zero-indexed, stand beside it.
+
+A cell is a number, row * size + column. The outermost cells are walls, so that no step leaves the room.
+"""
+
+from __future__ import annotations
+
+import math
+from heapq import heappop, heappush
+from itertools import permutations
+from typing import Any, NamedTuple
+
+import gymnasium
+import numpy as np
+
+from pipeline.config import ConfigError
+
+MOVES = {"Up": (-1, 0), "Down": (1, 0), "Left": (0, -1), "Right": (0, 1)}
+"""Action names with their step in (row, column)."""
+
+NODES = 20_000
+"""States that the expert's search may expand: at most about half a second. One box in 10x10 cells has 4032 states."""
+
+OPENING_NODES = NODES // 4
+"""A drawn room is solved within these, which leaves the expert a reserve for states that it would not have chosen."""
+
+Boxes = frozenset[int]
+State = tuple[int, Boxes]
+"""What moves: player and boxes."""
+
+
+class Room(NamedTuple):
+    """What stays: side length, cells that are walls (border included), cells that are targets."""
+
+    size: int
+    walls: frozenset[int]
+    targets: frozenset[int]
+
+    def after(self, state: State, step: int) -> State:
+        """The state after the player's step by ``step`` cells; the same one if a wall or a second box is in the way."""
+        player, boxes = state
+        ahead = player + step
+        if ahead in self.walls:
+            return state
+        if ahead not in boxes:
+            return ahead, boxes
+        beyond = ahead + step
+        return state if beyond in self.walls or beyond in boxes else (ahead, boxes - {ahead} | {beyond})
+
+
+class Sokoban(gymnasium.Env[str, str]):
+    """Push all boxes onto targets. A blocked move changes nothing and costs a step.
+
+    Args:
+        size: side of the square room, border walls included, 5 to 10.
+        boxes: boxes and targets, 1 to 3; no box starts on a target.
+        inner_walls: chance that a cell inside the border is a wall, 0 to 0.5; floor cut off by them is walled up.
+        least_moves: least length of a room's shortest solution, 1 to ``max_actions``.
+        max_actions: moves after which the episode is cut off, 1 to 200; every room can be solved within them.
+        grid: draw the grid in every observation, in the first one, or never.
+        coordinates: give coordinates in every observation; required if the grid is never drawn.
+        step_reward: reward of every move, at most 0.
+        on_target: added when a push brings a box onto a target (not from another target).
+        off_target: added when a push takes a box off the targets; at most ``-on_target``, so that undoing never pays.
+        solved: added when all boxes are on targets, which ends the episode.
+
+    Raises:
+        ValueError: a setting outside its range.
+    """
+
+    observation_space = gymnasium.spaces.Text(max_length=2000)
+    action_space = gymnasium.spaces.Text(max_length=100)
+
+    def __init__(
+        self,
+        size: int = 6,
+        boxes: int = 1,
+        inner_walls: float = 0.1,
+        least_moves: int = 1,
+        max_actions: int = 10,
+        grid: str = "always",
+        coordinates: bool = True,
+        step_reward: float = -0.1,
+        on_target: float = 1.0,
+        off_target: float = -1.0,
+        solved: float = 10.0,
+    ) -> None:
+        for name, value, least, most in (
+            ("size", size, 5, 10),
+            ("boxes", boxes, 1, 3),
+            ("max_actions", max_actions, 1, 200),
+            ("least_moves", least_moves, 1, max_actions),
+        ):
+            if not isinstance(value, int) or not least <= value <= most:
+                raise ValueError(f"{name} must be a whole number from {least} to {most}, got {value!r}")
+        if not 0.0 <= inner_walls <= 0.5:
+            raise ValueError(f"inner_walls must be 0 to 0.5, got {inner_walls}")
+        if grid not in ("always", "first", "never"):
+            raise ValueError(f"grid must be always, first or never, got {grid!r}")
+        if not isinstance(coordinates, bool):
+            raise ValueError(f"coordinates must be true or false, got {coordinates!r}")
+        if grid == "never" and not coordinates:
+            raise ValueError("coordinates must be true if grid is never, got False")
+        for name, reward, highest in (
+            ("step_reward", step_reward, 0.0),
+            ("on_target", on_target, math.inf),
+            ("off_target", off_target, 0.0 - on_target),
+            ("solved", solved, math.inf),
+        ):
+            if not math.isfinite(reward) or reward > highest:
+                raise ValueError(f"{name} must be finite and at most {highest:g}, got {reward}")
+        self.size, self.count, self.inner_walls = size, boxes, inner_walls
+        self.least_moves, self.max_actions = least_moves, max_actions
+        self.grid, self.coordinates = grid, coordinates
+        self.step_reward, self.on_target, self.off_target, self.solved = step_reward, on_target, off_target, solved
+        self.room, self.player = Room(size, frozenset(), frozenset()), 0
+        self.boxes: Boxes = frozenset()
+        self.done, self.success = True, False
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+        """Start an episode in the room of ``options["state_seed"]`` (or ``seed``). Moves have no noise.
+
+        Raises:
+            ConfigError: no room with these settings turned up.
+        """
+        super().reset(seed=seed)
+        state_seed = (options or {}).get("state_seed")
+        self._draw_room(self.np_random if state_seed is None else np.random.default_rng(state_seed))
+        self.actions_left, self.done, self.success = self.max_actions, False, False
+        return self._observe(first=True), {}
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        """Move, pushing a box that is in the way. ``action`` must be what ``parse_action`` returned.
+
+        Raises:
+            RuntimeError: the episode is over.
+        """
+        if self.done:
+            raise RuntimeError("step called after the episode's end: call reset")
+        before = len(self.boxes & self.room.targets)
+        self.player, self.boxes = self.room.after((self.player, self.boxes), _steps(self.size)[action])
+        gained = len(self.boxes & self.room.targets) - before
+        self.actions_left -= 1
+        self.success = self.boxes == self.room.targets
+        truncated = not self.success and self.actions_left == 0
+        self.done = self.success or truncated
+        reward = self.step_reward + {1: self.on_target, 0: 0.0, -1: self.off_target}[gained]
+        reward += self.solved if self.success else 0.0
+        return self._observe(first=False), float(reward), self.success, truncated, {}
+
+    def parse_action(self, text: str) -> str | None:
+        """``Up``, ``Down``, ``Left`` or ``Right`` in any case, surrounded by any space; else None."""
+        name = text.strip().capitalize()
+        return name if name in MOVES else None
+
+    @property
+    def state_key(self) -> str:
+        """The grid, which shows the whole state; actions left are not part of it."""
+        return "/".join("".join(row) for row in self._rows())
+
+    @property
+    def instructions(self) -> str:
+        """Task, symbols, actions and limits."""
+        last = self.size - 1
+        pieces = "1 box and 1 target" if self.count == 1 else f"{self.count} boxes and {self.count} targets"
+        lines = [
+            f"You are solving a Sokoban room of {self.size}x{self.size} cells with {pieces}. Push every box onto a "
+            "target. Walking into a box pushes it, unless a wall or another box is behind it; boxes cannot be pulled.",
+            "Symbols: # wall, _ floor, O target, √ box on target, X box, P player, S player on target.",
+            f"Coordinates are (row, column) from (0, 0), top left, to ({last}, {last}), bottom right; "
+            "walls on the border are not listed.",
+            f"Actions: {', '.join(MOVES)}. You have {self.max_actions} actions.",
+        ]
+        if self.grid == "never":
+            del lines[1]
+        if not self.coordinates:
+            del lines[2]
+        return "\n".join(lines)
+
+    def _draw_room(self, draws: np.random.Generator) -> None:
+        steps, inside = list(_steps(self.size).values()), _inside(self.size)
+        for _ in range(1_000):
+            solid = draws.random(len(inside)) < self.inner_walls
+            open_cells = {cell for cell, wall in zip(inside, solid.tolist(), strict=True) if not wall}
+            floor = _connected(open_cells, inside[int(draws.integers(len(inside)))], steps)
+            if len(floor) <= 2 * self.count:
+                continue
+            *cells, player = draws.choice(sorted(floor), size=self.count + 1, replace=False).tolist()
+            room = Room(self.size, frozenset(range(self.size**2)) - floor, frozenset(cells))
+            boxes = room.targets
+            for direction in draws.integers(4, size=10 * self.max_actions).tolist():
+                behind, ahead = player - steps[direction], player + steps[direction]
+                if ahead in floor and ahead not in boxes:
+                    boxes = boxes - {behind} | {player} if behind in boxes else boxes
+                    player = ahead
+            if boxes.isdisjoint(room.targets):
+                plan = solve(room, (player, boxes), OPENING_NODES, self.max_actions)
+                if plan is not None and len(plan) >= self.least_moves:
+                    self.room, self.player, self.boxes = room, player, boxes
+                    return
+        raise ConfigError(
+            f"environments: no room found with size {self.size}, boxes {self.count}, inner_walls "
+            f"{self.inner_walls:g}, least_moves {self.least_moves} and max_actions {self.max_actions}"
+        )
+
+    def _rows(self) -> list[list[str]]:
+        symbols = ["_"] * self.size**2
+        for cells, symbol in (
+            (self.room.walls, "#"),
+            (self.room.targets, "O"),
+            (self.boxes, "X"),
+            (self.boxes & self.room.targets, "√"),
+        ):
+            for cell in cells:
+                symbols[cell] = symbol
+        symbols[self.player] = "S" if self.player in self.room.targets else "P"
+        return [symbols[start : start + self.size] for start in range(0, len(symbols), self.size)]
+
+    def _observe(self, first: bool) -> str:
+        shown = self.grid == "always" or (self.grid == "first" and first)
+        lines = [" ".join(row) for row in self._rows()] if shown else []
+        if self.coordinates:
+            walls = self.room.walls.intersection(_inside(self.size))
+            groups = {"player": {self.player}, "boxes": self.boxes, "targets": self.room.targets, "walls": walls}
+            lines.append(" ".join(f"{name} {self.place(*sorted(cells)) or 'none'}" for name, cells in groups.items()))
+        return "\n".join(lines)
+
+    def place(self, *cells: int) -> str:
+        """Row and column of each cell."""
+        return " ".join(f"{cell // self.size} {cell % self.size}" for cell in cells)
+
+
+def solve(room: Room, state: State, nodes: int = NODES, limit: int | None = None) -> dict[State, str] | None:
+    """A shortest solution, by A*: each state on the way with the move to make there, in order; empty if solved.
+
+    The estimate of the moves to go is admissible and consistent: pushes that the boxes need, on an empty floor with the
+    best assignment to targets, and the player's walk to the nearest box. It is infinite, and the state is left out,
+    where a box cannot be pushed to any target (corners above all). Among equal estimates the newest state goes first.
+
+    Args:
+        room: walls and targets.
+        state: where to start.
+        nodes: most states to expand.
+        limit: most moves; None for any number.
+
+    Returns:
+        None if there is no solution within the limit, or if ``nodes`` states were not enough to find it.
+    """
+    steps = _steps(room.size)
+    pushes = [_pushes(room, target) for target in room.targets]
+    needed: dict[Boxes, float] = {}
+
+    def to_go(player: int, boxes: Boxes) -> float:
+        if boxes not in needed:
+            needed[boxes] = min(
+                sum(p.get(b, math.inf) for p, b in zip(pushes, order, strict=True)) for order in permutations(boxes)
+            )
+        row, column = divmod(player, room.size)
+        walk = min(abs(row - b // room.size) + abs(column - b % room.size) for b in boxes) - 1
+        return needed[boxes] and needed[boxes] + walk
+
+    most = math.inf if limit is None else limit
+    moves, came = {state: 0}, dict[State, tuple[State, str]]()
+    order, closed = 0, set[State]()
+    heap = [(to_go(*state), order, state)]
+    while heap and len(closed) < nodes:
+        estimate, _, here = heappop(heap)
+        if here[1] == room.targets:
+            path = []
+            while here != state:
+                here, name = came[here]
+                path.append((here, name))
+            return dict(reversed(path))
+        if here in closed or estimate > most:
+            continue
+        closed.add(here)
+        for name, step in steps.items():
+            there = room.after(here, step)
+            if moves[here] + 1 < moves.get(there, math.inf):
+                estimate = moves[here] + 1 + to_go(*there)
+                if estimate <= most and estimate < math.inf:
+                    moves[there], came[there], order = moves[here] + 1, (here, name), order - 1
+                    heappush(heap, (estimate, order, there))
+    return None
+
+
+def _pushes(room: Room, target: int) -> dict[int, int]:
+    """Least number of pushes that bring a lone box to the target, from each cell where that is possible."""
+    pushes, queue = {target: 0}, [target]
+    for cell in queue:
+        for step in _steps(room.size).values():
+            box = cell - step
+            if box not in pushes and box not in room.walls and box - step not in room.walls:
+                pushes[box] = pushes[cell] + 1
+                queue.append(box)
+    return pushes
+
+
+def _connected(cells: set[int], start: int, steps: list[int]) -> frozenset[int]:
+    """The cells that can be reached from ``start``; none if it is not one of them."""
+    found = cells & {start}
+    queue = list(found)
+    for cell in queue:
+        new = {cell + step for step in steps} & cells - found
+        found |= new
+        queue += new
+    return frozenset(found)
+
+
+def _steps(size: int) -> dict[str, int]:
+    return {name: row * size + column for name, (row, column) in MOVES.items()}
+
+
+def _inside(size: int) -> list[int]:
+    return [row * size + column for row in range(1, size - 1) for column in range(1, size - 1)]
+
+
+class SokobanExpert:
+    """Follows a shortest solution, and describes the state in words that never name the move."""
+
+    def __init__(self) -> None:
+        self._room: Room | None = None
+        self._plan: dict[State, str] = {}
+
+    def act(self, sokoban: Sokoban, draws: np.random.Generator) -> str:
+        """The next move of a shortest solution, which is kept as long as the states on it are met.
+
+        Where no solution exists, or ``NODES`` states were not enough to find it, any move.
+        """
+        state = (sokoban.player, sokoban.boxes)
+        if sokoban.room != self._room or state not in self._plan:
+            self._room, self._plan = sokoban.room, solve(sokoban.room, state) or {}
+        return self._plan.get(state) or self.random_action(draws)
+
+    def random_action(self, draws: np.random.Generator) -> str:
+        """Any move."""
+        return list(MOVES)[int(draws.integers(len(MOVES)))]
+
+    def reason(self, sokoban: Sokoban, words: int, draws: np.random.Generator) -> str:
+        """Facts about the state in varied words and order, about ``words`` words; never a move's name."""
+        facts = self._facts(sokoban, draws)
+        spoken: list[str] = []
+        while len(spoken) < words:
+            if not facts:
+                facts = self._facts(sokoban, draws)
+            spoken += facts.pop(int(draws.integers(len(facts)))).split()
+        return " ".join(spoken[:words])
+
+    def _facts(self, sokoban: Sokoban, draws: np.random.Generator) -> list[str]:
+        def pick(*options: str) -> str:
+            return options[int(draws.integers(len(options)))]
+
+        def one(cells: frozenset[int]) -> int:
+            return sorted(cells)[int(draws.integers(len(cells)))]
+
+        boxes, targets = sokoban.boxes, sokoban.room.targets
+        box, target = one(boxes - targets or boxes), one(targets - boxes or targets)
+        (row, column), (target_row, target_column) = divmod(box, sokoban.size), divmod(target, sokoban.size)
+        return [
+            f"{pick('I am at', 'player at', 'now at')} {sokoban.place(sokoban.player)}",
+            f"{pick('box at', 'the box is at', 'a box at')} {sokoban.place(box)}",
+            f"{pick('target at', 'the target is at', 'goal at')} {sokoban.place(target)}",
+            f"{pick('rows apart', 'row distance', 'rows to push')} {abs(target_row - row)}",
+            f"{pick('columns apart', 'column distance', 'columns to push')} {abs(target_column - column)}",
+            f"{pick('boxes done', 'on target', 'boxes home')} {len(boxes & targets)}",
+            pick("let me think", "careful", "stay out of corners", "hmm", "look again", "so"),
+        ]
+
+
+expert = SokobanExpert

@@ -1,0 +1,274 @@
+"""Sudoku of 4x4 cells, described in text.
+
+There are only 288 filled grids, so that the solver is a table of them all: a puzzle is solved by the grids that agree
+with its givens, and unique if there is exactly one.
+"""
+
+from __future__ import annotations
+
+import re
+from functools import lru_cache
+from typing import Any
+
+import gymnasium
+import numpy as np
+from numpy.typing import NDArray
+
+from pipeline.config import ConfigError
+
+SIDE, BOX = 4, 2
+CELLS, DIGITS = range(SIDE**2), range(1, SIDE + 1)
+"""Cells are numbered row by row; a board has 0 where a cell is empty."""
+
+RIGHT, WRONG, INVALID, SOLVED = 1.0, 0.5, -0.1, 10.0
+"""Rewards: a cell's first digit, as in the solution or not; a move that is refused; the solution, on top."""
+
+TRIES = 10_000
+"""Sets of givens tried for one puzzle. Of the sets of 4, the rarest, one in 20 is unique."""
+
+_PLACE = re.compile(r"\s*place\s*(\d{1,2})\s*at\s*row\s*(\d{1,2})\s*col\s*(\d{1,2})\s*", re.IGNORECASE | re.ASCII)
+_TRIPLE = re.compile(r"\s*(\d{1,2})\s*,\s*(\d{1,2})\s*,\s*(\d{1,2})\s*", re.ASCII)
+
+
+class Sudoku(gymnasium.Env[str, str]):
+    """Fill every empty cell so that rows, columns and boxes have each digit once. The solution is unique.
+
+    A move places a digit. It is invalid if row, column or digit is outside 1 to 4, the cell is a given, or another cell
+    of its row, column or box has the digit; that costs an action and ``INVALID``, and changes nothing else. Any other
+    move is carried out, and a digit that was placed may be overwritten: wrong digits stand in the way of right ones.
+    Only the first digit in a cell is paid for, ``RIGHT`` or ``WRONG``; overwriting earns 0, whatever comes of it. No move
+    empties a cell, so that a board met again has the same cells filled and nothing was earned in between. The move that
+    completes the solution earns ``SOLVED`` as well.
+
+    Args:
+        size: side of the board in cells; only 4.
+        givens: number of cells filled at the start, 4 (fewer never have a unique solution) to 15.
+        max_actions: moves, invalid ones too, after which the episode is cut off; at least the number of empty cells.
+        candidates: list, in every observation, the digits that each empty cell's row, column and box lack.
+
+    Raises:
+        ValueError: a setting outside these limits.
+    """
+
+    observation_space = gymnasium.spaces.Text(max_length=1000)
+    action_space = gymnasium.spaces.Text(max_length=100)
+
+    def __init__(self, size: int = 4, givens: int = 8, max_actions: int = 16, candidates: bool = True) -> None:
+        if size != SIDE:
+            raise ValueError(f"size must be {SIDE}, got {size!r}")
+        if not isinstance(givens, int) or givens not in range(SIDE, len(CELLS)):
+            raise ValueError(f"givens must be {SIDE} to {len(CELLS) - 1}, got {givens!r}")
+        if not isinstance(max_actions, int) or max_actions < len(CELLS) - givens:
+            raise ValueError(f"max_actions must be a whole number from {len(CELLS) - givens} on, got {max_actions!r}")
+        if not isinstance(candidates, bool):
+            raise ValueError(f"candidates must be true or false, got {candidates!r}")
+        self.size, self.givens, self.max_actions, self.candidates = size, givens, max_actions, candidates
+        self.puzzle: tuple[int, ...] = ()
+        self.solution: tuple[int, ...] = ()
+        self.board: list[int] = []
+        self.actions_left, self.done, self.success = 0, True, False
+
+    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
+        """Start an episode: the puzzle comes from ``options["state_seed"]`` (or ``seed``); there is no noise.
+
+        Raises:
+            ConfigError: no unique puzzle among ``TRIES``.
+        """
+        super().reset(seed=seed)
+        state_seed = (options or {}).get("state_seed")
+        self._draw_puzzle(self.np_random if state_seed is None else np.random.default_rng(state_seed))
+        self.board = list(self.puzzle)
+        self.actions_left, self.done, self.success = self.max_actions, False, False
+        return self._observe(), {}
+
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        """Place a digit. ``action`` must be what ``parse_action`` returned.
+
+        Raises:
+            RuntimeError: the episode is over.
+            ValueError: ``parse_action`` refuses the action.
+        """
+        if self.done:
+            raise RuntimeError("step called after the episode's end: call reset")
+        numbers = _numbers(action)
+        if numbers is None:
+            raise ValueError(f"action must be like 'place 3 at row 1 col 2' or '1,2,3', got {action!r}")
+        fault, reward = self._fault(*numbers), INVALID
+        if not fault:
+            row, column, digit = numbers
+            cell = SIDE * (row - 1) + column - 1
+            reward = 0.0 if self.board[cell] else RIGHT if digit == self.solution[cell] else WRONG
+            self.board[cell] = digit
+            self.success = tuple(self.board) == self.solution
+            reward += SOLVED * self.success
+        self.actions_left -= 1
+        truncated = not self.success and self.actions_left == 0
+        self.done = self.success or truncated
+        return self._observe(fault), reward, self.success, truncated, {}
+
+    def parse_action(self, text: str) -> str | None:
+        """``place 3 at row 1 col 2`` for that or ``1,2,3`` (row, column, digit), in any case and spacing; else None.
+
+        The form decides, with numbers of one or two digits; whether the move is valid is for ``step`` to say.
+        """
+        numbers = _numbers(text)
+        return _named(*numbers) if numbers else None
+
+    @property
+    def state_key(self) -> str:
+        """Givens and board; actions left are not part of it, so that a state met twice has one key."""
+        return "/".join("".join(str(digit or ".") for digit in digits) for digits in (self.puzzle, self.board))
+
+    @property
+    def instructions(self) -> str:
+        """Task, symbols, actions and limits."""
+        symbols = "[d] given digit, d placed digit, . empty cell"
+        if self.candidates:
+            symbols += ". Candidates: row,col: digits that the cell's row, column and box lack"
+        return (
+            f"You are solving a Sudoku of {SIDE}x{SIDE} cells with one solution. Fill the empty cells so that every row, "
+            f"column and {BOX}x{BOX} box has each digit from 1 to {SIDE} once.\nSymbols: {symbols}.\n"
+            f"Rows and columns go from 1, top left, to {SIDE}, bottom right.\n"
+            "Actions: place <digit> at row <row> col <col>, or <row>,<col>,<digit>. A placed digit may be overwritten, "
+            "a given may not. A digit that is already in the row, column or box is refused and costs an action.\n"
+            f"You have {self.max_actions} actions."
+        )
+
+    def legal_digits(self, cell: int) -> list[int]:
+        """Digits, in ascending order, that no other cell of its row, column and box has. ``cell`` is 0 to 15."""
+        taken = {self.board[peer] for peer in _PEERS[cell]}
+        return [digit for digit in DIGITS if digit not in taken]
+
+    def _draw_puzzle(self, draws: np.random.Generator) -> None:
+        grids = _grids()
+        solution = grids[draws.integers(len(grids))]
+        for _ in range(TRIES):
+            given = draws.permutation(len(CELLS))[: self.givens]
+            if (grids[:, given] == solution[given]).all(axis=1).sum() == 1:
+                self.solution = tuple(solution.tolist())
+                self.puzzle = tuple(self.solution[cell] if cell in given else 0 for cell in CELLS)
+                return
+        raise ConfigError(f"environments: no Sudoku with one solution found with givens {self.givens}")
+
+    def _fault(self, row: int, column: int, digit: int) -> str:
+        """Why a move is invalid; empty if it is not."""
+        if not all(number in DIGITS for number in (row, column, digit)):
+            return f"numbers go from 1 to {SIDE}"
+        cell = SIDE * (row - 1) + column - 1
+        if self.puzzle[cell]:
+            return f"{row},{column} is given"
+        return "" if digit in self.legal_digits(cell) else f"{digit} is in the row, column or box of {row},{column}"
+
+    def _observe(self, fault: str = "") -> str:
+        shown = [f"[{d}]" if given else str(d or ".") for d, given in zip(self.board, self.puzzle, strict=True)]
+        lines = [" ".join(shown[start : start + SIDE]) for start in CELLS[::SIDE]]
+        if self.candidates:
+            empty = [cell for cell in CELLS if not self.board[cell]]
+            lines.append("candidates " + ("; ".join(map(self._candidates, empty)) or "none"))
+        if fault:
+            lines.append(f"invalid: {fault}")
+        return "\n".join(lines)
+
+    def _candidates(self, cell: int) -> str:
+        row, column = divmod(cell, SIDE)
+        return f"{row + 1},{column + 1}: {' '.join(map(str, self.legal_digits(cell))) or 'none'}"
+
+
+def _numbers(text: str) -> tuple[int, int, int] | None:
+    """Row, column and digit of an action."""
+    if match := _PLACE.fullmatch(text):
+        digit, row, column = map(int, match.groups())
+    elif match := _TRIPLE.fullmatch(text):
+        row, column, digit = map(int, match.groups())
+    else:
+        return None
+    return row, column, digit
+
+
+def _named(row: int, column: int, digit: int) -> str:
+    return f"place {digit} at row {row} col {column}"
+
+
+def _peers(cell: int) -> tuple[int, ...]:
+    """The other cells of a cell's row, column and box."""
+
+    def units(cell: int) -> tuple[int, int, int]:
+        row, column = divmod(cell, SIDE)
+        return row, column, row // BOX * BOX + column // BOX
+
+    own = units(cell)
+    return tuple(c for c in CELLS if c != cell and any(a == b for a, b in zip(own, units(c), strict=True)))
+
+
+_PEERS = [_peers(cell) for cell in CELLS]
+
+
+@lru_cache(maxsize=1)
+def _grids() -> NDArray[np.int64]:
+    """(288, 16): every filled grid."""
+    grids: list[tuple[int, ...]] = [()]
+    for cell in CELLS:
+        before = [peer for peer in _PEERS[cell] if peer < cell]
+        grids = [(*grid, d) for grid in grids for d in DIGITS if all(grid[peer] != d for peer in before)]
+    return np.array(grids)
+
+
+class SudokuExpert:
+    """Fills the cells in which least is possible, and describes the board in words that never name a move."""
+
+    def act(self, sudoku: Sudoku, draws: np.random.Generator) -> str:
+        """A move towards the solution; ties are broken by ``draws``.
+
+        Wrong digits go first: one is replaced by the right digit where that is legal, else by another one, to make way.
+        Then an empty cell with the fewest candidates is filled. Where wrong digits block everything, one is repeated.
+        """
+        board, solution = sudoku.board, sudoku.solution
+        legal = [sudoku.legal_digits(cell) for cell in CELLS]
+        wrong = [cell for cell in CELLS if board[cell] not in (0, solution[cell])]
+        ready = [cell for cell in CELLS if not board[cell] and solution[cell] in legal[cell]]
+        fewest = min((len(legal[cell]) for cell in ready), default=0)
+        choices = (
+            [(cell, solution[cell]) for cell in wrong if solution[cell] in legal[cell]]
+            or [(cell, digit) for cell in wrong for digit in legal[cell] if digit != board[cell]]
+            or [(cell, solution[cell]) for cell in ready if len(legal[cell]) == fewest]
+            or [(cell, board[cell]) for cell in wrong]
+        )
+        cell, digit = choices[int(draws.integers(len(choices)))]
+        row, column = divmod(cell, SIDE)
+        return _named(row + 1, column + 1, digit)
+
+    def random_action(self, draws: np.random.Generator) -> str:
+        """Any digit in any cell."""
+        row, column, digit = (int(number) for number in draws.integers(1, SIDE + 1, size=3))
+        return _named(row, column, digit)
+
+    def reason(self, sudoku: Sudoku, words: int, draws: np.random.Generator) -> str:
+        """Facts about the board in varied words and order, exactly ``words`` words; never a move."""
+        facts: list[str] = []
+        spoken: list[str] = []
+        while len(spoken) < words:
+            facts = facts or self._facts(sudoku, draws)
+            spoken += facts.pop(int(draws.integers(len(facts)))).split()
+        return " ".join(spoken[:words])
+
+    def _facts(self, sudoku: Sudoku, draws: np.random.Generator) -> list[str]:
+        def pick(*options: str) -> str:
+            return options[int(draws.integers(len(options)))]
+
+        board = np.array(sudoku.board).reshape(SIDE, SIDE)
+        empty = [cell for cell in CELLS if not sudoku.board[cell]]
+        single = sum(len(sudoku.legal_digits(cell)) == 1 for cell in empty)
+        digit = int(draws.integers(1, SIDE + 1))
+        place = int(draws.integers(SIDE))
+        line, name = ((board[place], "row"), (board[:, place], "column"))[int(draws.integers(2))]
+        missing = " ".join(str(d) for d in DIGITS if d not in line) or "nothing"
+        return [
+            f"{('first', 'second', 'third', 'fourth')[place]} {name} {pick('lacks', 'needs', 'misses')} {missing}",
+            f"{pick('cells to fill', 'still empty', 'empty cells')} {len(empty)}",
+            f"{pick('cells with one candidate', 'only one fits in', 'sure cells')} {single}",
+            f"{pick('the board has', 'on the board')} {int((board == digit).sum())} {pick('times', 'of digit')} {digit}",
+            pick("let me think", "careful", "look at the boxes", "hmm", "check again", "so"),
+        ]
+
+
+expert = SudokuExpert

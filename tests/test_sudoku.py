@@ -1,0 +1,496 @@
+"""Sudoku: puzzles, moves, rewards worked by hand, and the expert."""
+
+from __future__ import annotations
+
+import copy
+import json
+import os
+import re
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from pipeline.config import ConfigError
+from pipeline.environments import initial_states, sudoku
+from pipeline.environments.registry import SPLITS
+from pipeline.environments.sudoku import Sudoku, SudokuExpert
+
+ROOT = Path(__file__).parents[1]
+SOLUTION = (1, 2, 3, 4, 3, 4, 1, 2, 2, 1, 4, 3, 4, 3, 2, 1)
+SEVEN = (1, 2, 0, 4, 0, 4, 1, 0, 0, 1, 4, 0, 4, 0, 0, 1)
+"""Seven empty cells of ``SOLUTION``:   1 2 . 4 / . 4 1 . / . 1 4 . / 4 . . 1"""
+FOUR = (0, 2, 3, 4, 3, 4, 0, 2, 2, 0, 4, 3, 4, 3, 2, 0)
+"""Four empty cells, each a 1:          . 2 3 4 / 3 4 . 2 / 2 . 4 3 / 4 3 2 ."""
+
+
+def given(puzzle: tuple[int, ...], max_actions: int = 16, candidates: bool = True) -> Sudoku:
+    """An episode of a puzzle whose solution is ``SOLUTION``."""
+    environment = Sudoku(givens=16 - puzzle.count(0), max_actions=max_actions, candidates=candidates)
+    environment.reset(seed=0)
+    environment.puzzle, environment.solution, environment.board = puzzle, SOLUTION, list(puzzle)
+    return environment
+
+
+def started(state: int, **settings: Any) -> Sudoku:
+    environment = Sudoku(**settings)
+    environment.reset(seed=0, options={"state_seed": state})
+    return environment
+
+
+def solutions(board: list[int]) -> int:
+    """Number of ways to complete a board, by brute force."""
+    if 0 not in board:
+        return 1
+    cell = board.index(0)
+    count = 0
+    for digit in (1, 2, 3, 4):
+        if all(board[other] != digit for other in range(16) if share_a_unit(cell, other)):
+            count += solutions([*board[:cell], digit, *board[cell + 1 :]])
+    return count
+
+
+def share_a_unit(cell: int, other: int) -> bool:
+    same_row, same_column = cell // 4 == other // 4, cell % 4 == other % 4
+    return same_row or same_column or (cell // 8 == other // 8 and cell % 4 // 2 == other % 4 // 2)
+
+
+# --------------------------------------------------------------------------------------------------- rewards by hand
+
+EPISODES = {
+    "seven right digits; the last one solves": (
+        SEVEN,
+        16,
+        [("1,3,3", 1), ("2,1,3", 1), ("2,4,2", 1), ("3,1,2", 1), ("3,4,3", 1), ("4,2,3", 1), ("4,3,2", 11)],
+        "solved",
+    ),
+    "four right digits with the last action": (
+        FOUR,
+        4,
+        [("place 1 at row 4 col 4", 1), ("3,2,1", 1), ("place 1 at row 1 col 1", 1), ("2,3,1", 11)],
+        "solved",
+    ),
+    "a wrong digit is overwritten by the right one, for nothing": (
+        SEVEN,
+        16,
+        [
+            *[("2,4,3", 0.5), ("2,4,2", 0)],
+            *[("1,3,3", 1), ("2,1,3", 1), ("3,1,2", 1), ("3,4,3", 1), ("4,2,3", 1), ("4,3,2", 11)],
+        ],
+        "solved",
+    ),
+    "one cell overwritten twenty times": (
+        SEVEN,
+        20,
+        [("2,4,3", 0.5), ("2,4,2", 0), *[("2,4,3", 0), ("2,4,2", 0)] * 9],
+        "cut off",
+    ),
+    "a given, a digit that its row has, a row and a column that do not exist": (
+        FOUR,
+        4,
+        [("1,2,1", -0.1), ("1,1,2", -0.1), ("5,1,1", -0.1), ("1,0,1", -0.1)],
+        "cut off",
+    ),
+    "a right digit made wrong blocks box, row and column until it is right again": (
+        SEVEN,
+        7,
+        [("2,4,2", 1), ("2,4,3", 0), ("1,3,3", -0.1), ("2,1,3", -0.1), ("3,4,3", -0.1), ("2,4,2", 0), ("1,3,3", 1)],
+        "cut off",
+    ),
+    "solved after a detour": (
+        SEVEN,
+        16,
+        [
+            *[("3,1,3", 0.5), ("1,3,3", 1), ("2,1,3", -0.1), ("2,4,2", 1), ("3,4,3", -0.1), ("4,2,3", -0.1)],
+            *[("4,3,2", 1), ("3,1,2", 0), ("2,1,3", 1), ("3,4,3", 1), ("4,2,3", 11)],
+        ],
+        "solved",
+    ),
+    "a right digit repeated": (
+        FOUR,
+        5,
+        [("1,1,1", 1), ("1,1,1", 0), ("2,3,1", 1), ("3,2,1", 1), ("4,4,1", 11)],
+        "solved",
+    ),
+    "one invalid move too many": (
+        SEVEN,
+        7,
+        [("1,3,9", -0.1), ("1,3,3", 1), ("2,1,3", 1), ("2,4,2", 1), ("3,1,2", 1), ("3,4,3", 1), ("4,2,3", 1)],
+        "cut off",
+    ),
+    "two wrong digits in each other's way": (
+        SEVEN,
+        9,
+        [
+            *[("2,4,3", 0.5), ("3,4,2", 0.5), ("2,4,2", -0.1), ("3,4,3", -0.1), ("1,3,3", -0.1), ("2,1,3", -0.1)],
+            *[("3,1,2", -0.1), ("4,3,2", -0.1), ("4,2,3", 1)],
+        ],
+        "cut off",
+    ),
+}
+
+
+@pytest.mark.parametrize(("puzzle", "max_actions", "moves", "end"), EPISODES.values(), ids=EPISODES.keys())
+def test_every_reward_of_an_episode(
+    puzzle: tuple[int, ...], max_actions: int, moves: list[tuple[str, float]], end: str
+) -> None:
+    environment = given(puzzle, max_actions)
+    for number, (move, expected) in enumerate(moves, start=1):
+        action = environment.parse_action(move)
+        assert action is not None
+        before = environment.state_key
+        observation, reward, terminated, truncated, _ = environment.step(action)
+        assert reward == pytest.approx(expected), move
+        assert (expected == -0.1) == ("invalid: " in observation)
+        if expected == -0.1:
+            assert environment.state_key == before
+        last = number == len(moves)
+        assert (terminated, truncated) == (last and end == "solved", last and end == "cut off")
+        assert environment.done == last
+        assert environment.success == terminated
+        assert environment.actions_left == max_actions - number
+    with pytest.raises(RuntimeError, match="reset"):
+        environment.step("place 1 at row 1 col 1")
+
+
+def test_the_puzzles_worked_by_hand_have_that_one_solution() -> None:
+    for puzzle in (SEVEN, FOUR, SOLUTION):
+        assert solutions(list(puzzle)) == 1
+        assert all(digit in (0, right) for digit, right in zip(puzzle, SOLUTION, strict=True))
+
+
+def test_an_invalid_move_says_why() -> None:
+    environment = given(FOUR)
+    for move, why in {
+        "1,2,1": "1,2 is given",
+        "1,1,2": "2 is in the row, column or box of 1,1",
+        "1,1,5": "numbers go from 1 to 4",
+        "99,1,1": "numbers go from 1 to 4",
+    }.items():
+        assert environment.step(move)[0].endswith(f"\ninvalid: {why}")
+    assert "invalid" not in environment.step("1,1,1")[0]
+
+
+def test_a_board_met_again_earned_nothing_in_between() -> None:
+    met: Counter[str] = Counter()
+    for state in range(60):
+        environment, draws, earned = started(state, givens=5, max_actions=80), np.random.default_rng(state), 0.0
+        first = {environment.state_key: 0.0}
+        while not environment.done:
+            filled = [cell for cell in range(16) if environment.board[cell] and not environment.puzzle[cell]]
+            cell = filled[int(draws.integers(len(filled)))] if filled and draws.random() < 0.5 else None
+            action = SudokuExpert().random_action(draws)
+            if cell is not None:  # overwriting is rare among random moves
+                action = f"{cell // 4 + 1},{cell % 4 + 1},{int(draws.integers(1, 5))}"
+            before = environment.state_key
+            _, reward, *_ = environment.step(action)
+            earned += reward
+            key = environment.state_key
+            assert earned <= first.setdefault(key, earned) + 1e-9
+            met["overwritten"] += reward == 0 and key != before
+            met["again"] += key in first and key != before and first[key] != earned
+    assert min(met["overwritten"], met["again"]) > 20
+
+
+def test_paid_at_most_one_per_cell_and_over_in_max_actions_however_it_is_played() -> None:
+    for state in range(100):
+        environment, draws, rewards = started(state, givens=6, max_actions=40), np.random.default_rng(state), []
+        while not environment.done:
+            rewards.append(environment.step(SudokuExpert().random_action(draws))[1])
+        assert len(rewards) <= 40
+        assert sum(reward > 0 for reward in rewards) <= 10
+        assert sum(rewards) <= 10 + 10 * environment.success
+
+
+# -------------------------------------------------------------------------------------------------------- the puzzles
+
+
+@pytest.mark.parametrize("givens", [4, 6, 8, 11, 15])
+def test_puzzles_have_one_solution_and_the_expert_finds_it(givens: int) -> None:
+    """200 puzzles over all parameters; without a wrong move the expert needs one action per empty cell."""
+    environment, draws = Sudoku(givens=givens, max_actions=16 - givens), np.random.default_rng(givens)
+    for state in range(40):
+        environment.reset(seed=0, options={"state_seed": state})
+        assert sum(digit != 0 for digit in environment.puzzle) == givens
+        assert solutions(list(environment.puzzle)) == 1
+        total = 0.0
+        while not environment.done:
+            action = SudokuExpert().act(environment, draws)
+            assert environment.parse_action(action) == action
+            total += environment.step(action)[1]
+        assert environment.success
+        assert total == 16 - givens + 10
+        assert all(digit in (0, right) for digit, right in zip(environment.puzzle, environment.board, strict=True))
+
+
+def test_there_are_288_grids() -> None:
+    """A known number; brute force completes an empty board in as many ways."""
+    assert len({tuple(grid) for grid in sudoku._grids().tolist()}) == solutions([0] * 16) == 288
+
+
+def test_no_puzzle_found_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sudoku, "TRIES", 1)
+    with pytest.raises(ConfigError, match=r"^environments: no Sudoku with one solution found with givens 4$"):
+        started(0, givens=4)
+
+
+def test_puzzles_vary_and_every_split_has_its_own() -> None:
+    environment, keys = Sudoku(), {}
+    for split in SPLITS:
+        seeds = initial_states(environment, split, 100, np.random.default_rng(0), distinct=True)
+        keys[split] = {started(seed).state_key for seed in seeds}
+    assert len(set.union(*keys.values())) == 400
+    assert len({started(state).solution for state in range(1000)}) > 250
+    assert len({started(state, givens=15).state_key for state in range(1000)}) > 800
+
+
+def test_the_puzzle_comes_from_state_seed_or_else_from_seed() -> None:
+    environment = Sudoku()
+
+    def opening(seed: int, options: dict[str, Any] | None) -> tuple[str, str]:
+        return environment.reset(seed=seed, options=options)[0], environment.state_key
+
+    assert len({opening(seed, {"state_seed": 5}) for seed in range(16)}) == 1
+    assert len({opening(seed, None) for seed in range(16)}) == 16
+    assert [opening(seed, None) for seed in range(9)] == [opening(seed, None) for seed in range(9)]
+
+
+def test_another_hash_seed_changes_nothing() -> None:
+    program = (
+        "import json; from tests.test_sudoku import course; print(json.dumps([course(state) for state in range(5)]))"
+    )
+    for seed in ("0", "4242"):
+        done = subprocess.run(
+            [sys.executable, "-c", program],
+            env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert json.loads(done.stdout) == [course(state) for state in range(5)]
+
+
+def course(state: int) -> list[Any]:
+    """Everything that an episode shows: the expert's moves, and random ones."""
+    environment, draws, player = Sudoku(givens=6), np.random.default_rng(state), SudokuExpert()
+    shown: list[Any] = [environment.reset(seed=state, options={"state_seed": state})[0], environment.instructions]
+    while not environment.done:
+        shown.append(player.reason(environment, 9, draws))
+        action = player.random_action(draws) if draws.random() < 0.3 else player.act(environment, draws)
+        shown += [action, *environment.step(action)[:4], environment.state_key]
+    return shown
+
+
+def test_a_copy_goes_on_as_a_replay_does() -> None:
+    for state in range(20):
+        draws = np.random.default_rng(state)
+        moves = [SudokuExpert().random_action(draws) for _ in range(16)]
+        original, replay = started(state), started(state)
+        seen = [original.step(move) for move in moves[:6]]
+        twin = copy.deepcopy(original)
+        rest = [[environment.step(move) for move in moves[6:]] for environment in (twin, original)]
+        assert rest[0] == rest[1]
+        assert seen + rest[0] == [replay.step(move) for move in moves]
+        assert twin.state_key == original.state_key == replay.state_key
+
+
+@pytest.mark.parametrize("givens", [4, 8])
+def test_a_reset_takes_less_than_five_milliseconds(givens: int) -> None:
+    environment = Sudoku(givens=givens, max_actions=16)
+    environment.reset(seed=0)
+    before = time.process_time()
+    for state in range(200):
+        environment.reset(seed=0, options={"state_seed": state})
+    assert (time.process_time() - before) / 200 < 5e-3
+
+
+# --------------------------------------------------------------------------------------------------------------- text
+
+
+def test_every_number_shown_matches_the_board() -> None:
+    for state in range(30):
+        environment, draws = started(state, givens=6), np.random.default_rng(state)
+        observation = environment._observe()
+        while True:
+            *rows, candidates = observation.split("\ninvalid")[0].split("\n")
+            shown = [symbol for row in rows for symbol in row.split(" ")]
+            assert [len(row.split(" ")) for row in rows] == [4] * 4
+            for cell, symbol in enumerate(shown):
+                digit = environment.board[cell]
+                assert symbol == (f"[{digit}]" if environment.puzzle[cell] else str(digit) if digit else ".")
+            assert read_candidates(candidates) == {
+                (cell // 4 + 1, cell % 4 + 1): [
+                    digit
+                    for digit in (1, 2, 3, 4)
+                    if all(environment.board[other] != digit for other in range(16) if share_a_unit(cell, other))
+                ]
+                for cell in range(16)
+                if not environment.board[cell]
+            }
+            if environment.done:
+                break
+            move = SudokuExpert().random_action(draws)
+            if draws.random() < 0.7:
+                move = SudokuExpert().act(environment, draws)
+            observation = environment.step(move)[0]
+            assert len(observation) <= (environment.observation_space.max_length or 0)
+
+
+def read_candidates(line: str) -> dict[tuple[int, int], list[int]]:
+    text = line.removeprefix("candidates ")
+    assert text != line
+    found = {}
+    for item in [] if text == "none" else text.split("; "):
+        match = re.fullmatch(r"([1-4]),([1-4]): (none|[1-4]( [1-4])*)", item)
+        assert match is not None
+        found[int(match[1]), int(match[2])] = [] if match[3] == "none" else list(map(int, match[3].split()))
+    return found
+
+
+def test_candidates_are_listed_only_when_asked_for() -> None:
+    drawn = "[1] [2] . [4]\n. [4] [1] .\n. [1] [4] .\n[4] . . [1]"
+    listed = "\ncandidates 1,3: 3; 2,1: 3; 2,4: 2 3; 3,1: 2 3; 3,4: 2 3; 4,2: 3; 4,3: 2 3"
+    for candidates in (False, True):
+        environment = given(SEVEN, candidates=candidates)
+        assert environment._observe() == drawn + listed * candidates
+        assert ("Candidates" in environment.instructions) == candidates
+        assert "\n. [4] [1] 3\n" in environment.step("2,4,3")[0]
+
+
+def test_the_instructions_have_the_instances_numbers() -> None:
+    text = started(0, givens=7, max_actions=23).instructions
+    assert "4x4 cells" in text
+    assert "2x2 box has each digit from 1 to 4" in text
+    assert text.endswith("You have 23 actions.")
+    assert set(re.findall(r"\d+", text)) == {"4", "2", "1", "23"}
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *["place 3 at row 1 col 2", " Place  3 AT row 1 COL 2\n", "PLACE 03 at row 01 col 2", "place3at row1 col2"],
+        *["1,2,3", " 1 , 2 ,3 ", "1,2,03"],
+    ],
+)
+def test_an_action_in_any_case_and_spacing_has_one_form(text: str) -> None:
+    assert Sudoku().parse_action(text) == "place 3 at row 1 col 2"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *["", "1,2", "1,2,3,4", "1 2 3", "-1,2,3", "1,2,3.0", "1,2,a", "１,2,3", "123,1,1", "1,2,3 1,2,3", "(1,2,3)"],
+        *[
+            "place 3",
+            "place 3 at col 2 row 1",
+            "place -3 at row 1 col 2",
+            "I place 3 at row 1 col 2",
+            "3 at row 1 col 2",
+        ],
+    ],
+)
+def test_anything_else_is_no_action(text: str) -> None:
+    environment = started(0)
+    assert environment.parse_action(text) is None
+    with pytest.raises(ValueError, match="action must be like"):
+        environment.step(text)
+    assert environment.actions_left == environment.max_actions
+
+
+def test_numbers_outside_the_board_are_an_action_but_an_invalid_move() -> None:
+    environment = started(0)
+    for text in ("0,1,1", "1,5,1", "1,1,12"):
+        action = environment.parse_action(text)
+        assert action is not None
+        assert environment.parse_action(action) == action
+        assert environment.step(action)[1] == -0.1
+
+
+def test_a_step_before_the_first_reset_raises() -> None:
+    with pytest.raises(RuntimeError, match="reset"):
+        Sudoku().step("1,1,1")
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"size": 9}, "size must be 4, got 9"),
+        ({"givens": 3}, "givens must be 4 to 15, got 3"),
+        ({"givens": 16}, "givens must be 4 to 15, got 16"),
+        ({"givens": 8.5}, "givens must be 4 to 15, got 8.5"),
+        ({"givens": 8.0}, "givens must be 4 to 15, got 8.0"),
+        ({"givens": "few"}, "givens must be 4 to 15, got 'few'"),
+        ({"max_actions": 7}, "max_actions must be a whole number from 8 on, got 7"),
+        ({"givens": 4, "max_actions": 11}, "max_actions must be a whole number from 12 on, got 11"),
+        ({"max_actions": 16.5}, "max_actions must be a whole number from 8 on, got 16.5"),
+        ({"candidates": "no"}, "candidates must be true or false, got 'no'"),
+    ],
+)
+def test_settings_outside_their_limits_are_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
+        Sudoku(**settings)
+
+
+# --------------------------------------------------------------------------------------------------------- the expert
+
+
+def test_the_expert_fills_a_cell_with_the_fewest_candidates_and_ties_vary() -> None:
+    environment, draws = given(SEVEN), np.random.default_rng(0)
+    moves = {SudokuExpert().act(environment, draws) for _ in range(100)}
+    assert moves == {"place 3 at row 1 col 3", "place 3 at row 2 col 1", "place 3 at row 4 col 2"}
+
+
+def test_the_expert_repairs_a_wrong_digit_first() -> None:
+    environment, draws = given(SEVEN), np.random.default_rng(0)
+    environment.step("2,4,3")
+    assert {SudokuExpert().act(environment, draws) for _ in range(20)} == {"place 2 at row 2 col 4"}
+
+
+def test_the_expert_makes_way_where_two_wrong_digits_block_each_other() -> None:
+    puzzle = (*[0] * 8, 2, 0, 0, 3, 4, 0, 0, 1)
+    for seed in range(20):
+        environment, draws = given(puzzle, max_actions=20), np.random.default_rng(seed)
+        assert [environment.step(move)[1] for move in ("1,2,3", "1,3,2")] == [0.5, 0.5]
+        assert [environment.step(move)[1] for move in ("1,2,2", "1,3,3")] == [-0.1, -0.1]
+        while not environment.done:
+            environment.step(SudokuExpert().act(environment, draws))
+        assert environment.success
+
+
+def test_the_expert_always_has_a_legal_move_and_mostly_recovers_from_random_ones() -> None:
+    solved = 0
+    for state in range(200):
+        environment, draws = started(state, givens=6, max_actions=30), np.random.default_rng(state)
+        for _ in range(8):
+            environment.step(SudokuExpert().random_action(draws))
+        while not environment.done:
+            observation, reward, *_ = environment.step(SudokuExpert().act(environment, draws))
+            assert reward >= 0
+            assert "invalid" not in observation
+        solved += environment.success
+    assert solved > 180
+
+
+def test_random_actions_are_any_digit_in_any_cell() -> None:
+    draws = np.random.default_rng(0)
+    moves = Counter(SudokuExpert().random_action(draws) for _ in range(6400))
+    assert len(moves) == 64
+    assert max(abs(count - 100) for count in moves.values()) < 50
+
+
+def test_the_experts_reasoning_never_names_a_move_and_has_the_length_asked_for() -> None:
+    draws, said = np.random.default_rng(0), Counter[str]()
+    for state in range(100):
+        environment = started(state)
+        for words in (0, 1, 5, 14, 40):
+            reasoning = SudokuExpert().reason(environment, words, draws)
+            assert len(reasoning.split()) == words
+            assert not re.search(r"place|\brow \d|\bcol(umn)? \d|,", reasoning)
+            said.update([reasoning])
+    assert len(said) > 280
