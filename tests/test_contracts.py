@@ -18,9 +18,9 @@ import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
+from pipeline import contracts
 from pipeline.config import Config, Environment, parse, read_yaml
 from pipeline.contracts import CONTRACTS, Bounds, check_environment
-from pipeline.environments import contracts
 from pipeline.presets import overlay
 
 ROOT = Path(__file__).parents[1]
