@@ -168,7 +168,7 @@ class _Suite:
         if self._child is None:
             played = [[seed, state, self.actions(seed, state)] for state, seed in self.states()]
             asked = {"module": self.module, "section": self.section.model_dump(), "episodes": played}
-            program = "from pipeline.environments import contracts; contracts._answer()"
+            program = "from pipeline import contracts; contracts._answer()"
             changed = {
                 "PYTHONHASHSEED": "2" if os.environ.get("PYTHONHASHSEED") == "1" else "1",
                 "PYTHONPATH": os.pathsep.join(path or os.getcwd() for path in sys.path),

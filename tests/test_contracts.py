@@ -382,7 +382,7 @@ def test_a_sound_environment_breaks_nothing(expert: Any) -> None:
 
 def test_a_plotting_library_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "plotting_walk.py").write_text(
-        "import gymnasium, matplotlib\nfrom test_contracts import Walk\n"
+        "import gymnasium, matplotlib\nfrom tests.test_contracts import Walk\n"
         "class Plotting(Walk): ...\ngymnasium.register(id='Plotting-v0', entry_point=Plotting)\n"
     )
     monkeypatch.syspath_prepend(tmp_path)
@@ -514,9 +514,8 @@ def test_the_command_prints_what_is_broken(
 
 
 def test_a_policy_is_bootstrapped_and_trained_on_the_example(examples: None) -> None:
-    from test_training import TINY, fit, supervised  # heavy: the suite's other process imports this module
-
     from pipeline.training.module import PolicyGradient
+    from tests.test_training import TINY, fit, supervised  # heavy: the suite's other process imports this module
 
     tiny = {name: settings for name, settings in TINY.items() if name != "environments"}
     config = documented(overlay(tiny, {"environments": {"frozen_lake": None}}))
