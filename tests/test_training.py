@@ -545,3 +545,41 @@ def test_a_pretrained_policy_goes_all_the_way(kind: str, prefill: str, tmp_path:
     results = episode_results(played, environment=LAKE, method="ppo_actfocus", seed=0, temperature=0.5)
     assert len(results) == 4
     assert results["rollout"].to_pylist() == [0, 1, 0, 1]
+
+
+@pytest.mark.parametrize(
+    "slots",
+    [
+        {"regulariser": {"kind": "entropy_target", "entropy": 0.01, "target": 1.5, "rate": 0.1}},
+        {"regulariser": {"kind": "entropy_band", "entropy": 0.01, "penalty": 0.1, "low": 0.99, "high": 1.01}},
+        {"advantage": {"kind": "entropy_gae", "budget": 1.5}},
+        {"advantage": {"kind": "soft_q", "q": {"polyak": 0.5}}, "surrogate": {"kind": "soft_q"}},
+    ],
+    ids=lambda slots: next(iter(slots.values()))["kind"],
+)
+def test_what_a_method_remembers_survives_a_checkpoint(slots: dict[str, Any], policy: Policy, tmp_path: Path) -> None:
+    """Adaptive slots and target networks: stopped after two iterations of four and gone on with, nothing differs."""
+    config = configured({"methods": {"adaptive": slots}, "train": {"iterations": 4}})
+
+    def trained(iterations: int, checkpoint: Path | None = None) -> tuple[lightning.Trainer, PolicyGradient]:
+        own = Policy(copy.deepcopy(policy.model), policy.tokenizer)
+        module = PolicyGradient(config, LAKE, "adaptive", 0, own)
+        trainer = lightning.Trainer(
+            accelerator="cpu",
+            devices=1,
+            max_epochs=iterations,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, ckpt_path=checkpoint, weights_only=True)
+        return trainer, module
+
+    trainer, stopped = trained(2)
+    trainer.save_checkpoint(tmp_path / "half.ckpt")
+    resumed, straight = trained(4, tmp_path / "half.ckpt")[1], trained(4)[1]
+    assert same(weights(resumed), weights(straight))
+    assert not same(weights(stopped), weights(straight))
+    assert resumed.memory == straight.memory
+    assert resumed.curve == straight.curve
