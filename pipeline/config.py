@@ -257,9 +257,9 @@ class Config(Section):
             )
             whole, rest = divmod(kept, self.train.minibatch)
             updates = self.train.passes * max(1, whole + (2 * rest >= self.train.minibatch))
-            if updates == 1 and method.needs_two_updates:
+            if updates == 1 and method.ratio_rule:
                 raise ValueError(
-                    f"methods.{name}.{method.needs_two_updates}: a rule on the ratio does nothing with one update per "
+                    f"methods.{name}.{method.ratio_rule}: a rule on the ratio does nothing with one update per "
                     f"iteration of {kept} episodes; lower train.minibatch or raise train.passes"
                 )
         return self

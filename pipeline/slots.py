@@ -692,7 +692,7 @@ class Method(Section):
         return self
 
     @property
-    def needs_two_updates(self) -> str | None:
+    def ratio_rule(self) -> str | None:
         """The slot, if any, with a rule on the ratio: it does nothing in the first update after a rollout."""
         if self.surrogate.needs_two_updates:
             return "surrogate"

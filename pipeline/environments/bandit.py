@@ -8,6 +8,8 @@ from typing import Any
 import gymnasium
 import numpy as np
 
+from pipeline.environments.speech import spoken
+
 SAFE = (
     ("steady", "calm", "quiet", "patient", "modest", "sturdy", "gentle", "trusty", "sober", "careful"),
     ("anchor", "harbour", "pension", "turtle", "brick", "oak", "pillow", "cottage", "ledger", "blanket"),
@@ -131,12 +133,7 @@ class BanditExpert:
     def reason(self, bandit: Bandit, words: int, draws: np.random.Generator) -> str:
         """Facts about the arms in varied words and order, exactly ``words`` words; never an arm's name."""
         self._seen = bandit.arms
-        facts: list[str] = []
-        spoken: list[str] = []
-        while len(spoken) < words:
-            facts = facts or self._facts(bandit, draws)
-            spoken += facts.pop(int(draws.integers(len(facts)))).split()
-        return " ".join(spoken[:words])
+        return spoken(lambda: self._facts(bandit, draws), words, draws)
 
     def _facts(self, bandit: Bandit, draws: np.random.Generator) -> list[str]:
         def pick(*options: str) -> str:

@@ -16,6 +16,7 @@ import numpy as np
 from gymnasium.envs.toy_text.frozen_lake import FrozenLakeEnv
 
 from pipeline.config import ConfigError
+from pipeline.environments.speech import spoken
 
 MOVES = {"Left": (0, -1), "Down": (1, 0), "Right": (0, 1), "Up": (-1, 0)}
 """Action names in gymnasium's order, with the step in (row, column) that they intend."""
@@ -199,13 +200,7 @@ class FrozenLakeExpert:
 
     def reason(self, lake: FrozenLake, words: int, draws: np.random.Generator) -> str:
         """Facts about the state in varied words and order, about ``words`` words; never a move's name."""
-        facts = self._facts(lake, draws)
-        spoken: list[str] = []
-        while len(spoken) < words:
-            if not facts:
-                facts = self._facts(lake, draws)
-            spoken += facts.pop(int(draws.integers(len(facts)))).split()
-        return " ".join(spoken[:words])
+        return spoken(lambda: self._facts(lake, draws), words, draws)
 
     def _facts(self, lake: FrozenLake, draws: np.random.Generator) -> list[str]:
         def pick(*options: str) -> str:

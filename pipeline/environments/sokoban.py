@@ -18,6 +18,7 @@ import gymnasium
 import numpy as np
 
 from pipeline.config import ConfigError
+from pipeline.environments.speech import spoken
 
 MOVES = {"Up": (-1, 0), "Down": (1, 0), "Left": (0, -1), "Right": (0, 1)}
 """Action names with their step in (row, column)."""
@@ -342,13 +343,7 @@ class SokobanExpert:
 
     def reason(self, sokoban: Sokoban, words: int, draws: np.random.Generator) -> str:
         """Facts about the state in varied words and order, about ``words`` words; never a move's name."""
-        facts = self._facts(sokoban, draws)
-        spoken: list[str] = []
-        while len(spoken) < words:
-            if not facts:
-                facts = self._facts(sokoban, draws)
-            spoken += facts.pop(int(draws.integers(len(facts)))).split()
-        return " ".join(spoken[:words])
+        return spoken(lambda: self._facts(sokoban, draws), words, draws)
 
     def _facts(self, sokoban: Sokoban, draws: np.random.Generator) -> list[str]:
         def pick(*options: str) -> str:

@@ -15,6 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from pipeline.config import ConfigError
+from pipeline.environments.speech import spoken
 
 SIDE, BOX = 4, 2
 CELLS, DIGITS = range(SIDE**2), range(1, SIDE + 1)
@@ -244,12 +245,7 @@ class SudokuExpert:
 
     def reason(self, sudoku: Sudoku, words: int, draws: np.random.Generator) -> str:
         """Facts about the board in varied words and order, exactly ``words`` words; never a move."""
-        facts: list[str] = []
-        spoken: list[str] = []
-        while len(spoken) < words:
-            facts = facts or self._facts(sudoku, draws)
-            spoken += facts.pop(int(draws.integers(len(facts)))).split()
-        return " ".join(spoken[:words])
+        return spoken(lambda: self._facts(sudoku, draws), words, draws)
 
     def _facts(self, sudoku: Sudoku, draws: np.random.Generator) -> list[str]:
         def pick(*options: str) -> str:
