@@ -9,7 +9,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pipeline.objective.batch import TokenBatch
+from pipeline.objective.batch import State, TokenBatch
 
 
 def group_advantage(
@@ -122,8 +122,6 @@ class HeadTarget(NamedTuple):
 
 Estimates = Mapping[str, Tensor]
 """What the heads say of each token, before the update: a critic its ``value`` and so on."""
-State = Mapping[str, float]
-"""What an adaptive slot has kept from earlier iterations; empty at first."""
 
 
 def from_group(
@@ -241,8 +239,9 @@ def from_entropy_gae(
 ) -> AdvantageEstimate:
     """After TECRL (arXiv 2511.11592): ``A_reward + c * A_entropy``, each by GAE with a value function of its own.
 
-    In the second ``(1 - entropy_gamma) * H_t`` is a token's "reward", so that values are on the scale of H. c starts at 0 and moves by ``multiplier_rate *
-    (budget - H / H_0)`` an iteration, never below 0; H is the mean token entropy, H_0 the first iteration's.
+    In the second ``(1 - entropy_gamma) * H_t`` is a token's "reward", so that values are on the scale of H. c starts at 0
+    and moves by ``multiplier_rate * (budget - H / H_0)`` an iteration, never below 0; H is the mean token entropy, H_0 the
+    first iteration's.
     """
     entropy = float(batch.entropy[batch.trainable].mean()) if bool(batch.trainable.any()) else 0.0
     first = state.get("first_entropy", entropy)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -10,6 +11,10 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pipeline.trajectory import Role, Trajectories
+
+
+State = Mapping[str, float]
+"""What an adaptive slot has kept from earlier iterations; empty at first."""
 
 
 @dataclass(frozen=True)

@@ -17,8 +17,8 @@ from torch import Tensor
 from pipeline import slots
 from pipeline.config import load
 from pipeline.objective import advantages, aggregation, filters, regularisers, rewards, surrogates, weights
-from pipeline.objective.advantages import AdvantageEstimate, Estimates, State
-from pipeline.objective.batch import TokenBatch
+from pipeline.objective.advantages import AdvantageEstimate, Estimates
+from pipeline.objective.batch import State, TokenBatch
 from pipeline.objective.regularisers import EntropyTerms
 from pipeline.objective.surrogates import Plan, Surrogate, SurrogateLoss, UpdateTokens
 from pipeline.section import Section

@@ -6,14 +6,13 @@ terms is the same for all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import NamedTuple
 
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pipeline.objective.batch import TokenBatch
+from pipeline.objective.batch import State, TokenBatch
 
 
 class EntropyTerms(NamedTuple):
@@ -23,10 +22,6 @@ class EntropyTerms(NamedTuple):
     penalty: Float[Tensor, " n"]
     low: Float[Tensor, " n"]
     high: Float[Tensor, " n"]
-
-
-State = Mapping[str, float]
-"""What an adaptive regulariser has kept from earlier iterations; empty at first."""
 
 
 def entropy_loss(entropy: Float[Tensor, " n"], terms: EntropyTerms) -> Float[Tensor, " n"]:
