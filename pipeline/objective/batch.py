@@ -12,7 +12,6 @@ from torch import Tensor
 
 from pipeline.trajectory import Role, Trajectories
 
-
 State = Mapping[str, float]
 """What an adaptive slot has kept from earlier iterations; empty at first."""
 
