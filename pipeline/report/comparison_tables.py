@@ -83,7 +83,7 @@ def training_table(comparison: Mapping[str, Any], environment: str) -> Table:
     return Table(
         f"{environment}, training",
         ["method", *(["status", "source"] if sourced else []), "iterations", "learning rate",
-         "KL per update on action tokens, first 3 iterations", "action tokens' share of the gradient",
+         "KL per update on action tokens, first 3 iterations", "action tokens' share of the gradient, measured",
          "skipped non-finite updates", *(["entropy and KL terms"] if differ else [])],
         [
             [

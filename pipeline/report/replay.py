@@ -16,7 +16,7 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4
 MARKS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", ":", "-.")
 MEASURES = {
-    "snr": "signal-to-noise ratio",
+    "snr": "signal-to-noise ratio, ± its standard error",
     "cosine_many": "cosine, an iteration with other groups",
     "cosine_uniform": "cosine with the uniform gradient",
     "share_action": "gradient share of action tokens",
@@ -74,6 +74,17 @@ def draw_replay(result: Mapping[str, Any], target: Path) -> tuple[Path, Path]:
                     linestyle=DASHES[taus.index(tau) % len(DASHES)] if beta else "-",
                     label=f"β {beta:g}, τ {tau:g}, {signal}" if beta else "β 0",
                 )
+                if measure == "snr":
+                    axes.errorbar(
+                        [row["alpha"] for row in ordered],
+                        [row["snr"] for row in ordered],
+                        yerr=[row["snr_error"] for row in ordered],
+                        fmt="none",
+                        ecolor=axes.lines[-1].get_color(),
+                        elinewidth=0.8,
+                        capsize=2,
+                        alpha=0.5,
+                    )
             if measure in result["uniform"]:
                 axes.axhline(result["uniform"][measure], color="#888888", linestyle=":", label="uniform weights")
             axes.set(xlabel="α, weight of reasoning tokens", ylabel=title)
