@@ -48,7 +48,7 @@ HEALTH = {
     "kl_reference": "KL to the reference (nats per token)",
     "gradient_norm": "Gradient norm before clipping",
     "clip_fraction": "Share of tokens clipped",
-    "gradient_share_action": "Share of |coefficient × advantage| on actions",
+    "gradient_share_action": "Share of |c A| on action tokens",
 }
 """Keys of the learning curves that show whether a training is healthy, and what they are."""
 
@@ -209,7 +209,7 @@ def _figures(comparison: Mapping[str, Any], inputs: Inputs, environment: str) ->
         "Training health",
         "Per iteration, not smoothed. Lines: mean over seeds; bands: lowest and highest seed, not a confidence "
         "interval. Entropy and KL are those of the sampled episodes, before the iteration's update; the rest are means "
-        "over its updates. The last is counted, not measured: the table of the training has the share of the gradient itself. Gaps are iterations in which no group could be trained on.",
+        "over its updates. The last is the share of |coefficient × advantage|, counted and not measured: the table of the training has the share of the gradient itself. Gaps are iterations in which no group could be trained on.",
         health_figure(curves),
     )
 
