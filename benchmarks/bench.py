@@ -331,7 +331,10 @@ def whole_training(setup: Setup, methods: list[str], iterations: int = 9) -> dic
             result[label] |= {
                 "trained_tokens_per_second_of_update": spread([r["tokens"] / r["seconds_update"] for r in later]),
                 "trained_tokens_per_second_outside_generation": spread(
-                    [r["tokens"] / (w - r["seconds_collect"]) for r, w in zip(later, wall, strict=True)]
+                    [
+                        r["tokens"] / (w - r["seconds_collect"] - r["seconds_environment"])
+                        for r, w in zip(later, wall, strict=True)
+                    ]
                 ),
             }
     return result

@@ -11,6 +11,7 @@ from pipeline.environments import environment_label, initial_states, make
 from pipeline.prompting import END_OF_RESPONSE, Dialogue, decode, parse_response, token_roles
 from pipeline.randomness import generator
 from pipeline.rollout.engine import Continuation, Request, RolloutEngine, Sampling
+from pipeline.timing import Phases
 from pipeline.trajectory import EpisodeBuilder, Role, Trajectories, build
 
 INVALID = "Invalid response: the state is unchanged."
@@ -72,6 +73,7 @@ def collect(
     specs: Sequence[EpisodeSpec],
     temperature: float,
     progress: Callable[[int], None] = lambda episodes: None,
+    phases: Phases | None = None,
 ) -> Trajectories:
     """Play episodes to their end.
 
@@ -83,18 +85,20 @@ def collect(
         specs: what to play.
         temperature: of sampling.
         progress: called with 1 whenever an episode is finished.
+        phases: told how long the environment takes, as ``environment``.
 
     Returns:
         The episodes in the order of ``specs``.
     """
     section = config.environments[name]
     dialogue = Dialogue(tokenizer, section.layout, config.rollout.prefill, section.response_tokens)
+    phases = phases or Phases()
     episodes: list[_Episode] = []
     prompts: dict[str, list[int]] = {}
 
     def requests() -> Iterator[Request]:
         for spec in specs:
-            episode = _Episode(section, dialogue, spec)
+            episode = _Episode(section, dialogue, spec, phases)
             if prompts.setdefault(spec.group_id, episode.prompt) != episode.prompt:  # invariant 3
                 raise RuntimeError(f"group {spec.group_id} has members with different prompts")
             episodes.append(episode)
@@ -116,11 +120,13 @@ def collect(
 class _Episode:
     """One environment, its dialogue and the tokens so far."""
 
-    def __init__(self, section: Environment, dialogue: Dialogue, spec: EpisodeSpec) -> None:
+    def __init__(self, section: Environment, dialogue: Dialogue, spec: EpisodeSpec, phases: Phases) -> None:
         self.section, self.dialogue, self.spec, self.done, self.turn = section, dialogue, spec, False, 1
+        self.phases = phases
         self.draws = generator(*spec.draws)
-        self.environment = make(section)
-        self.observation, _ = self.environment.reset(seed=spec.noise, options={"state_seed": spec.state_seed})
+        with phases.phase("environment"):
+            self.environment = make(section)
+            self.observation, _ = self.environment.reset(seed=spec.noise, options={"state_seed": spec.state_seed})
         self.builder = EpisodeBuilder(
             episode_id=spec.episode_id,
             group_id=spec.group_id,
@@ -157,9 +163,11 @@ class _Episode:
         text = response.text
         if answer.finish == "eos":
             text = text[: response.spans[-1][0]]
-        state_key = self.environment.state_key
-        actions = self._allowed(parse_response(text, self.section.actions_per_turn))
-        reward, over = self._act(actions)
+        written = parse_response(text, self.section.actions_per_turn)
+        with self.phases.phase("environment"):
+            state_key = self.environment.state_key
+            actions = self._allowed(written)
+            reward, over = self._act(actions)
         executed = "||".join(actions) if actions else ""
         self.builder.close_turn(self._start, reward, executed, actions is not None, state_key)
         if over:

@@ -100,9 +100,11 @@ def prepare_iteration(
     if number == 0 and first is not None:
         trajectories = first
     else:
-        with phases.phase("collect"):
+        with phases.phase("environment"):  # drawing states is work of the environment
             specs = iteration_specs(config, name, seed, number)
-            sampled = collect(engine, reference.tokenizer, config, name, specs, config.rollout.temperature)
+        with phases.phase("collect"):
+            temperature = config.rollout.temperature
+            sampled = collect(engine, reference.tokenizer, config, name, specs, temperature, phases=phases)
         with phases.phase("annotate"):
             trajectories = annotate(sampled, reference, config.rollout.temperature, config.train.tokens_per_forward)
 
