@@ -1,7 +1,8 @@
 """Between text and tokens: the chat layout, the roles of sampled tokens, and the action parser.
 
 Prompts are rendered with the tokenizer's own chat template and encoded once, piece by piece; what was sampled is decoded
-to be read, and never encoded again (invariant 1).
+to be read, and never encoded again (invariant 1). What an environment says is untrusted: it stays within its message,
+whatever it is.
 """
 
 from __future__ import annotations
@@ -24,9 +25,14 @@ PLAIN_TEMPLATE = (
     "{% for message in messages %}{{ message['role'] }}: {{ message['content'] }}\n{% endfor %}"
     "{% if add_generation_prompt %}assistant: {% endif %}"
 )
-"""Used for a tokenizer without a chat template (base models)."""
+"""Used for a tokenizer without a chat template (base models). Its roles are ordinary words, which an observation can hold
+too."""
 
-_TEXT = r"(?:(?!</?(?:think|answer)>).)*"
+_NOT_TEXT = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u202a-\u202e\u2066-\u2069\ud800-\udfff]")
+"""Control characters but tab and line feed, bidirectional embeddings and overrides, lone surrogates."""
+
+_TAG = r"</?(?:think|answer)>"
+_TEXT = rf"(?:(?!{_TAG}).)*"
 _PREFIX = re.compile(
     rf"\s*(?P<think><think>)(?P<reasoning>{_TEXT})(?:(?P<think_end></think>)\s*"
     rf"(?:(?P<answer><answer>)(?:(?P<action>{_TEXT})(?P<answer_end></answer>))?)?)?",
@@ -105,8 +111,19 @@ def parse_response(text: str, limit: int) -> list[str] | None:
     return [action for action in actions if action][:limit] or None
 
 
+def plain_text(text: str) -> str:
+    """Untrusted text, made fit to be encoded, stored and shown; ordinary text stays as it is.
+
+    U+FFFD takes the place of each control character but tab and line feed, of each bidirectional embedding, override and
+    isolate, and of each lone surrogate. A carriage return before a line feed is left out.
+    """
+    return _NOT_TEXT.sub("\ufffd", text.replace("\r\n", "\n"))
+
+
 class Dialogue:
     """Renders an environment's texts as token ids, by the tokenizer's chat template.
+
+    What the environment says cannot leave its message: see ``carried``.
 
     Args:
         tokenizer: a fast transformers tokenizer.
@@ -133,12 +150,13 @@ class Dialogue:
             ]
         )
         self._before, self._after = rendered.split(marks[1], 1)[1].split(marks[2], 1)
+        self._marker = _beginning_of(_markers(tokenizer, rendered))
 
     def opening(self, instructions: str, observation: str, actions_left: int | None = None) -> list[int]:
         """Token ids of everything before the first response (without the prefill)."""
         messages = [{"role": "user", "content": self._user(1, observation, actions_left)}]
         if self.layout == "published":
-            messages.insert(0, {"role": "system", "content": instructions})
+            messages.insert(0, {"role": "system", "content": self.carried(instructions)})
         return self.encode(self._render(messages))
 
     def following(
@@ -161,7 +179,15 @@ class Dialogue:
             before = before.removeprefix(self.tokenizer.eos_token)
         return self.encode(before + content + self._after)
 
+    def carried(self, text: str) -> str:
+        """Untrusted text as a message holds it: ``plain_text`` in which no special token and no chat marker is written.
+
+        U+FFFD takes the place of the first character of each. Ordinary text and the protocol's tags stay as they are.
+        """
+        return self._marker.sub("\ufffd", plain_text(text))
+
     def _user(self, turn: int, observation: str, actions_left: int | None) -> str:
+        observation = self.carried(observation)
         if self.layout == "compact":
             return observation
         left = "" if actions_left is None else f"You have {actions_left} actions left. "
@@ -181,3 +207,21 @@ class Dialogue:
     def encode(self, text: str) -> list[int]:
         """Token ids of a piece of text, nothing added."""
         return list(self._encode(text))
+
+
+def _markers(tokenizer: Any, rendered: str) -> set[str]:
+    """What a message must not hold: the special tokens, and what else of a template's own writing is one token.
+
+    The protocol's tags are no markers, nor are words: a message may hold both.
+    """
+    added = [(str(token), token.special) for token in tokenizer.added_tokens_decoder.values()]
+    written = {text for text, special in added if special or (text in rendered and not text.isalnum())}
+    return {t for t in written.union(tokenizer.all_special_tokens) if t.strip() and not re.fullmatch(_TAG, t)}
+
+
+def _beginning_of(texts: set[str]) -> re.Pattern[str]:
+    """Matches the first character of each of these texts."""
+    rests: dict[str, list[str]] = {}
+    for text in sorted(texts):
+        rests.setdefault(text[0], []).append(re.escape(text[1:]))
+    return re.compile("|".join(f"{re.escape(c)}(?={'|'.join(ends)})" for c, ends in rests.items()) or "(?!)")

@@ -47,22 +47,23 @@ def main() -> str:
 
 
 def show(episode: Any, tokenizer: Any) -> None:
-    """Print an episode; action tokens carry their energy. Model output is text, never markup."""
+    """Print an episode; action tokens carry their energy. Model output is text, never markup or control characters."""
     from rich.console import Console
     from rich.text import Text
 
+    from pipeline.prompting import plain_text
     from pipeline.trajectory import Role
 
     console, position = Console(), 0
     for turn, (start, end) in enumerate(zip(episode.turns["start"], episode.turns["end"], strict=True), start=1):
         console.print(Text(f"\nTurn {turn}", style="bold"))
-        console.print(Text(tokenizer.decode(episode.input_ids[position:start]), style="dim"))
+        console.print(Text(plain_text(tokenizer.decode(episode.input_ids[position:start])), style="dim"))
         line = Text()
         for token in range(start, end):
             action = episode.role[token] == Role.ACTION
             reasoning = episode.role[token] == Role.REASONING
             style = "bold green" if action else "cyan" if reasoning else "dim"
-            line.append(tokenizer.decode([episode.input_ids[token]]), style=style)
+            line.append(plain_text(tokenizer.decode([episode.input_ids[token]])), style=style)
             if action:
                 line.append(f"[E {episode.energy[token]:.2f}]", style="yellow")
         console.print(line)

@@ -13,14 +13,18 @@ def main() -> str:
 
     from pipeline.config import ConfigError
     from pipeline.environments import make
-    from pipeline.policy.bootstrap import bootstrap
+    from pipeline.environments.registry import reset
+    from pipeline.policy.bootstrap import bootstrap, expert_of
     from pipeline.policy.model import load_policy, save_replacing
 
     torch.set_num_threads(config.workers)
-    for section in config.environments.values():
-        make(section)
     target = out_folder(config) / "models" / "policy"
     settings = config.policy
+    for section in config.environments.values():
+        environment = make(section)
+        reset(environment, 0, 0)
+        if settings.kind == "scratch":
+            expert_of(environment)
     if settings.kind == "pretrained":
         policy = load_policy(
             settings.model,

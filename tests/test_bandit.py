@@ -2,15 +2,9 @@
 
 from __future__ import annotations
 
-import copy
-import json
-import os
 import re
-import subprocess
-import sys
 import time
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,8 +13,6 @@ import pytest
 from pipeline.environments import initial_states
 from pipeline.environments.bandit import RISKY, SAFE, Bandit, BanditExpert
 from pipeline.environments.registry import SPLITS
-
-ROOT = Path(__file__).parents[1]
 
 
 def started(state: int, seed: int = 0, **settings: Any) -> Bandit:
@@ -104,14 +96,6 @@ def test_luck_does_not_depend_on_the_names_even_where_both_seeds_are_equal() -> 
         assert abs(paid[word] / times - 0.25) < spread(0.25, times)
 
 
-def test_the_same_seeds_pay_the_same() -> None:
-    def payoffs() -> list[float]:
-        return [(environment := started(1, seed)).step(environment.high)[1] for seed in range(50)]
-
-    assert payoffs() == payoffs()
-    assert len(set(payoffs())) == 2
-
-
 # -------------------------------------------------------------------------------------------------------------- names
 
 
@@ -141,52 +125,6 @@ def test_there_are_plenty_of_states_in_every_split() -> None:
         seeds = initial_states(environment, split, 200, np.random.default_rng(0), distinct=True)
         keys[split] = {started(seed).state_key for seed in seeds}
     assert len(set.union(*keys.values())) == 800
-
-
-def test_without_a_state_seed_the_names_come_from_the_seed() -> None:
-    environment = Bandit()
-    shown = [environment.reset(seed=seed)[0] for seed in range(50)]
-    assert shown == [environment.reset(seed=seed)[0] for seed in range(50)]
-    assert len(set(shown)) > 45
-
-
-def course(state: int) -> list[Any]:
-    """Everything that two episodes show: the expert's choice, and a random one."""
-    shown: list[Any] = []
-    player, draws = BanditExpert(), np.random.default_rng(state)
-    for choose in (lambda environment: player.act(environment, draws), lambda _: player.random_action(draws)):
-        environment = Bandit()
-        shown += [environment.reset(seed=state, options={"state_seed": state})[0], environment.instructions]
-        shown += [player.reason(environment, 9, draws), environment.state_key]
-        shown += [*environment.step(choose(environment))[:4], environment.state_key]
-    return shown
-
-
-def test_another_hash_seed_changes_nothing() -> None:
-    program = (
-        "import json; from tests.test_bandit import course; print(json.dumps([course(state) for state in range(20)]))"
-    )
-    for seed in ("0", "4242"):
-        done = subprocess.run(
-            [sys.executable, "-c", program],
-            env=os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)},
-            cwd=ROOT,
-            capture_output=True,
-            text=True,
-            check=True,
-        )
-        assert json.loads(done.stdout) == [course(state) for state in range(20)]
-
-
-def test_a_copy_goes_on_as_a_replay_does() -> None:
-    outcomes = set()
-    for seed in range(40):
-        original = started(3, seed)
-        twin, replay = copy.deepcopy(original), started(3, seed)
-        seen = [environment.step(original.high) for environment in (twin, original, replay)]
-        assert seen[0] == seen[1] == seen[2]
-        outcomes.add(seen[0][1])
-    assert outcomes == {0.0, 1.0}
 
 
 def test_a_reset_takes_less_than_two_milliseconds() -> None:
@@ -238,17 +176,7 @@ def test_a_name_or_a_position_in_any_case_and_spacing_is_an_action_and_nothing_e
         with pytest.raises(ValueError, match="action must be"):
             environment.step(text)
     assert not environment.done
-
-
-def test_a_step_before_the_reset_or_after_the_end_raises() -> None:
-    environment = Bandit()
-    assert environment.parse_action("first arm") is None
-    with pytest.raises(RuntimeError, match="reset"):
-        environment.step("first arm")
-    environment.reset(seed=0)
-    environment.step("first arm")
-    with pytest.raises(RuntimeError, match="reset"):
-        environment.step("first arm")
+    assert Bandit().parse_action("first arm") is None
 
 
 def test_the_state_key_tells_arms_and_order_apart_and_what_has_been_paid() -> None:
@@ -290,14 +218,11 @@ def test_the_expert_chooses_the_high_arm() -> None:
         assert environment.success
 
 
-@pytest.mark.parametrize("look", ["act", "reason"])
-def test_random_actions_name_either_arm_of_the_bandit_seen_last(look: str) -> None:
+def test_random_actions_name_either_arm() -> None:
     player, draws, high = BanditExpert(), np.random.default_rng(0), 0
-    assert {started(0).parse_action(player.random_action(draws)) for _ in range(30)} == set(started(0).arms)
     for state in range(400):
         environment = started(state)
-        player.act(environment, draws) if look == "act" else player.reason(environment, 3, draws)
-        action = player.random_action(draws)
+        action = player.random_action(environment, draws)
         assert action in environment.arms
         high += action == environment.high
     assert abs(high / 400 - 0.5) < spread(0.5, 400)

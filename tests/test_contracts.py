@@ -6,10 +6,13 @@ Each broken environment is ``Walk`` with one thing wrong; the suite has to repor
 from __future__ import annotations
 
 import copy
+import json
 import os
 import re
 import subprocess
 import sys
+from collections.abc import Iterator
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -20,13 +23,20 @@ from ruamel.yaml import YAML
 
 from pipeline import contracts
 from pipeline.config import Config, Environment, parse, read_yaml
-from pipeline.contracts import CONTRACTS, Bounds, check_environment
+from pipeline.contracts import CONTRACTS, Bounds, Seen, check_environment, proceed
+from pipeline.environments import make
+from pipeline.environments.registry import OURS
 from pipeline.presets import overlay
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "docs" / "examples"
 DOCUMENT = ROOT / "docs" / "environments.md"
-OURS = [name for name in sorted(gymnasium.registry) if name.startswith("actfocus/")]
+SOUND = {name: Environment(id=name) for name in OURS} | {
+    "slippery FrozenLake": Environment(id="actfocus/FrozenLake-v1", settings={"success_rate": 0.8}),
+    "Sokoban with two boxes": Environment(id="actfocus/Sokoban-v1", settings={"boxes": 2, "max_actions": 30}),
+    "faulty lamps": Environment(id="lamps:Lamps-v0", settings={"faulty": 0.1}),
+}
+"""Every registered environment, and the worked example."""
 
 
 class Walk(gymnasium.Env[str, str]):
@@ -84,7 +94,7 @@ class WalkExpert:
     def act(self, walk: Walk, draws: np.random.Generator) -> str:
         return "right" if walk.goal > walk.cell[0] else "left"
 
-    def random_action(self, draws: np.random.Generator) -> str:
+    def random_action(self, walk: Walk, draws: np.random.Generator) -> str:
         return ("left", "right")[int(draws.integers(2))]
 
     def reason(self, walk: Walk, words: int, draws: np.random.Generator) -> str:
@@ -410,6 +420,16 @@ class Mumbling(WalkExpert):
         return super().act(walk, draws).upper()
 
 
+class Stumbling(WalkExpert):
+    def random_action(self, walk: Walk, draws: np.random.Generator) -> str:
+        return super().random_action(walk, draws).upper()
+
+
+class Flying(WalkExpert):
+    def random_action(self, walk: Walk, draws: np.random.Generator) -> str:
+        return "fly"
+
+
 class Meddling(WalkExpert):
     def reason(self, walk: Walk, words: int, draws: np.random.Generator) -> str:
         walk.cell[0] = 8 - walk.cell[0]
@@ -421,6 +441,8 @@ class Meddling(WalkExpert):
     [
         (Lazy(), r"expert: solves \d+ of 12 instances in 20 attempts, less than 100%; not \(state_seed [\d, ]+\)"),
         (Mumbling(), r"expert: act gives '(LEFT|RIGHT)', which is not allowed .*"),
+        (Stumbling(), r"expert: random_action gives '(LEFT|RIGHT)', which is not allowed .*"),
+        (Flying(), r"actions: parse_action allows nothing that the expert does .*"),
         (Meddling(), r"expert: the expert changes the state by looking at it .*"),
     ],
 )
@@ -441,15 +463,72 @@ def test_every_contract_is_broken_by_something_here() -> None:
 # ------------------------------------------------------------------------------------------ environments that are sound
 
 
-@pytest.mark.parametrize("name", OURS)
-def test_a_registered_environment_keeps_every_contract(name: str) -> None:
-    assert check_environment(Environment(id=name)) == []
+@pytest.fixture
+def examples(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The example's folder is where Python looks for modules."""
+    monkeypatch.syspath_prepend(EXAMPLES)
 
 
-def test_params_and_slippery_ice_keep_every_contract() -> None:
+@pytest.fixture(params=SOUND.values(), ids=SOUND.keys())
+def sound(request: pytest.FixtureRequest, examples: None) -> Environment:
+    return request.param
+
+
+def test_our_environments_and_the_example_keep_every_contract(sound: Environment) -> None:
+    assert check_environment(sound) == []
+
+
+def test_the_environments_of_params_keep_every_contract() -> None:
     for section in parse(read_yaml(ROOT / "params.yaml")).environments.values():
         assert check_environment(section) == []
-    assert check_environment(Environment(id="actfocus/FrozenLake-v1", settings={"success_rate": 0.8})) == []
+
+
+def course(environment: Any, draws: np.random.Generator) -> Iterator[tuple[str, str, Seen]]:
+    """The expert's words, its actions or random ones, and what follows, up to the end."""
+    expert = sys.modules[type(environment).__module__].expert()
+    while not environment.done:
+        words = expert.reason(environment, 9, draws)
+        choose = expert.random_action if draws.random() < 0.3 else expert.act
+        action = choose(environment, draws)
+        yield words, action, proceed(environment, [action])[0]
+
+
+def shown() -> dict[str, list[Any]]:
+    """What some episodes of every sound environment show, from the first observation on."""
+    found: dict[str, list[Any]] = {name: [] for name in SOUND}
+    for name, section in SOUND.items():
+        environment: Any = make(section)
+        for seed in range(10):
+            observation, _ = environment.reset(seed=seed, options={"state_seed": seed} if seed % 2 else None)
+            found[name] += [observation, environment.instructions, environment.state_key]
+            found[name] += [list(turn) for turn in course(environment, np.random.default_rng(seed))]
+    return found
+
+
+@pytest.mark.parametrize("hash_seed", ["0", "4242"])
+def test_the_same_seeds_show_the_same_in_a_process_under_another_hash_seed_and_without_torch(
+    hash_seed: str, examples: None
+) -> None:
+    program = (
+        "import json, sys; from tests.test_contracts import shown; print(json.dumps([shown(), 'torch' in sys.modules]))"
+    )
+    changed = {"PYTHONHASHSEED": hash_seed, "PYTHONPATH": f"{ROOT}:{EXAMPLES}"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=os.environ | changed, capture_output=True, text=True, check=True
+    )
+    assert json.loads(done.stdout) == [shown(), False]
+
+
+def test_a_copy_in_mid_episode_goes_on_as_a_replay_from_the_seed_does(sound: Environment) -> None:
+    for seed in range(20):
+        original, replay, draws = make(sound), make(sound), np.random.default_rng(seed)
+        original.reset(seed=seed)
+        turns = list(islice(course(original, draws), seed % 4))
+        key, twin = original.state_key, copy.deepcopy(original)
+        turns += course(twin, draws)
+        assert original.state_key == key
+        replay.reset(seed=seed)
+        assert [seen for _, _, seen in turns] == proceed(replay, [action for _, action, _ in turns])
 
 
 # ---------------------------------------------------------------------------------------------------- the worked example
@@ -463,12 +542,6 @@ def documented(changes: dict[str, Any]) -> Config:
     """params.yaml with the document's environment, and changes."""
     (block,) = blocks("yaml")
     return parse(overlay(overlay(read_yaml(ROOT / "params.yaml"), YAML(typ="safe").load(block)), changes), "document")
-
-
-@pytest.fixture
-def examples(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The example's folder is where Python looks for modules."""
-    monkeypatch.syspath_prepend(EXAMPLES)
 
 
 def test_the_documents_yaml_is_valid_on_top_of_params(examples: None) -> None:

@@ -2,14 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-import json
-import os
 import re
-import subprocess
-import sys
 from collections import Counter
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,7 +13,6 @@ from pipeline.config import ConfigError
 from pipeline.environments import sokoban
 from pipeline.environments.sokoban import MOVES, NODES, OPENING_NODES, Room, Sokoban, SokobanExpert, solve
 
-ROOT = Path(__file__).parents[1]
 Cells = set[tuple[int, int]]
 
 
@@ -216,11 +209,6 @@ def test_hand_worked_episodes(
             environment.step("Up")
 
 
-def test_stepping_before_a_reset_raises() -> None:
-    with pytest.raises(RuntimeError, match="call reset"):
-        Sokoban().step("Up")
-
-
 @pytest.mark.parametrize("rewards", [(-0.1, 1.0, -1.0), (0.0, 2.0, -2.0), (0.0, 2.0, -2.5), (-0.5, -1.0, 1.0)])
 def test_pushing_off_and_on_again_never_pays(rewards: tuple[float, float, float]) -> None:
     step, on, off = rewards
@@ -312,60 +300,6 @@ def test_inner_walls_are_as_frequent_as_asked() -> None:
     assert shares[0.0] == 0
     assert 0.08 < shares[0.1] < 0.13
     assert 0.27 < shares[0.3] < 0.45
-
-
-def test_a_state_seed_decides_the_room_and_a_seed_does_without_one() -> None:
-    environment = Sokoban()
-    by_state = [{environment.reset(seed=n, options={"state_seed": s})[0] for n in range(4)} for s in range(20)]
-    assert all(len(rooms) == 1 for rooms in by_state)
-    assert len(set.union(*by_state)) > 15
-    by_seed = [environment.reset(seed=s)[0] for s in range(20)]
-    assert by_seed == [Sokoban().reset(seed=s)[0] for s in range(20)]
-    assert len(set(by_seed)) > 15
-
-
-PROGRAM = """
-import json
-import numpy as np
-from pipeline.environments.sokoban import Sokoban, SokobanExpert
-played = []
-for settings in ({}, {"size": 8, "boxes": 3, "max_actions": 40}):
-    environment, expert, draws = Sokoban(**settings), SokobanExpert(), np.random.default_rng(1)
-    for seed in range(5):
-        played.append(environment.reset(seed=seed)[0])
-        while not environment.done:
-            action = expert.random_action(draws) if draws.random() < 0.2 else expert.act(environment, draws)
-            played.append([expert.reason(environment, 8, draws), action, environment.step(action)[:2]])
-print(json.dumps(played))
-"""
-
-
-def test_rooms_and_expert_are_the_same_under_another_hash_seed() -> None:
-    outputs = []
-    for hash_seed in ("1", "12345"):
-        environment = {**os.environ, "PYTHONHASHSEED": hash_seed, "PYTHONPATH": str(ROOT)}
-        done = subprocess.run(
-            [sys.executable, "-c", PROGRAM], env=environment, capture_output=True, text=True, check=True
-        )
-        outputs.append(json.loads(done.stdout))
-    assert outputs[0] == outputs[1]
-    assert outputs[0][0] == Sokoban().reset(seed=0)[0]
-
-
-def test_a_copy_goes_on_as_a_replay_does() -> None:
-    draws = np.random.default_rng(0)
-    for seed in range(30):
-        actions = [list(MOVES)[i] for i in draws.integers(4, size=8)]
-        original, replay = Sokoban(), Sokoban()
-        for environment in (original, replay):
-            environment.reset(seed=seed)
-        before = [original.step(action) for action in actions[:4] if not original.done]
-        twin, key = copy.deepcopy(original), original.state_key
-        assert before == [replay.step(action) for action in actions[:4] if not replay.done]
-        after = [twin.step(action) for action in actions[4:] if not twin.done]
-        assert original.state_key == key
-        assert after == [replay.step(action) for action in actions[4:] if not replay.done]
-        assert twin.reset()[0] == replay.reset()[0]
 
 
 def test_the_state_key_is_the_whole_state_and_nothing_else() -> None:
@@ -494,7 +428,7 @@ def test_the_longest_observation_fits_its_space() -> None:
 
 def test_the_expert_solves_every_small_room_in_the_fewest_moves() -> None:
     environment, expert, draws = Sokoban(), SokobanExpert(), np.random.default_rng(0)
-    for seed in range(200):
+    for seed in range(1000):
         environment.reset(seed=seed)
         fewest = shortest(key_rows(environment))
         assert finish(environment, expert, draws) == fewest
@@ -519,23 +453,26 @@ def test_after_deviations_the_expert_is_still_the_fastest() -> None:
     assert min(outcomes[True], outcomes[False]) > 2
 
 
-@pytest.mark.parametrize(("size", "boxes", "most"), [(7, 2, 40), (8, 3, 60), (10, 1, 60)])
-def test_the_expert_solves_larger_rooms_within_its_budget(size: int, boxes: int, most: int) -> None:
-    environment = Sokoban(size=size, boxes=boxes, max_actions=most)
+LARGER = [(size, boxes) for boxes in (1, 2, 3) for size in range(6, 11) if (size, boxes) != (6, 1)]
+
+
+@pytest.mark.parametrize(("size", "boxes"), LARGER)
+def test_the_expert_solves_larger_rooms_within_its_budget(size: int, boxes: int) -> None:
+    """50 of each kind, with up to 20 moves for each box."""
+    environment = Sokoban(size=size, boxes=boxes, max_actions=20 * boxes)
     expert, draws = SokobanExpert(), np.random.default_rng(0)
-    for seed in range(10):
+    for seed in range(50):
         environment.reset(seed=seed)
         plan = solve(environment.room, (environment.player, environment.boxes), OPENING_NODES)
         assert plan is not None
-        if boxes < 3:
-            assert len(plan) == shortest(key_rows(environment))
         assert finish(environment, expert, draws) == len(plan)
         assert environment.success
 
 
-def test_three_boxes_are_solved_in_the_fewest_moves() -> None:
-    environment = Sokoban(size=6, boxes=3, max_actions=14)
-    for seed in range(4):
+@pytest.mark.parametrize(("size", "boxes", "most", "rooms"), [(10, 1, 60, 10), (7, 2, 40, 10), (6, 3, 14, 4)])
+def test_solutions_of_larger_rooms_are_the_shortest(size: int, boxes: int, most: int, rooms: int) -> None:
+    environment = Sokoban(size=size, boxes=boxes, max_actions=most)
+    for seed in range(rooms):
         environment.reset(seed=seed)
         plan = solve(environment.room, (environment.player, environment.boxes))
         assert plan is not None
@@ -601,8 +538,8 @@ def test_a_plan_is_not_followed_in_a_room_with_other_walls() -> None:
 
 
 def test_random_actions_are_all_moves() -> None:
-    draws = np.random.default_rng(0)
-    made = Counter(SokobanExpert().random_action(draws) for _ in range(400))
+    environment, draws = arranged("PXO/___/___"), np.random.default_rng(0)
+    made = Counter(SokobanExpert().random_action(environment, draws) for _ in range(400))
     assert set(made) == set(MOVES)
     assert min(made.values()) > 60
 

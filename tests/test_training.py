@@ -97,7 +97,7 @@ class LetterExpert:
     def act(self, environment: Letter, draws: np.random.Generator) -> str:
         return "AB"[int(draws.integers(2))]
 
-    def random_action(self, draws: np.random.Generator) -> str:
+    def random_action(self, environment: Letter, draws: np.random.Generator) -> str:
         return "AB"[int(draws.integers(2))]
 
     def reason(self, environment: Letter, words: int, draws: np.random.Generator) -> str:

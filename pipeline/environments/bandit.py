@@ -118,21 +118,16 @@ class Bandit(gymnasium.Env[str, str]):
 class BanditExpert:
     """Chooses the high arm, and describes the arms in words that never name one."""
 
-    def __init__(self) -> None:
-        self._seen: tuple[str, ...] = POSITIONS
-
     def act(self, bandit: Bandit, draws: np.random.Generator) -> str:
         """The high arm's name; nothing is left to ``draws``."""
-        self._seen = bandit.arms
         return bandit.high
 
-    def random_action(self, draws: np.random.Generator) -> str:
-        """Either arm of the bandit that ``act`` or ``reason`` saw last; before any, a position."""
-        return self._seen[int(draws.integers(len(self._seen)))]
+    def random_action(self, bandit: Bandit, draws: np.random.Generator) -> str:
+        """Either arm."""
+        return bandit.arms[int(draws.integers(len(bandit.arms)))]
 
     def reason(self, bandit: Bandit, words: int, draws: np.random.Generator) -> str:
         """Facts about the arms in varied words and order, exactly ``words`` words; never an arm's name."""
-        self._seen = bandit.arms
         return spoken(lambda: self._facts(bandit, draws), words, draws)
 
     def _facts(self, bandit: Bandit, draws: np.random.Generator) -> list[str]:

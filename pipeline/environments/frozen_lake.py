@@ -194,7 +194,7 @@ class FrozenLakeExpert:
         choices = [name for name, d in reachable.items() if d == best]
         return choices[int(draws.integers(len(choices)))]
 
-    def random_action(self, draws: np.random.Generator) -> str:
+    def random_action(self, lake: FrozenLake, draws: np.random.Generator) -> str:
         """Any move."""
         return list(MOVES)[int(draws.integers(len(MOVES)))]
 

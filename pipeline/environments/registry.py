@@ -1,9 +1,17 @@
-"""Making environments by gymnasium id, and splitting their initial states."""
+"""Making environments by gymnasium id, playing them with what they return checked, and splitting their initial states."""
 
 from __future__ import annotations
 
+import difflib
 import hashlib
-from typing import Any, Protocol, cast
+import importlib.util
+import math
+import reprlib
+import traceback
+from collections.abc import Callable
+from numbers import Real
+from pathlib import Path
+from typing import Any, NoReturn, Protocol, cast
 
 import gymnasium
 import numpy as np
@@ -21,7 +29,13 @@ OURS = {
 }
 """Id -> class; a module is imported when its environment is made."""
 
-for _id, _class in OURS.items():
+EXTRAS = {
+    "actfocus/ReasoningGym-v1": ("pipeline.environments.reasoning_tasks:ReasoningTask", "reasoning-gym"),
+    "actfocus/TextArena-v1": ("pipeline.environments.textarena_games:TextArenaGame", "textarena"),
+}
+"""Id -> class, and the optional package that it adapts, which is also the name of the extra that installs it."""
+
+for _id, _class in (OURS | {name: adapter for name, (adapter, _) in EXTRAS.items()}).items():
     gymnasium.register(id=_id, entry_point=_class, disable_env_checker=True)
 
 
@@ -56,23 +70,143 @@ class TextEnvironment(Protocol):
 
 
 def make(environment: Environment) -> TextEnvironment:
-    """Construct an environment from its section of ``params.yaml``.
+    """Construct an environment from its section of ``params.yaml``; its ``spec.id`` is the id that stands there.
 
     Raises:
-        ConfigError: unknown id, or settings that its constructor refuses.
+        ConfigError: unknown id, a module that cannot be imported, an extra that is not installed, or settings that the
+            constructor refuses.
     """
+    name = environment.id
+    module, refused = name.rpartition(":")[0], f"environments: id {environment.id!r} cannot be made"
+    _, extra = EXTRAS.get(name, ("", ""))
+    if extra and importlib.util.find_spec(extra.replace("-", "_")) is None:
+        raise ConfigError(f"environments: id {name!r} needs the package {extra}: pip install -e '.[{extra}]'")
     try:
-        made = gymnasium.make(environment.id, disable_env_checker=True, **environment.settings)
-    except (gymnasium.error.Error, ModuleNotFoundError) as error:
-        raise ConfigError(f"environments: id {environment.id!r} cannot be made: {error}") from None
+        if module:
+            importlib.import_module(module)
+    except ModuleNotFoundError as error:
+        raise ConfigError(f"{refused}: {_line(error)}; install it, or put its folder on PYTHONPATH") from error
+    except Exception as error:
+        raise ConfigError(f"{refused}: importing {module} raised {_raised(error)}") from error
+    try:
+        bare: Any = gymnasium.make(name, disable_env_checker=True, **environment.settings).unwrapped
+    except ConfigError:
+        raise
+    except gymnasium.error.UnregisteredEnv:
+        raise ConfigError(f"{refused}: it is not registered{_close(name)}") from None
+    except gymnasium.error.Error as error:
+        raise ConfigError(f"{refused}: {_line(error)}") from error
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"environments: {environment.id!r} refuses its settings: {error}") from None
-    bare = made.unwrapped
+        raise ConfigError(f"environments: {name!r} refuses its settings: {_line(error)}") from error
+    except Exception as error:
+        raise ConfigError(f"{refused}: its constructor raised {_raised(error)}") from error
     needed = ("instructions", "state_key", "success", "parse_action")
     missing = [n for n in needed if not hasattr(type(bare), n) and n not in vars(bare)]
     if missing:
-        raise ConfigError(f"environments: {environment.id!r} lacks {', '.join(missing)} (see TextEnvironment)")
+        raise ConfigError(f"environments: {name!r} lacks {', '.join(missing)} (see TextEnvironment)")
+    bare.spec.id = name  # gymnasium leaves the module out
     return cast(TextEnvironment, bare)
+
+
+def reset(environment: TextEnvironment, seed: int, state_seed: int) -> str:
+    """Start an episode; returns the observation.
+
+    Raises:
+        ConfigError: the environment raised, or did not return (text, information).
+    """
+    returned = _called(environment, "reset", lambda: environment.reset(seed=seed, options={"state_seed": state_seed}))
+    if not isinstance(returned, tuple) or len(returned) != 2:
+        _refuse(environment, _shape(returned), "reset", "(observation, information)")
+    return _text(environment, "an observation", returned[0], "reset")
+
+
+def step(environment: TextEnvironment, action: str) -> tuple[str, float, bool]:
+    """Act; returns the observation, the reward and whether the episode is over.
+
+    Raises:
+        ConfigError: the environment raised, or did not return (text, finite number, bool, bool, information).
+    """
+    place = f"step({reprlib.repr(action)})"
+    returned = _called(environment, place, lambda: environment.step(action))
+    if not isinstance(returned, tuple) or len(returned) != 5:
+        _refuse(environment, _shape(returned), place, "(observation, reward, terminated, truncated, information)")
+    observation, reward, terminated, truncated, _ = returned
+    if not isinstance(reward, Real) or not math.isfinite(reward):
+        _refuse(environment, f"the reward {reprlib.repr(reward)}", place, "a finite number")
+    for name, value in (("terminated", terminated), ("truncated", truncated)):
+        if not isinstance(value, bool | np.bool_):
+            _refuse(environment, f"{name} {reprlib.repr(value)}", place, "True or False")
+    return _text(environment, "an observation", observation, place), float(reward), bool(terminated or truncated)
+
+
+def parse_action(environment: TextEnvironment, text: str) -> str | None:
+    """The canonical form of an action that is allowed now, or None.
+
+    Raises:
+        ConfigError: the environment raised, or returned neither.
+    """
+    place = f"parse_action({reprlib.repr(text)})"
+    parsed = _called(environment, place, lambda: environment.parse_action(text))
+    return None if parsed is None else _text(environment, "an action", parsed, place, "text or None")
+
+
+def text_of(environment: TextEnvironment, name: str) -> str:
+    """``instructions`` or ``state_key``.
+
+    Raises:
+        ConfigError: reading it raised, or it is not text.
+    """
+    return _text(environment, "a value", _called(environment, name, lambda: getattr(environment, name)), name)
+
+
+def id_of(environment: Any) -> str:
+    """The id by which ``make`` was asked for an environment; its class's name if ``make`` did not make it."""
+    spec = getattr(environment, "spec", None)
+    return str(spec.id) if spec is not None else type(environment).__name__
+
+
+def _called(environment: TextEnvironment, place: str, call: Callable[[], Any]) -> Any:
+    try:
+        return call()
+    except ConfigError:
+        raise
+    except Exception as error:
+        raise ConfigError(f"environments: {id_of(environment)!r}: {place} raised {_raised(error)}") from error
+
+
+def _text(environment: TextEnvironment, what: str, value: Any, place: str, allowed: str = "text") -> str:
+    if not isinstance(value, str):
+        _refuse(environment, f"{what} of type {type(value).__name__}", place, allowed)
+    return value
+
+
+def _refuse(environment: TextEnvironment, returned: str, place: str, allowed: str) -> NoReturn:
+    raise ConfigError(f"environments: {id_of(environment)!r} returned {returned} from {place}; it must be {allowed}")
+
+
+def _shape(returned: Any) -> str:
+    return f"a tuple of {len(returned)}" if isinstance(returned, tuple) else f"a {type(returned).__name__}"
+
+
+def _line(error: Exception) -> str:
+    return " ".join(str(error).split())
+
+
+def _raised(error: Exception) -> str:
+    """An exception in a line, and where it came from, which a SyntaxError says itself."""
+    place = traceback.extract_tb(error.__traceback__)[-1]
+    where = "" if isinstance(error, SyntaxError) else f" ({Path(place.filename).name}, line {place.lineno})"
+    return f"{type(error).__name__}: {_line(error)}{where}"
+
+
+def _close(name: str) -> str:
+    """Registered ids that look like an unknown one, ours first, and how an id names its module."""
+    module, colon, own = name.rpartition(":")
+    known = {entry.split("/")[-1]: entry for entry in [*gymnasium.registry, *OURS]}
+    close = [known[found] for found in difflib.get_close_matches(own.split("/")[-1], known, n=2)]
+    close = [entry if entry in OURS else f"{module}{colon}{entry}" for entry in close]
+    guess = f"; did you mean {' or '.join(map(repr, sorted(close, key=lambda entry: entry not in OURS)))}?"
+    return (guess if close else "") + ("" if module else " (an id of a module is written module:Id-v0)")
 
 
 def environment_label(environment: Environment) -> str:
@@ -82,7 +216,8 @@ def environment_label(environment: Environment) -> str:
 
 def split_of(state_key: str) -> str:
     """The split that an initial state belongs to, by a hash of the state itself: equal states never cross splits."""
-    bucket = int.from_bytes(hashlib.blake2b(state_key.encode(), digest_size=8).digest(), "little") % 100
+    digest = hashlib.blake2b(state_key.encode(errors="surrogatepass"), digest_size=8).digest()
+    bucket = int.from_bytes(digest, "little") % 100
     for split, share in SPLITS.items():
         if bucket < share:
             return split
@@ -103,14 +238,14 @@ def initial_states(
         distinct: refuse a state that is already among them.
 
     Raises:
-        ConfigError: fewer than ``count`` such states turned up in 400 tries for each.
+        ConfigError: fewer than ``count`` such states turned up in 400 tries for each, or see ``reset``.
     """
     found: list[int] = []
     seen: set[str] = set()
     for _ in range(400 * count):
         candidate = int(draws.integers(2**31))
-        environment.reset(seed=0, options={"state_seed": candidate})
-        state = environment.state_key
+        reset(environment, 0, candidate)
+        state = text_of(environment, "state_key")
         if split_of(state) != split or (distinct and state in seen):
             continue
         seen.add(state)

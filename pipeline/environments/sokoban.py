@@ -335,9 +335,9 @@ class SokobanExpert:
         state = (sokoban.player, sokoban.boxes)
         if sokoban.room != self._room or state not in self._plan:
             self._room, self._plan = sokoban.room, solve(sokoban.room, state) or {}
-        return self._plan.get(state) or self.random_action(draws)
+        return self._plan.get(state) or self.random_action(sokoban, draws)
 
-    def random_action(self, draws: np.random.Generator) -> str:
+    def random_action(self, sokoban: Sokoban, draws: np.random.Generator) -> str:
         """Any move."""
         return list(MOVES)[int(draws.integers(len(MOVES)))]
 

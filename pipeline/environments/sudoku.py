@@ -45,7 +45,8 @@ class Sudoku(gymnasium.Env[str, str]):
         size: side of the board in cells; only 4.
         givens: number of cells filled at the start, 4 (fewer never have a unique solution) to 15.
         max_actions: moves, invalid ones too, after which the episode is cut off; at least the number of empty cells.
-        candidates: list, in every observation, the digits that each empty cell's row, column and box lack.
+        candidates: list, in every observation, the digits that each empty cell's row, column and box lack; the cells
+            with the fewest come first.
 
     Raises:
         ValueError: a setting outside these limits.
@@ -93,7 +94,7 @@ class Sudoku(gymnasium.Env[str, str]):
             raise RuntimeError("step called after the episode's end: call reset")
         numbers = _numbers(action)
         if numbers is None:
-            raise ValueError(f"action must be like 'place 3 at row 1 col 2' or '1,2,3', got {action!r}")
+            raise ValueError(f"action must be like '1,2,3' or 'place 3 at row 1 col 2', got {action!r}")
         fault, reward = self._fault(*numbers), INVALID
         if not fault:
             row, column, digit = numbers
@@ -108,7 +109,7 @@ class Sudoku(gymnasium.Env[str, str]):
         return self._observe(fault), reward, self.success, truncated, {}
 
     def parse_action(self, text: str) -> str | None:
-        """``place 3 at row 1 col 2`` for that or ``1,2,3`` (row, column, digit), in any case and spacing; else None.
+        """``1,2,3`` (row, column, digit) for that or ``place 3 at row 1 col 2``, in any case and spacing; else None.
 
         The form decides, with numbers of one or two digits; whether the move is valid is for ``step`` to say.
         """
@@ -130,7 +131,7 @@ class Sudoku(gymnasium.Env[str, str]):
             f"You are solving a Sudoku of {SIDE}x{SIDE} cells with one solution. Fill the empty cells so that every row, "
             f"column and {BOX}x{BOX} box has each digit from 1 to {SIDE} once.\nSymbols: {symbols}.\n"
             f"Rows and columns go from 1, top left, to {SIDE}, bottom right.\n"
-            "Actions: place <digit> at row <row> col <col>, or <row>,<col>,<digit>. A placed digit may be overwritten, "
+            "Actions: <row>,<col>,<digit>, or place <digit> at row <row> col <col>. A placed digit may be overwritten, "
             "a given may not. A digit that is already in the row, column or box is refused and costs an action.\n"
             f"You have {self.max_actions} actions."
         )
@@ -165,7 +166,8 @@ class Sudoku(gymnasium.Env[str, str]):
         lines = [" ".join(shown[start : start + SIDE]) for start in CELLS[::SIDE]]
         if self.candidates:
             empty = [cell for cell in CELLS if not self.board[cell]]
-            lines.append("candidates " + ("; ".join(map(self._candidates, empty)) or "none"))
+            empty.sort(key=lambda cell: len(self.legal_digits(cell)))
+            lines += ["candidates", *(map(self._candidates, empty) if empty else ["none"])]
         if fault:
             lines.append(f"invalid: {fault}")
         return "\n".join(lines)
@@ -187,7 +189,13 @@ def _numbers(text: str) -> tuple[int, int, int] | None:
 
 
 def _named(row: int, column: int, digit: int) -> str:
-    return f"place {digit} at row {row} col {column}"
+    """The shorter of the two forms, and the one in which candidates are listed."""
+    return f"{row},{column},{digit}"
+
+
+def _placing(cell: int, digit: int) -> str:
+    row, column = divmod(cell, SIDE)
+    return _named(row + 1, column + 1, digit)
 
 
 def _peers(cell: int) -> tuple[int, ...]:
@@ -218,30 +226,33 @@ class SudokuExpert:
     """Fills the cells in which least is possible, and describes the board in words that never name a move."""
 
     def act(self, sudoku: Sudoku, draws: np.random.Generator) -> str:
-        """A move towards the solution; ties are broken by ``draws``.
+        """A move towards the solution.
 
-        Wrong digits go first: one is replaced by the right digit where that is legal, else by another one, to make way.
-        Then an empty cell with the fewest candidates is filled. Where wrong digits block everything, one is repeated.
+        Wrong digits go first, any of them: one is replaced by the right digit where that is legal, else by another one,
+        to make way. Then the first of the empty cells with the fewest candidates is filled, which a policy can learn by
+        copying where they are listed. Where wrong digits block everything, one is repeated.
         """
         board, solution = sudoku.board, sudoku.solution
         legal = [sudoku.legal_digits(cell) for cell in CELLS]
         wrong = [cell for cell in CELLS if board[cell] not in (0, solution[cell])]
         ready = [cell for cell in CELLS if not board[cell] and solution[cell] in legal[cell]]
-        fewest = min((len(legal[cell]) for cell in ready), default=0)
+        ready.sort(key=lambda cell: len(legal[cell]))
         choices = (
             [(cell, solution[cell]) for cell in wrong if solution[cell] in legal[cell]]
             or [(cell, digit) for cell in wrong for digit in legal[cell] if digit != board[cell]]
-            or [(cell, solution[cell]) for cell in ready if len(legal[cell]) == fewest]
+            or [(cell, solution[cell]) for cell in ready[:1]]
             or [(cell, board[cell]) for cell in wrong]
         )
-        cell, digit = choices[int(draws.integers(len(choices)))]
-        row, column = divmod(cell, SIDE)
-        return _named(row + 1, column + 1, digit)
+        return _placing(*choices[int(draws.integers(len(choices)))])
 
-    def random_action(self, draws: np.random.Generator) -> str:
-        """Any digit in any cell."""
-        row, column, digit = (int(number) for number in draws.integers(1, SIDE + 1, size=3))
-        return _named(row, column, digit)
+    def random_action(self, sudoku: Sudoku, draws: np.random.Generator) -> str:
+        """Any digit in an empty cell whose row, column and box lack it; where there is none, any digit in any cell.
+
+        A demonstration's noise is then a mistake that a player could make; of all moves, most would be refused.
+        """
+        legal = [(cell, digit) for cell in CELLS if not sudoku.board[cell] for digit in sudoku.legal_digits(cell)]
+        choices = legal or [(cell, digit) for cell in CELLS for digit in DIGITS]
+        return _placing(*choices[int(draws.integers(len(choices)))])
 
     def reason(self, sudoku: Sudoku, words: int, draws: np.random.Generator) -> str:
         """Facts about the board in varied words and order, exactly ``words`` words; never a move."""

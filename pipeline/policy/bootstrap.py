@@ -5,9 +5,11 @@ It ends up knowing the task and playing it badly, which is where reinforcement l
 
 from __future__ import annotations
 
+import copy
 import importlib
 import math
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -16,15 +18,35 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from pipeline.config import ConfigError, Environment, Phase, ScratchPolicy
 from pipeline.environments import initial_states, make
+from pipeline.environments.registry import id_of, parse_action, reset, step, text_of
 from pipeline.policy.model import Policy
 from pipeline.policy.scoring import predicting_hidden, score_tokens
 from pipeline.policy.tokenizer import train_tokenizer
-from pipeline.prompting import Dialogue
+from pipeline.prompting import Dialogue, plain_text
 from pipeline.randomness import generator, key
 from pipeline.trajectory import Role
 
-Demonstration = list[tuple[str, str, str]]
-"""Turns of one episode: observation, reasoning, action."""
+
+@dataclass(frozen=True)
+class Turn:
+    """A demonstrated turn: what the policy will be shown, and what it is to answer."""
+
+    observation: str
+    reward: float
+    """Of the turn before, as the observation comes with it; 0 in the first turn."""
+    actions_left: int | None
+    """None if the environment does not know it."""
+    reasoning: str
+    action: str
+    """Several are joined by ``||``."""
+
+
+@dataclass(frozen=True)
+class Demonstration:
+    """One episode of the expert."""
+
+    instructions: str
+    turns: list[Turn]
 
 
 def bootstrap(
@@ -39,11 +61,15 @@ def bootstrap(
 
     Returns:
         The reference policy, in evaluation mode.
+
+    Raises:
+        ConfigError: an environment has no expert, or does not keep to what ``registry.step`` asks of it.
     """
     plan = settings.demonstrations
     phases = [_demonstrations(environments, settings, phase, index) for index, phase in enumerate(plan.phases)]
+    turns = (turn for demos in phases for _, demonstration in demos[:300] for turn in demonstration.turns)
     tokenizer = train_tokenizer(
-        (text for demos in phases for _, turns in demos[:300] for turn in turns for text in turn), settings.vocabulary
+        (text for turn in turns for text in (turn.observation, turn.reasoning, turn.action)), settings.vocabulary
     )
     model = _new_model(settings, tokenizer, max(e.context_tokens for e in environments.values()))
     policy = Policy(model, tokenizer)
@@ -58,29 +84,45 @@ def expert_of(environment: Any) -> Any:
     Raises:
         ConfigError: its module has no ``expert``.
     """
-    module = importlib.import_module(type(environment).__module__)
+    name = type(environment).__module__
+    module = importlib.import_module(name)
     if not hasattr(module, "expert"):
-        raise ConfigError(f"policy: {type(environment).__name__} has no expert to learn from; use kind: pretrained")
+        raise ConfigError(
+            f"policy.kind: scratch learns from an expert, and {id_of(environment)!r} has none; set policy to "
+            f"{{kind: pretrained, model: ...}}, or write `expert` in module {name} (docs/environments.md)"
+        )
     return module.expert()
 
 
 def demonstrate(
-    environment: Any, expert: Any, state_seed: int, phase: Phase, draws: np.random.Generator
+    environment: Any, expert: Any, state_seed: int, phase: Phase, draws: np.random.Generator, section: Environment
 ) -> Demonstration:
-    """One episode of the expert, its actions replaced by random ones with probability ``phase.action_noise``."""
-    observation, _ = environment.reset(seed=int(draws.integers(2**31)), options={"state_seed": state_seed})
-    turns: Demonstration = []
-    done = False
-    while not done:
+    """One episode of the expert, its actions replaced by random ones with probability ``phase.action_noise``.
+
+    It is cut off after ``section.max_turns`` turns. A turn has up to ``section.actions_per_turn`` actions. Each is chosen
+    in the state that the one before has led to, which the policy will not have seen: where there is noise, the expert
+    knows more than can be learnt. The collector refuses a turn with an action that is not allowed at its beginning, so a
+    turn ends before such an action.
+    """
+    observation = reset(environment, int(draws.integers(2**31)), state_seed)
+    demonstration = Demonstration(plain_text(text_of(environment, "instructions")), [])
+    reward, over = 0.0, False
+    while not over and len(demonstration.turns) < section.max_turns:
         words = int(draws.integers(phase.reasoning_words[0], phase.reasoning_words[1] + 1))
         reasoning = expert.reason(environment, words, draws)
-        action = expert.act(environment, draws)
-        if draws.random() < phase.action_noise:
-            action = expert.random_action(draws)
-        turns.append((observation, reasoning, action))
-        observation, _, terminated, truncated, _ = environment.step(action)
-        done = terminated or truncated
-    return turns
+        shown = (plain_text(observation), reward, getattr(environment, "actions_left", None), plain_text(reasoning))
+        beginning = copy.deepcopy(environment) if section.actions_per_turn > 1 else environment
+        actions, reward = list[str](), 0.0
+        while not over and len(actions) < section.actions_per_turn:
+            action = expert.act(environment, draws)
+            if draws.random() < phase.action_noise:
+                action = expert.random_action(environment, draws)
+            if actions and parse_action(beginning, action) is None:
+                break
+            observation, earned, over = step(environment, action)
+            actions, reward = [*actions, action], reward + earned
+        demonstration.turns.append(Turn(*shown, plain_text(" || ".join(actions))))
+    return demonstration
 
 
 def _demonstrations(
@@ -92,7 +134,7 @@ def _demonstrations(
         expert = expert_of(environment)
         draws = generator(settings.seed, "demonstrations", name, index)
         states = initial_states(environment, "demonstrations", plan.episodes, draws)
-        found += [(name, demonstrate(environment, expert, s, phase, draws)) for s in states]
+        found += [(name, demonstrate(environment, expert, s, phase, draws, section)) for s in states]
     order = generator(settings.seed, "demonstration order", index).permutation(len(found))
     return [found[i] for i in order]
 
@@ -126,7 +168,6 @@ def _supervise(
 ) -> None:
     plan = settings.demonstrations
     dialogues = {name: Dialogue(policy.tokenizer, e.layout, "", e.response_tokens) for name, e in environments.items()}
-    instructions = {name: _instructions(e) for name, e in environments.items()}
     optimizer = torch.optim.AdamW(
         policy.model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
     )
@@ -137,7 +178,7 @@ def _supervise(
     policy.model.train()
     step = 0
     for demos, phase in zip(phases, plan.phases, strict=True):
-        encoded = [_encode(dialogues[name], instructions[name], turns) for name, turns in demos]
+        encoded = [_encode(dialogues[name], demonstration) for name, demonstration in demos]
         for batch in range(phase.steps):
             chosen = [encoded[(batch * plan.batch_episodes + i) % len(encoded)] for i in range(plan.batch_episodes)]
             loss = _supervised_loss(policy, chosen, plan.action_weight)
@@ -150,13 +191,7 @@ def _supervise(
             report(step, total, float(loss.detach()))
 
 
-def _instructions(section: Environment) -> str:
-    environment = make(section)
-    environment.reset(seed=0)
-    return environment.instructions
-
-
-def _encode(dialogue: Dialogue, instructions: str, turns: Demonstration) -> tuple[np.ndarray, np.ndarray]:
+def _encode(dialogue: Dialogue, demonstration: Demonstration) -> tuple[np.ndarray, np.ndarray]:
     """Token ids and roles of a demonstrated episode; prompts exactly as the collector will send them."""
     ids: list[int] = []
     roles: list[int] = []
@@ -165,15 +200,16 @@ def _encode(dialogue: Dialogue, instructions: str, turns: Demonstration) -> tupl
         ids.extend(piece)
         roles.extend([role] * len(piece))
 
-    for number, (observation, reasoning, action) in enumerate(turns, start=1):
+    for number, turn in enumerate(demonstration.turns, start=1):
         if number == 1:
-            add(dialogue.opening(instructions, observation), Role.PROMPT)
+            opening = dialogue.opening(demonstration.instructions, turn.observation, turn.actions_left)
+            add(opening, Role.PROMPT)
         else:
-            add(dialogue.following(number, observation, 0.0, ended_by_eos=False), Role.OBSERVATION)
+            add(dialogue.following(number, turn.observation, turn.reward, False, turn.actions_left), Role.OBSERVATION)
         encode = dialogue.encode
-        add(encode(f"<think>{reasoning}"), Role.REASONING)
+        add(encode(f"<think>{dialogue.carried(turn.reasoning)}"), Role.REASONING)
         add(encode("</think><answer>"), Role.REASONING)
-        add(encode(action), Role.ACTION)
+        add(encode(dialogue.carried(turn.action)), Role.ACTION)
         add(encode("</answer>"), Role.ANSWER_TAG)
     return np.array(ids), np.array(roles)
 

@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.config import Config, ConfigError, Environment
 from pipeline.environments import environment_label, initial_states, make
+from pipeline.environments.registry import parse_action, reset, step, text_of
 from pipeline.prompting import END_OF_RESPONSE, Dialogue, decode, parse_response, token_roles
 from pipeline.randomness import generator
 from pipeline.rollout.engine import Continuation, Request, RolloutEngine, Sampling
@@ -89,6 +90,10 @@ def collect(
 
     Returns:
         The episodes in the order of ``specs``.
+
+    Raises:
+        ConfigError: the environment raised, or returned what it must not (see ``registry.step``); its openings differ
+            within a group, or leave no room in ``context_tokens``.
     """
     section = config.environments[name]
     dialogue = Dialogue(tokenizer, section.layout, config.rollout.prefill, section.response_tokens)
@@ -100,7 +105,10 @@ def collect(
         for spec in specs:
             episode = _Episode(section, dialogue, spec, phases)
             if prompts.setdefault(spec.group_id, episode.prompt) != episode.prompt:  # invariant 3
-                raise RuntimeError(f"group {spec.group_id} has members with different prompts")
+                raise ConfigError(
+                    f"environments: {section.id!r} opens group {spec.group_id} with different prompts; observation and "
+                    "instructions after a reset must depend on state_seed alone"
+                )
             episodes.append(episode)
             yield episode.request()
 
@@ -126,16 +134,17 @@ class _Episode:
         self.draws = generator(*spec.draws)
         with phases.phase("environment"):
             self.environment = make(section)
-            self.observation, _ = self.environment.reset(seed=spec.noise, options={"state_seed": spec.state_seed})
+            self.observation = reset(self.environment, spec.noise, spec.state_seed)
+            instructions = text_of(self.environment, "instructions")
         self.builder = EpisodeBuilder(
             episode_id=spec.episode_id,
             group_id=spec.group_id,
             environment=environment_label(section),
-            state_key=self.environment.state_key,
+            state_key=self._state_key(),
             seed=spec.seed,
             iteration=spec.iteration,
         )
-        opening = dialogue.opening(self.environment.instructions, self.observation, self._actions_left())
+        opening = dialogue.opening(instructions, self.observation, self._actions_left())
         self.builder.append_text(opening, Role.PROMPT)
         self.prompt = list(self.builder.ids)
         if len(opening) + len(dialogue.prefill_ids) >= section.context_tokens:
@@ -165,10 +174,10 @@ class _Episode:
             text = text[: response.spans[-1][0]]
         written = parse_response(text, self.section.actions_per_turn)
         with self.phases.phase("environment"):
-            state_key = self.environment.state_key
+            state_key = self._state_key()
             actions = self._allowed(written)
             reward, over = self._act(actions)
-        executed = "||".join(actions) if actions else ""
+        executed = _storable("||".join(actions)) if actions else ""
         self.builder.close_turn(self._start, reward, executed, actions is not None, state_key)
         if over:
             self._finish("goal" if self.environment.success else "failed")
@@ -179,7 +188,7 @@ class _Episode:
 
     def _allowed(self, actions: list[str] | None) -> list[str] | None:
         """Canonical actions, or None as soon as one is not allowed."""
-        parsed = [self.environment.parse_action(action) for action in actions or []]
+        parsed = [parse_action(self.environment, action) for action in actions or []]
         return [p for p in parsed if p is not None] if parsed and None not in parsed else None
 
     def _act(self, actions: list[str] | None) -> tuple[float, bool]:
@@ -190,9 +199,9 @@ class _Episode:
             return self.section.format_penalty, False
         total = 0.0
         for action in actions:
-            self.observation, reward, terminated, truncated, _ = self.environment.step(action)
+            self.observation, reward, over = step(self.environment, action)
             total += reward
-            if terminated or truncated:
+            if over:
                 return total, True
         return total, False
 
@@ -210,3 +219,11 @@ class _Episode:
 
     def _actions_left(self) -> int | None:
         return getattr(self.environment, "actions_left", None)
+
+    def _state_key(self) -> str:
+        return _storable(text_of(self.environment, "state_key"))
+
+
+def _storable(text: str) -> str:
+    """Text as UTF-8 can hold it: lone surrogates are spelt out, so that what differs still does."""
+    return text.encode(errors="backslashreplace").decode()
