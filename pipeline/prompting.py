@@ -120,6 +120,20 @@ def plain_text(text: str) -> str:
     return _NOT_TEXT.sub("\ufffd", text.replace("\r\n", "\n"))
 
 
+def user_message(
+    layout: Literal["compact", "published"], turn: int, observation: str, actions_left: int | None, response_tokens: int
+) -> str:
+    """What a layout says in a turn, from 1, without the reward of the turn before."""
+    if layout == "compact":
+        return observation
+    left = "" if actions_left is None else f"You have {actions_left} actions left. "
+    return (
+        f"Turn {turn}:\nState:\n{observation}\n{left}Always output: <think> [Your thoughts] </think> <answer> "
+        "[your answer] </answer> with no extra text. Strictly follow this format. Max response length: "
+        f"{response_tokens} words (tokens)."
+    )
+
+
 class Dialogue:
     """Renders an environment's texts as token ids, by the tokenizer's chat template.
 
@@ -187,15 +201,7 @@ class Dialogue:
         return self._marker.sub("\ufffd", plain_text(text))
 
     def _user(self, turn: int, observation: str, actions_left: int | None) -> str:
-        observation = self.carried(observation)
-        if self.layout == "compact":
-            return observation
-        left = "" if actions_left is None else f"You have {actions_left} actions left. "
-        return (
-            f"Turn {turn}:\nState:\n{observation}\n{left}Always output: <think> [Your thoughts] </think> <answer> "
-            "[your answer] </answer> with no extra text. Strictly follow this format. Max response length: "
-            f"{self.response_tokens} words (tokens)."
-        )
+        return user_message(self.layout, turn, self.carried(observation), actions_left, self.response_tokens)
 
     def _render(self, messages: list[dict[str, str]]) -> str:
         return str(

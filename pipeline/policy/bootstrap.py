@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import importlib
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +22,7 @@ from pipeline.environments.registry import id_of, parse_action, reset, step, tex
 from pipeline.policy.model import Policy
 from pipeline.policy.scoring import predicting_hidden, score_tokens
 from pipeline.policy.tokenizer import train_tokenizer
-from pipeline.prompting import Dialogue, plain_text
+from pipeline.prompting import Dialogue, plain_text, user_message
 from pipeline.randomness import generator, key
 from pipeline.trajectory import Role
 
@@ -67,15 +67,23 @@ def bootstrap(
     """
     plan = settings.demonstrations
     phases = [_demonstrations(environments, settings, phase, index) for index, phase in enumerate(plan.phases)]
-    turns = (turn for demos in phases for _, demonstration in demos[:300] for turn in demonstration.turns)
-    tokenizer = train_tokenizer(
-        (text for turn in turns for text in (turn.observation, turn.reasoning, turn.action)), settings.vocabulary
-    )
+    sample = ((environments[name], demonstration) for demos in phases for name, demonstration in demos[:300])
+    texts = (text for section, demonstration in sample for text in _texts(section, demonstration))
+    tokenizer = train_tokenizer(texts, settings.vocabulary)
     model = _new_model(settings, tokenizer, max(e.context_tokens for e in environments.values()))
     policy = Policy(model, tokenizer)
     _supervise(policy, settings, phases, environments, report)
     model.eval()
     return policy
+
+
+def _texts(section: Environment, demonstration: Demonstration) -> Iterator[str]:
+    """What the tokenizer is to write in few tokens."""
+    if section.layout == "published":
+        yield demonstration.instructions
+    for number, turn in enumerate(demonstration.turns, start=1):
+        yield user_message(section.layout, number, turn.observation, turn.actions_left, section.response_tokens)
+        yield from (turn.reasoning, turn.action)
 
 
 def expert_of(environment: Any) -> Any:
