@@ -332,7 +332,7 @@ def whole_training(setup: Setup, methods: list[str], iterations: int = 9) -> dic
                 "trained_tokens_per_second_of_update": spread([r["tokens"] / r["seconds_update"] for r in later]),
                 "trained_tokens_per_second_outside_generation": spread(
                     [
-                        r["tokens"] / (w - r["seconds_collect"] - r["seconds_environment"])
+                        r["tokens"] / (w - sum(r[f"seconds_{phase}"] for phase in ("collect", "reset", "step")))
                         for r, w in zip(later, wall, strict=True)
                     ]
                 ),

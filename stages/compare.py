@@ -51,7 +51,7 @@ def main() -> str:
         name: [FigureFile(title, caption, reports / "bottleneck" / name / file) for file, title, caption in BOTTLENECK]
         for name in bottleneck
     }
-    write_text(reports / "index.html", report_html(comparison, figures, bottleneck, drawn))
+    write_text(reports / "index.html", report_html(comparison, figures, bottleneck, drawn, inputs.timings))
     log_comparison(config, Path("."), comparison, reports)
     return f"{text}\n{reports / 'index.html'}: the report. Next: open it, or `make ui` for the runs"
 

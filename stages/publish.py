@@ -5,25 +5,29 @@ from __future__ import annotations
 import re
 import shutil
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from stages.command import configured, out_folder, parse_arguments, run
 
+if TYPE_CHECKING:
+    from pipeline.config import Config
+
 MARKS = "<!-- {0}: written by `make publish` -->", "<!-- /{0} -->"
 
-
-PRESETS = ("controls", "methods")
+PRESETS = ("controls", "methods", "bandit", "sokoban", "sudoku", "lake_published", "lake_slippery")
 """Presets whose results stand in docs/results.md beside those of params.yaml."""
 
 
 def main() -> str:
     config = configured(parse_arguments(__doc__))
+    from pipeline.config import load
     from pipeline.files import read_json
     from pipeline.report.comparison_tables import comparison_text
 
     reports, results, figures = out_folder(config) / "reports", Path("docs/results.md"), Path("docs/figures")
     figures.mkdir(parents=True, exist_ok=True)
     replace_block(Path("README.md"), "comparison", fenced(comparison_text(read_json(reports / "comparison.json"))))
-    replace_block(results, "comparison", demoted((reports / "comparison.md").read_text(encoding="utf-8")))
+    replace_block(results, "comparison", comparison_block(config))
     for png in sorted((reports / "figures").glob("*.png")):
         shutil.copy2(png, figures / png.name)
     published = [config.comparison]
@@ -38,7 +42,7 @@ def main() -> str:
     for preset in PRESETS:
         own = Path("presets") / preset / "reports"
         if (own / "comparison.md").exists():
-            replace_block(results, preset, demoted((own / "comparison.md").read_text(encoding="utf-8")))
+            replace_block(results, preset, comparison_block(load(f"presets/{preset}/params.yaml")))
             for png in sorted((own / "figures").glob("*.png")):
                 if not png.name.endswith("-health.png"):
                     shutil.copy2(png, figures / f"{preset}-{png.name}")
@@ -51,6 +55,22 @@ def main() -> str:
     return (
         f"README.md, docs/ and docs/figures hold the latest: {', '.join(published)}; what is not there stays as it was"
     )
+
+
+def comparison_block(config: Config) -> str:
+    """A comparison's Markdown, and what its environments cost."""
+    from pipeline.report.comparison import read_inputs
+    from pipeline.report.timings import environment_shares
+
+    out = out_folder(config)
+    timings = read_inputs(config, out / "data").timings
+    text = demoted((out / "reports" / "comparison.md").read_text(encoding="utf-8"))
+    for name in config.environments:
+        shares = [environment_shares(curves) for (place, _), curves in timings.items() if place == name]
+        if shares:
+            parts = (f"{phase}s {max(share[phase] for share in shares):.1%}" for phase in ("reset", "step"))
+            text += f"\n\n{name}: of the time of rollouts its {' and its '.join(parts)}, at most over the methods."
+    return text
 
 
 def fenced(text: str) -> str:

@@ -9,8 +9,10 @@ from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 
+from pipeline.report.comparison import Curves
 from pipeline.report.comparison_figures import FigureFile
 from pipeline.report.comparison_tables import READING, common_terms, places, result_table, training_table
+from pipeline.report.timings import time_table
 
 Figures = Mapping[str, Sequence[FigureFile]]
 """Environment -> its figures."""
@@ -21,6 +23,7 @@ def report_html(
     figures: Figures,
     bottleneck: Mapping[str, Mapping[str, Any]] | None = None,
     bottleneck_figures: Figures | None = None,
+    timings: Mapping[tuple[str, str], Curves] | None = None,
 ) -> str:
     """Tables, warnings and figures of a comparison as a self-contained page; every text in it is escaped.
 
@@ -29,6 +32,7 @@ def report_html(
         figures: what ``write_comparison_figures`` gave; the SVG files are read.
         bottleneck: environment -> its Action Bottleneck diagnostics (``energy.diagnostics.bottleneck``).
         bottleneck_figures: environment -> figures of those.
+        timings: (environment, method) -> wall-clock of its trainings.
     """
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent),
@@ -44,6 +48,7 @@ def report_html(
             "name": name,
             "tables": [result_table(comparison, name, temperature) for temperature in temperatures],
             "training": training_table(comparison, name),
+            "time": time_table(name, timings or {}),
             "figures": figures.get(name, ()),
             "bottleneck": (bottleneck or {}).get(name),
             "bottleneck_figures": (bottleneck_figures or {}).get(name, ()),

@@ -86,7 +86,7 @@ def collect(
         specs: what to play.
         temperature: of sampling.
         progress: called with 1 whenever an episode is finished.
-        phases: told how long the environment takes, as ``environment``.
+        phases: told how long the environment takes: ``reset`` and ``step``.
 
     Returns:
         The episodes in the order of ``specs``.
@@ -132,7 +132,7 @@ class _Episode:
         self.section, self.dialogue, self.spec, self.done, self.turn = section, dialogue, spec, False, 1
         self.phases = phases
         self.draws = generator(*spec.draws)
-        with phases.phase("environment"):
+        with phases.phase("reset"):
             self.environment = make(section)
             self.observation = reset(self.environment, spec.noise, spec.state_seed)
             instructions = text_of(self.environment, "instructions")
@@ -173,7 +173,7 @@ class _Episode:
         if answer.finish == "eos":
             text = text[: response.spans[-1][0]]
         written = parse_response(text, self.section.actions_per_turn)
-        with self.phases.phase("environment"):
+        with self.phases.phase("step"):
             state_key = self._state_key()
             actions = self._allowed(written)
             reward, over = self._act(actions)

@@ -100,7 +100,7 @@ def prepare_iteration(
     if number == 0 and first is not None:
         trajectories = first
     else:
-        with phases.phase("environment"):  # drawing states is work of the environment
+        with phases.phase("reset"):  # states are drawn by resetting
             specs = iteration_specs(config, name, seed, number)
         with phases.phase("collect"):
             temperature = config.rollout.temperature
