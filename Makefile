@@ -22,6 +22,11 @@ install: .venv/.installed ## make .venv with the pinned versions
 	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[dev]'
 	@touch $@
 
+.venv/.extras: .venv/.installed
+	@.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,reasoning-gym]' || \
+	  echo "reasoning-gym is not installed (pycosat needs a C compiler): its tests are skipped"
+	@touch $@
+
 preset: install ## resolve PRESET=<name> into its params file
 	@$(if $(PRESET),python -m stages.preset --name $(PRESET),true)
 
@@ -32,7 +37,7 @@ repro: preset ## the whole pipeline: policy, rollouts, energies, training, evalu
 smoke: ## the whole pipeline at toy size, in under two minutes
 	@$(MAKE) --no-print-directory repro PRESET=smoke
 
-test: install ## ruff, mypy and pytest
+test: install .venv/.extras ## ruff, mypy and pytest
 	ruff format --check .
 	ruff check .
 	mypy
