@@ -25,6 +25,7 @@ from pipeline.randomness import generator
 from pipeline.rollout.collector import INVALID, EpisodeSpec, collect, group_specs, iteration_specs
 from pipeline.rollout.engine import Continuation, Follow, Request, Sampling
 from pipeline.rollout.transformers_engine import TransformersEngine
+from pipeline.timing import Phases
 from pipeline.trajectory import RESPONSE_ROLES, Role, Trajectories, read
 
 NAME = "lake"
@@ -463,6 +464,17 @@ def test_number_of_episodes_at_once_changes_nothing() -> None:
         assert engine.forgotten == 1
     assert tables[0].equals(tables[1])
     assert tables[0].equals(tables[2])
+
+
+def test_the_environment_is_timed_apart() -> None:
+    settings, phases = config(), Phases()
+    specs = iteration_specs(settings, NAME, 0, 0)
+    engine = ScriptedEngine(wander, [spec.episode_id for spec in specs])
+    with phases.phase("collect"):
+        collect(engine, TOKENIZER, settings, NAME, specs, 1.0, phases=phases)
+    taken = phases.take()
+    assert set(taken) == {"collect", "reset", "step"}
+    assert min(taken.values()) > 0
 
 
 def test_every_finished_episode_is_reported() -> None:

@@ -1,11 +1,13 @@
-"""Phases: every second is counted once, under the innermost name."""
+"""Phases: every second is counted once, under the innermost name; and the table that shows where it went."""
 
 from __future__ import annotations
 
+import math
 import time
 
 import pytest
 
+from pipeline.report.timings import environment_shares, phase_seconds, time_table
 from pipeline.timing import Phases
 
 
@@ -34,3 +36,44 @@ def test_what_was_taken_is_gone_and_an_error_is_timed_too() -> None:
         raise KeyError
     assert list(phases.take()) == ["update"]
     assert phases.take() == {}
+
+
+FIRST = {"seconds": 9.0, "seconds_collect": 9.0, "seconds_step": 9.0}
+"""An iteration whose episodes another stage has sampled."""
+
+
+def row(**seconds: float) -> dict[str, float]:
+    return {"seconds": 100.0, "tokens_per_second": 7.0} | {
+        f"seconds_{phase}": spent for phase, spent in seconds.items()
+    }
+
+
+def test_seconds_by_phase_are_means_over_seeds_and_iterations_but_the_first() -> None:
+    curves = {
+        "0": [FIRST, row(collect=1.0, step=0.5), row(collect=3.0, step=0.5)],
+        "1": [FIRST, row(collect=5.0, reset=2.0)],
+    }
+    assert phase_seconds(curves) == pytest.approx({"collect": 3.0, "reset": 2 / 3, "step": 1 / 3})
+    assert environment_shares(curves) == pytest.approx({"reset": 1 / 6, "step": 1 / 12})
+
+
+def test_without_a_rollout_there_is_no_share_of_it() -> None:
+    assert all(math.isnan(share) for share in environment_shares({"0": [FIRST]}).values())
+    assert time_table("lake", {("lake", "grpo"): {"0": [FIRST]}}).rows == []
+
+
+def test_the_table_has_a_row_per_method_of_its_environment_and_the_longest_phase_first() -> None:
+    timings = {
+        ("lake", "grpo"): {"0": [FIRST, row(collect=1.8, reset=0.1, step=0.1, update=2.0)]},
+        ("lake", "ppo"): {"0": [FIRST, row(collect=1.0, values=1.0, update=2.0)]},
+        ("arms", "grpo"): {"0": [FIRST, row(collect=1.0)]},
+    }
+    table = time_table("lake", timings)
+    assert table.header == [
+        *("method", "seconds", "update", "collect", "values", "reset", "step"),
+        *("resets in rollouts", "steps in rollouts"),
+    ]
+    assert table.rows == [
+        ["grpo", "4.00", "50.0%", "45.0%", "0.0%", "2.5%", "2.5%", "5.0%", "5.0%"],
+        ["ppo", "4.00", "50.0%", "25.0%", "25.0%", "0.0%", "0.0%", "0.0%", "0.0%"],
+    ]
