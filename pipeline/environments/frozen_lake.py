@@ -6,7 +6,6 @@ published symbols; coordinates (row, column), zero-indexed, stand beside it ("Co
 
 from __future__ import annotations
 
-import copy
 from collections import deque
 from functools import lru_cache
 from typing import Any
@@ -63,7 +62,6 @@ class FrozenLake(gymnasium.Env[str, str]):
         self.size, self.frozen, self.success_rate = size, frozen, success_rate
         self.least_distance, self.max_actions, self.grid = least_distance, max_actions, grid
         self.player: Cell = (0, 0)
-        self._lake: FrozenLakeEnv | None = None
         self.done, self.success = True, False
 
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
@@ -71,23 +69,25 @@ class FrozenLake(gymnasium.Env[str, str]):
         super().reset(seed=seed)
         state_seed = (options or {}).get("state_seed")
         self._draw_lake(self.np_random if state_seed is None else np.random.default_rng(state_seed))
-        self._slips, self._lake, self.player = int(self.np_random.integers(2**31)), None, self.start
+        self.player = self.start
         self.actions_left, self.done, self.success = self.max_actions, False, False
         return self._observe(first=True), {}
 
     def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Move. ``action`` must be what ``parse_action`` returned.
+        """Move, as gymnasium's table of transitions says. ``action`` must be what ``parse_action`` returned.
 
         Raises:
             RuntimeError: the episode is over.
         """
         if self.done:
             raise RuntimeError("step called after the episode's end: call reset")
-        if self._lake is None:  # most instances that are drawn are never played on
-            self._lake = copy.copy(_gymnasium_lake(tuple(self._desc()), self.success_rate))
-            self._lake.reset(seed=self._slips)
-        cell, reward, terminated, _, _ = self._lake.step(list(MOVES).index(action))
-        self.player = divmod(int(cell), self.size)
+        outcomes = _transitions(self._lake, self.success_rate)[self.player[0] * self.size + self.player[1]][action]
+        chance = self.np_random.random() if len(outcomes) > 1 else 0.0
+        for probability, cell, reward, terminated in outcomes:  # noqa: B007
+            chance -= probability
+            if chance < 0:
+                break
+        self.player = divmod(cell, self.size)
         self.actions_left -= 1
         self.success = self.player == self.goal
         truncated = not terminated and self.actions_left == 0
@@ -102,7 +102,7 @@ class FrozenLake(gymnasium.Env[str, str]):
     @property
     def state_key(self) -> str:
         """Lake and player; actions left are not part of it, so that a state met twice has one key."""
-        return f"{'/'.join(self._desc())}@{self.player[0]},{self.player[1]}"
+        return f"{self._lake}@{self.player[0]},{self.player[1]}"
 
     @property
     def instructions(self) -> str:
@@ -133,20 +133,21 @@ class FrozenLake(gymnasium.Env[str, str]):
             distance = _distances(self.size, holes, goal).get(start)
             if distance is not None and self.least_distance <= distance <= self.max_actions:
                 self.start, self.goal, self.holes = start, goal, holes
+                kinds = {start: "S", goal: "G", **dict.fromkeys(holes, "H")}
+                self._lake = "/".join(
+                    "".join(kinds.get((r, c), "F") for c in range(self.size)) for r in range(self.size)
+                )
+                said = "".join(f" {r} {c}" for r, c in sorted(holes)) or " none"
+                self._fixed = f"goal {goal[0]} {goal[1]} holes{said}"
                 return
         raise ConfigError(
             f"environments: no lake found with size {self.size}, frozen {self.frozen:g}, "
             f"least_distance {self.least_distance} and max_actions {self.max_actions}"
         )
 
-    def _desc(self) -> list[str]:
-        kinds = {self.start: "S", self.goal: "G", **dict.fromkeys(self.holes, "H")}
-        return ["".join(kinds.get((r, c), "F") for c in range(self.size)) for r in range(self.size)]
-
     def _observe(self, first: bool) -> str:
         player = self.player
-        coordinates = f"player {player[0]} {player[1]} goal {self.goal[0]} {self.goal[1]} holes"
-        coordinates += "".join(f" {r} {c}" for r, c in sorted(self.holes)) if self.holes else " none"
+        coordinates = f"player {player[0]} {player[1]} {self._fixed}"
         if self.grid == "never" or (self.grid == "first" and not first):
             return coordinates
         symbols = {self.goal: "G", **dict.fromkeys(self.holes, "O")}
@@ -156,9 +157,16 @@ class FrozenLake(gymnasium.Env[str, str]):
 
 
 @lru_cache(maxsize=1024)
-def _gymnasium_lake(desc: tuple[str, ...], success_rate: float) -> FrozenLakeEnv:
-    """Computing a lake's transitions costs more than playing on it; a shallow copy shares them."""
-    return FrozenLakeEnv(desc=list(desc), is_slippery=success_rate < 1, success_rate=success_rate)
+def _transitions(lake: str, success_rate: float) -> list[dict[str, list[tuple[float, int, float, bool]]]]:
+    """Gymnasium's transitions: for each cell and action, (probability, next cell, reward, whether it ends there)."""
+    table = FrozenLakeEnv(desc=lake.split("/"), is_slippery=success_rate < 1, success_rate=success_rate).P
+    return [
+        {
+            name: [(float(p), int(cell), float(reward), bool(over)) for p, cell, reward, over in table[start][number]]
+            for number, name in enumerate(MOVES)
+        }
+        for start in range(len(table))
+    ]
 
 
 def _distances(size: int, holes: frozenset[Cell], goal: Cell) -> dict[Cell, int]:

@@ -114,10 +114,12 @@ def reset(environment: TextEnvironment, seed: int, state_seed: int) -> str:
     Raises:
         ConfigError: the environment raised, or did not return (text, information).
     """
-    returned = _called(environment, "reset", lambda: environment.reset(seed=seed, options={"state_seed": state_seed}))
+    returned = _called(
+        environment, ("reset",), lambda: environment.reset(seed=seed, options={"state_seed": state_seed})
+    )
     if not isinstance(returned, tuple) or len(returned) != 2:
-        _refuse(environment, _shape(returned), "reset", "(observation, information)")
-    return _text(environment, "an observation", returned[0], "reset")
+        _refuse(environment, _shape(returned), ("reset",), "(observation, information)")
+    return _text(environment, "an observation", returned[0], ("reset",))
 
 
 def step(environment: TextEnvironment, action: str) -> tuple[str, float, bool]:
@@ -126,7 +128,7 @@ def step(environment: TextEnvironment, action: str) -> tuple[str, float, bool]:
     Raises:
         ConfigError: the environment raised, or did not return (text, finite number, bool, bool, information).
     """
-    place = f"step({reprlib.repr(action)})"
+    place = ("step", action)
     returned = _called(environment, place, lambda: environment.step(action))
     if not isinstance(returned, tuple) or len(returned) != 5:
         _refuse(environment, _shape(returned), place, "(observation, reward, terminated, truncated, information)")
@@ -145,7 +147,7 @@ def parse_action(environment: TextEnvironment, text: str) -> str | None:
     Raises:
         ConfigError: the environment raised, or returned neither.
     """
-    place = f"parse_action({reprlib.repr(text)})"
+    place = ("parse_action", text)
     parsed = _called(environment, place, lambda: environment.parse_action(text))
     return None if parsed is None else _text(environment, "an action", parsed, place, "text or None")
 
@@ -156,7 +158,7 @@ def text_of(environment: TextEnvironment, name: str) -> str:
     Raises:
         ConfigError: reading it raised, or it is not text.
     """
-    return _text(environment, "a value", _called(environment, name, lambda: getattr(environment, name)), name)
+    return _text(environment, "a value", _called(environment, (name,), lambda: getattr(environment, name)), (name,))
 
 
 def id_of(environment: Any) -> str:
@@ -165,23 +167,33 @@ def id_of(environment: Any) -> str:
     return str(spec.id) if spec is not None else type(environment).__name__
 
 
-def _called(environment: TextEnvironment, place: str, call: Callable[[], Any]) -> Any:
+Place = tuple[str, ...]
+"""What was called, and with which text; put into words only where something is wrong."""
+
+
+def _called(environment: TextEnvironment, place: Place, call: Callable[[], Any]) -> Any:
     try:
         return call()
     except ConfigError:
         raise
     except Exception as error:
-        raise ConfigError(f"environments: {id_of(environment)!r}: {place} raised {_raised(error)}") from error
+        raise ConfigError(f"environments: {id_of(environment)!r}: {_said(place)} raised {_raised(error)}") from error
 
 
-def _text(environment: TextEnvironment, what: str, value: Any, place: str, allowed: str = "text") -> str:
+def _text(environment: TextEnvironment, what: str, value: Any, place: Place, allowed: str = "text") -> str:
     if not isinstance(value, str):
         _refuse(environment, f"{what} of type {type(value).__name__}", place, allowed)
     return value
 
 
-def _refuse(environment: TextEnvironment, returned: str, place: str, allowed: str) -> NoReturn:
-    raise ConfigError(f"environments: {id_of(environment)!r} returned {returned} from {place}; it must be {allowed}")
+def _refuse(environment: TextEnvironment, returned: str, place: Place, allowed: str) -> NoReturn:
+    asked = f"{id_of(environment)!r} returned {returned} from {_said(place)}"
+    raise ConfigError(f"environments: {asked}; it must be {allowed}")
+
+
+def _said(place: Place) -> str:
+    name, *arguments = place
+    return f"{name}({reprlib.repr(arguments[0])})" if arguments else name
 
 
 def _shape(returned: Any) -> str:

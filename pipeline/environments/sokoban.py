@@ -10,6 +10,8 @@ A cell is a number, row * size + column. The outermost cells are walls, so that 
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from functools import lru_cache
 from heapq import heappop, heappush
 from itertools import permutations
 from typing import Any, NamedTuple
@@ -118,6 +120,7 @@ class Sokoban(gymnasium.Env[str, str]):
         self.least_moves, self.max_actions = least_moves, max_actions
         self.grid, self.coordinates = grid, coordinates
         self.step_reward, self.on_target, self.off_target, self.solved = step_reward, on_target, off_target, solved
+        self.steps = _steps(size)
         self.room, self.player = Room(size, frozenset(), frozenset()), 0
         self.boxes: Boxes = frozenset()
         self.done, self.success = True, False
@@ -143,7 +146,7 @@ class Sokoban(gymnasium.Env[str, str]):
         if self.done:
             raise RuntimeError("step called after the episode's end: call reset")
         before = len(self.boxes & self.room.targets)
-        self.player, self.boxes = self.room.after((self.player, self.boxes), _steps(self.size)[action])
+        self.player, self.boxes = self.room.after((self.player, self.boxes), self.steps[action])
         gained = len(self.boxes & self.room.targets) - before
         self.actions_left -= 1
         self.success = self.boxes == self.room.targets
@@ -161,7 +164,11 @@ class Sokoban(gymnasium.Env[str, str]):
     @property
     def state_key(self) -> str:
         """The grid, which shows the whole state; actions left are not part of it."""
-        return "/".join("".join(row) for row in self._rows())
+        symbols, targets = list(_still(self.room)[0]), self.room.targets
+        for box in self.boxes:
+            symbols[box + box // self.size] = "√" if box in targets else "X"
+        symbols[self.player + self.player // self.size] = "S" if self.player in targets else "P"
+        return "".join(symbols)
 
     @property
     def instructions(self) -> str:
@@ -208,31 +215,18 @@ class Sokoban(gymnasium.Env[str, str]):
             f"{self.inner_walls:g}, least_moves {self.least_moves} and max_actions {self.max_actions}"
         )
 
-    def _rows(self) -> list[list[str]]:
-        symbols = ["_"] * self.size**2
-        for cells, symbol in (
-            (self.room.walls, "#"),
-            (self.room.targets, "O"),
-            (self.boxes, "X"),
-            (self.boxes & self.room.targets, "√"),
-        ):
-            for cell in cells:
-                symbols[cell] = symbol
-        symbols[self.player] = "S" if self.player in self.room.targets else "P"
-        return [symbols[start : start + self.size] for start in range(0, len(symbols), self.size)]
-
     def _observe(self, first: bool) -> str:
         shown = self.grid == "always" or (self.grid == "first" and first)
-        lines = [" ".join(row) for row in self._rows()] if shown else []
+        lines = [" ".join(row) for row in self.state_key.split("/")] if shown else []
         if self.coordinates:
-            walls = self.room.walls.intersection(_inside(self.size))
-            groups = {"player": {self.player}, "boxes": self.boxes, "targets": self.room.targets, "walls": walls}
-            lines.append(" ".join(f"{name} {self.place(*sorted(cells)) or 'none'}" for name, cells in groups.items()))
+            lines.append(
+                f"player {self.place(self.player)} boxes {self.place(*sorted(self.boxes))} {_still(self.room)[1]}"
+            )
         return "\n".join(lines)
 
     def place(self, *cells: int) -> str:
         """Row and column of each cell."""
-        return " ".join(f"{cell // self.size} {cell % self.size}" for cell in cells)
+        return _place(self.size, cells)
 
 
 def solve(room: Room, state: State, nodes: int = NODES, limit: int | None = None) -> dict[State, str] | None:
@@ -287,6 +281,19 @@ def solve(room: Room, state: State, nodes: int = NODES, limit: int | None = None
                     moves[there], came[there], order = moves[here] + 1, (here, name), order - 1
                     heappush(heap, (estimate, order, there))
     return None
+
+
+@lru_cache(maxsize=4096)
+def _still(room: Room) -> tuple[str, str]:
+    """What stays as it is in a room: its grid, rows with / between, and the coordinates of targets and inner walls."""
+    symbols = ["#" if c in room.walls else "O" if c in room.targets else "_" for c in range(room.size**2)]
+    rows = ["".join(symbols[start : start + room.size]) for start in range(0, len(symbols), room.size)]
+    targets, walls = sorted(room.targets), sorted(room.walls.intersection(_inside(room.size)))
+    return "/".join(rows), f"targets {_place(room.size, targets)} walls {_place(room.size, walls) or 'none'}"
+
+
+def _place(size: int, cells: Iterable[int]) -> str:
+    return " ".join(f"{cell // size} {cell % size}" for cell in cells)
 
 
 def _pushes(room: Room, target: int) -> dict[int, int]:

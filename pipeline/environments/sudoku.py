@@ -27,6 +27,9 @@ RIGHT, WRONG, INVALID, SOLVED = 1.0, 0.5, -0.1, 10.0
 TRIES = 10_000
 """Sets of givens tried for one puzzle. Of the sets of 4, the rarest, one in 20 is unique."""
 
+_SYMBOLS = [".", *map(str, DIGITS), "/"]
+"""Of an empty cell, of the digits, and of what stands between givens and board in ``state_key``."""
+
 _PLACE = re.compile(r"\s*place\s*(\d{1,2})\s*at\s*row\s*(\d{1,2})\s*col\s*(\d{1,2})\s*", re.IGNORECASE | re.ASCII)
 _TRIPLE = re.compile(r"\s*(\d{1,2})\s*,\s*(\d{1,2})\s*,\s*(\d{1,2})\s*", re.ASCII)
 
@@ -119,7 +122,7 @@ class Sudoku(gymnasium.Env[str, str]):
     @property
     def state_key(self) -> str:
         """Givens and board; actions left are not part of it, so that a state met twice has one key."""
-        return "/".join("".join(str(digit or ".") for digit in digits) for digits in (self.puzzle, self.board))
+        return "".join([_SYMBOLS[digit] for digit in (*self.puzzle, -1, *self.board)])
 
     @property
     def instructions(self) -> str:
@@ -138,8 +141,10 @@ class Sudoku(gymnasium.Env[str, str]):
 
     def legal_digits(self, cell: int) -> list[int]:
         """Digits, in ascending order, that no other cell of its row, column and box has. ``cell`` is 0 to 15."""
-        taken = {self.board[peer] for peer in _PEERS[cell]}
-        return [digit for digit in DIGITS if digit not in taken]
+        board, taken = self.board, 0
+        for peer in _PEERS[cell]:
+            taken |= 1 << board[peer]
+        return list(_LEFT[taken])
 
     def _draw_puzzle(self, draws: np.random.Generator) -> None:
         grids = _grids()
@@ -165,16 +170,19 @@ class Sudoku(gymnasium.Env[str, str]):
         shown = [f"[{d}]" if given else str(d or ".") for d, given in zip(self.board, self.puzzle, strict=True)]
         lines = [" ".join(shown[start : start + SIDE]) for start in CELLS[::SIDE]]
         if self.candidates:
-            empty = [cell for cell in CELLS if not self.board[cell]]
-            empty.sort(key=lambda cell: len(self.legal_digits(cell)))
-            lines += ["candidates", *(map(self._candidates, empty) if empty else ["none"])]
+            found = [(cell, self.legal_digits(cell)) for cell in CELLS if not self.board[cell]]
+            found.sort(key=lambda candidates: len(candidates[1]))
+            lines += (
+                ["candidates", *(_listed(*candidates) for candidates in found)] if found else ["candidates", "none"]
+            )
         if fault:
             lines.append(f"invalid: {fault}")
         return "\n".join(lines)
 
-    def _candidates(self, cell: int) -> str:
-        row, column = divmod(cell, SIDE)
-        return f"{row + 1},{column + 1}: {' '.join(map(str, self.legal_digits(cell))) or 'none'}"
+
+def _listed(cell: int, digits: list[int]) -> str:
+    row, column = divmod(cell, SIDE)
+    return f"{row + 1},{column + 1}: {' '.join(map(str, digits)) or 'none'}"
 
 
 def _numbers(text: str) -> tuple[int, int, int] | None:
@@ -210,6 +218,8 @@ def _peers(cell: int) -> tuple[int, ...]:
 
 
 _PEERS = [_peers(cell) for cell in CELLS]
+_LEFT = [[digit for digit in DIGITS if not taken >> digit & 1] for taken in range(2 ** (SIDE + 1))]
+"""The digits that are not among those whose bits are set."""
 
 
 @lru_cache(maxsize=1)
