@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 
 class Phases:
@@ -12,20 +10,36 @@ class Phases:
 
     def __init__(self) -> None:
         self._seconds: dict[str, float] = {}
-        self._inner = 0.0
+        self.inner = 0.0
+        """Seconds of phases that have ended inside the one that is open."""
 
-    @contextmanager
-    def phase(self, name: str) -> Iterator[None]:
+    def phase(self, name: str) -> Phase:
         """Count what happens inside under ``name``."""
-        began, around, self._inner = time.perf_counter(), self._inner, 0.0
-        try:
-            yield
-        finally:
-            spent = time.perf_counter() - began
-            self._seconds[name] = self._seconds.get(name, 0.0) + spent - self._inner
-            self._inner = around + spent
+        return Phase(self, name)
+
+    def add(self, name: str, seconds: float) -> None:
+        """Add to a phase."""
+        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
 
     def take(self) -> dict[str, float]:
         """Seconds by phase since the last call."""
         taken, self._seconds = self._seconds, {}
         return taken
+
+
+class Phase:
+    """A stretch of time; a class, not a generator, because environments are timed step by step."""
+
+    __slots__ = ("around", "began", "name", "phases")
+
+    def __init__(self, phases: Phases, name: str) -> None:
+        self.phases, self.name = phases, name
+
+    def __enter__(self) -> None:
+        self.around, self.phases.inner = self.phases.inner, 0.0
+        self.began = time.perf_counter()
+
+    def __exit__(self, *_: object) -> None:
+        spent = time.perf_counter() - self.began
+        self.phases.add(self.name, spent - self.phases.inner)
+        self.phases.inner = self.around + spent

@@ -8,7 +8,6 @@ import importlib.util
 import math
 import reprlib
 import traceback
-from collections.abc import Callable
 from numbers import Real
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, cast
@@ -114,9 +113,10 @@ def reset(environment: TextEnvironment, seed: int, state_seed: int) -> str:
     Raises:
         ConfigError: the environment raised, or did not return (text, information).
     """
-    returned = _called(
-        environment, ("reset",), lambda: environment.reset(seed=seed, options={"state_seed": state_seed})
-    )
+    try:
+        returned: Any = environment.reset(seed=seed, options={"state_seed": state_seed})
+    except Exception as error:
+        raise _failed(environment, ("reset",), error) from error
     if not isinstance(returned, tuple) or len(returned) != 2:
         _refuse(environment, _shape(returned), ("reset",), "(observation, information)")
     return _text(environment, "an observation", returned[0], ("reset",))
@@ -129,11 +129,14 @@ def step(environment: TextEnvironment, action: str) -> tuple[str, float, bool]:
         ConfigError: the environment raised, or did not return (text, finite number, bool, bool, information).
     """
     place = ("step", action)
-    returned = _called(environment, place, lambda: environment.step(action))
+    try:
+        returned: Any = environment.step(action)
+    except Exception as error:
+        raise _failed(environment, place, error) from error
     if not isinstance(returned, tuple) or len(returned) != 5:
         _refuse(environment, _shape(returned), place, "(observation, reward, terminated, truncated, information)")
     observation, reward, terminated, truncated, _ = returned
-    if not isinstance(reward, Real) or not math.isfinite(reward):
+    if (type(reward) is not float and not isinstance(reward, Real)) or not math.isfinite(reward):
         _refuse(environment, f"the reward {reprlib.repr(reward)}", place, "a finite number")
     for name, value in (("terminated", terminated), ("truncated", truncated)):
         if not isinstance(value, bool | np.bool_):
@@ -148,7 +151,10 @@ def parse_action(environment: TextEnvironment, text: str) -> str | None:
         ConfigError: the environment raised, or returned neither.
     """
     place = ("parse_action", text)
-    parsed = _called(environment, place, lambda: environment.parse_action(text))
+    try:
+        parsed = environment.parse_action(text)
+    except Exception as error:
+        raise _failed(environment, place, error) from error
     return None if parsed is None else _text(environment, "an action", parsed, place, "text or None")
 
 
@@ -158,7 +164,11 @@ def text_of(environment: TextEnvironment, name: str) -> str:
     Raises:
         ConfigError: reading it raised, or it is not text.
     """
-    return _text(environment, "a value", _called(environment, (name,), lambda: getattr(environment, name)), (name,))
+    try:
+        value = getattr(environment, name)
+    except Exception as error:
+        raise _failed(environment, (name,), error) from error
+    return _text(environment, "a value", value, (name,))
 
 
 def id_of(environment: Any) -> str:
@@ -171,13 +181,10 @@ Place = tuple[str, ...]
 """What was called, and with which text; put into words only where something is wrong."""
 
 
-def _called(environment: TextEnvironment, place: Place, call: Callable[[], Any]) -> Any:
-    try:
-        return call()
-    except ConfigError:
-        raise
-    except Exception as error:
-        raise ConfigError(f"environments: {id_of(environment)!r}: {_said(place)} raised {_raised(error)}") from error
+def _failed(environment: TextEnvironment, place: Place, error: Exception) -> ConfigError:
+    if isinstance(error, ConfigError):
+        return error
+    return ConfigError(f"environments: {id_of(environment)!r}: {_said(place)} raised {_raised(error)}")
 
 
 def _text(environment: TextEnvironment, what: str, value: Any, place: Place, allowed: str = "text") -> str:

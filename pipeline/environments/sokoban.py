@@ -133,7 +133,9 @@ class Sokoban(gymnasium.Env[str, str]):
         """
         super().reset(seed=seed)
         state_seed = (options or {}).get("state_seed")
-        self._draw_room(self.np_random if state_seed is None else np.random.default_rng(state_seed))
+        kind = (self.size, self.count, self.inner_walls, self.least_moves, self.max_actions)
+        drawn = _draw_room(*kind, self.np_random) if state_seed is None else _room_of(*kind, state_seed)
+        self.room, (self.player, self.boxes) = drawn
         self.actions_left, self.done, self.success = self.max_actions, False, False
         return self._observe(first=True), {}
 
@@ -188,32 +190,6 @@ class Sokoban(gymnasium.Env[str, str]):
         if not self.coordinates:
             del lines[2]
         return "\n".join(lines)
-
-    def _draw_room(self, draws: np.random.Generator) -> None:
-        steps, inside = list(_steps(self.size).values()), _inside(self.size)
-        for _ in range(1_000):
-            solid = draws.random(len(inside)) < self.inner_walls
-            open_cells = {cell for cell, wall in zip(inside, solid.tolist(), strict=True) if not wall}
-            floor = _connected(open_cells, inside[int(draws.integers(len(inside)))], steps)
-            if len(floor) <= 2 * self.count:
-                continue
-            *cells, player = draws.choice(sorted(floor), size=self.count + 1, replace=False).tolist()
-            room = Room(self.size, frozenset(range(self.size**2)) - floor, frozenset(cells))
-            boxes = room.targets
-            for direction in draws.integers(4, size=10 * self.max_actions).tolist():
-                behind, ahead = player - steps[direction], player + steps[direction]
-                if ahead in floor and ahead not in boxes:
-                    boxes = boxes - {behind} | {player} if behind in boxes else boxes
-                    player = ahead
-            if boxes.isdisjoint(room.targets):
-                plan = solve(room, (player, boxes), OPENING_NODES, self.max_actions)
-                if plan is not None and len(plan) >= self.least_moves:
-                    self.room, self.player, self.boxes = room, player, boxes
-                    return
-        raise ConfigError(
-            f"environments: no room found with size {self.size}, boxes {self.count}, inner_walls "
-            f"{self.inner_walls:g}, least_moves {self.least_moves} and max_actions {self.max_actions}"
-        )
 
     def _observe(self, first: bool) -> str:
         shown = self.grid == "always" or (self.grid == "first" and first)
@@ -281,6 +257,47 @@ def solve(room: Room, state: State, nodes: int = NODES, limit: int | None = None
                     moves[there], came[there], order = moves[here] + 1, (here, name), order - 1
                     heappush(heap, (estimate, order, there))
     return None
+
+
+@lru_cache(maxsize=1024)
+def _room_of(
+    size: int, boxes: int, inner_walls: float, least_moves: int, max_actions: int, state_seed: int
+) -> tuple[Room, State]:
+    """The room of a state, which all members of a group start in."""
+    return _draw_room(size, boxes, inner_walls, least_moves, max_actions, np.random.default_rng(state_seed))
+
+
+def _draw_room(
+    size: int, count: int, inner_walls: float, least_moves: int, max_actions: int, draws: np.random.Generator
+) -> tuple[Room, State]:
+    """A room that the settings allow, and where player and boxes start.
+
+    Raises:
+        ConfigError: none turned up.
+    """
+    steps, inside = list(_steps(size).values()), _inside(size)
+    for _ in range(1_000):
+        solid = draws.random(len(inside)) < inner_walls
+        open_cells = {cell for cell, wall in zip(inside, solid.tolist(), strict=True) if not wall}
+        floor = _connected(open_cells, inside[int(draws.integers(len(inside)))], steps)
+        if len(floor) <= 2 * count:
+            continue
+        *cells, player = draws.choice(sorted(floor), size=count + 1, replace=False).tolist()
+        room = Room(size, frozenset(range(size**2)) - floor, frozenset(cells))
+        boxes = room.targets
+        for direction in draws.integers(4, size=10 * max_actions).tolist():
+            behind, ahead = player - steps[direction], player + steps[direction]
+            if ahead in floor and ahead not in boxes:
+                boxes = boxes - {behind} | {player} if behind in boxes else boxes
+                player = ahead
+        if boxes.isdisjoint(room.targets):
+            plan = solve(room, (player, boxes), OPENING_NODES, max_actions)
+            if plan is not None and len(plan) >= least_moves:
+                return room, (player, boxes)
+    raise ConfigError(
+        f"environments: no room found with size {size}, boxes {count}, inner_walls {inner_walls:g}, "
+        f"least_moves {least_moves} and max_actions {max_actions}"
+    )
 
 
 @lru_cache(maxsize=4096)

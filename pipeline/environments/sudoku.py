@@ -29,6 +29,8 @@ TRIES = 10_000
 
 _SYMBOLS = [".", *map(str, DIGITS), "/"]
 """Of an empty cell, of the digits, and of what stands between givens and board in ``state_key``."""
+_GIVEN = ["", *(f"[{digit}]" for digit in DIGITS)]
+_NAMES = [f"{cell // SIDE + 1},{cell % SIDE + 1}" for cell in CELLS]
 
 _PLACE = re.compile(r"\s*place\s*(\d{1,2})\s*at\s*row\s*(\d{1,2})\s*col\s*(\d{1,2})\s*", re.IGNORECASE | re.ASCII)
 _TRIPLE = re.compile(r"\s*(\d{1,2})\s*,\s*(\d{1,2})\s*,\s*(\d{1,2})\s*", re.ASCII)
@@ -167,7 +169,7 @@ class Sudoku(gymnasium.Env[str, str]):
         return "" if digit in self.legal_digits(cell) else f"{digit} is in the row, column or box of {row},{column}"
 
     def _observe(self, fault: str = "") -> str:
-        shown = [f"[{d}]" if given else str(d or ".") for d, given in zip(self.board, self.puzzle, strict=True)]
+        shown = [_GIVEN[d] if d and given else _SYMBOLS[d] for d, given in zip(self.board, self.puzzle, strict=True)]
         lines = [" ".join(shown[start : start + SIDE]) for start in CELLS[::SIDE]]
         if self.candidates:
             found = [(cell, self.legal_digits(cell)) for cell in CELLS if not self.board[cell]]
@@ -181,16 +183,15 @@ class Sudoku(gymnasium.Env[str, str]):
 
 
 def _listed(cell: int, digits: list[int]) -> str:
-    row, column = divmod(cell, SIDE)
-    return f"{row + 1},{column + 1}: {' '.join(map(str, digits)) or 'none'}"
+    return f"{_NAMES[cell]}: {' '.join([_SYMBOLS[digit] for digit in digits]) or 'none'}"
 
 
 def _numbers(text: str) -> tuple[int, int, int] | None:
     """Row, column and digit of an action."""
-    if match := _PLACE.fullmatch(text):
-        digit, row, column = map(int, match.groups())
-    elif match := _TRIPLE.fullmatch(text):
+    if match := _TRIPLE.fullmatch(text):
         row, column, digit = map(int, match.groups())
+    elif match := _PLACE.fullmatch(text):
+        digit, row, column = map(int, match.groups())
     else:
         return None
     return row, column, digit
