@@ -64,7 +64,7 @@ class Phase(Section):
     reasoning_words: tuple[int, int]
     """Least and greatest number of words in a turn's reasoning."""
     action_noise: Probability
-    """Share of turns in which the expert's action is replaced by a uniformly random one."""
+    """Share of the expert's actions that are replaced by random ones (its ``random_action``)."""
 
     @model_validator(mode="after")
     def _ordered(self) -> Phase:
