@@ -59,11 +59,11 @@ def main() -> str:
 
 def comparison_block(config: Config) -> str:
     """A comparison's Markdown, and what its environments cost."""
-    from pipeline.report.comparison import read_inputs
+    from pipeline.report.comparison import read_timings
     from pipeline.report.timings import environment_shares
 
     out = out_folder(config)
-    timings = read_inputs(config, out / "data").timings
+    timings = read_timings(config, out / "data")
     text = demoted((out / "reports" / "comparison.md").read_text(encoding="utf-8"))
     for name in config.environments:
         shares = [environment_shares(curves) for (place, _), curves in timings.items() if place == name]

@@ -55,20 +55,26 @@ def read_inputs(config: Config, data: Path) -> Inputs:
     def path(folder: str, key: tuple[str, str], suffix: str) -> Path:
         return data / folder / f"{key[0]}-{key[1]}.{suffix}"
 
-    def curves(folder: str, key: tuple[str, str]) -> Curves:
-        found: Curves = read_json(path(folder, key, "json"))["seeds"]
-        return found
-
     needed = [path("evaluations", key, "parquet") for key in played] + [path("curves", key, "json") for key in trained]
     missing = [str(file) for file in needed if not file.exists()]
     if missing:
         raise ConfigError("\n".join(f"{file}: no such file; `dvc repro` makes it" for file in missing))
-    timed = [key for key in trained if path("timings", key, "json").exists()]
     return Inputs(
         {key: pq.read_table(path("evaluations", key, "parquet")) for key in played},
-        {key: curves("curves", key) for key in trained},
-        {key: curves("timings", key) for key in timed},
+        {key: read_json(path("curves", key, "json"))["seeds"] for key in trained},
+        read_timings(config, data),
     )
+
+
+def read_timings(config: Config, data: Path) -> dict[tuple[str, str], Curves]:
+    """(environment, method) -> wall-clock of its trainings, of those that are in ``timings/`` under the data folder.
+
+    Raises:
+        ConfigError: a file is not JSON.
+    """
+    keys = [(environment, method) for environment in config.environments for method in config.methods]
+    files = {key: data / "timings" / f"{key[0]}-{key[1]}.json" for key in keys}
+    return {key: read_json(file)["seeds"] for key, file in files.items() if file.exists()}
 
 
 def compare(config: Config, inputs: Inputs) -> dict[str, Any]:
