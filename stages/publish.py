@@ -14,7 +14,9 @@ if TYPE_CHECKING:
 
 MARKS = "<!-- {0}: written by `make publish` -->", "<!-- /{0} -->"
 
-PRESETS = ("controls", "methods", "bandit", "sokoban", "sudoku", "lake_published", "lake_slippery")
+ENVIRONMENTS = ("sokoban", "sudoku", "bandit")
+"""Presets of an environment each, which README.md has a table of."""
+PRESETS = ("controls", "methods", *ENVIRONMENTS, "lake_slippery")
 """Presets whose results stand in docs/results.md beside those of params.yaml."""
 
 
@@ -22,7 +24,7 @@ def main() -> str:
     config = configured(parse_arguments(__doc__))
     from pipeline.config import load
     from pipeline.files import read_json
-    from pipeline.report.comparison_tables import comparison_text
+    from pipeline.report.comparison_tables import comparison_text, overview_markdown
 
     reports, results, figures = out_folder(config) / "reports", Path("docs/results.md"), Path("docs/figures")
     figures.mkdir(parents=True, exist_ok=True)
@@ -47,6 +49,9 @@ def main() -> str:
                 if not png.name.endswith("-health.png"):
                     shutil.copy2(png, figures / f"{preset}-{png.name}")
             published.append(preset)
+    compared = [Path("presets") / preset / "reports" / "comparison.json" for preset in ENVIRONMENTS]
+    if all(file.exists() for file in compared):
+        replace_block(Path("README.md"), "environments", overview_markdown([read_json(file) for file in compared]))
     measured = reports / "bench.txt"
     if measured.exists():
         replace_block(Path("docs/performance.md"), "bench", fenced(measured.read_text(encoding="utf-8")))

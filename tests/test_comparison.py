@@ -20,7 +20,13 @@ from pipeline.files import write_json
 from pipeline.randomness import generator
 from pipeline.report.comparison import REFERENCE, Inputs, compare, read_inputs, verdict
 from pipeline.report.comparison_figures import FigureFile, learning_figure, learning_panels, write_comparison_figures
-from pipeline.report.comparison_tables import common_terms, comparison_markdown, comparison_text, result_table
+from pipeline.report.comparison_tables import (
+    common_terms,
+    comparison_markdown,
+    comparison_text,
+    overview_markdown,
+    result_table,
+)
 from pipeline.report.html import report_html
 
 ROOT = Path(__file__).parents[1]
@@ -307,6 +313,19 @@ def test_tables_print_sizes_intervals_and_common_terms_once() -> None:
     table = result_table(found, "lake", 1.0)
     assert all(len(cells) == len(table.header) for cells in table.rows)
     assert [cells[0] for cells in table.rows] == [*config.methods, REFERENCE]
+
+
+def test_the_overview_has_a_row_per_comparison_and_the_reference_first() -> None:
+    config = configuration()
+    found = compare(config, inputs(config))
+    fewer = {**found, "comparison": "few", "rows": [row for row in found["rows"] if row["method"] != "grpo"]}
+    head, _, full, few = overview_markdown([found, fewer]).splitlines()
+    names = [cell.strip() for cell in head.strip("|").split("|")]
+    assert names[:3] == ["comparison", "environment", REFERENCE]
+    cells = dict(zip(names, (cell.strip() for cell in full.strip("|").split("|")), strict=True))
+    row = row_of(found, "grpo")
+    assert cells["grpo"] == f"{row['success_mean']:.3f} [{row['success_ci_low']:.3f}, {row['success_ci_high']:.3f}]"
+    assert dict(zip(names, (cell.strip() for cell in few.strip("|").split("|")), strict=True))["grpo"] == "–"
 
 
 def test_status_and_source_are_shown_where_a_method_has_a_source() -> None:

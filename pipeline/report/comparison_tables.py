@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,6 +99,24 @@ def training_table(comparison: Mapping[str, Any], environment: str) -> Table:
             for row in rows
         ],
     )  # fmt: skip
+
+
+def overview_markdown(comparisons: Sequence[Mapping[str, Any]]) -> str:
+    """Headline success of several comparisons of the same methods as Markdown: a row per comparison and environment."""
+    methods = list(dict.fromkeys(row["method"] for comparison in comparisons for row in comparison["rows"]))
+    methods.sort(key=lambda method: method != REFERENCE)
+    rows = []
+    for comparison in comparisons:
+        for environment, temperatures in places(comparison).items():
+            found = {row["method"]: row for row in rows_at(comparison, environment, temperatures[0])}
+            cells = [
+                _estimate(found[m]["success_mean"], found[m]["success_ci_low"], found[m]["success_ci_high"])
+                if m in found
+                else "–"
+                for m in methods
+            ]
+            rows.append([comparison["comparison"], environment, *cells])
+    return _markdown(Table("overview", ["comparison", "environment", *methods], rows))
 
 
 def common_terms(comparison: Mapping[str, Any]) -> str:
