@@ -10,7 +10,6 @@ A cell is a number, row * size + column. The outermost cells are walls, so that 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
 from functools import lru_cache
 from heapq import heappop, heappush
 from itertools import permutations
@@ -147,9 +146,11 @@ class Sokoban(gymnasium.Env[str, str]):
         """
         if self.done:
             raise RuntimeError("step called after the episode's end: call reset")
-        before = len(self.boxes & self.room.targets)
-        self.player, self.boxes = self.room.after((self.player, self.boxes), self.steps[action])
-        gained = len(self.boxes & self.room.targets) - before
+        before = self.boxes
+        self.player, self.boxes = self.room.after((self.player, before), self.steps[action])
+        gained = 0
+        if self.boxes is not before:
+            gained = len(self.boxes & self.room.targets) - len(before & self.room.targets)
         self.actions_left -= 1
         self.success = self.boxes == self.room.targets
         truncated = not self.success and self.actions_left == 0
@@ -202,7 +203,8 @@ class Sokoban(gymnasium.Env[str, str]):
 
     def place(self, *cells: int) -> str:
         """Row and column of each cell."""
-        return _place(self.size, cells)
+        names = _names(self.size)
+        return " ".join([names[cell] for cell in cells])
 
 
 def solve(room: Room, state: State, nodes: int = NODES, limit: int | None = None) -> dict[State, str] | None:
@@ -305,12 +307,17 @@ def _still(room: Room) -> tuple[str, str]:
     """What stays as it is in a room: its grid, rows with / between, and the coordinates of targets and inner walls."""
     symbols = ["#" if c in room.walls else "O" if c in room.targets else "_" for c in range(room.size**2)]
     rows = ["".join(symbols[start : start + room.size]) for start in range(0, len(symbols), room.size)]
-    targets, walls = sorted(room.targets), sorted(room.walls.intersection(_inside(room.size)))
-    return "/".join(rows), f"targets {_place(room.size, targets)} walls {_place(room.size, walls) or 'none'}"
+    targets, walls = (
+        " ".join(_names(room.size)[cell] for cell in sorted(cells))
+        for cells in (room.targets, room.walls.intersection(_inside(room.size)))
+    )
+    return "/".join(rows), f"targets {targets} walls {walls or 'none'}"
 
 
-def _place(size: int, cells: Iterable[int]) -> str:
-    return " ".join(f"{cell // size} {cell % size}" for cell in cells)
+@lru_cache(maxsize=16)
+def _names(size: int) -> list[str]:
+    """Row and column of every cell."""
+    return [f"{cell // size} {cell % size}" for cell in range(size**2)]
 
 
 def _pushes(room: Room, target: int) -> dict[int, int]:
