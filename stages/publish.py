@@ -16,7 +16,7 @@ MARKS = "<!-- {0}: written by `make publish` -->", "<!-- /{0} -->"
 
 ENVIRONMENTS = ("sokoban", "sudoku", "bandit")
 """Presets of an environment each, which README.md has a table of."""
-PRESETS = ("controls", "methods", *ENVIRONMENTS, "lake_slippery")
+PRESETS = ("controls", "methods", *ENVIRONMENTS)
 """Presets whose results stand in docs/results.md beside those of params.yaml."""
 
 
