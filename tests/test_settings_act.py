@@ -44,7 +44,7 @@ CHANGED: dict[str, Any] = {
     "surrogate.balanced_clip.step": 0.2,
     "surrogate.balanced_clip.positive_share": 0.9,
     "regulariser.entropy_band.low": 0.99,
-    "regulariser.entropy_band.high": 1.01,
+    "regulariser.entropy_band.high": 100.0,
     "regulariser.fixed.kl": 0.3,
     "regulariser.fixed.entropy": 0.1,
     "weight.role_ramp.reasoning_end": 0.3,

@@ -139,7 +139,7 @@ def step(environment: TextEnvironment, action: str) -> tuple[str, float, bool]:
     if (type(reward) is not float and not isinstance(reward, Real)) or not math.isfinite(reward):
         _refuse(environment, f"the reward {reprlib.repr(reward)}", place, "a finite number")
     for name, value in (("terminated", terminated), ("truncated", truncated)):
-        if not isinstance(value, bool | np.bool_):
+        if not isinstance(value, _BOOLS):
             _refuse(environment, f"{name} {reprlib.repr(value)}", place, "True or False")
     return _text(environment, "an observation", observation, place), float(reward), bool(terminated or truncated)
 
@@ -176,6 +176,8 @@ def id_of(environment: Any) -> str:
     spec = getattr(environment, "spec", None)
     return str(spec.id) if spec is not None else type(environment).__name__
 
+
+_BOOLS = (bool, np.bool_)
 
 Place = tuple[str, ...]
 """What was called, and with which text; put into words only where something is wrong."""

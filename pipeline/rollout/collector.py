@@ -226,4 +226,4 @@ class _Episode:
 
 def _storable(text: str) -> str:
     """Text as UTF-8 can hold it: lone surrogates are spelt out, so that what differs still does."""
-    return text.encode(errors="backslashreplace").decode()
+    return text if text.isascii() else text.encode(errors="backslashreplace").decode()
