@@ -1,28 +1,135 @@
-"""One MLflow run per comparison: its headline numbers, its tables and its figures."""
+"""One MLflow run per comparison and environment, in which its trainings are nested."""
 
 from __future__ import annotations
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from mlflow import MlflowClient
-
 from pipeline.config import Config
-from pipeline.tracking.store import prepare_store, provenance, tracking_uri
+from pipeline.tracking.datasets import dvc_digest
+from pipeline.tracking.snapshot import Snapshot, log_snapshot
+from pipeline.tracking.spool import Record
+from pipeline.tracking.store import comparison_identity, provenance, quiet, resolved_params, store_of
+from pipeline.tracking.training import TABLE_TAG, episode_table
+
+HEADLINES = ("success_mean", "difference_to_reference", "difference_to_uniform", "difference_to_control")
+"""Numbers of a comparison's rows that become metrics, ``<name>/<method>/<temperature>``."""
+
+Curves = Mapping[tuple[str, str], Mapping[str, list[dict[str, float]]]]
+"""(environment, method) -> seed -> one row per iteration."""
 
 
-def log_comparison(config: Config, root: Path, comparison: dict[str, Any], reports: Path) -> None:
-    """Log a comparison per environment: success of each method as metrics, and the report as artifacts."""
-    uri = tracking_uri(config, root)
-    client = MlflowClient(uri)
+Episodes = Mapping[str, Mapping[str, list[dict[str, Any]]]]
+"""Environment -> method -> records of ``pipeline.episodes``."""
+
+
+def log_comparison(
+    config: Config, root: Path, comparison: Mapping[str, Any], curves: Curves, episodes: Episodes, out: Path
+) -> None:
+    """Bring the run of a comparison up to date, in each environment's experiment.
+
+    It has the headline numbers as metrics, the report and its figures, the resolved settings, a sample of the episodes,
+    the list of all trainings with their runs, and the best policy as the champion.
+
+    Args:
+        config: checked params.
+        root: the project's root.
+        comparison: what ``pipeline.report.comparison.compare`` returns.
+        curves: of all trainings.
+        episodes: the sample.
+        out: folder with data/, models/ and reports/.
+    """
+    quiet()
     for environment in config.environments:
-        experiment = prepare_store(uri, environment)
-        tags = {**provenance(config, root), "environment": environment, "kind": "comparison"}
-        run = client.create_run(experiment, run_name=f"{config.comparison} comparison", tags=tags)
-        for row in comparison["rows"]:
-            if row["environment"] == environment:
-                place = f"{row['method']}_at_{row['temperature']:g}"
-                client.log_metric(run.info.run_id, f"success_{place}", row["success_mean"])
-        for file in ("comparison.json", "comparison.md", "index.html"):
-            client.log_artifact(run.info.run_id, str(reports / file))
-        client.set_terminated(run.info.run_id)
+        rows = [row for row in comparison["rows"] if row["environment"] == environment]
+        trainings = _trainings(config, environment, out / "data" / "runs")
+        best = best_training({method: curves[environment, method] for method in config.methods})
+        sample = [(method, one) for method, chosen in episodes.get(environment, {}).items() for one in chosen]
+        texts = {
+            "params.yaml": resolved_params(config),
+            "trainings.json": json.dumps(trainings, indent=1),
+            "episodes.json": episode_table(sample),
+        }
+        tags = {**provenance(config, root), **_elsewhere(config, trainings), **TABLE_TAG, "environment": environment}
+        snapshot = Snapshot(
+            experiment=environment,
+            name=config.comparison,
+            identity=comparison_identity(config),
+            tags=tags,
+            metrics={
+                f"{name}/{row['method']}/{row['temperature']:g}": row[name]
+                for row in rows
+                for name in HEADLINES
+                if row[name] is not None
+            },
+            texts=texts,
+            files=_files(environment, out / "reports"),
+            champion=None if best is None else _champion(config, environment, *best, trainings, out),
+        )
+        log_snapshot(store_of(config, root), snapshot)
+
+
+def best_training(curves: Mapping[str, Mapping[str, list[dict[str, float]]]]) -> tuple[str, str, float] | None:
+    """Method, seed and validation success of the training that ends best, by validation states at the last iteration.
+
+    Test states decide nothing here: a champion that was chosen on them would make their result too good. Of equals the
+    first method has it, then the first seed. None if nothing was validated at the end.
+    """
+    ends = [
+        (rows[-1]["validation_success"], method, seed)
+        for method, seeds in curves.items()
+        for seed, rows in seeds.items()
+        if "validation_success" in rows[-1]
+    ]
+    if not ends:
+        return None
+    success, method, seed = max(ends, key=lambda end: end[0])
+    return method, seed, success
+
+
+def _trainings(config: Config, environment: str, runs: Path) -> list[dict[str, Any]]:
+    """Method, seed and run of every training; one that DVC or the cache has restored has the run that made it."""
+    found = []
+    for method in config.methods:
+        file = runs / f"{environment}-{method}.json"
+        known = json.loads(file.read_text(encoding="utf-8"))["seeds"] if file.exists() else {}
+        found += [{"method": method, "seed": seed, **(known.get(str(seed)) or {})} for seed in config.seeds]
+    return found
+
+
+def _elsewhere(config: Config, trainings: list[dict[str, Any]]) -> dict[str, str]:
+    """A tag for every training whose run is nested in another comparison's, because it was made there."""
+    return {
+        f"training.{one['method']}.seed-{one['seed']}": f"{one['run_id'] or one['tracking_id']} in {one['comparison']}"
+        for one in trainings
+        if one.get("comparison", config.comparison) != config.comparison
+    }
+
+
+def _files(environment: str, reports: Path) -> list[tuple[str, Path]]:
+    """Files of the report with their folders in the run."""
+    figures = sorted((reports / "figures").glob(f"{environment}-*"))
+    bottleneck = sorted((reports / "bottleneck" / environment).glob("*.svg"))
+    tables = [reports / name for name in ("comparison.json", "comparison.md", "comparison.txt", "index.html")]
+    return [*(("", file) for file in tables), *(("figures", file) for file in [*figures, *bottleneck])]
+
+
+def _champion(
+    config: Config, environment: str, method: str, seed: str, success: float, trainings: list[dict[str, Any]], out: Path
+) -> Record | None:
+    """The record by which the best policy becomes the champion; None if it is not there."""
+    directory = (out / "models" / "trained" / f"{environment}-{method}" / f"seed-{seed}").resolve()
+    if not directory.is_dir():
+        return None
+    own = next(one for one in trainings if one["method"] == method and str(one["seed"]) == seed)
+    tags = {"method": method, "seed": seed, "environment": environment, "comparison": config.comparison}
+    tags |= {"validation_success": f"{success:g}", "run_id": str(own.get("run_id") or own.get("tracking_id") or "")}
+    return {
+        "name": f"{config.comparison}-{environment}",
+        "model": str(directory),
+        "digest": dvc_digest(directory),
+        "dtype": config.policy.dtype if config.policy.kind == "pretrained" else "float32",
+        "tags": tags,
+    }

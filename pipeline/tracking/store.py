@@ -1,66 +1,132 @@
-"""Where runs are kept, and what identifies the code and data of a run."""
+"""Where runs are kept, and what identifies the code and settings of a run."""
 
 from __future__ import annotations
 
+import getpass
+import logging
 import os
 import subprocess
+import sys
+from io import StringIO
 from pathlib import Path
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from ruamel.yaml import YAML
 
-from pipeline.config import Config, ConfigError, read_yaml
-from pipeline.tracking.training import RunSettings, flatten
+from pipeline.config import Config, ConfigError
+from pipeline.tracking.away import Away, readable
+from pipeline.tracking.datasets import dataset_inputs
+from pipeline.tracking.remote import experiment_id
+from pipeline.tracking.send import PATIENT, patient, refusal, send_waiting
+from pipeline.tracking.spool import waiting
+from pipeline.tracking.study import StudyRun
+from pipeline.tracking.training import RunSettings, Store, flatten
 
 
-def tracking_uri(config: Config, root: Path) -> str:
-    """The tracking URI: params.yaml, else MLFLOW_TRACKING_URI, else mlflow.db in the project's root (absolute)."""
-    return config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(root / 'mlflow.db').resolve()}"
+def store_of(config: Config, root: Path) -> Store:
+    """The store: params.yaml's URI, else MLFLOW_TRACKING_URI, else mlflow.db in the project's root (absolute)."""
+    here = f"sqlite:///{(root / 'mlflow.db').resolve()}"
+    return Store(config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or here, root.resolve() / ".cache")
 
 
-def prepare_store(uri: str, experiment: str) -> str:
-    """Create the store and the experiment if they are not there; returns the experiment's id.
+def open_store(store: Store, experiment: str) -> tuple[int, int]:
+    """Create store and experiment if they are not there, and send what was kept while the store was away.
 
     Done once before processes write to the store: a new database is migrated for some seconds. To be called in a process
     of its own (``in_own_process``) if this one forks later: SQLite connections must not be carried across a fork.
 
+    Returns:
+        How many runs' records were sent, and how many are still kept.
+
     Raises:
-        ConfigError: the store cannot be reached.
+        ConfigError: the URI cannot be used. A server that does not answer is not a mistake: there is a warning.
     """
+    quiet()
     try:
-        client = MlflowClient(uri)
-        found = client.get_experiment_by_name(experiment)
-        return str(found.experiment_id if found else client.create_experiment(experiment))
+        with patient(PATIENT):
+            experiment_id(MlflowClient(store.uri), experiment)
     except (MlflowException, OSError) as error:
-        raise ConfigError(f"tracking.uri: {uri}: cannot be used: {str(error).splitlines()[0]}") from None
+        if refusal(error) or not store.uri.startswith("http"):
+            raise ConfigError(f"tracking.uri: {readable(store.uri)}: cannot be used: {readable(str(error))}") from None
+        Away(store.cache / "tracking" / "away", store.uri).note(str(error))
+        return 0, len(waiting(store.cache))
+    return send_waiting(store.uri, store.cache)
 
 
-def run_settings(config: Config, root: Path, environment: str, method: str, seed: int) -> RunSettings:
-    """Where the run of one training goes, its name, tags and parameters."""
-    uri = tracking_uri(config, root)
+def quiet() -> None:
+    """MLflow's and Alembic's start-up messages are not for this pipeline's users."""
+    for name in ("mlflow", "alembic"):
+        logging.getLogger(name).setLevel(logging.ERROR)
+
+
+def run_settings(
+    config: Config, root: Path, environment: str, method: str, datasets: dict[str, Path]
+) -> dict[int, RunSettings]:
+    """What the runs of a method on an environment carry, by seed.
+
+    Args:
+        config: checked params.
+        root: the project's root.
+        environment: key in ``environments``.
+        method: key in ``methods``.
+        datasets: what the trainings are made from; see ``dataset_inputs``.
+    """
     resolved = config.model_dump(mode="json")
     relevant = {key: resolved[key] for key in ("policy", "rollout", "train", "evaluation")}
     relevant |= {"environment": resolved["environments"][environment], "method": resolved["methods"][method]}
-    return RunSettings(
-        uri=uri,
-        experiment=environment,
-        name=f"{config.comparison} {method} seed {seed}",
-        tags={**provenance(config, root), "environment": environment, "method": method, "seed": str(seed)},
-        params={**flatten(relevant), "seed": seed},
-        traces=config.tracking.traces,
-    )
+    params, tags = flatten(relevant), {**provenance(config, root), "environment": environment, "method": method}
+    inputs, texts = dataset_inputs(datasets, root), {"params.yaml": resolved_params(config)}
+    return {
+        seed: RunSettings(
+            store=store_of(config, root),
+            experiment=environment,
+            name=f"{config.comparison} {method} seed {seed}",
+            parent={"name": config.comparison, "identity": comparison_identity(config)},
+            tags={**tags, "seed": str(seed)},
+            params={**params, "seed": seed},
+            datasets=inputs,
+            texts=texts,
+            traces=config.tracking.traces,
+            episodes=config.tracking.episodes,
+        )
+        for seed in config.seeds
+    }
+
+
+def study_run(config: Config, root: Path, environment: str, name: str) -> StudyRun:
+    """The run of a study, to which ``log_trial`` and ``log_study`` write."""
+    return StudyRun(store_of(config, root), environment, name, {**provenance(config, root), "environment": environment})
+
+
+def comparison_identity(config: Config) -> dict[str, str]:
+    """Tags by which a comparison's run is found in an environment's experiment."""
+    return {"kind": "comparison", "comparison": config.comparison}
+
+
+def resolved_params(config: Config) -> str:
+    """All settings, defaults included, as a params file that reads as the same configuration.
+
+    Addresses of stores are left out: they may hold passwords, and decide no result.
+    """
+    stream = StringIO()
+    resolved = config.model_dump(mode="json", exclude={"tracking": {"uri"}, "sweep": {"storage"}})
+    YAML(typ="safe", pure=True).dump(resolved, stream)
+    return stream.getvalue()
 
 
 def provenance(config: Config, root: Path) -> dict[str, str]:
-    """Tags that say which code and data a run had: git revision, DVC stage and experiment, DVC hashes of its inputs."""
-    tags = {"comparison": config.comparison, "git.revision": _git_revision(root)}
-    tags |= {key.lower(): os.environ[key] for key in ("DVC_STAGE", "DVC_EXP_NAME") if os.environ.get(key)}
-    lock = root / Path(config.params_file).parent / "dvc.lock"
-    if lock.exists():
-        for stage, entry in read_yaml(lock).get("stages", {}).items():
-            if stage.split("@")[0] in ("policy", "annotate"):
-                tags |= {f"dvc.{stage}.{Path(o['path']).name}": o["md5"] for o in entry.get("outs", []) if "md5" in o}
-    return tags
+    """Tags that say which code and which command a run came from: git revision, DVC stage and experiment."""
+    revision = _git_revision(root)
+    tags = {
+        "comparison": config.comparison,
+        "git.revision": revision,
+        "mlflow.source.git.commit": revision.removesuffix("+changes"),
+        "mlflow.source.name": "/".join(Path(sys.argv[0]).parts[-2:]),
+        "mlflow.source.type": "LOCAL",
+        "mlflow.user": getpass.getuser(),
+    }
+    return tags | {key.lower(): os.environ[key] for key in ("DVC_STAGE", "DVC_EXP_NAME") if os.environ.get(key)}
 
 
 def _git_revision(root: Path) -> str:

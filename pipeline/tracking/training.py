@@ -1,118 +1,164 @@
-"""One MLflow run per training."""
+"""One MLflow run per training, written to a spool first: the store may be away at any time (see ``spool.py``).
+
+Lightning's logger is not used: it writes to the store at once, and fails with it.
+"""
 
 from __future__ import annotations
 
 import json
-import logging
-import os
-from collections.abc import Iterable
+import time
+import uuid
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import mlflow
-from lightning.pytorch.loggers import MLFlowLogger
-from mlflow import MlflowClient
-
-from pipeline.prompting import decode
+from pipeline.episodes import episode_records
+from pipeline.files import read_json, write_json
+from pipeline.tracking.spool import Record, Spool, now
+from pipeline.tracking.system import SystemMetrics
 from pipeline.trajectory import Trajectories
+
+EVERY = 5.0
+"""Seconds between two times at which a training sends its metrics: one call for many iterations costs hardly more."""
+
+
+@dataclass(frozen=True)
+class Store:
+    """Where runs are sent, and where they are kept until then."""
+
+    uri: str
+    """MLflow's tracking URI."""
+    cache: Path
+    """The project's cache folder."""
 
 
 @dataclass(frozen=True)
 class RunSettings:
-    """Where a training's run goes and what it carries."""
+    """What a training's run carries."""
 
-    uri: str
+    store: Store
     experiment: str
     name: str
+    parent: Mapping[str, Any]
+    """Name and identity (tags by which it is found) of the run that this one is nested in."""
     tags: dict[str, str]
     params: dict[str, Any]
     """The resolved configuration, flat keys."""
+    datasets: list[dict[str, Any]]
+    """See ``dataset_inputs``."""
+    texts: dict[str, str]
+    """Small files by their names in the run."""
     traces: int
     """Episodes stored as traces."""
+    episodes: int
+    """Episodes stored as text."""
 
 
 class TrainingRun:
-    """The MLflow run of one training; a resumed training goes on in its first run.
+    """The run of one training; a resumed training goes on in its first run, where it stopped.
 
     Args:
         settings: see ``RunSettings``.
-        folder: keeps the run's id between a kill and a resumption.
+        folder: the training's own; keeps the run's records between a kill and a resumption.
     """
 
     def __init__(self, settings: RunSettings, folder: Path) -> None:
-        _quiet()
-        self._settings = settings
-        memory = folder / "mlflow_run_id"
-        known = memory.read_text(encoding="utf-8").strip() if memory.exists() else None
-        if known and not _exists(settings.uri, known):
-            known = None
-        self.logger = MLFlowLogger(
-            experiment_name=settings.experiment,
-            run_name=settings.name,
-            tracking_uri=settings.uri,
-            tags=dict(settings.tags),
-            run_id=known,
-        )
-        self._client: MlflowClient = self.logger.experiment
-        self.run_id = str(self.logger.run_id)
-        if known is None:
-            self.logger.log_hyperparams(settings.params)
-            memory.write_text(self.run_id, encoding="utf-8")
+        from pipeline.tracking.send import HURRIED, Sender  # imports mlflow, which takes seconds
+
+        self._settings, self._spool, self._patience = settings, Spool(folder / "tracking"), HURRIED
+        self._sender = Sender(self._spool, settings.store.uri, settings.store.cache)
+        if not self._spool.records:
+            self._spool.append(*_beginning(settings))
+        records = self._spool.records
+        self._id = str(records[0]["identity"]["tracking.id"])
+        self._time: int = max(record.get("time", 0) for record in records)
+        self._iteration = max((record["step"] for record in records if record["kind"] == "metrics"), default=-1)
+        self._ended = records[-1]["kind"] == "end"
+        self._system = SystemMetrics()
+        self._send()
 
     def log(self, metrics: dict[str, float], iteration: int) -> None:
-        """All metrics of one iteration, in one call; ``step`` is the iteration."""
-        self.logger.log_metrics(metrics, step=iteration)
+        """All metrics of one iteration, and the machine's; one that was logged before a kill is not logged again."""
+        self.append(metrics | self._system.measure(), iteration)
+        if time.monotonic() - self._tried >= EVERY:
+            self._send()
 
-    def finish(self, tokenizer: Any, episodes: Trajectories | None) -> dict[str, str]:
-        """Store sampled episodes as traces, end the run, and say where it is."""
-        if self._settings.traces and episodes is not None:
-            chosen = episodes.select(range(min(self._settings.traces, len(episodes))))
-            log_traces(self._settings.uri, self._settings.experiment, self.run_id, tokenizer, chosen)
-        self.logger.finalize("success")
+    def append(self, metrics: dict[str, float], iteration: int) -> None:
+        """Like ``log``, without the machine's metrics, and nothing is sent yet."""
+        if iteration > self._iteration:
+            self._spool.append({"kind": "metrics", "values": metrics, "step": iteration, "time": self._tick()})
+            self._iteration = iteration
+
+    def finish(self, tokenizer: Any, episodes: Trajectories | None) -> dict[str, str | None]:
+        """Store sampled episodes, end the run, and say where it is.
+
+        Returns:
+            ``tracking_id``, a tag by which the run is found; ``run_id``, None if the store has not been there yet;
+            ``experiment``, ``name`` and ``comparison``.
+        """
+        if not self._ended:
+            if episodes is not None:
+                self._spool.append(*self._sample(tokenizer, episodes))
+            self._spool.append({"kind": "end", "status": "FINISHED", "time": self._tick()})
+            self._ended = True
+        self._sender.send(self._patience, insist=True)
         return {
-            "run_id": self.run_id,
+            "tracking_id": self._id,
+            "run_id": self._sender.run_id,
             "experiment": self._settings.experiment,
             "name": self._settings.name,
             "comparison": self._settings.tags.get("comparison", ""),
         }
 
+    def _sample(self, tokenizer: Any, episodes: Trajectories) -> list[Record]:
+        """Some episodes as a table that MLflow can show, and the first of them as traces."""
+        count = min(max(self._settings.episodes, self._settings.traces), len(episodes))
+        chosen = episode_records(episodes.select(range(count)), tokenizer)
+        found: list[Record] = []
+        if self._settings.episodes:
+            method = self._settings.tags.get("method", "")
+            table = episode_table([(method, episode) for episode in chosen[: self._settings.episodes]])
+            found = [{"kind": "text", "path": "episodes.json", "text": table}, {"kind": "tags", "values": TABLE_TAG}]
+        traced = chosen[: self._settings.traces]
+        return [*found, *({"kind": "trace", "episode": episode, "time": self._tick()} for episode in traced)]
 
-def log_traces(uri: str, experiment: str, run_id: str, tokenizer: Any, episodes: Trajectories) -> None:
-    """Each episode as a trace with a span per turn: what was shown, what was written, the tokens' numbers."""
-    # Exported in the background they would have to be waited for, with threads that look for work once a second.
-    os.environ.setdefault("MLFLOW_ENABLE_ASYNC_TRACE_LOGGING", "false")
-    mlflow.set_tracking_uri(uri)
-    mlflow.set_experiment(experiment)
-    with mlflow.start_run(run_id=run_id):
-        for episode in range(len(episodes)):
-            _log_trace(tokenizer, episodes.select([episode]))
-    mlflow.flush_trace_async_logging()
+    def _send(self) -> None:
+        self._sender.send(self._patience)
+        self._tried = time.monotonic()
+
+    def _tick(self) -> int:
+        """The time in ms; later than every time before, so that the store keeps the order."""
+        self._time = max(now(), self._time + 1)
+        return self._time
 
 
-def _log_trace(tokenizer: Any, episode: Trajectories) -> None:
-    columns = episode.episodes
-    with mlflow.start_span(name=columns["episode_id"][0], span_type="AGENT") as root:
-        root.set_inputs({"state": columns["state_key"][0]})
-        position = 0
-        for turn, (start, end) in enumerate(zip(episode.turns["start"], episode.turns["end"], strict=True)):
-            with mlflow.start_span(name=f"turn {turn + 1}", span_type="LLM") as span:
-                span.set_inputs({"shown": tokenizer.decode(episode.input_ids[position:start])})
-                span.set_outputs({"response": decode(tokenizer, episode.input_ids[start:end].tolist()).text})
-                span.set_attributes(
-                    {
-                        "action": episode.turns["action"][turn],
-                        "valid": bool(episode.turns["valid"][turn]),
-                        "reward": float(episode.turns["reward"][turn]),
-                        "role": episode.role[start:end].tolist(),
-                        "logprob": _rounded(episode.logprob[start:end]),
-                        "energy": _rounded(episode.energy[start:end] if episode.energy is not None else []),
-                    }
-                )
-            position = end
-        root.set_outputs(
-            {"return": columns["return"][0], "success": columns["success"][0], "end": columns["end_reason"][0]}
-        )
+TABLE_TAG = {"mlflow.loggedArtifacts": json.dumps([{"path": "episodes.json", "type": "table"}])}
+"""By this tag MLflow's pages show episodes.json as a table."""
+
+
+def log_finished(settings: RunSettings, folder: Path) -> None:
+    """Give a training that was finished without a run (by a sweep) one, from what it has left in ``folder``."""
+    result = folder / "result"
+    run = TrainingRun(settings, folder)
+    for row, timing in zip(read_json(result / "curves.json"), read_json(result / "timings.json"), strict=True):
+        values = {key: value for key, value in row.items() if key != "iteration"}
+        run.append(values | timing, int(row["iteration"]))
+    write_json(result / "runs.json", run.finish(None, None))
+
+
+def episode_table(episodes: Sequence[tuple[str, Mapping[str, Any]]]) -> str:
+    """Methods' episodes (see ``episode_records``) in the form of ``mlflow.load_table``: a row each, the dialogue as text."""
+    columns = ["method", "episode", "state", "return", "success", "end", "dialogue"]
+    rows = [
+        [
+            method,
+            *(record[key] for key in ("id", "state", "return", "success", "end")),
+            "\n".join(f"{turn['shown']}{''.join(turn['tokens']['text'])}" for turn in record["turns"]),
+        ]
+        for method, record in episodes
+    ]
+    return json.dumps({"columns": columns, "data": rows})
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
@@ -126,19 +172,20 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _rounded(values: Iterable[float]) -> list[float]:
-    return [round(float(value), 4) for value in values]
-
-
-def _exists(uri: str, run_id: str) -> bool:
-    try:
-        MlflowClient(uri).get_run(run_id)
-    except mlflow.exceptions.MlflowException:
-        return False
-    return True
-
-
-def _quiet() -> None:
-    """MLflow's and Alembic's start-up messages are not for this pipeline's users."""
-    for name in ("mlflow", "alembic"):
-        logging.getLogger(name).setLevel(logging.ERROR)
+def _beginning(settings: RunSettings) -> list[Record]:
+    """The records with which a run begins. Its id is its own: the same training, made again, has another run."""
+    identity = {"tracking.id": uuid.uuid4().hex}
+    return [
+        {
+            "kind": "run",
+            "experiment": settings.experiment,
+            "name": settings.name,
+            "identity": identity,
+            "parent": dict(settings.parent),
+            "time": now(),
+        },
+        {"kind": "tags", "values": {**settings.tags, "kind": "training"}},
+        {"kind": "params", "values": settings.params},
+        {"kind": "inputs", "datasets": settings.datasets},
+        *({"kind": "text", "path": path, "text": text} for path, text in settings.texts.items()),
+    ]

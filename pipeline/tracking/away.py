@@ -1,0 +1,65 @@
+"""A store that does not answer: one warning per command, and no further try for a while."""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+from pipeline.prompting import plain_text
+
+RETRY_AFTER = 30.0
+"""Seconds for which a training leaves a store alone that did not answer it or another process."""
+
+
+class Away:
+    """What the processes of this project know of a store that does not answer: a file that is there as long as it does not.
+
+    Args:
+        file: where they tell each other.
+        uri: tracking URI, for the warning.
+    """
+
+    def __init__(self, file: Path, uri: str) -> None:
+        self._file, self._uri = file, uri
+
+    @property
+    def recently(self) -> bool:
+        """Whether the store was tried in vain within the last ``RETRY_AFTER`` seconds."""
+        try:
+            return time.time() - self._file.stat().st_mtime < RETRY_AFTER
+        except FileNotFoundError:
+            return False
+
+    def note(self, reason: str) -> None:
+        """Note that a try failed, and warn if no process of this command has."""
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        command = str(os.getpgrp())
+        with open(self._file, "a+", encoding="utf-8") as file:
+            file.seek(0)
+            known = file.read() == command
+            file.truncate(0)
+            file.write(command)
+        if not known:
+            warn(self._uri, reason)
+
+    def over(self) -> None:
+        """Note that a try succeeded."""
+        self._file.unlink(missing_ok=True)
+
+
+def warn(uri: str, reason: str) -> None:
+    """Say on standard error that a store did not take what it was sent, and where that is."""
+    print(
+        f"warning: tracking: {readable(uri)} cannot be used now: {readable(reason)}\n"
+        "warning: tracking: runs are kept in .cache, and sent by a later stage or by `make sync`",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def readable(text: str) -> str:
+    """One line of a store's words without control characters, and without the password in an address."""
+    return re.sub(r"//[^/@\s]*@", "//***@", plain_text(" ".join(text.split())))[:240]

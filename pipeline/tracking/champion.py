@@ -1,0 +1,87 @@
+"""The best training of a comparison as a registered model with the alias ``champion``.
+
+A ``champion`` record has ``model`` (the policy's directory), ``digest`` (its hash, see ``dvc_digest``), ``name`` (of the
+registered model), ``dtype`` and ``tags`` of the version.
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import mlflow.transformers
+import transformers
+from mlflow import MlflowClient
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+
+from pipeline.policy.model import Policy, load_policy
+from pipeline.tracking.datasets import dvc_digest
+from pipeline.tracking.send import Patience, patient
+from pipeline.tracking.spool import Record
+
+ALIAS = "champion"
+UPLOAD = Patience(600, 1)
+"""For requests that carry weights."""
+
+
+def register(client: MlflowClient, uri: str, run_id: str, record: Record) -> None:
+    """Register a policy and make it the champion, unless the champion has these very files.
+
+    Args:
+        client: of the store.
+        uri: its tracking URI.
+        run_id: the comparison's run, which gets the model.
+        record: see the module's text. A directory that holds other files by now is left alone: a later comparison has a
+            record of its own.
+
+    Raises:
+        MlflowException: the store refuses it, or MLflow cannot save this kind of model.
+    """
+    name, digest, directory = record["name"], record["digest"], Path(record["model"])
+    if _champion_digest(client, name) == digest or not directory.is_dir() or dvc_digest(directory) != digest:
+        return
+    transformers.utils.logging.disable_progress_bar()
+    policy = load_policy(directory, dtype=record["dtype"])
+    with patient(UPLOAD):
+        model = _log_model(uri, run_id, policy)
+        tags = {**record["tags"], "digest": digest}
+        made = client.create_model_version(
+            name, model.model_uri, run_id, tags, await_creation_for=0, model_id=model.model_id
+        )
+        client.set_registered_model_alias(name, ALIAS, made.version)
+
+
+def _champion_digest(client: MlflowClient, name: str) -> str | None:
+    """What the champion's files are known by; makes the registered model if it is not there."""
+    try:
+        known = client.get_registered_model(name)
+    except MlflowException as error:
+        if error.error_code != ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
+            raise
+        client.create_registered_model(name)
+        return None
+    if ALIAS not in known.aliases:
+        return None
+    tags: dict[str, str] = client.get_model_version(name, known.aliases[ALIAS]).tags
+    return tags.get("digest")
+
+
+def _log_model(uri: str, run_id: str, policy: Policy) -> Any:
+    """Log the policy as MLflow's transformers flavour: ``model/`` in it is a Hugging Face directory (safetensors)."""
+    mlflow.set_tracking_uri(uri)
+    mlflow.set_registry_uri(uri)
+    # Named here, because MLflow would find out by loading the model in another process.
+    requirements = [f"{package}=={version(package)}" for package in ("torch", "transformers")]
+    with mlflow.start_run(run_id=run_id):
+        try:
+            return mlflow.transformers.log_model(
+                {"model": policy.model, "tokenizer": policy.tokenizer},
+                name="policy",
+                task="text-generation",
+                pip_requirements=requirements,
+            )
+        except (TypeError, ValueError, AttributeError, KeyError) as error:
+            raise MlflowException(f"the champion cannot be saved by MLflow: {error!r}") from error

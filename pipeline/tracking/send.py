@@ -1,0 +1,156 @@
+"""Sending spools to a store: in order, from where the last try ended, and never at a training's expense."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
+
+from pipeline.tracking.away import Away, warn
+from pipeline.tracking.remote import METRICS_AT_ONCE, RemoteRun, remote_run
+from pipeline.tracking.spool import Record, Spool, waiting
+
+
+@dataclass(frozen=True)
+class Patience:
+    """How long to wait for a store that does not answer."""
+
+    seconds: int
+    """For one request."""
+    retries: int
+
+
+HURRIED = Patience(2, 0)
+"""While a training waits."""
+PATIENT = Patience(20, 1)
+"""Between trainings."""
+
+
+class Sender:
+    """Sends one run's spool whenever it is asked to; what fails stays in the spool.
+
+    Args:
+        spool: the records.
+        uri: tracking URI of the store.
+        cache: folder in which processes tell each other that the store is away.
+    """
+
+    def __init__(self, spool: Spool, uri: str, cache: Path) -> None:
+        self._spool, self._uri, self._cache = spool, uri, cache
+        self._away = Away(cache / "tracking" / "away", uri)
+        self._run: RemoteRun | None = None
+        self._refused = False
+
+    @property
+    def run_id(self) -> str | None:
+        """The run in the store, once it is known."""
+        return self._spool.sent.run_id
+
+    @property
+    def away(self) -> bool:
+        """Whether the store did not answer just now."""
+        return self._away.recently
+
+    def send(self, patience: Patience, insist: bool = False) -> bool:
+        """Send what is unsent; whether the store has all of it now. Never raises because of the store.
+
+        Args:
+            patience: how long to wait for an answer.
+            insist: try even if the store did not answer just now; send everything again to one that lacks the run.
+        """
+        if not insist and (self._refused or self.away):
+            return False
+        try:
+            with self._spool.locked(wait=False), patient(patience):
+                self._send(insist)
+        except BlockingIOError:  # another process sends these very records
+            return False
+        except (MlflowException, SQLAlchemyError, NotImplementedError, OSError) as error:
+            self._run = None
+            self._refused = refusal(error)
+            if self._refused:
+                self._away.over()
+                warn(self._uri, f"{self._spool.folder}: {error}")
+            else:
+                self._away.note(str(error))
+            return False
+        self._away.over()
+        return True
+
+    def _send(self, check: bool) -> None:
+        sent = self._spool.sent
+        unsent = self._spool.read(sent.offset)
+        if not unsent and not check:
+            return
+        if self._run is None or self._run.id != sent.run_id:
+            self._run = remote_run(self._uri, self._cache, sent.run_id, self._spool.first)
+            if self._run.id != sent.run_id:  # a new run is sent everything, also if an earlier one was deleted
+                self._spool.mark(0, self._run.id)
+                unsent = self._spool.read()
+        for end, records in _together(unsent):
+            if records[0]["kind"] == "metrics":
+                self._run.metrics(records)
+            else:
+                self._run.write(records[0])
+            self._spool.mark(end, self._run.id)
+
+
+def send_waiting(uri: str, cache: Path) -> tuple[int, int]:
+    """Send what earlier trainings, comparisons and sweeps have left; how many runs were sent, and how many were not."""
+    spools = waiting(cache)
+    sent = 0
+    for spool in spools:
+        sender = Sender(spool, uri, cache)
+        if sender.send(PATIENT, insist=True):
+            sent += 1
+        elif sender.away:  # else it was this one run that was not taken, or another process is sending it
+            break
+    return sent, len(spools) - sent
+
+
+def refusal(error: Exception) -> bool:
+    """Whether an error is the store's answer, which would be the same again, and not a store that is away or busy."""
+    if not isinstance(error, MlflowException):
+        return False
+    code: int = error.get_http_status_code()
+    return 400 <= code < 500 and code != 429
+
+
+@contextmanager
+def patient(patience: Patience) -> Iterator[None]:
+    """Have MLflow's requests wait and try again as ``patience`` says; by default it does so for many minutes."""
+    values = {
+        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(patience.seconds),
+        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(patience.retries),
+        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
+    }
+    before = {name: os.environ.get(name) for name in values}
+    os.environ.update(values)
+    try:
+        yield
+    finally:
+        for name, value in before.items():
+            if value is None:
+                del os.environ[name]
+            else:
+                os.environ[name] = value
+
+
+def _together(unsent: list[tuple[int, Record]]) -> Iterator[tuple[int, list[Record]]]:
+    """Records to be sent in one call, and where they end: metrics that follow each other, everything else by itself."""
+    group: list[Record] = []
+    size = last = 0
+    for end, record in unsent:
+        count = len(record["values"]) if record["kind"] == "metrics" else METRICS_AT_ONCE
+        if group and size + count > METRICS_AT_ONCE:
+            yield last, group
+            group, size = [], 0
+        group.append(record)
+        size, last = size + count, end
+    if group:
+        yield last, group

@@ -1,0 +1,150 @@
+"""A run's records on disk, in order, until a tracking store has them: nothing is lost while the store is away.
+
+A record is one line of JSON with a ``kind``; ``send.py`` says which there are and what becomes of them. Timestamps are
+in the records, so that a record that is sent twice is the same one to the store.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import write_json
+
+Record = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Sent:
+    """How far a store is with a spool."""
+
+    offset: int = 0
+    """Bytes of the records that it has."""
+    run_id: str | None = None
+    """The run there."""
+
+
+class Spool:
+    """The records of one run, in a folder of its own. One process writes; others may send (``locked``).
+
+    Args:
+        folder: holds ``records.jsonl`` and ``sent.json``; need not exist.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+        self._records, self._sent = folder / "records.jsonl", folder / "sent.json"
+
+    def append(self, *records: Record) -> None:
+        """Add records at the end, after whatever a killed process has left there in one piece."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        with open(self._records, "ab+") as file:
+            whole = self._whole(file)
+            if whole < file.seek(0, 2):
+                file.truncate(whole)
+            file.write(_lines(records))
+
+    def replace(self, records: Sequence[Record]) -> None:
+        """Hold these records in place of all others, and none of them as sent; the run stays the same one."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        partial = self._records.with_suffix(".partial")
+        partial.write_bytes(_lines(records))
+        with self.locked():
+            self.mark(0, self.sent.run_id)
+            partial.replace(self._records)
+
+    def read(self, offset: int = 0) -> list[tuple[int, Record]]:
+        """Records from a byte on, each with the byte at which it ends; a line that was cut off by a kill is not one."""
+        if not self._records.exists():
+            return []
+        found = []
+        with open(self._records, "rb") as file:
+            file.seek(offset)
+            for line in file:
+                offset += len(line)
+                if line.endswith(b"\n"):
+                    found.append((offset, json.loads(line)))
+        return found
+
+    @property
+    def records(self) -> list[Record]:
+        """All records."""
+        return [record for _, record in self.read()]
+
+    @property
+    def first(self) -> Record:
+        """The record that says which run this is."""
+        with open(self._records, encoding="utf-8") as file:
+            record: Record = json.loads(file.readline())
+        return record
+
+    @property
+    def sent(self) -> Sent:
+        """What the store has."""
+        if not self._sent.exists():
+            return Sent()
+        return Sent(**json.loads(self._sent.read_text(encoding="utf-8")))
+
+    def mark(self, offset: int, run_id: str | None) -> None:
+        """Note what the store has."""
+        write_json(self._sent, asdict(Sent(offset, run_id)))
+
+    @property
+    def waiting(self) -> bool:
+        """Whether something has not been sent."""
+        offset = self.sent.offset
+        return self._records.exists() and self._records.stat().st_size > offset and bool(self.read(offset))
+
+    @contextmanager
+    def locked(self, wait: bool = True) -> Iterator[None]:
+        """Keep other processes from sending these records at the same time.
+
+        Raises:
+            BlockingIOError: another process has the lock, and ``wait`` is off.
+        """
+        with lock(self.folder / "lock", wait):
+            yield
+
+    @staticmethod
+    def _whole(file: Any) -> int:
+        """Bytes up to the end of the last whole line."""
+        size = file.seek(0, 2)
+        file.seek(max(0, size - 1))
+        if size == 0 or file.read(1) == b"\n":
+            return int(size)
+        file.seek(0)
+        return int(file.read().rfind(b"\n")) + 1
+
+
+@contextmanager
+def lock(path: Path, wait: bool = True) -> Iterator[None]:
+    """Hold a lock that other processes see; it ends with the process at the latest.
+
+    Raises:
+        BlockingIOError: another process has it, and ``wait`` is off.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        yield
+
+
+def waiting(cache: Path) -> list[Spool]:
+    """The spools under a cache folder that hold something unsent."""
+    files = sorted([*cache.glob("train/*/tracking/records.jsonl"), *cache.glob("tracking/**/records.jsonl")])
+    return [spool for spool in (Spool(file.parent) for file in files) if spool.waiting]
+
+
+def now() -> int:
+    """Milliseconds since 1970, as MLflow counts."""
+    return time.time_ns() // 1_000_000
+
+
+def _lines(records: Sequence[Record]) -> bytes:
+    return "".join(json.dumps(record) + "\n" for record in records).encode()

@@ -1,0 +1,20 @@
+"""Send to MLflow what was kept in .cache while its server was away."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stages.command import configured, parse_arguments, run
+
+
+def main() -> str:
+    config = configured(parse_arguments(__doc__))
+    from pipeline.tracking.store import open_store, store_of
+
+    store = store_of(config, Path("."))
+    sent, kept = open_store(store, next(iter(config.environments)))
+    return f"{store.uri}: {sent} runs sent, {kept} still kept in {store.cache}"
+
+
+if __name__ == "__main__":
+    run(main)
