@@ -1,0 +1,60 @@
+"""What the report shows of sweeps: whatever lies in reports/sweep when it is drawn, and their confirmations."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from pipeline.files import read_json
+
+
+def read_sweeps(out: Path) -> list[dict[str, Any]]:
+    """A section per study that has been swept: name, summary, table (header, rows), verdict, figures (title, caption, plotly).
+
+    Args:
+        out: folder with reports/ and sweeps/. Nothing is there before the first `make sweep`.
+    """
+    sections = []
+    for summary in sorted((out / "reports" / "sweep").glob("*/summary.json")):
+        folder = summary.parent
+        verdict = out / "sweeps" / f"confirm_{folder.name}" / "reports" / "verdict.txt"
+        outcome, drawn = read_json(summary), read_json(folder / "figures.json")
+        sections.append(
+            {
+                "name": folder.name,
+                "summary": drawn["summary"],
+                "table": _table(outcome),
+                "verdict": verdict.read_text(encoding="utf-8").splitlines() if verdict.exists() else [],
+                "figures": drawn["figures"],
+            }
+        )
+    return sections
+
+
+def _table(outcome: Mapping[str, Any]) -> dict[str, Any]:
+    """Baselines and the best of every search, a column per setting."""
+    points = [
+        (search["method"], name, point)
+        for search in outcome["searches"]
+        for name, point in {**search["baselines"], "best": search["best"]}.items()
+        if point is not None
+    ]
+    keys = list(dict.fromkeys(key for _, _, point in points for key in point["settings"]))
+    return {
+        "header": ["method", "settings", "validation success", "trial", *keys],
+        "rows": [
+            [
+                method,
+                name,
+                f"{point['score']:.3f}",
+                str(point["number"]),
+                *(_cell(point["settings"].get(k)) for k in keys),
+            ]
+            for method, name, point in points
+        ],
+    }
+
+
+def _cell(value: Any) -> str:
+    return "–" if value is None else f"{value:.3g}" if isinstance(value, float) else str(value)

@@ -1,0 +1,145 @@
+"""Is the best of a sweep any better? A comparison of it with the baselines on seeds that the sweep never saw.
+
+The best of many noisy scores is flattered by having been picked. So it is trained again, beside the baselines, on fresh
+seeds, and evaluated on test states: an ordinary comparison, with its own params file and the same pipeline.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from pipeline.config import ConfigError, parse
+from pipeline.presets import overlay
+from pipeline.report.comparison_tables import rows_at
+from pipeline.studies import Value
+from pipeline.sweep.plan import Plan
+
+BEST = "best"
+"""Name of the best settings where only one method was searched."""
+
+
+def confirmation(plans: Sequence[Plan], searches: Sequence[Mapping[str, Any]], out: str, root: str) -> dict[str, Any]:
+    """A params file that compares each search's best with its baselines.
+
+    Of a single search the methods are called by the baselines' names and ``best``; of several, a method at its best keeps
+    its name, and ``<method>_<baseline>`` is the method at a baseline. The best is paired with the first baseline
+    (``control``) and with the last one or, of several searches, with its uniform counterpart (``uniform``).
+
+    Args:
+        plans: the searches.
+        searches: their outcomes, as ``summary.json`` has them.
+        out: folder of the comparison under the root.
+        root: path from that folder to the root.
+
+    Raises:
+        ConfigError: a search has no best, or has been run with other settings than these.
+    """
+    first = plans[0]
+    methods: dict[str, Any] = {}
+    control: dict[str, str] = {}
+    outcomes = _matched(plans, searches)
+    for plan, outcome in zip(plans, outcomes, strict=True):
+        baselines = {
+            name if len(plans) == 1 else f"{plan.method}_{name}": point for name, point in plan.baselines.items()
+        }
+        best = BEST if len(plans) == 1 else plan.method
+        taken = {best, *methods} & set(baselines)
+        if taken:
+            raise ConfigError(f"sweep {plan.study}: {min(taken)!r} would name two methods; rename that baseline")
+        for name, point in {**baselines, best: outcome["best"]["settings"]}.items():
+            methods[name] = _method(plan, point)
+        control[best] = next(iter(baselines))
+    uniform = {k: v for k, v in first.config.compare.uniform.items() if len(plans) > 1 and {k, v} <= set(methods)}
+    if len(plans) == 1:
+        for other in list(methods)[1:-1]:
+            uniform |= {other: control[BEST], BEST: other}
+
+    raw = copy.deepcopy(dict(first.raw))
+    raw.pop("sweep", None)
+    shared = {key: point for key, point in _shared(plans, outcomes).items() if point}
+    raw = dict(overlay(raw, shared))
+    sweep = first.config.sweep
+    raw |= {
+        "root": root,
+        "out": out,
+        "params_file": f"{out}/params.yaml",
+        "comparison": f"{first.config.comparison}_confirm_{first.study}",
+        "seeds": list(sweep.confirm_seeds),
+        "methods": methods,
+        "compare": {**raw.get("compare", {}), "uniform": uniform, "control": control},
+        # Only the slices that are the trainings' first iterations; the diagnostics are params.yaml's own.
+        "bottleneck": {"groups": first.config.rollout.groups * len(sweep.confirm_seeds), "resamples": 100},
+    }
+    parse(raw, f"{out}/params.yaml")
+    return raw
+
+
+def verdict(comparison: Mapping[str, Any]) -> str:
+    """One line per search: is its best distinguishable from the baseline on fresh seeds?
+
+    Args:
+        comparison: what ``compare`` gave for the confirmation.
+    """
+    lines = []
+    for environment in dict.fromkeys(row["environment"] for row in comparison["rows"]):
+        temperature = next(row["temperature"] for row in comparison["rows"] if row["headline"])
+        for row in rows_at(comparison, environment, temperature):
+            for kind in ("control", "uniform"):
+                if row["control"] is not None and row[kind] is not None:
+                    lines.append(_line(row, kind, f"{row['states']} test states at temperature {temperature:g}"))
+    return "\n".join(lines)
+
+
+def _line(row: Mapping[str, Any], kind: str, where: str) -> str:
+    value, low, high = (row[f"difference_to_{kind}{part}"] for part in ("", "_ci_low", "_ci_high"))
+    told = "higher than" if low > 0 else "lower than" if high < 0 else "not told apart from"
+    return (
+        f"{row['environment']}: {row['method']} ({row['success_mean']:.3f}) is {told} {row[kind]} on {row['seeds']} fresh "
+        f"seeds and {where}: {value:+.3f} [{low:+.3f}, {high:+.3f}]"
+    )
+
+
+def _matched(plans: Sequence[Plan], searches: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+    """The outcome of each plan, in the plans' order."""
+    by_name = {outcome["name"]: outcome for outcome in searches}
+    found = []
+    for plan in plans:
+        outcome = by_name.get(plan.name)
+        if outcome is None:
+            raise ConfigError(
+                f"sweep {plan.study}: {plan.method} has not been searched with these settings; run `make sweep` again"
+            )
+        if outcome["best"] is None:
+            raise ConfigError(f"sweep {plan.study}: no trial of {plan.method} kept all constraints, nothing to confirm")
+        found.append(outcome)
+    return found
+
+
+def _method(plan: Plan, point: Mapping[str, Value]) -> dict[str, Any]:
+    """The method's own slots at a point of the space, its settings elsewhere left out."""
+    own = dict(plan.raw["methods"][plan.method] or {})
+    changed: dict[str, Any] = plan.overlay(point).get("methods", {}).get(plan.method, {})
+    merged: dict[str, Any] = overlay(own, changed)
+    return merged
+
+
+def _shared(plans: Sequence[Plan], outcomes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Settings of a search outside methods: all of a comparison's methods share them.
+
+    Raises:
+        ConfigError: there are some, and they differ between what is compared.
+    """
+    found: list[dict[str, Any]] = []
+    for plan, outcome in zip(plans, outcomes, strict=True):
+        for point in (*plan.baselines.values(), outcome["best"]["settings"]):
+            changed = plan.overlay(point)
+            changed.pop("methods", None)
+            found.append(changed)
+    if any(other != found[0] for other in found[1:]):
+        raise ConfigError(
+            f"sweep {plans[0].study}: its best and baselines differ in settings outside methods, which one comparison "
+            "shares; use best.yaml as a preset's overlay and compare two runs (make compare)"
+        )
+    return found[0]

@@ -1,0 +1,201 @@
+"""Figures of a sweep: Optuna's own, as plotly for the report and as PNG for documents."""
+
+from __future__ import annotations
+
+import json
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from itertools import combinations
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import optuna.visualization as interactive
+import optuna.visualization.matplotlib as static
+from matplotlib import pyplot
+from matplotlib.axes import Axes
+from optuna.importance import FanovaImportanceEvaluator, PedAnovaImportanceEvaluator
+
+from pipeline.files import write_json
+from pipeline.studies import Logarithmic, LogarithmicFromZero
+from pipeline.sweep.result import Found, report_text, short_names, short_study, summary
+from pipeline.sweep.space import from_value
+
+FEWEST = 4
+"""Complete trials below which there is nothing to be drawn."""
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """One figure of a search."""
+
+    name: str
+    title: str
+    caption: str
+    plot: Callable[[Any], Any]
+    """Draws it with Optuna's plotly or matplotlib module."""
+    ranged: tuple[str, ...] = ()
+    """Settings along its axes, x first."""
+
+
+def write_figures(found: Sequence[Found], folder: Path) -> None:
+    """Write ``figures.json`` (what the report shows of a sweep) and a PNG per figure and method."""
+    drawn = []
+    for search in found:
+        for drawing in drawings(search):
+            figure = drawing.plot(interactive)
+            _relabel_plotly(figure, search, drawing)
+            drawn.append(
+                {
+                    "title": f"{search.plan.method}: {drawing.title}",
+                    "caption": drawing.caption,
+                    "plotly": json.loads(figure.to_json()),
+                }
+            )
+            _save(drawing, search, folder / f"{search.plan.method}-{drawing.name}.png")
+    write_json(folder / "figures.json", {"name": found[0].plan.study, "summary": report_text(found), "figures": drawn})
+
+
+def drawings(found: Found) -> list[Drawing]:
+    """The figures of a search: history, a slice per setting, and, of two settings and more, contours, parallel
+    coordinates and importances; of two objectives the front."""
+    if len(found.complete) < FEWEST:
+        return []
+    study, plan = short_study(found), found.plan
+    names = list(short_names(list(plan.search.space)).values())
+    outcome = summary(found)
+    ran = (
+        f"{plan.environment}, {plan.method}: {len(found.complete)} complete trials of {len(outcome['seeds'])} seeds, "
+        f"{outcome['episodes']} episodes a seed; success on validation states."
+    )
+
+    def plot(name: str, **more: Any) -> Callable[[Any], Any]:
+        return lambda backend: getattr(backend, f"plot_{name}")(study, target_name="validation success", **more)
+
+    result = [
+        Drawing(
+            "history",
+            "history",
+            f"Each trial's score in the order of its number, and the best so far. {ran}",
+            plot("optimization_history"),
+        ),
+        Drawing(
+            "slice",
+            "slices",
+            f"Score over each setting, all others varying too. {ran}",
+            plot("slice", params=names),
+            ranged=tuple(names),
+        ),
+    ]
+    if len(names) > 1:
+        result += [
+            Drawing(
+                f"contour-{x}-{y}" if len(names) > 2 else "contour",
+                f"contour of {x} and {y}",
+                f"Score interpolated between the trials (points), over two settings; others vary too. {ran}",
+                plot("contour", params=[x, y]),
+                ranged=(x, y),
+            )
+            for x, y in combinations(names, 2)
+        ]
+        result.append(
+            Drawing(
+                "parallel",
+                "parallel coordinates",
+                f"A line per trial through its settings, coloured by score. {ran}",
+                plot("parallel_coordinate", params=names),
+            )
+        )
+        for title, evaluator in (
+            ("PED-ANOVA", PedAnovaImportanceEvaluator()),
+            ("fANOVA", FanovaImportanceEvaluator(seed=0)),
+        ):
+            result.append(
+                Drawing(
+                    f"importance-{title.lower()}",
+                    f"importance of the settings by {title}",
+                    f"Share of the variation of the score that each setting explains, by {title}; the two estimates may "
+                    f"disagree. {ran}",
+                    plot("param_importances", evaluator=evaluator),
+                )
+            )
+    if plan.config.sweep.fewer_tokens:
+        result.append(
+            Drawing(
+                "front",
+                "success and tokens",
+                f"Trials by success and tokens per episode; the front are those beaten in neither. {ran}",
+                lambda backend: backend.plot_pareto_front(
+                    short_study(found, tokens=True), target_names=["success", "tokens"]
+                ),
+            )
+        )
+    return result
+
+
+def _ticks(found: Found, name: str) -> tuple[list[Any], list[str]] | None:
+    """Where to write which values along the axis of a logarithmic setting; None for other settings.
+
+    Positions are draws: of a space from zero they are not the values themselves.
+    """
+    for key, short in short_names(list(found.plan.search.space)).items():
+        space = found.plan.search.space[key]
+        if short == name and isinstance(space, LogarithmicFromZero | Logarithmic):
+            low = space.scale if isinstance(space, LogarithmicFromZero) else space.low
+            decades = range(math.floor(math.log10(low)), math.ceil(math.log10(space.high)) + 1)
+            values = [
+                max(v, low)
+                for d in decades
+                for v in (10.0**d, 3 * 10.0**d)
+                if low <= v * (1 + 1e-9) and v <= space.high
+            ]
+            values = [0.0, *values] if isinstance(space, LogarithmicFromZero) else values
+            return [from_value(space, v) for v in values], [f"{v:g}" for v in values]
+    return None
+
+
+def _relabel_plotly(figure: Any, found: Found, drawing: Drawing) -> None:
+    for index, name in enumerate(drawing.ranged):
+        ticks = _ticks(found, name)
+        if ticks is None:
+            continue
+        axis = {"tickvals": ticks[0], "ticktext": ticks[1], "tickmode": "array"}
+        if drawing.name == "slice":
+            figure.update_layout({f"xaxis{index + 1 if index else ''}": axis})
+        else:
+            figure.update_layout({"xaxis" if index == 0 else "yaxis": axis})
+    for trace in figure.data:  # parallel coordinates have axes of their own
+        for dimension in getattr(trace, "dimensions", None) or ():
+            ticks = _ticks(found, dimension.label)
+            if ticks is not None and ticks[0][0] == 0.0:  # Optuna has labelled the plainly logarithmic ones
+                dimension.update(tickvals=ticks[0], ticktext=ticks[1])
+    figure.update_layout(title=None)
+
+
+def _save(drawing: Drawing, found: Found, path: Path) -> None:
+    with warnings.catch_warnings(), pyplot.rc_context({"figure.figsize": (8, 5), "font.size": 9}):
+        warnings.simplefilter("ignore")
+        drawn = drawing.plot(static)
+        axes: list[Axes] = list(np.ravel(drawn))
+        for index, name in enumerate(drawing.ranged):
+            ticks = _ticks(found, name)
+            if ticks is None:
+                continue
+            if drawing.name == "slice":
+                axes[index].set_xticks(*ticks)
+            elif index == 0:
+                axes[0].set_xticks(*ticks)
+            else:
+                axes[0].set_yticks(*ticks)
+        for one in axes:
+            one.minorticks_off()
+        figure = axes[0].get_figure(root=True)
+        assert figure is not None
+        figure.suptitle("")
+        for one in axes:
+            one.set_title("")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=120, bbox_inches="tight", metadata={"Software": None})
+        pyplot.close("all")

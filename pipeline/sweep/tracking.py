@@ -1,0 +1,72 @@
+"""A sweep in MLflow: a run per study, and nested in it a run per trial with its state, settings and mean curve."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from optuna.trial import FrozenTrial
+
+from pipeline.sweep.plan import Plan
+from pipeline.sweep.result import Found, settings, summary
+from pipeline.sweep.score import Curves
+from pipeline.sweep.trial import Outcome
+from pipeline.sweep.workers import Observer
+from pipeline.tracking.store import study_run
+from pipeline.tracking.study import log_study, log_trial
+
+
+def observer(plan: Plan, root: Path) -> Observer:
+    """Logs every trial as it ends; to be called after the store has been opened (``open_store``)."""
+    run = study_run(plan.config, root, plan.environment, plan.name)
+
+    def observe(trial: FrozenTrial, outcome: Outcome | None) -> None:
+        rows = scores(trial) if outcome is None else mean_curve(outcome.curves)
+        began = trial.datetime_start
+        started = None if began is None else int(began.timestamp() * 1000)
+        log_trial(run, trial.number, _state(trial), settings(trial), rows, _tags(plan, trial), started)
+
+    return observe
+
+
+def log_search(found: Found, root: Path, folder: Path) -> None:
+    """Bring a search's run up to date: trials of killed workers, which nobody saw end, the outcome and the figures."""
+    plan = found.plan
+    observe = observer(plan, root)
+    for trial in found.trials:
+        if trial.state.is_finished():
+            observe(trial, None)
+    outcome = summary(found)
+    points = {**outcome["baselines"], "best": outcome["best"]}
+    metrics = {f"score_{name}": point["score"] for name, point in points.items() if point is not None}
+    metrics |= {f"trials_{state.lower()}": count for state, count in outcome["trials"].items()}
+    shown = [*sorted(folder.glob(f"{plan.method}-*.png")), folder / "trials.csv", folder / "best.yaml"]
+    run = study_run(plan.config, root, plan.environment, plan.name)
+    log_study(run, metrics, files=[("sweep", file) for file in shown])
+
+
+def mean_curve(curves: Curves) -> list[dict[str, float]]:
+    """Mean over seeds of every metric, a row per iteration that all seeds have reached."""
+    return [
+        {key: float(np.mean([row[key] for row in rows])) for key in rows[0] if all(key in row for row in rows)}
+        for rows in zip(*curves.values(), strict=False)
+    ]
+
+
+def scores(trial: FrozenTrial) -> list[dict[str, float]]:
+    """What is known of a trial whose curves are not: its scores at the iterations at which it could have been stopped."""
+    return [{"iteration": step - 1, "score": value} for step, value in sorted(trial.intermediate_values.items())]
+
+
+def _state(trial: FrozenTrial) -> Any:
+    return trial.state.name
+
+
+def _tags(plan: Plan, trial: FrozenTrial) -> Mapping[str, str]:
+    shown = {
+        key: trial.user_attrs[key] for key in ("slot", "baseline", "retry_of", "failure") if key in trial.user_attrs
+    }
+    score = {} if trial.values is None else {"score": f"{trial.values[0]:.4f}"}
+    return {"method": plan.method, **score, **{key: str(value) for key, value in shown.items()}}

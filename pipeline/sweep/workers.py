@@ -1,0 +1,190 @@
+"""Worker processes of a search on this machine; any number of machines may do the same on one storage."""
+
+from __future__ import annotations
+
+import contextlib
+import multiprocessing
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures.process import BrokenProcessPool
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from typing import Any, Literal
+
+import optuna
+from optuna.exceptions import TrialPruned, UpdateFinishedTrialError
+from optuna.trial import FrozenTrial, Trial, TrialState
+
+from pipeline.processes import Display, in_own_process
+from pipeline.studies import Sweep
+from pipeline.sweep.plan import Plan
+from pipeline.sweep.queue import Queue, open_storage
+from pipeline.sweep.sampler import NumberedSampler
+from pipeline.sweep.trial import CACHE, Objective, Outcome, run_trial
+
+Ended = Literal["COMPLETE", "PRUNED"]
+Observer = Callable[[FrozenTrial, Outcome | None], None]
+"""Told of every trial that this machine has finished; None stands for the outcome of one stopped early."""
+
+IDLE_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Search:
+    """A plan, what its trials do, and who is told of them."""
+
+    plan: Plan
+    objective: Objective
+    observer: Observer | None = None
+
+
+def run_search(search: Search, workers: int) -> list[FrozenTrial]:
+    """Run a search until as many trials are finished as are asked for, or go on with one; returns all its trials.
+
+    Args:
+        search: what is run.
+        workers: processes on this machine.
+
+    Raises:
+        ConfigError: the storage cannot be used.
+        BrokenProcessPool: every worker was killed; running again goes on.
+        Exception: what a trial raised; the trial is marked as failed.
+    """
+    in_own_process(_prepare, search.plan)
+    context = multiprocessing.get_context("fork")
+    reading: dict[Connection, tuple[str, Any]] = {}
+    for index in range(workers):
+        receiver, sender = context.Pipe(duplex=False)
+        inherited = (*reading, receiver)
+        process = context.Process(target=_work, args=(search, sender, inherited), name=f"worker {index}")
+        process.start()
+        sender.close()
+        reading[receiver] = f"worker {index}", process
+    labels = [label for label, _ in reading.values()]
+    processes = [process for _, process in reading.values()]
+    try:
+        with Display(f"sweep {search.plan.study} {search.plan.method}", labels) as display:
+            _follow(reading, display)
+    finally:
+        for process in processes:
+            if process.is_alive():
+                process.terminate()
+            process.join()
+    trials = in_own_process(study_trials, search.plan)
+    finished = sum(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in trials)
+    if finished < search.plan.trials:
+        raise BrokenProcessPool("every worker was killed")
+    return trials
+
+
+def study_trials(plan: Plan) -> list[FrozenTrial]:
+    """All trials of a search that have begun, in order of their numbers."""
+    begun = [trial for trial in _open(plan)[0].get_trials() if trial.state != TrialState.WAITING]
+    return [trial for trial in begun if "slot" in trial.user_attrs]
+
+
+def _open(plan: Plan) -> tuple[optuna.Study, Queue]:
+    sweep: Sweep = plan.config.sweep
+    storage = open_storage(plan.storage, CACHE / "journal.log")
+    pruner = (
+        optuna.pruners.NopPruner()
+        if sweep.pruner.kind == "none"
+        else optuna.pruners.MedianPruner(sweep.pruner.after_trials, sweep.pruner.after_iterations)
+    )
+    study = optuna.create_study(
+        study_name=plan.name,
+        storage=storage,
+        sampler=NumberedSampler(sweep.seed, sweep.startup_trials),
+        pruner=pruner,
+        directions=["maximize", "minimize"] if sweep.fewer_tokens else ["maximize"],
+        load_if_exists=True,
+    )
+    return study, Queue(study, storage, plan.trials, plan.draws(), sweep.retries, sweep.heartbeat)
+
+
+def _prepare(plan: Plan) -> None:
+    _, queue = _open(plan)
+    queue.revive()
+    queue.fill()
+
+
+def _work(search: Search, sender: Connection, inherited: Sequence[Connection]) -> None:
+    """A worker's life: claim, run, tell, until all that was asked for is finished."""
+    import torch
+
+    torch.set_num_threads(1)
+    for receiver in inherited:
+        receiver.close()  # else this worker itself would keep its pipe open when nobody else listens any more
+    try:
+        study, queue = _open(search.plan)
+        while not queue.done:
+            queue.revive()
+            trial = queue.claim()
+            if trial is not None:
+                with queue.alive(trial):
+                    _run(search, study, queue, trial, sender)
+            else:
+                queue.fill()  # in case somebody was killed between marking a trial and filling its slot
+                time.sleep(IDLE_SECONDS)
+    except BrokenPipeError:
+        sys.exit(1)  # nobody is left to tell
+    except Exception as error:
+        with contextlib.suppress(BrokenPipeError):
+            sender.send(error)
+        sys.exit(1)
+
+
+def _run(search: Search, study: optuna.Study, queue: Queue, trial: Trial, sender: Connection) -> None:
+    finished = f"{queue.finished()} of {search.plan.trials} finished"
+
+    def report(done: int, total: int, text: str = "") -> None:
+        sender.send((done, total, f"trial {trial.number} ({finished}) {text}"))
+
+    outcome: Outcome | None = None
+    state = TrialState.PRUNED
+    try:
+        outcome = run_trial(trial, search.plan, search.objective, report)
+        state = TrialState.COMPLETE
+    except TrialPruned:
+        pass
+    except UpdateFinishedTrialError:
+        return  # another worker has taken this one for dead; the trial's successor is what counts
+    except BrokenPipeError:
+        raise
+    except Exception as error:
+        queue.fail(trial._trial_id, f"{type(error).__name__}: {error}")
+        raise
+    # It may also be found out here.
+    with contextlib.suppress(UpdateFinishedTrialError):
+        frozen = study.tell(trial, None if outcome is None else outcome.values, state, skip_if_finished=True)
+        if search.observer is not None and frozen.state == state:
+            search.observer(frozen, outcome)
+
+
+def _follow(reading: Mapping[Connection, tuple[str, Any]], display: Display) -> None:
+    """Show what workers report until all have ended; raises what one of them raised."""
+    open_ends = dict(reading)
+    while open_ends:
+        ready: Any = wait(list(open_ends))
+        for receiver in ready:
+            label, process = open_ends[receiver]
+            try:
+                message = receiver.recv()
+            except EOFError:
+                del open_ends[receiver]
+                process.join()
+                if process.exitcode:
+                    print(
+                        f"{label} was killed (signal {-process.exitcode}); others go on with its trial"
+                        if process.exitcode < 0
+                        else f"{label} ended with exit code {process.exitcode}",
+                        file=sys.stderr,
+                        flush=True,
+                    )
+                else:
+                    display.finish(label)
+                continue
+            if isinstance(message, Exception):
+                raise message
+            display.update(label, *message)

@@ -1,0 +1,49 @@
+"""Train a sweep's best and its baselines on fresh seeds and compare them on test states."""
+
+from __future__ import annotations
+
+import io
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+from stages.command import configured, out_folder, parse_arguments, run
+
+
+def main() -> str:
+    arguments = parse_arguments(__doc__, "study")
+    config = configured(arguments)
+    from ruamel.yaml import YAML
+
+    from pipeline.config import ConfigError
+    from pipeline.files import read_json, write_text
+    from pipeline.sweep.confirm import confirmation, verdict
+    from pipeline.sweep.plan import plans
+
+    study, out = arguments.study, out_folder(config)
+    found = plans(arguments.params, study, out / "models" / "policy")
+    summary = out / "reports" / "sweep" / study / "summary.json"
+    if not summary.exists():
+        raise ConfigError(f"{summary}: no such file; `make sweep STUDY={study}` makes it")
+    folder = out / "sweeps" / f"confirm_{study}"
+    raw = confirmation(found, read_json(summary)["searches"], folder.as_posix(), os.path.relpath(".", folder))
+    stream = io.StringIO()
+    yaml = YAML()
+    yaml.default_flow_style = False
+    yaml.representer.ignore_aliases = lambda _: True
+    yaml.dump(raw, stream)
+    write_text(folder / "params.yaml", f"# Made by `make sweep-confirm STUDY={study}`.\n{stream.getvalue()}")
+    pipeline = folder / "dvc.yaml"
+    write_text(pipeline, Path("dvc.yaml").read_text(encoding="utf-8"))
+    done = subprocess.run(["dvc", "repro", str(pipeline)])
+    if done.returncode:
+        sys.exit(done.returncode)
+    reports = folder / "reports"
+    text = verdict(read_json(reports / "comparison.json"))
+    write_text(reports / "verdict.txt", text + "\n")
+    return f"{(reports / 'comparison.txt').read_text(encoding='utf-8')}\n{text}\n{reports}: verdict.txt, index.html. Next: open index.html"
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,46 @@
+"""Search settings: run a study of params.yaml's ``sweep`` section, or go on with one; reports/sweep/<study>."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stages.command import configured, out_folder, parse_arguments, run
+
+
+def main() -> str:
+    arguments = parse_arguments(__doc__, "study")
+    config = configured(arguments)
+    from pipeline.config import ConfigError
+    from pipeline.files import write_json, write_text
+    from pipeline.processes import in_own_process
+    from pipeline.sweep.figures import write_figures
+    from pipeline.sweep.plan import plans
+    from pipeline.sweep.result import Found, best_overlay, report_text, summary, trials_table
+    from pipeline.sweep.tracking import log_search, observer
+    from pipeline.sweep.trial import TrainingObjective
+    from pipeline.sweep.workers import Search, run_search
+    from pipeline.tracking.store import open_store, store_of
+
+    study, root = arguments.study, Path(".")
+    target, policy = out_folder(config) / "reports" / "sweep" / study, out_folder(config) / "models" / "policy"
+    if not (policy / "config.json").exists():
+        raise ConfigError(f"{policy}: no policy there; `make sweep` makes it first, as does python -m stages.policy")
+    found = []
+    for plan in plans(arguments.params, study, policy):
+        in_own_process(open_store, store_of(config, root), plan.environment)
+        search = Search(plan, TrainingObjective(plan), observer(plan, root))
+        found.append(Found(plan, run_search(search, config.workers)))
+    write_text(target / "trials.csv", trials_table(found).to_csv(index=False))
+    write_text(target / "best.yaml", best_overlay(found))
+    write_json(
+        target / "summary.json", {"schema": 1, "study": study, "searches": [summary(search) for search in found]}
+    )
+    write_text(target / "sweep.txt", report_text(found))
+    write_figures(found, target)
+    for search_found in found:
+        log_search(search_found, root, target)
+    return f"{target}: sweep.txt, trials.csv, best.yaml, figures. Next: make sweep-confirm STUDY={study}"
+
+
+if __name__ == "__main__":
+    run(main)
