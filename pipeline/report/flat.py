@@ -1,0 +1,88 @@
+"""The comparison in the flat shapes that DVC reads: a metrics file per method, and the learning curves as one table."""
+
+from __future__ import annotations
+
+import csv
+import io
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.files import write_json, write_text
+from pipeline.report.comparison import Curves
+
+METRICS = {
+    "success": "success_mean",
+    "success_ci_low": "success_ci_low",
+    "success_ci_high": "success_ci_high",
+    "return": "return_mean",
+    "valid_action_rate": "valid_action_rate",
+    "collapsed_seeds": "collapsed_seeds",
+    "difference_to_uniform": "difference_to_uniform",
+    "difference_to_uniform_ci_low": "difference_to_uniform_ci_low",
+    "difference_to_uniform_ci_high": "difference_to_uniform_ci_high",
+}
+"""Metric of `dvc metrics` -> key of a comparison's row."""
+
+CURVES = (
+    "success",
+    "validation_success",
+    "return",
+    "valid_action_rate",
+    "entropy_action",
+    "entropy_reasoning",
+    "kl_reference",
+    "kl_update_action",
+    "gradient_norm",
+    "clip_fraction",
+    "gradient_share_action",
+)
+"""Columns of the table of learning curves: keys of the curves, as means over seeds."""
+
+
+def write_flat(comparison: Mapping[str, Any], curves: Mapping[tuple[str, str], Curves], reports: Path) -> None:
+    """Write ``metrics/<environment>/<method>.json`` and ``plots/curves.csv``; equal input gives equal bytes.
+
+    Args:
+        comparison: what ``comparison.compare`` gave.
+        curves: (environment, method) -> learning curves of its seeds.
+        reports: folder that receives both; metrics of methods that are no longer compared are removed.
+    """
+    shutil.rmtree(reports / "metrics", ignore_errors=True)
+    for environment, methods in headline_metrics(comparison).items():
+        for method, values in methods.items():
+            write_json(reports / "metrics" / environment / f"{method}.json", values)
+    write_text(reports / "plots" / "curves.csv", curves_csv(curves))
+
+
+def headline_metrics(comparison: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
+    """Environment -> method -> ``METRICS`` at the headline temperature; what does not apply is left out."""
+    found: dict[str, dict[str, dict[str, float]]] = {}
+    for row in comparison["rows"]:
+        if row["headline"]:
+            values = {name: row[key] for name, key in METRICS.items() if row[key] is not None}
+            found.setdefault(row["environment"], {})[row["method"]] = values
+    return found
+
+
+def curves_csv(curves: Mapping[tuple[str, str], Curves]) -> str:
+    """A line per environment, method and iteration: ``CURVES`` as means over the seeds that have the key there.
+
+    Numbers have 6 significant digits; a cell is empty where no seed has the key, such as validation between two of them.
+    """
+    text = io.StringIO()
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["environment", "method", "iteration", "seeds", *CURVES])
+    for (environment, method), seeds in curves.items():
+        for iteration in range(max(len(rows) for rows in seeds.values())):
+            rows = [rows[iteration] for rows in seeds.values() if iteration < len(rows)]
+            means = [_mean([row[key] for row in rows if key in row]) for key in CURVES]
+            writer.writerow([environment, method, iteration, len(rows), *means])
+    return text.getvalue()
+
+
+def _mean(values: list[float]) -> str:
+    return f"{np.mean(values):.6g}" if values else ""
