@@ -9,11 +9,11 @@ PIPELINE = $(if $(PRESET),presets/$(PRESET)/dvc.yaml,dvc.yaml)
 PARAMS = $(if $(PRESET),presets/$(PRESET)/params.yaml,params.yaml)
 OUT = $(if $(PRESET),presets/$(PRESET),.)
 
-.PHONY: help install repro smoke test play ui preset match replay bench publish clean
+.PHONY: help install repro sweep sweep-confirm smoke test play compare ui preset sync match replay bench screenshots publish clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-9s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "  make %-13s %s\n", $$1, $$2}' Makefile
 
 install: .venv/.installed ## make .venv with the pinned versions
 
@@ -34,6 +34,19 @@ repro: preset ## the whole pipeline: policy, rollouts, energies, training, evalu
 	dvc repro $(PIPELINE)
 	@cat $(OUT)/reports/comparison.txt
 
+STUDY ?= $(if $(filter all,$(METHODS)),learning_rates,actfocus)
+SWEEPS = $(if $(PRESET),presets/$(PRESET)/sweeps,sweeps)
+
+sweep: preset ## search settings on validation states (STUDY=actfocus, METHODS=all for every method's learning rate)
+	@$(if $(PRESET),mkdir -p $(SWEEPS) && cp sweeps/dvc.yaml $(SWEEPS)/dvc.yaml,true)
+	dvc repro $(SWEEPS)/dvc.yaml:sweep@$(STUDY)
+	@if [ -f $(OUT)/reports/comparison.json ]; then dvc repro --quiet --single-item --force $(PIPELINE):compare; fi
+	@cat $(OUT)/reports/sweep/$(STUDY)/sweep.txt
+
+sweep-confirm: preset ## train a sweep's best and its baselines on fresh seeds, compare them on test states
+	@python -m stages.confirm --params $(PARAMS) --study $(STUDY)
+	@if [ -f $(OUT)/reports/comparison.json ]; then dvc repro --quiet --single-item --force $(PIPELINE):compare; fi
+
 smoke: ## the whole pipeline at toy size, in under two minutes
 	@$(MAKE) --no-print-directory repro PRESET=smoke
 
@@ -46,6 +59,12 @@ test: install .venv/.extras ## ruff, mypy and pytest
 play: install ## watch one episode (METHOD=grpo SEED=0 TEMPERATURE=0.5 EPISODE=0)
 	@python -m stages.play --params $(PARAMS) $(if $(METHOD),--method $(METHOD)) $(if $(SEED),--seed $(SEED)) \
 	  $(if $(TEMPERATURE),--temperature $(TEMPERATURE)) $(if $(EPISODE),--episode $(EPISODE))
+
+compare: install ## two revisions beside each other (A=<commit, tag or DVC experiment> B=<another>; HEAD and the workspace)
+	@python -m stages.diff --params $(PARAMS) $(if $(A),--a $(A)) $(if $(B),--b $(B))
+
+sync: install ## send to MLflow what was kept in .cache while its server was away
+	@python -m stages.sync --params $(PARAMS)
 
 match: install ## find the learning rate of METHOD=grpo_lr_matched that moves action tokens as TO=grpo_actfocus does
 	@python -m stages.match --params $(PARAMS) --method $(METHOD) --to $(TO)
@@ -63,6 +82,9 @@ bench: install .venv-trl/.installed ## measure speed against the machine's floor
 	.venv-trl/bin/pip install --quiet --disable-pip-version-check -r benchmarks/trl_requirements.txt
 	@touch $@
 
+screenshots: install ## pictures of the report and of MLflow's comparison for docs/figures (needs Chromium)
+	@python -m stages.screenshots --params $(PARAMS)
+
 publish: install ## put the latest comparison into README.md and docs/
 	python -m stages.publish
 
@@ -70,5 +92,5 @@ ui: install ## MLflow's pages on http://127.0.0.1:5000
 	mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
 
 clean: ## delete outputs, caches and MLflow's store; keeps .venv
-	rm -rf data models reports presets/*/data presets/*/models presets/*/reports .cache .dvc/cache .dvc/tmp mlflow.db mlruns
+	rm -rf data models reports presets/*/data presets/*/models presets/*/reports presets/*/sweeps sweeps/confirm_* .cache .dvc/cache .dvc/tmp mlflow.db mlruns
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

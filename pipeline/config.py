@@ -18,6 +18,7 @@ from ruamel.yaml.error import YAMLError
 from pipeline.section import ConfigError as ConfigError
 from pipeline.section import Count, Name, Positive, Probability, Section
 from pipeline.slots import Method as Method
+from pipeline.studies import Sweep
 
 
 class Environment(Section):
@@ -181,13 +182,24 @@ class Compare(Section):
     """Bootstrap resamples."""
 
 
+class Report(Section):
+    """Episodes of the report's trajectory viewer, from the first seed's last iteration of every method."""
+
+    states: Annotated[int, Field(ge=0)] = 2
+    """Initial states: those whose returns vary most over the methods. 0 leaves the viewer out."""
+    episodes: Count = 4
+    """Episodes of each: half of them those with the highest returns, half those with the lowest."""
+
+
 class Tracking(Section):
     """MLflow."""
 
     uri: str | None = None
     """Tracking URI; null is MLFLOW_TRACKING_URI or else mlflow.db in the project's root."""
     traces: Annotated[int, Field(ge=0)] = 4
-    """Episodes per training that are stored as traces with a span per turn (0.1 to 0.2 s each)."""
+    """Episodes of a training's last iteration that are stored as traces, with a span per turn and every token's energy."""
+    episodes: Annotated[int, Field(ge=0)] = 16
+    """Episodes of it that are stored as a table of texts, ``episodes.json``."""
 
 
 class Config(Section):
@@ -216,7 +228,9 @@ class Config(Section):
     """What is compared."""
     evaluation: Evaluation = Evaluation()
     compare: Compare = Compare()
+    report: Report = Report()
     tracking: Tracking = Tracking()
+    sweep: Sweep = Sweep()
     workers: Count = 2
     """Single-threaded processes that sample, train and evaluate."""
 

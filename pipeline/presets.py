@@ -9,10 +9,13 @@ from typing import Any
 from ruamel.yaml import YAML
 
 from pipeline.config import ConfigError, parse, read_yaml
+from pipeline.files import write_text
 
 
 def resolve_preset(name: str, root: Path) -> Path:
-    """Write ``presets/<name>/params.yaml`` from params.yaml and ``presets/<name>/overlay.yaml``, if it has changed.
+    """Write ``presets/<name>/params.yaml``, if it has changed, and a copy of dvc.yaml beside it.
+
+    A copy, because a link is no file in a git revision: with one, DVC could read no revision at all (`dvc metrics diff`).
 
     Raises:
         ConfigError: no such preset, or the result is not valid.
@@ -21,14 +24,13 @@ def resolve_preset(name: str, root: Path) -> Path:
     if not (folder / "overlay.yaml").exists():
         known = sorted(path.parent.name for path in (root / "presets").glob("*/overlay.yaml"))
         raise ConfigError(f"presets: {name!r} is not there; allowed: {', '.join(known)}")
-    text = preset_text(name, root)
-    target = folder / "params.yaml"
-    if not target.exists() or target.read_text(encoding="utf-8") != text:
-        target.write_text(text, encoding="utf-8")
-    link = folder / "dvc.yaml"
-    if not link.is_symlink():
-        link.symlink_to(Path("../../dvc.yaml"))
-    return target
+    for target, text in (
+        (folder / "params.yaml", preset_text(name, root)),
+        (folder / "dvc.yaml", (root / "dvc.yaml").read_text(encoding="utf-8")),
+    ):
+        if target.is_symlink() or not target.exists() or target.read_text(encoding="utf-8") != text:
+            write_text(target, text)
+    return folder / "params.yaml"
 
 
 def preset_text(name: str, root: Path) -> str:

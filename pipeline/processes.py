@@ -66,7 +66,7 @@ def run_in_processes(
         futures: dict[Future[Result], str] = {
             pool.submit(_run, function, label, task): label for label, task in tasks.items()
         }
-        with _Display(title, list(tasks)) as display:
+        with Display(title, list(tasks)) as display:
             pending = set(futures)
             while pending:
                 done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
@@ -88,7 +88,7 @@ def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
         return pool.submit(function, *arguments).result()
 
 
-class _Display:
+class Display:
     """Bars on a terminal, occasional lines elsewhere."""
 
     def __init__(self, title: str, labels: list[str]) -> None:
@@ -101,7 +101,7 @@ class _Display:
             for label in labels:
                 self._ids[label] = self._bars.add_task(f"{title} {label}", total=None, text="", start=False)
 
-    def __enter__(self) -> _Display:
+    def __enter__(self) -> Display:
         if self._bars is not None:
             self._bars.start()
         return self

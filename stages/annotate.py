@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stages.command import configured, out_folder, parse_arguments, run
+from stages.command import configured, next_command, out_folder, parse_arguments, run
 
 
 def main() -> str:
@@ -41,7 +41,7 @@ def main() -> str:
     shown = ", ".join(f"{key} {value:+.3f}" if value is not None else f"{key} undefined" for key, value in rho.items())
     return (
         f"{target}: {diagnostics['groups']} groups; Spearman of mean energy with return variance: {shown}. "
-        f"Next: python -m stages.train --environment {name} --method {next(iter(config.methods))}"
+        f"{next_command(arguments, 'train', environment=name, method=next(iter(config.methods)))}"
     )
 
 

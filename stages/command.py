@@ -42,6 +42,14 @@ def out_folder(config: Config) -> Path:
     return Path(config.out)
 
 
+def next_command(arguments: argparse.Namespace, stage: str, **options: str) -> str:
+    """``Next: `` and the command that goes on from here, with this run's params file and the stage's options."""
+    named = {"params": arguments.params} if arguments.params != "params.yaml" else {}
+    return " ".join(
+        [f"Next: python -m stages.{stage}", *(f"--{name} {value}" for name, value in {**named, **options}.items())]
+    )
+
+
 def run(main: Callable[[], str]) -> None:
     """Run a stage; print its one line of result, or its error, one line per mistake, and exit with 2."""
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stages.command import configured, out_folder, parse_arguments, run
+from stages.command import configured, next_command, out_folder, parse_arguments, run
 
 
 def main() -> str:
@@ -39,7 +39,7 @@ def main() -> str:
         f"{pc.mean(table.filter(pc.equal(table['temperature'], t))['success']).as_py():.3f} at temperature {t:g}"
         for t in config.evaluation.temperatures
     ]
-    return f"{target}: {len(table)} episodes, success {', '.join(success)}. Next: python -m stages.compare"
+    return f"{target}: {len(table)} episodes, success {', '.join(success)}. {next_command(arguments, 'compare')}"
 
 
 if __name__ == "__main__":

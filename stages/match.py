@@ -26,7 +26,7 @@ def main() -> str:
     from pipeline.config import Config, ConfigError
     from pipeline.files import read_json
     from pipeline.processes import in_own_process, run_in_processes
-    from pipeline.tracking.store import prepare_store, run_settings, tracking_uri
+    from pipeline.tracking.store import open_store, run_settings, store_of
     from pipeline.training.result import training_task
     from pipeline.training.run import TrainingJob, train_one
 
@@ -34,7 +34,7 @@ def main() -> str:
     for name in (arguments.method, arguments.to):
         if name not in config.methods:
             raise ConfigError(f"--method, --to: {name!r} is not there; allowed: {', '.join(config.methods)}")
-    in_own_process(prepare_store, tracking_uri(config, Path(".")), environment)
+    in_own_process(open_store, store_of(config, Path(".")), environment)
     policy = out_folder(config) / "models" / "policy"
     train = config.train.model_copy(update={"iterations": ITERATIONS, "validate_every": ITERATIONS})
     short = config.model_copy(update={"train": train, "comparison": "match"})
@@ -43,13 +43,8 @@ def main() -> str:
         slots = short.methods[method].model_copy(update={"learning_rate": rate})
         at_rate: Config = short.model_copy(update={"methods": {**short.methods, method: slots}})
         tasks = [training_task(at_rate, environment, method, seed, policy, Path(".cache")) for seed in config.seeds]
-        jobs = {
-            f"seed {task.seed}": TrainingJob(
-                task, None, run_settings(at_rate, Path("."), environment, method, task.seed)
-            )
-            for task in tasks
-            if not task.finished
-        }
+        runs = run_settings(at_rate, Path("."), environment, method, {"reference policy": policy})
+        jobs = {f"seed {t.seed}": TrainingJob(t, None, runs[t.seed]) for t in tasks if not t.finished}
         run_in_processes(train_one, jobs, config.workers, f"{method} at {rate:.3g}")
         rows = [row for task in tasks for row in read_json(task.result / "curves.json")]
         kl: float = sum(row["kl_update_action"] for row in rows) / len(rows)
@@ -64,7 +59,10 @@ def main() -> str:
             break
         # Small steps move the policy by a KL of about the square of the step.
         rate = float(f"{rate * math.sqrt(wanted / got):.3g}")
-    return f"methods.{arguments.method}.learning_rate: {rate:g}  # moves action tokens as {arguments.to} does"
+    return (
+        f"methods.{arguments.method}.learning_rate: {rate:g}  # moves action tokens as {arguments.to} does\n"
+        "Next: write it into params.yaml or the preset's overlay, then `make repro`"
+    )
 
 
 if __name__ == "__main__":

@@ -6,7 +6,7 @@ import argparse
 import time
 from typing import Any
 
-from stages.command import configured, out_folder, run
+from stages.command import configured, next_command, out_folder, run
 
 
 def main() -> str:
@@ -43,7 +43,8 @@ def main() -> str:
     episode = annotate(played, reference, temperature, config.train.tokens_per_forward)
     show(episode, policy.tokenizer)
     outcome = "success" if episode.episodes["success"][0] else f"no success ({episode.episodes['end_reason'][0]})"
-    return f"{name}, {arguments.method}, seed {seed}, temperature {temperature:g}: {outcome}"
+    following = next_command(arguments, "play", method=arguments.method, episode=f"{(arguments.episode + 1) % states}")
+    return f"{name}, {arguments.method}, seed {seed}, temperature {temperature:g}: {outcome}. {following}"
 
 
 def show(episode: Any, tokenizer: Any) -> None:

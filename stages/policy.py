@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stages.command import configured, out_folder, parse_arguments, run
+from stages.command import configured, next_command, out_folder, parse_arguments, run
 
 
 def main() -> str:
@@ -51,7 +51,8 @@ def main() -> str:
             )
     save_replacing(policy, target)
     size = sum(p.numel() for p in policy.model.parameters())
-    return f"{target}: {size / 1e6:.2f} M parameters, {len(policy.tokenizer)} tokens. Next: python -m stages.rollout"
+    following = next_command(arguments, "rollout", environment=next(iter(config.environments)))
+    return f"{target}: {size / 1e6:.2f} M parameters, {len(policy.tokenizer)} tokens. {following}"
 
 
 if __name__ == "__main__":

@@ -41,6 +41,15 @@ def main() -> str:
             replace_block(results, f"replay {name}", fenced((replayed / "replay.txt").read_text(encoding="utf-8")))
             shutil.copy2(replayed / "replay.png", figures / f"{name}-replay.png")
             published.append(f"replay {name}")
+    for study in config.sweep.studies:
+        swept, confirmed = reports / "sweep" / study, out_folder(config) / "sweeps" / f"confirm_{study}" / "reports"
+        if swept.is_dir():
+            parts = [swept / "sweep.txt", confirmed / "comparison.txt", confirmed / "verdict.txt"]
+            text = "\n".join(part.read_text(encoding="utf-8") for part in parts if part.exists())
+            replace_block(results, f"sweep {study}", fenced(text))
+            for png in (*sorted(swept.glob("*-slice.png")), *sorted(swept.glob("*-contour*.png"))):
+                shutil.copy2(png, figures / f"sweep-{png.name}")
+            published.append(f"sweep {study}")
     for preset in PRESETS:
         own = Path("presets") / preset / "reports"
         if (own / "comparison.md").exists():
@@ -58,7 +67,8 @@ def main() -> str:
         shutil.copy2(reports / "bench.png", figures / "bench.png")
         published.append("measurements")
     return (
-        f"README.md, docs/ and docs/figures hold the latest: {', '.join(published)}; what is not there stays as it was"
+        f"README.md, docs/ and docs/figures hold the latest: {', '.join(published)}; what is not there stays as it was. "
+        "Next: git diff README.md docs"
     )
 
 

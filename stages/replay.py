@@ -57,7 +57,7 @@ def main() -> str:
     write_json(folder / "replay.json", result)
     write_text(folder / "replay.txt", text)
     draw_replay(result, folder / "replay")
-    return f"{text}\n{folder}: replay.json, replay.txt, replay.png"
+    return f"{text}\n{folder}: replay.json, replay.txt, replay.png. Next: open replay.png, or `make repro` to train"
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stages.command import configured, out_folder, parse_arguments, run
+from stages.command import configured, next_command, out_folder, parse_arguments, run
 
 
 def main() -> str:
@@ -29,7 +29,7 @@ def main() -> str:
     success = sum(table.episodes["success"]) / len(table)
     return (
         f"{target}: {len(table)} episodes, {int(table.sampled.sum())} sampled tokens, success {success:.3f} at "
-        f"temperature {config.rollout.temperature:g}. Next: python -m stages.annotate --environment {name}"
+        f"temperature {config.rollout.temperature:g}. {next_command(arguments, 'annotate', environment=name)}"
     )
 
 

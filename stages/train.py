@@ -5,14 +5,15 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-from stages.command import configured, out_folder, parse_arguments, run
+from stages.command import configured, next_command, out_folder, parse_arguments, run
 
 
 def main() -> str:
     arguments = parse_arguments(__doc__, "environment", "method")
     config = configured(arguments)
     from pipeline.processes import in_own_process, run_in_processes
-    from pipeline.tracking.store import prepare_store, run_settings, tracking_uri
+    from pipeline.tracking.store import open_store, run_settings, store_of
+    from pipeline.tracking.training import log_finished
     from pipeline.training.result import training_task
     from pipeline.training.run import TrainingJob, train_one
     from pipeline.trajectory import TrajectoryError, read
@@ -22,13 +23,14 @@ def main() -> str:
     if not read(table).annotated:
         raise TrajectoryError(f"{table}: not annotated; run `python -m stages.annotate --environment {environment}`")
     tasks = [training_task(config, environment, method, seed, policy, Path(".cache")) for seed in config.seeds]
-    jobs = {
-        f"seed {task.seed}": TrainingJob(task, table, run_settings(config, Path("."), environment, method, task.seed))
-        for task in tasks
-        if not task.finished
-    }
-    if jobs:
-        in_own_process(prepare_store, tracking_uri(config, Path(".")), environment)
+    made_from = {"annotated episodes": table, "reference policy": policy}
+    runs = run_settings(config, Path("."), environment, method, made_from)
+    jobs = {f"seed {t.seed}": TrainingJob(t, table, runs[t.seed]) for t in tasks if not t.finished}
+    untold = [task for task in tasks if task.finished and not (task.result / "runs.json").exists()]
+    if jobs or untold:
+        in_own_process(open_store, store_of(config, Path(".")), environment)
+    for task in untold:
+        in_own_process(log_finished, runs[task.seed], task.cache)
     run_in_processes(train_one, jobs, config.workers, f"train {environment}-{method}")
 
     name = f"{environment}-{method}"
@@ -38,9 +40,12 @@ def main() -> str:
         shutil.copytree(task.result / "policy", target / f"seed-{task.seed}")
     for kind in ("curves", "timings", "runs"):
         collect_results(out / "data" / kind / f"{name}.json", kind, {t.seed: t.result for t in tasks})
+    episodes = out / "data" / "episodes" / f"{name}.parquet"
+    episodes.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(tasks[0].result / "episodes.parquet", episodes)
     return (
         f"{target}: {len(tasks)} seeds ({len(jobs)} trained now, {len(tasks) - len(jobs)} kept). "
-        f"Next: python -m stages.evaluate --environment {environment} --method {method}"
+        f"{next_command(arguments, 'evaluate', environment=environment, method=method)}"
     )
 
 

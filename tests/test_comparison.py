@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import hashlib
+import html
 import json
 import re
 import subprocess
@@ -18,8 +21,9 @@ import pytest
 from pipeline.config import Config, ConfigError, parse, read_yaml
 from pipeline.files import write_json
 from pipeline.randomness import generator
+from pipeline.report.charts import difference_charts, plain
 from pipeline.report.comparison import REFERENCE, Inputs, compare, read_inputs, verdict
-from pipeline.report.comparison_figures import FigureFile, learning_figure, learning_panels, write_comparison_figures
+from pipeline.report.comparison_figures import learning_figure, learning_panels, write_comparison_figures
 from pipeline.report.comparison_tables import (
     common_terms,
     comparison_markdown,
@@ -27,7 +31,8 @@ from pipeline.report.comparison_tables import (
     overview_markdown,
     result_table,
 )
-from pipeline.report.html import report_html
+from pipeline.report.curve_charts import training_charts
+from pipeline.report.html import embedded, report_html
 
 ROOT = Path(__file__).parents[1]
 ITERATIONS = 12
@@ -345,11 +350,11 @@ def test_figures_are_equal_byte_for_byte_and_carry_no_date(tmp_path: Path) -> No
     made = inputs(config)
     found = compare(config, made)
     first, second = (write_comparison_figures(found, made, tmp_path / name)["lake"] for name in ("a", "b"))
-    assert [figure.title for figure in first] == ["Final success", "Learning curves", "Training health"]
+    assert [svg.name for svg in first] == ["lake-success.svg", "lake-learning.svg", "lake-health.svg"]
     for a, b in zip(first, second, strict=True):
         for suffix in (".svg", ".png"):
-            drawn = a.svg.with_suffix(suffix).read_bytes()
-            assert drawn == b.svg.with_suffix(suffix).read_bytes()
+            drawn = a.with_suffix(suffix).read_bytes()
+            assert drawn == b.with_suffix(suffix).read_bytes()
             assert b"dc:date" not in drawn
 
 
@@ -393,27 +398,89 @@ def test_figures_bear_single_seeds_gaps_and_many_methods(tmp_path: Path) -> None
     assert len(write_comparison_figures(found, made, tmp_path)["lake"]) == 3
 
 
-def test_page_is_self_contained_and_escapes_what_it_is_given(tmp_path: Path) -> None:
+def test_page_is_self_contained_and_escapes_what_it_is_given() -> None:
     config = configuration()
     made = inputs(config)
     found = compare(config, made)
     hostile = "<script>alert('x')</script>"
     found["comparison"] = hostile
     found["warnings"].append(hostile)
-    figures = write_comparison_figures(found, made, tmp_path)
-    figures["lake"][0] = FigureFile(f'"{hostile}', hostile, figures["lake"][0].svg)
     correlation = {"spearman": 0.5, "ci_low": 0.4, "ci_high": None, "groups": 8}
     bottleneck = {"groups": 8, "group_size": 4, "zero_variance_groups": 2} | {
         scope: correlation | {"varying": correlation} for scope in ("action", "reasoning", "response")
     }
-    page = report_html(found, figures, {"lake": bottleneck}, {"lake": figures["lake"][1:2]})
-    assert "<script" not in page
-    assert page.count("&lt;script&gt;") == 6  # title, heading, warning, alt text, caption, and its title
-    assert page.count('src="data:image/svg+xml;base64,') == 4
-    assert not re.search(r"(?:src|href)=\"(?!data:)", page)
-    assert "+0.500 [+0.400, undefined], n = 8" in page
-    assert page == report_html(found, figures, {"lake": bottleneck}, {"lake": figures["lake"][1:2]})
-    assert "Action Bottleneck" not in report_html(found, figures)
+    figure = {"title": hostile, "caption": hostile, "plotly": {}}
+    study = {"name": "s", "summary": hostile, "table": {"header": [hostile], "rows": [[hostile]]}, "verdict": [hostile]}
+    page = report_html(config, found, made, {"lake": bottleneck}, sweeps=[{**study, "figures": [figure]}])
+    assert hostile not in page
+    # title, heading, warning; summary, table's head and cell, verdict; the figure's title, label, title again, caption
+    assert page.count("&lt;script&gt;") == 11
+    assert not re.search("<(?:link|iframe|object|embed)", page)
+    assert not re.search("<(?:script|img)[^>]* src", page)
+    (allowed,) = re.findall('Content-Security-Policy" content="([^"]*)"', page)
+    assert "default-src 'none'" in html.unescape(allowed)
+    scripts = re.findall('<script(?: type="text/plain" id="plotly")?>(.*?)</script>', page, flags=re.S)
+    digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
+    assert [f"'sha256-{digest}'" in html.unescape(allowed) for digest in digests] == [True] * 3
+    assert "[+0.400, undefined], n = 8" in page
+    assert "Action Bottleneck" not in report_html(config, found, made)
+
+
+def test_what_is_embedded_cannot_leave_its_element() -> None:
+    hostile = {"text": "</script><!--<script>\u2028\u2029&amp;'\"\\", "number": 0.5, "none": None}
+    text = embedded(hostile)
+    assert not set("<>&\u2028\u2029") & set(text)
+    assert json.loads(text) == hostile
+    with pytest.raises(ValueError, match="JSON"):
+        embedded(float("nan"))
+
+
+def test_plotly_is_given_texts_and_no_markup_but_line_breaks() -> None:
+    figure = {
+        "data": [
+            {"name": '<a href="x">n</a>', "hovertemplate": "%{x}<br>a & b<extra></extra>", "x": ["<b style='x'>"]}
+        ],
+        "layout": {"title": {"text": "<span style='a'>t</span>"}, "template": {}, "images": [{"source": "http://x"}]},
+    }
+    made = plain(figure)
+    assert made["data"][0]["name"] == '&lt;a href="x"&gt;n&lt;/a&gt;'
+    assert made["data"][0]["hovertemplate"] == "%{x}<br>a &amp; b<extra></extra>"
+    assert made["data"][0]["x"] == ["&lt;b style='x'&gt;"]
+    assert made["layout"] == {"title": {"text": "&lt;span style='a'&gt;t&lt;/span&gt;"}}
+
+
+def test_charts_hold_the_comparisons_numbers_and_say_what_was_run() -> None:
+    config = configuration()
+    made = inputs(config)
+    found = compare(config, made)
+    row = row_of(found, "grpo_actfocus")
+    differences, improvement = difference_charts(config, found, "lake")
+    assert list(differences.views) == ["0.5 (headline)", "1"]
+    texts = [t["text"][0] for t in differences.views["0.5 (headline)"]["data"] if t["mode"] == "markers"]
+    assert texts[0].startswith(f"grpo_actfocus − grpo_lr_matched: {row['difference_to_control']:.3f} [")
+    assert texts[1].startswith(f"grpo_actfocus − grpo: {row['difference_to_uniform']:.3f} [")
+    assert [text.split(":")[0] for text in texts[2:]] == [f"{method} − reference" for method in config.methods]
+    (text,) = [t["text"][0] for t in improvement.views["1"]["data"] if t["mode"] == "markers"]
+    later = row_of(found, "grpo_actfocus", 1.0)
+    assert text.startswith(f"grpo_actfocus over grpo: {later['probability_of_improvement']:.3f} [")
+    assert "4 seeds per method" in differences.caption
+    assert "8 held-out initial states × 3 episodes" in differences.caption
+
+    tokens = {"action": 1, "reasoning": 2, "tag": 1, "other": 0}
+    learning, health, gradient = training_charts(config, made, "lake", tokens)
+    assert list(learning.views) == ["iterations", "episodes", "tokens", "seconds"]
+    points = next(t for t in learning.views["episodes"]["data"] if t["mode"] == "markers")
+    assert points["x"] == [0, 128 * 4, 128 * 8, 128 * 12]
+    assert len(health.views) == 6
+    counted = {
+        t["name"]: dict(zip(t["customdata"], t["x"], strict=True)) for t in gradient.views["of |c A|, counted"]["data"]
+    }
+    assert counted["reasoning"]["all response tokens"] == 0.5
+    assert counted["action"]["grpo"] == pytest.approx(RATES["grpo"] / 2)
+    assert f"{config.train.iterations} iterations" in gradient.caption
+    assert list(next(iter(training_charts(config, replace(made, timings={}), "lake", {}))).views) == [
+        "iterations", "episodes", "tokens",
+    ]  # fmt: skip
 
 
 def test_report_code_does_not_load_the_training_stack() -> None:

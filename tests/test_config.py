@@ -70,6 +70,11 @@ def test_params_file_loads(file: str) -> None:
 def test_resolved_preset_is_up_to_date(name: str) -> None:
     resolved = (ROOT / "presets" / name / "params.yaml").read_text(encoding="utf-8")
     assert resolved == preset_text(name, ROOT), f"presets/{name}/params.yaml is stale; run: make preset PRESET={name}"
+    pipeline = ROOT / "presets" / name / "dvc.yaml"
+    assert not pipeline.is_symlink(), "DVC cannot read a link in a git revision"
+    assert pipeline.read_text(encoding="utf-8") == (ROOT / "dvc.yaml").read_text(encoding="utf-8"), (
+        f"presets/{name}/dvc.yaml is stale; run: make preset PRESET={name}"
+    )
 
 
 @pytest.mark.parametrize("file", FILES)
@@ -153,12 +158,15 @@ def test_another_kind_replaces_and_the_same_kind_merges() -> None:
 def test_preset_is_resolved_beside_its_overlay_and_left_alone_when_unchanged(tmp_path: Path) -> None:
     folder = tmp_path / "presets" / "mine"
     folder.mkdir(parents=True)
-    (tmp_path / "params.yaml").write_text((ROOT / "params.yaml").read_text(encoding="utf-8"), encoding="utf-8")
+    for name in ("params.yaml", "dvc.yaml"):
+        (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
+    (folder / "dvc.yaml").symlink_to(Path("../../dvc.yaml"))
     (folder / "overlay.yaml").write_text("train: {iterations: 3, passes: 5}\n", encoding="utf-8")
     target = resolve_preset("mine", tmp_path)
     config, written = load(target), target.stat().st_mtime_ns
     assert (config.train.iterations, config.out, config.train.passes) == (3, "presets/mine", 5)
-    assert (folder / "dvc.yaml").is_symlink()
+    assert not (folder / "dvc.yaml").is_symlink()
+    assert (folder / "dvc.yaml").read_text(encoding="utf-8") == (ROOT / "dvc.yaml").read_text(encoding="utf-8")
     assert resolve_preset("mine", tmp_path).stat().st_mtime_ns == written
     with pytest.raises(ConfigError, match="presets: 'mien' is not there; allowed: mine"):
         resolve_preset("mien", tmp_path)

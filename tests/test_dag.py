@@ -17,6 +17,8 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from pipeline.config import read_yaml
+
 pytestmark = [pytest.mark.dag, pytest.mark.xdist_group("dag")]
 
 ROOT = Path(__file__).parents[1]
@@ -57,7 +59,10 @@ def call(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
 def repro(folder: Path) -> list[str]:
     """Run ``dvc repro``; returns the names of the stages that ran."""
     output = call(folder, "dvc", "repro", PIPELINE).stdout
-    return re.findall(r"Running stage '[^']*:([^':]+)'", output)
+    ran = re.findall(r"Running stage '[^']*:([^':]+)'", output)
+    assert output.count("Next: ") == len(ran), "a stage ends with its result and the next command"
+    assert all(f"--params {PARAMS}" in command for command in re.findall(r"Next: python -m .*", output))
+    return ran
 
 
 def digests(folder: Path) -> dict[str, str]:
@@ -104,7 +109,15 @@ def test_a_fresh_clone_ends_with_table_report_and_runs(runs: tuple[Path, Path]) 
     assert {"action", "reasoning", "response"} <= set(bottleneck)
     assert bottleneck["groups"] == 8
     assert "grpo_actfocus" in (reports / "comparison.txt").read_text()
-    assert "<svg" in (reports / "index.html").read_text() or "data:image/svg" in (reports / "index.html").read_text()
+    page = (reports / "index.html").read_text(encoding="utf-8")
+    assert len(page) < 8e6
+    (viewer,) = re.findall('<script type="application/json" id="viewer-data">(.*?)</script>', page)
+    episodes = json.loads(viewer)["frozen_lake"]
+    assert sorted(episodes) == sorted([*METHODS, "reference"])
+    first = episodes["grpo_actfocus"][0]
+    assert (first["seed"], first["iteration"]) == (0, 2)
+    assert first["turns"][0]["board"]
+    assert None not in first["turns"][0]["tokens"]["advantage"]
 
 
 def test_equal_params_give_equal_bytes(runs: tuple[Path, Path]) -> None:
@@ -119,14 +132,19 @@ def test_mlflow_holds_one_run_per_training_with_a_curve_over_iterations(runs: tu
     client = MlflowClient(f"sqlite:///{runs[0] / 'mlflow.db'}")
     experiment = client.get_experiment_by_name("frozen_lake")
     found = client.search_runs([experiment.experiment_id], filter_string="tags.comparison = 'smoke'")
-    trainings = [run for run in found if "method" in run.data.tags]
+    trainings = [run for run in found if run.data.tags["kind"] == "training"]
+    [parent] = [run for run in found if run.data.tags["kind"] == "comparison"]
+    assert {run.data.tags["mlflow.parentRunId"] for run in trainings} == {parent.info.run_id}
+    outs = [out for stage in read_yaml(runs[0] / OUT / "dvc.lock")["stages"].values() for out in stage["outs"]]
+    md5 = {out["path"].removeprefix(f"{OUT}/"): out["md5"] for out in outs}
+    made_from = {name.split("/")[-1]: md5[name] for name in ("data/annotated/frozen_lake.parquet", "models/policy")}
     assert sorted((r.data.tags["method"], r.data.tags["seed"]) for r in trainings) == sorted(
         (m, s) for m in METHODS for s in ("0", "1")
     )
     for run in trainings:
         assert run.info.status == "FINISHED"
         assert len(run.data.tags["git.revision"]) >= 40
-        assert {"dvc.policy.policy", "dvc.annotate@frozen_lake.frozen_lake.parquet"} <= set(run.data.tags)
+        assert {entry.dataset.name: entry.dataset.digest for entry in run.inputs.dataset_inputs} == made_from
         assert run.data.params["method.weight.kind"] in ("uniform", "actfocus")
         for metric in ("success", "gradient_share_action", "kl_reference", "tokens_per_second"):
             assert [m.step for m in client.get_metric_history(run.info.run_id, metric)] == [0, 1, 2]
@@ -136,6 +154,7 @@ def test_mlflow_holds_one_run_per_training_with_a_curve_over_iterations(runs: tu
     assert len(traces) == len(trainings)
     spans = [span.name for span in traces[0].data.spans]
     assert "turn 1" in spans
+    assert client.get_model_version_by_alias("smoke-frozen_lake", "champion").run_id == parent.info.run_id
 
 
 @pytest.mark.parametrize("notebook", sorted(path.name for path in (ROOT / "notebooks").glob("*.ipynb")))
@@ -148,7 +167,12 @@ def test_notebooks_run_on_the_outputs_and_are_committed_without_any(runs: tuple[
     before = digests(folder)
     command = [sys.executable, "-c", script]
     done = subprocess.run(
-        command, cwd=folder, env={**environment(), "OUT": str(OUT)}, capture_output=True, text=True, timeout=120
+        command,
+        cwd=folder,
+        env={**environment(), "OUT": str(OUT), "MPLBACKEND": "agg"},
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert digests(folder) == before
@@ -169,6 +193,45 @@ def test_only_what_an_edit_touches_runs_again(runs: tuple[Path, Path]) -> None:
     output = call(folder, "dvc", "repro", PIPELINE).stdout
     assert output.count("3 seeds (1 trained now, 2 kept)") == len(METHODS)
     assert "stages.rollout" not in re.sub(r"Next: .*", "", output)
+
+
+def test_two_revisions_are_compared_at_the_terminal(runs: tuple[Path, Path]) -> None:
+    folder = runs[0]
+    identity = ["-c", "user.name=test", "-c", "user.email=test@example.invalid"]
+    for command in (["add", "-A"], [*identity, "commit", "-qm", "results"], ["tag", "before"]):
+        call(folder, "git", *command)
+    edit(folder, lambda p: p["methods"].pop("ppo"))
+    assert repro(folder) == ["compare"]
+
+    shown = json.loads(call(folder, "dvc", "metrics", "show", "--json", f"{OUT}/reports/metrics").stdout)
+    files = {name: found["data"] for name, found in shown[""]["data"].items()}
+    assert set(files) == {f"{OUT}/reports/metrics/frozen_lake/{m}.json" for m in ("grpo", "grpo_actfocus", "reference")}
+    changes = json.loads(call(folder, "dvc", "metrics", "diff", "before", "--json").stdout)
+    success = changes[f"{OUT}/reports/metrics/frozen_lake/ppo.json"]["success"]
+    assert (success["old"] is None, success["new"] is None) == (False, True)
+
+    drawn = json.loads(call(folder, "dvc", "plots", "diff", "before", "--json", "--targets", f"{PIPELINE}::").stdout)
+    assert set(drawn["data"]) == {"success", "validation_success", "entropy_action", "kl_reference"}
+    points = drawn["data"]["success"][0]["content"]["data"]["values"]
+    assert {(p["rev"], p["method"]) for p in points} == {
+        *(("before", method) for method in METHODS),
+        *(("workspace", method) for method in METHODS if method != "ppo"),
+    }
+
+    command = [sys.executable, "-m", "stages.diff", "--params", PARAMS, "--a"]
+    table = call(folder, *command, "before").stdout
+    rows = {line.split()[0]: line for line in table.splitlines() if line}
+    assert "+0.000 [+0.000, +0.000]" in rows["grpo"]
+    assert rows["grpo"].endswith("seeds × 4 states")
+    assert rows["ppo"].endswith("–")
+    assert "methods.ppo.advantage.kind" in rows
+    wrong = subprocess.run([*command, "nothing"], cwd=folder, env=environment(), capture_output=True, text=True)
+    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+    assert "A=nothing: unknown Git revision" in wrong.stderr
+    unlocked = subprocess.run(
+        [*command[:3], "--a", "before"], cwd=folder, env=environment(), capture_output=True, text=True
+    )
+    assert "A=before: reports/comparison.json: not in this revision's dvc.lock" in unlocked.stderr
 
 
 def test_a_killed_training_ends_in_the_bytes_of_an_uninterrupted_one(runs: tuple[Path, Path]) -> None:

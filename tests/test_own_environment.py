@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -182,7 +183,11 @@ def test_an_id_in_params_is_enough_to_roll_out_annotate_train_evaluate_and_compa
     page = (project / "reports" / "index.html").read_text(encoding="utf-8")
     for name in names:
         assert f"{name}, temperature 1 (headline)" in text
-        for heading in (f"<h2>{name}</h2>", f"<h3>{name}, training</h3>", f"<h3>{name}, Action Bottleneck</h3>"):
+        for heading in (
+            f'<h2 id="environment-{name}">{name}</h2>',
+            f"<h3>{name}, training</h3>",
+            f"<h3>{name}, Action Bottleneck</h3>",
+        ):
             assert page.count(heading) == 1
         assert (project / "reports" / "figures" / f"{name}-success.svg").exists()
     assert list(json.loads((project / "reports" / "bottleneck.json").read_text())["environments"]) == [*names]
@@ -208,8 +213,11 @@ def test_what_it_shows_stays_in_its_messages_and_is_no_markup_in_the_report(
     states = pq.read_table(project / "data" / "evaluations" / "coin-grpo.parquet")["state"].to_pylist()
     assert all(state.startswith("<b>") and state.endswith("\\udcff") for state in states)
     page = (project / "reports" / "index.html").read_text(encoding="utf-8")
-    assert "<script" not in page
-    assert "<b>" not in page
+    body = re.sub(r"<script[^>]*>.*?</script>", "", page, flags=re.S)
+    assert "<script" not in body
+    assert "<b>" not in body
+    assert "alert(" not in body
+    assert r"\u003cscript\u003ealert(" in page  # in the viewer's data, as text
     show(table.select([0]), PreTrainedTokenizerFast(tokenizer_object=tokenizer))
     shown = capsys.readouterr().out
     assert "<script>" in shown

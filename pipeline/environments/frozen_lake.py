@@ -156,6 +156,15 @@ class FrozenLake(gymnasium.Env[str, str]):
         return "\n".join([*rows, coordinates])
 
 
+def board(state_key: str) -> list[list[str]]:
+    """The lake of a state key, in the symbols of the observation: rows of cells."""
+    lake, place = state_key.split("@")
+    rows = [[{"H": "O", "G": "G"}.get(cell, "_") for cell in row] for row in lake.split("/")]
+    row, column = map(int, place.split(","))
+    rows[row][column] = {"O": "X", "G": "√"}.get(rows[row][column], "P")
+    return rows
+
+
 @lru_cache(maxsize=1024)
 def _transitions(lake: str, success_rate: float) -> list[dict[str, list[tuple[float, int, float, bool]]]]:
     """Gymnasium's transitions: for each cell and action, (probability, next cell, reward, whether it ends there)."""

@@ -7,6 +7,7 @@ import hashlib
 import importlib.util
 import math
 import reprlib
+import sys
 import traceback
 from numbers import Real
 from pathlib import Path
@@ -169,6 +170,25 @@ def text_of(environment: TextEnvironment, name: str) -> str:
     except Exception as error:
         raise _failed(environment, (name,), error) from error
     return _text(environment, "a value", value, (name,))
+
+
+def board_of(environment: TextEnvironment, state_key: str) -> list[list[str]] | None:
+    """Rows of cells that draw a state, by the function ``board(state_key)`` of the environment's module, if it has one.
+
+    Raises:
+        ConfigError: the function raised, or did not return rows of text of one length.
+    """
+    draw = getattr(sys.modules[type(environment).__module__], "board", None)
+    if draw is None:
+        return None
+    place = ("board", state_key)
+    try:
+        rows = [list(row) for row in draw(state_key)]
+    except Exception as error:
+        raise _failed(environment, place, error) from error
+    if len({len(row) for row in rows}) != 1 or not all(isinstance(cell, str) for row in rows for cell in row):
+        _refuse(environment, reprlib.repr(rows), place, "rows of text, all of one length")
+    return rows
 
 
 def id_of(environment: Any) -> str:

@@ -207,6 +207,11 @@ class Sokoban(gymnasium.Env[str, str]):
         return " ".join([names[cell] for cell in cells])
 
 
+def board(state_key: str) -> list[list[str]]:
+    """The room of a state key: rows of cells."""
+    return [list(row) for row in state_key.split("/")]
+
+
 def solve(room: Room, state: State, nodes: int = NODES, limit: int | None = None) -> dict[State, str] | None:
     """A shortest solution, by A*: each state on the way with the move to make there, in order; empty if solved.
 

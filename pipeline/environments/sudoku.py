@@ -182,6 +182,13 @@ class Sudoku(gymnasium.Env[str, str]):
         return "\n".join(lines)
 
 
+def board(state_key: str) -> list[list[str]]:
+    """The board of a state key: rows of cells, givens in brackets."""
+    givens, digits = state_key.split("/")
+    cells = [digit if given == "." else f"[{given}]" for given, digit in zip(givens, digits, strict=True)]
+    return [cells[start : start + SIDE] for start in CELLS[::SIDE]]
+
+
 def _listed(cell: int, digits: list[int]) -> str:
     return f"{_NAMES[cell]}: {' '.join([_SYMBOLS[digit] for digit in digits]) or 'none'}"
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +16,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from pipeline.report.comparison import REFERENCE, Curves, Inputs
 from pipeline.report.comparison_tables import places, rows_at
+from pipeline.report.curves import HEALTH, over_seeds, series_of, smoothed, spent, validations
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's colours that stand out on white and are told apart without red-green vision."""
@@ -25,8 +25,6 @@ MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 GREY = "#6b6b6b"
 CROWD = 8
 """More methods than this get a panel each instead of sharing one."""
-SMOOTHING = 5
-"""Iterations of the centred moving mean over training success."""
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",
     "font.size": 10,
@@ -42,47 +40,27 @@ STYLE: dict[Any, Any] = {
     "svg.hashsalt": "actfocus",
     "svg.fonttype": "path",
 }
-HEALTH = {
-    "entropy_action": "Entropy of action tokens (nats)",
-    "entropy_reasoning": "Entropy of reasoning tokens (nats)",
-    "kl_reference": "KL to the reference (nats per token)",
-    "gradient_norm": "Gradient norm before clipping",
-    "clip_fraction": "Share of tokens clipped",
-    "gradient_share_action": "Share of |c A| on action tokens",
-}
-"""Keys of the learning curves that show whether a training is healthy, and what they are."""
 
 
-@dataclass(frozen=True)
-class FigureFile:
-    """A figure that was written; the PNG lies beside the SVG."""
-
-    title: str
-    caption: str
-    svg: Path
-
-
-def write_comparison_figures(
-    comparison: Mapping[str, Any], inputs: Inputs, folder: Path
-) -> dict[str, list[FigureFile]]:
-    """Write all figures as PNG and SVG, with the same bytes for the same numbers; returns them by environment."""
+def write_comparison_figures(comparison: Mapping[str, Any], inputs: Inputs, folder: Path) -> dict[str, list[Path]]:
+    """Write all figures as PNG and SVG, with the same bytes for the same numbers; returns the SVG files by environment."""
     folder.mkdir(parents=True, exist_ok=True)
     return {
         environment: [
-            save(figure, folder / f"{environment}-{name}", title, caption)
-            for name, title, caption, figure in _figures(comparison, inputs, environment)
+            save(figure, folder / f"{environment}-{name}")
+            for name, figure in _figures(comparison, inputs, environment).items()
         ]
         for environment in places(comparison)
     }
 
 
-def save(figure: Figure, stem: Path, title: str, caption: str) -> FigureFile:
-    """Write a figure as ``stem.png`` and ``stem.svg`` without dates or versions in their metadata."""
+def save(figure: Figure, stem: Path) -> Path:
+    """Write a figure as ``stem.png`` and ``stem.svg`` without dates or versions in their metadata; returns the SVG."""
     png, svg = (stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "svg"))
     with matplotlib.rc_context(STYLE):
         figure.savefig(png, dpi=150, metadata={"Software": None})
         figure.savefig(svg, metadata={"Date": None, "Creator": None})
-    return FigureFile(title, caption, svg)
+    return svg
 
 
 def success_figure(comparison: Mapping[str, Any], environment: str) -> Figure:
@@ -128,9 +106,9 @@ def learning_figure(curves: Mapping[str, Curves], timings: Mapping[str, Curves])
             for (method, curve), (colour, dash, marker) in zip(curves.items(), _looks(), strict=False):
                 if cost == "seconds" and method not in timings:
                     continue
-                spent = _spent(curve, timings.get(method), cost)
-                _band(axes, spent[:-1], _smooth(_series(curve, "success")), colour, dash)
-                axes.plot(*_validation(curve, spent), marker, color=colour, ms=5, mec="white", mew=0.7, zorder=4)
+                place = spent(curve, timings.get(method), cost)
+                _band(axes, place[:-1], smoothed(series_of(curve, "success")), colour, dash)
+                axes.plot(*validations(curve, place), marker, color=colour, ms=5, mec="white", mew=0.7, zorder=4)
             axes.set_xlabel({"tokens": "sampled tokens", "seconds": "seconds of training"}.get(cost, cost))
             axes.margins(x=0.02)
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
@@ -144,17 +122,17 @@ def learning_figure(curves: Mapping[str, Curves], timings: Mapping[str, Curves])
 
 def learning_panels(curves: Mapping[str, Curves]) -> Figure:
     """Training and validation success over iterations, a panel per method; the others' means lie behind it in grey."""
-    smooth = {method: _smooth(_series(curve, "success")) for method, curve in curves.items()}
+    smooth = {method: smoothed(series_of(curve, "success")) for method, curve in curves.items()}
     with matplotlib.rc_context(STYLE):
         rows = math.ceil(len(curves) / 4)
         figure = Figure((10, 1.75 * rows + 0.3), layout="constrained")
         panels = figure.subplots(rows, 4, sharex=True, sharey=True, squeeze=False).flat
         for (method, curve), axes in zip(curves.items(), panels, strict=False):
-            spent = _spent(curve, None, "iterations")
+            place = spent(curve, None, "iterations")
             for other in smooth.values():
                 axes.plot(np.arange(other.shape[1]), np.nanmean(other, axis=0), color="#cccccc", lw=0.6, zorder=1)
-            _band(axes, spent[:-1], smooth[method], COLOURS[0], "-")
-            axes.plot(*_validation(curve, spent), "o", color=COLOURS[1], ms=4, mec="white", mew=0.6, zorder=4)
+            _band(axes, place[:-1], smooth[method], COLOURS[0], "-")
+            axes.plot(*validations(curve, place), "o", color=COLOURS[1], ms=4, mec="white", mew=0.6, zorder=4)
             axes.set_title(method, fontsize=9)
         for axes in panels:  # what is left of the last row
             axes.set_visible(False)
@@ -170,7 +148,7 @@ def health_figure(curves: Mapping[str, Curves]) -> Figure:
         figure = Figure((10, 6 + 0.2 * max(0, math.ceil(len(curves) / 4) - 2)), layout="constrained")
         for axes, (key, title) in zip(figure.subplots(2, 3, sharex=True).flat, HEALTH.items(), strict=True):
             for curve, (colour, dash, _) in zip(curves.values(), _looks(), strict=False):
-                series = _series(curve, key)
+                series = series_of(curve, key)
                 _band(axes, np.arange(series.shape[1]), series, colour, dash, spread=len(curves) <= CROWD)
             axes.set_title(title, fontsize=10)
         for axes in figure.axes[-3:]:
@@ -180,38 +158,15 @@ def health_figure(curves: Mapping[str, Curves]) -> Figure:
     return figure
 
 
-def _figures(comparison: Mapping[str, Any], inputs: Inputs, environment: str) -> Iterator[tuple[str, str, str, Figure]]:
-    """Name, title, caption and figure."""
+def _figures(comparison: Mapping[str, Any], inputs: Inputs, environment: str) -> dict[str, Figure]:
+    """Name -> figure."""
     curves = {method: curve for (place, method), curve in inputs.curves.items() if place == environment}
     timings = {method: timing for (place, method), timing in inputs.timings.items() if place == environment}
-    yield (
-        "success",
-        "Final success",
-        "Success on held-out initial states after the last iteration, per sampling temperature. Dot: mean over seeds; "
-        "thick line: 95 % bootstrap interval over seeds and initial states; thin line: 95 % t-interval over seed "
-        "means; small grey dots: single seeds. The band is the reference policy's 95 % bootstrap interval.",
-        success_figure(comparison, environment),
-    )
-    reading = (
-        f"Lines: success of the training episodes, smoothed with a centred moving mean of {SMOOTHING} iterations, mean "
-        "over seeds; bands: lowest and highest seed (after smoothing), not a confidence interval. Points: success on "
-        "the validation states, mean over seeds, not smoothed. Every value stands at what had been spent when the "
-        "policy that it belongs to was made"
-    )
-    if len(curves) > CROWD:
-        figure, reading = learning_panels(curves), f"{reading}. In grey, the other methods."
-    else:
-        figure = learning_figure(curves, timings)
-        reading = f"{reading}; episodes, tokens and seconds are means over seeds."
-    yield "learning", "Learning curves", reading, figure
-    yield (
-        "health",
-        "Training health",
-        "Per iteration, not smoothed. Lines: mean over seeds; bands: lowest and highest seed, not a confidence "
-        "interval. Entropy and KL are those of the sampled episodes, before the iteration's update; the rest are means "
-        "over its updates. The last is the share of |coefficient × advantage|, counted and not measured: the table of the training has the share of the gradient itself. Gaps are iterations in which no group could be trained on.",
-        health_figure(curves),
-    )
+    return {
+        "success": success_figure(comparison, environment),
+        "learning": learning_panels(curves) if len(curves) > CROWD else learning_figure(curves, timings),
+        "health": health_figure(curves),
+    }
 
 
 def _success_panel(axes: Axes, rows: Sequence[Mapping[str, Any]], temperature: float) -> None:
@@ -243,49 +198,9 @@ def _looks() -> Iterator[tuple[str, str, str]]:
         number += 1
 
 
-def _series(curves: Curves, key: str) -> np.ndarray:
-    """Values of a key, (seeds, iterations) up to the shortest seed's last; NaN where a row has none."""
-    length = min(len(rows) for rows in curves.values())
-    return np.array([[row.get(key, np.nan) for row in rows[:length]] for rows in curves.values()], dtype=float)
-
-
-def _spent(curves: Curves, timings: Curves | None, cost: str) -> np.ndarray:
-    """Mean over seeds of what had been spent before iteration 0, 1, ... and after the last; (iterations + 1,)."""
-    length = _series(curves, "iteration").shape[1]
-    if cost == "iterations":
-        return np.arange(length + 1, dtype=float)
-    if cost == "seconds" and timings is not None:
-        total = _series(timings, "seconds").mean(axis=0)[:length]
-    else:
-        total = _series(curves, cost).cumsum(axis=1).mean(axis=0)
-    return np.concatenate([[0.0], total])
-
-
-def _validation(curves: Curves, spent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where and what the validations were, the one before training included."""
-    before = _series(curves, "validation_success_before")[:, :1]
-    values = np.concatenate([before, _series(curves, "validation_success")], axis=1).mean(axis=0)
-    made = np.isfinite(values)
-    return spent[made], values[made]
-
-
-def _smooth(series: np.ndarray) -> np.ndarray:
-    """Centred moving mean along iterations, over fewer of them at the ends; NaN is left out."""
-    window = np.ones(min(SMOOTHING, series.shape[1]))
-    known = np.isfinite(series)
-    rows = zip(np.where(known, series, 0.0), known.astype(float), strict=True)
-    pairs = [(np.convolve(values, window, "same"), np.convolve(there, window, "same")) for values, there in rows]
-    return np.array([total / np.where(count > 0, count, np.nan) for total, count in pairs])
-
-
 def _band(axes: Axes, x: np.ndarray, series: np.ndarray, colour: str, dash: str, spread: bool = True) -> None:
     """Mean over seeds and the range between the lowest and the highest; a gap where no seed has a value."""
-    known = np.isfinite(series)
-    count = known.sum(axis=0)
-    mean = np.where(known, series, 0.0).sum(axis=0) / np.where(count > 0, count, np.nan)
-    low, high = (np.where(count > 0, extreme, np.nan) for extreme in (
-        np.where(known, series, np.inf).min(axis=0), np.where(known, series, -np.inf).max(axis=0)
-    ))  # fmt: skip
+    mean, low, high = over_seeds(series)
     if spread:
         axes.fill_between(x, low, high, color=colour, alpha=0.13, lw=0)
     axes.plot(x, mean, dash, color=colour, lw=1.6 if spread else 1.0)

@@ -1,64 +1,159 @@
-"""The report as one HTML file that needs nothing beside it."""
+"""The report as one HTML file that needs nothing beside it.
+
+What models, environments and params files say is untrusted. Jinja escapes it in the page; in the scripts' data it is JSON
+without ``<``, ``>`` and ``&``; the scripts set it as text only; and the page's policy lets no other script run.
+"""
 
 from __future__ import annotations
 
 import base64
+import hashlib
+import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
 
-from pipeline.report.comparison import Curves
-from pipeline.report.comparison_figures import FigureFile
+from pipeline.config import Config
+from pipeline.report.charts import Chart, difference_charts, plain, success_chart
+from pipeline.report.comparison import Inputs
 from pipeline.report.comparison_tables import READING, common_terms, places, result_table, training_table
+from pipeline.report.curve_charts import training_charts
 from pipeline.report.timings import time_table
+from pipeline.report.token_charts import token_charts
+from pipeline.trajectory import Trajectories
 
-Figures = Mapping[str, Sequence[FigureFile]]
-"""Environment -> its figures."""
+FOLDER = Path(__file__).parent
+DIAGNOSED = {
+    "action": ("action",),
+    "reasoning": ("reasoning",),
+    "tag": ("think_tag", "answer_tag"),
+    "other": ("other",),
+}
+"""Roles that the learning curves report together -> roles of the diagnostics."""
 
 
 def report_html(
+    config: Config,
     comparison: Mapping[str, Any],
-    figures: Figures,
+    inputs: Inputs,
     bottleneck: Mapping[str, Mapping[str, Any]] | None = None,
-    bottleneck_figures: Figures | None = None,
-    timings: Mapping[tuple[str, str], Curves] | None = None,
+    annotated: Mapping[str, Trajectories] | None = None,
+    episodes: Mapping[str, Any] | None = None,
+    sweeps: Sequence[Mapping[str, Any]] = (),
 ) -> str:
-    """Tables, warnings and figures of a comparison as a self-contained page; every text in it is escaped.
+    """Tables, warnings, charts and the trajectory viewer of a comparison as a self-contained page.
 
     Args:
+        config: params.yaml, for captions that say what was run.
         comparison: what ``compare`` gave.
-        figures: what ``write_comparison_figures`` gave; the SVG files are read.
+        inputs: what it was made from.
         bottleneck: environment -> its Action Bottleneck diagnostics (``energy.diagnostics.bottleneck``).
-        bottleneck_figures: environment -> figures of those.
-        timings: (environment, method) -> wall-clock of its trainings.
+        annotated: environment -> the episodes that were diagnosed.
+        episodes: what ``viewer_data`` gave; without it there is no viewer.
+        sweeps: what ``read_sweeps`` gave: per study ``name``, ``summary``, ``table`` (``header``, ``rows``), ``verdict``
+            (lines) and ``figures`` (``title``, ``caption``, ``plotly``: a figure as JSON).
     """
-    environment = Environment(
-        loader=FileSystemLoader(Path(__file__).parent),
+    sections: list[dict[str, Any]] = []
+    for name, temperatures in places(comparison).items():
+        diagnosed, table = (bottleneck or {}).get(name), (annotated or {}).get(name)
+        sections.append(
+            {
+                "name": name,
+                "tables": [result_table(comparison, name, temperature) for temperature in temperatures],
+                "training": training_table(comparison, name),
+                "time": time_table(name, inputs.timings),
+                "charts": [
+                    success_chart(config, comparison, name),
+                    *difference_charts(config, comparison, name),
+                    *training_charts(config, inputs, name, _token_counts(diagnosed)),
+                ],
+                "bottleneck": diagnosed,
+                "token_charts": []
+                if diagnosed is None or table is None
+                else list(token_charts(config, name, table, diagnosed)),
+            }
+        )
+    studies = [{**study, "charts": _swept(number, study)} for number, study in enumerate(sweeps)]
+    charts = [c for entry in sections for c in (*entry["charts"], *entry["token_charts"])]
+    charts += [chart for study in studies for chart in study["charts"]]
+    scripts, plotly = [_file("viewer.js"), _file("charts.js")], Markup(get_plotlyjs())
+    return (
+        _environment()
+        .get_template("report.html.j2")
+        .render(
+            comparison=comparison,
+            reading=READING,
+            terms=common_terms(comparison),
+            sections=sections,
+            studies=studies,
+            style=_file("report.css"),
+            scripts=scripts,
+            plotly=plotly,
+            script_hashes=" ".join(_hash(script) for script in (*scripts, plotly)),
+            charts_data=embedded({chart.name: {"views": chart.views} for chart in charts}),
+            viewer_data=embedded(episodes) if episodes else "",
+            viewer_caption=viewer_caption(config),
+            viewer_method=next(iter(config.compare.uniform), next(iter(config.methods))),
+        )
+    )
+
+
+def embedded(value: Any) -> Markup:
+    """JSON that can stand in a script element, whatever its texts hold: they cannot end the element or open a comment."""
+    text = json.dumps(value, separators=(",", ":"), allow_nan=False)  # ASCII alone, U+2028 and its like escaped
+    return Markup(text.replace("<", "\\u003c").replace(">", "\\u003e").replace("&", "\\u0026"))
+
+
+def viewer_caption(config: Config) -> dict[str, str]:
+    """How the viewer's episodes were ``chosen``, and what their ``numbers`` are."""
+    plan = config.report
+    return {
+        "chosen": (
+            "Episodes of every method, from its first seed's last iteration (training states, temperature "
+            f"{config.rollout.temperature:g}): {plan.states} initial states, those whose returns vary most over the "
+            f"methods, and {plan.episodes} episodes of each, half with its highest returns and half with its lowest. "
+            "They show what happens, not how often. The reference policy's are from its own table, with other states."
+        ),
+        "numbers": (
+            "Energy is −logsumexp of the reference policy's logits: high where it is less confident. The "
+            "shift is the log-probability under the policy that sampled the episode minus that under the reference "
+            "policy. The advantage and the weight are those of the update that followed; c is the weight after "
+            "aggregation. Episodes that a filter dropped have neither, nor have those of the reference policy."
+        ),
+    }
+
+
+def _swept(number: int, study: Mapping[str, Any]) -> list[Chart]:
+    return [
+        Chart(f"sweep-{number}-{place}", figure["title"], figure["caption"], {"all": plain(figure["plotly"])})
+        for place, figure in enumerate(study["figures"])
+    ]
+
+
+def _token_counts(diagnosed: Mapping[str, Any] | None) -> dict[str, int]:
+    if diagnosed is None or "energy_by_role" not in diagnosed:
+        return {}
+    return {name: sum(diagnosed["energy_by_role"][r]["count"] for r in roles) for name, roles in DIAGNOSED.items()}
+
+
+def _environment() -> Environment:
+    return Environment(
+        loader=FileSystemLoader(FOLDER),
         autoescape=True,
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
         keep_trailing_newline=True,
     )
-    environment.filters["data_uri"] = _data_uri
-    sections = [
-        {
-            "name": name,
-            "tables": [result_table(comparison, name, temperature) for temperature in temperatures],
-            "training": training_table(comparison, name),
-            "time": time_table(name, timings or {}),
-            "figures": figures.get(name, ()),
-            "bottleneck": (bottleneck or {}).get(name),
-            "bottleneck_figures": (bottleneck_figures or {}).get(name, ()),
-        }
-        for name, temperatures in places(comparison).items()
-    ]
-    return environment.get_template("comparison.html.j2").render(
-        comparison=comparison, reading=READING, terms=common_terms(comparison), sections=sections
-    )
 
 
-def _data_uri(svg: Path) -> str:
-    return f"data:image/svg+xml;base64,{base64.b64encode(svg.read_bytes()).decode()}"
+def _file(name: str) -> Markup:
+    return Markup((FOLDER / name).read_text(encoding="utf-8"))
+
+
+def _hash(script: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()}'"

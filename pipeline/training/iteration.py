@@ -62,6 +62,8 @@ class Iteration:
     """All that were collected, annotated."""
     examples: list[Example]
     """Those that passed the filter."""
+    kept: np.ndarray
+    """bool: which of the trajectories these are."""
     metrics: dict[str, float]
     memory: Memory = field(default_factory=dict)
     """For the next iteration."""
@@ -112,7 +114,7 @@ def prepare_iteration(
     kept = select_groups(method, everything.returns, everything.group)
     metrics = _collection_metrics(trajectories, everything, kept)
     if not bool(kept.any()):
-        return Iteration(number, trajectories, [], metrics, memory)
+        return Iteration(number, trajectories, [], kept.numpy(), metrics, memory)
 
     selected = trajectories.select(torch.nonzero(kept).squeeze(-1).numpy())
     batch = shape_rewards(method, token_batch(selected, generator(seed, "slots", number), number))
@@ -132,7 +134,7 @@ def prepare_iteration(
     examples = _examples(selected, batch, weights, torch.stack(terms, dim=-1), heads)
     kept_memory = {"advantage": advantages.state, "regulariser": remembered}
     metrics |= {f"{slot}_{key}": value for slot, state in kept_memory.items() for key, value in state.items()}
-    return Iteration(number, trajectories, examples, metrics, kept_memory)
+    return Iteration(number, trajectories, examples, kept.numpy(), metrics, kept_memory)
 
 
 def minibatches(examples: list[Example], config: Config, seed: int, iteration: int) -> list[list[Example]]:

@@ -22,6 +22,7 @@ from pipeline.policy.scoring import TokenScores, length_batches, predicting_hidd
 from pipeline.randomness import generator
 from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.timing import Phases
+from pipeline.training.episodes import update_columns
 from pipeline.training.gradients import gradient_share
 from pipeline.training.heads import Head, Scene, make_heads
 from pipeline.training.iteration import Example, Iteration, Memory, minibatches, prepare_iteration
@@ -63,6 +64,8 @@ class PolicyGradient(lightning.LightningModule):
         """One row of metrics per finished iteration."""
         self.last_episodes: Trajectories | None = None
         """The episodes of the latest iteration, annotated."""
+        self.last_update: dict[str, np.ndarray] = {}
+        """What the training's last update made of their tokens (see ``update_columns``); empty before it."""
 
     @property
     def reference(self) -> Policy:
@@ -128,6 +131,8 @@ class PolicyGradient(lightning.LightningModule):
         if len(self.heads):  # what they cost in memory
             metrics["head_parameters"] = float(sum(p.numel() for p in self.heads.parameters()))
         self.last_episodes, self.memory = iteration.trajectories, iteration.memory
+        if iteration.number + 1 == self.config.train.iterations:
+            self.last_update = update_columns(iteration, [(m, self.factors(m)) for m in batches])
         self.curve.append({"iteration": float(iteration.number), **metrics})
 
     def _check_recomputed(self, iteration: Iteration) -> None:

@@ -50,7 +50,7 @@ class TrainingTask:
 
     @property
     def result(self) -> Path:
-        """Folder of the finished result: policy/, curves.json, timings.json, runs.json."""
+        """Folder of the finished result: policy/, curves.json, episodes.parquet, timings.json, runs.json."""
         return self.cache / "result"
 
     @property

@@ -12,16 +12,21 @@ from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
+import torch
 from lightning.pytorch.callbacks import Callback
 
 from pipeline.evaluation.evaluate import summary, validate
-from pipeline.files import write_json
+from pipeline.files import read_json, write_json
 from pipeline.policy.model import load_trained
 from pipeline.processes import Report
 from pipeline.tracking.training import RunSettings, TrainingRun
+from pipeline.training.episodes import write_episodes
 from pipeline.training.module import PolicyGradient
 from pipeline.training.result import TrainingTask, publish, table_slice
 from pipeline.trajectory import read
+
+Curve = list[dict[str, float]]
+"""One row of metrics per finished iteration."""
 
 
 @dataclass(frozen=True)
@@ -31,38 +36,62 @@ class TrainingJob:
     task: TrainingTask
     table: Path | None
     """Annotated trajectories of the rollout stage, if the first iteration may come from there."""
-    tracking: RunSettings
-    """Where and under which tags MLflow holds the run."""
+    tracking: RunSettings | None
+    """Where and under which tags MLflow holds the run; None for a training that has no run of its own."""
 
 
 def train_one(job: TrainingJob, report: Report) -> Path:
     """Train one seed, or go on where it was killed; returns the folder of its result."""
+    train_until(job, job.task.config.train.iterations, report)
+    return job.task.result
+
+
+def train_until(job: TrainingJob, iterations: int, report: Report) -> Curve:
+    """Train one seed for so many of its iterations, or go on where it stopped; returns its learning curve so far.
+
+    It stops with a checkpoint; the result appears with the last iteration of ``train.iterations``.
+    """
     task, table = job.task, job.table
     if task.finished:
-        return task.result
+        curve: Curve = read_json(task.result / "curves.json")
+        return curve[:iterations]
+    checkpoint = task.cache / "checkpoint.ckpt"
+    if checkpoint.exists():
+        saved: Curve = torch.load(checkpoint, mmap=True, weights_only=True)["curve"]
+        if len(saved) >= iterations and len(saved) < task.config.train.iterations:
+            return saved[:iterations]
     _quiet()
     config = task.config
     policy = load_trained(task.policy, config)
     first = None
-    if table is not None and not (task.cache / "checkpoint.ckpt").exists():
+    if table is not None and not checkpoint.exists():
         first = table_slice(read(table), config, task.environment, task.seed)
     module = PolicyGradient(config, task.environment, task.method, task.seed, policy, first)
     task.cache.mkdir(parents=True, exist_ok=True)
-    run = TrainingRun(job.tracking, task.cache)
+    run = None if job.tracking is None else TrainingRun(job.tracking, task.cache)
+    tracked = [] if run is None else [_Log(run)]
     trainer = lightning.Trainer(
         accelerator="auto",
         devices=1,
-        max_epochs=config.train.iterations,
-        logger=run.logger,
-        callbacks=[_Clock(), _Validation(), _Progress(report, config.train.iterations), _Log(run), _Checkpoint(task)],
+        max_epochs=iterations,
+        logger=False,
+        callbacks=[
+            _Clock(),
+            _Validation(),
+            _Progress(report, config.train.iterations),
+            *tracked,
+            _Episodes(task),
+            _Checkpoint(task),
+        ],
         enable_progress_bar=False,
         enable_model_summary=False,
         enable_checkpointing=False,
         use_distributed_sampler=False,
         default_root_dir=task.cache,
     )
-    checkpoint = task.cache / "checkpoint.ckpt"
     trainer.fit(module, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
+    if iterations < config.train.iterations:
+        return module.curve
 
     partial = task.cache / "partial"
     shutil.rmtree(partial, ignore_errors=True)
@@ -72,10 +101,15 @@ def train_one(job: TrainingJob, report: Report) -> Path:
     ]
     write_json(partial / "curves.json", module.curve)
     write_json(partial / "timings.json", timings)
-    write_json(partial / "runs.json", run.finish(policy.tokenizer, module.last_episodes))
+    shutil.copy2(task.cache / "episodes.parquet", partial)
+    if run is not None:
+        # Killed after its last iteration, a training has none in memory.
+        episodes = module.last_episodes or read(task.cache / "episodes.parquet")
+        write_json(partial / "runs.json", run.finish(policy.tokenizer, episodes))
     publish(partial, task.result)
     checkpoint.unlink(missing_ok=True)
-    return task.result
+    (task.cache / "episodes.parquet").unlink(missing_ok=True)
+    return module.curve
 
 
 class _Clock(Callback):
@@ -145,14 +179,32 @@ class _Log(Callback):
     def __init__(self, run: TrainingRun) -> None:
         self._run = run
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """A checkpoint may be of a training that had no run yet (a sweep's)."""
+        for done in range(1, len(pl_module.curve) + 1):
+            self._run.append(*self._row(pl_module.curve[:done]))
+
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        row = dict(pl_module.curve[-1])
-        iteration = int(row.pop("iteration"))
-        earlier = pl_module.curve
-        row["episodes_total"] = sum(r["episodes"] for r in earlier)
-        row["tokens_total"] = sum(r["tokens"] for r in earlier)
         with pl_module.phases.phase("tracking"):
-            self._run.log(row, iteration)
+            self._run.log(*self._row(pl_module.curve))
+
+    @staticmethod
+    def _row(curve: Curve) -> tuple[dict[str, float], int]:
+        """The last iteration's metrics, with totals so far, and its number."""
+        row = dict(curve[-1])
+        row |= {f"{name}_total": sum(earlier[name] for earlier in curve) for name in ("episodes", "tokens")}
+        return row, int(row.pop("iteration"))
+
+
+class _Episodes(Callback):
+    """Keeps the last iteration's episodes, before its checkpoint says that it is over."""
+
+    def __init__(self, task: TrainingTask) -> None:
+        self._task = task
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if pl_module.last_update:
+            write_episodes(self._task.cache / "episodes.parquet", pl_module.last_episodes, pl_module.last_update)
 
 
 class _Checkpoint(Callback):

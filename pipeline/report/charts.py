@@ -1,0 +1,252 @@
+"""Interactive charts of the report: plotly figures as JSON, each with a caption that says what was run.
+
+Their texts are untrusted: plotly reads some HTML in every text, links and styles among it. ``plain`` takes that away.
+"""
+
+from __future__ import annotations
+
+import html
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import cycle
+from typing import Any
+
+import plotly.graph_objects as go
+
+from pipeline.config import Config
+from pipeline.report.comparison import REFERENCE
+from pipeline.report.comparison_figures import COLOURS
+from pipeline.report.comparison_tables import Row, places, rows_at
+
+GREY = "#8a8a8a"
+"""Seen on white and on black."""
+DASHES = ("solid", "dash", "dot", "dashdot")
+SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x")
+ROW, DENSE, MANY = 46, 34, 12
+"""Pixels of a row, and of one where there are more than so many."""
+
+_HARMLESS = re.compile(r"&lt;(/?(?:br|b|i|sub|sup|extra))(?: ?/)?&gt;")
+
+
+@dataclass(frozen=True)
+class Chart:
+    """One figure of the report, in one or several views among which the reader chooses."""
+
+    name: str
+    """Of the element in the page."""
+    title: str
+    caption: str
+    """What it shows, how intervals are made, and what was run."""
+    views: Mapping[str, Mapping[str, Any]]
+    """Name -> plotly figure with ``data`` and ``layout``, no colours of text and background."""
+    choice: str = ""
+    """What the views differ in, for the label of the choice."""
+    methods: Sequence[str] = ()
+    """Methods of which the reader brings one out, by ``legendgroup``, the first one at first; empty where all stand out."""
+
+
+def view(figure: go.Figure, height: int, left: int = 60, top: int = 10) -> dict[str, Any]:
+    """A figure's JSON, without plotly's template; the page gives text and background their colours.
+
+    Args:
+        figure: any.
+        height: pixels.
+        left: pixels for the labels of the vertical axis; on a narrow screen plotly finds no end in working them out.
+        top: pixels above the first panel.
+    """
+    figure.update_layout(
+        height=height,
+        margin={"l": left, "r": 10, "t": top, "b": 10},
+        legend={"orientation": "h", "yanchor": "bottom", "y": 1.02, "x": 0},
+        hovermode="closest",
+    )
+    figure.update_xaxes(automargin="height")
+    return plain(figure.to_dict())
+
+
+def plain(figure: Mapping[str, Any]) -> dict[str, Any]:
+    """A plotly figure whose texts are texts: of the markup that plotly reads, ``br``, ``b``, ``i``, ``sub``, ``sup`` and
+    ``extra`` without attributes stay. Its template and images are left out."""
+    layout = {key: value for key, value in figure.get("layout", {}).items() if key not in ("template", "images")}
+    return {"data": _plain(list(figure.get("data", ()))), "layout": _plain(layout)}
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, str):
+        return _HARMLESS.sub(r"<\1>", html.escape(value, quote=False))
+    if isinstance(value, Mapping):
+        return {key: _plain(entry) for key, entry in value.items()}
+    return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
+
+
+def looks() -> Iterator[tuple[str, str, str]]:
+    """Colour, dash and marker of the first, second, ... method; endless. Colours are those of the static figures."""
+    return zip(cycle(COLOURS), cycle(DASHES), cycle(SYMBOLS), strict=False)
+
+
+def trained_on(config: Config, environment: str) -> str:
+    """What the trainings of a comparison were, for a caption."""
+    plan, sizes = config.train, config.rollout
+    return (
+        f"{_named(config, environment)}, {_seeds(config)}, {plan.iterations} iterations of {sizes.groups} initial states × "
+        f"{sizes.group_size} episodes, sampled at temperature {sizes.temperature:g}; validated every "
+        f"{plan.validate_every} iterations on {config.evaluation.validation_states} states × "
+        f"{config.evaluation.validation_rollouts} episodes at temperature {config.evaluation.temperatures[0]:g}."
+    )
+
+
+def evaluated_on(config: Config, environment: str) -> str:
+    """What the evaluations of a comparison were, for a caption."""
+    plan = config.evaluation
+    return (
+        f"{_named(config, environment)}, {_seeds(config)} per method, each after {config.train.iterations} iterations; "
+        f"{plan.states} held-out initial states × {plan.rollouts} episodes per seed and temperature."
+    )
+
+
+def _named(config: Config, environment: str) -> str:
+    return f"Run: {environment} ({config.environments[environment].id})"
+
+
+def _seeds(config: Config) -> str:
+    return f"{len(config.seeds)} seed{'s' * (len(config.seeds) > 1)}"
+
+
+def success_chart(config: Config, comparison: Mapping[str, Any], environment: str) -> Chart:
+    """Final success of every method with its intervals and seeds, a view per temperature."""
+    temperatures = places(comparison)[environment]
+    return Chart(
+        f"{environment}-success",
+        "Success after training",
+        "Success on held-out initial states after the last iteration. Marker: mean over seeds; thick line: 95 % "
+        "bootstrap interval over seeds and initial states together; thin line: 95 % t-interval over seed means; small "
+        "dots: single seeds. Grey band and dashed line: the reference policy, with its bootstrap interval. "
+        + evaluated_on(config, environment),
+        {
+            _temperature(temperature, temperatures): _success(rows_at(comparison, environment, temperature))
+            for temperature in temperatures
+        },
+        "Temperature",
+    )
+
+
+def difference_charts(config: Config, comparison: Mapping[str, Any], environment: str) -> Iterator[Chart]:
+    """Paired differences, and the probability of improvement where some method has a uniform counterpart."""
+    temperatures = places(comparison)[environment]
+    rows = {t: [r for r in rows_at(comparison, environment, t) if r["method"] != REFERENCE] for t in temperatures}
+    run = evaluated_on(config, environment)
+    yield Chart(
+        f"{environment}-differences",
+        "Paired differences in success",
+        "Success of a method minus that of its matched control, its uniform counterpart and the reference policy, "
+        "paired over common seeds and initial states. Line: 95 % bootstrap interval over seeds and states; one that "
+        "crosses zero is no difference that this comparison could see. Not corrected for the number of differences. "
+        + run,
+        {
+            _temperature(t, temperatures): _intervals(list(_differences(own)), "difference in success", 0.0)
+            for t, own in rows.items()
+        },
+        "Temperature",
+    )
+    if any(row["probability_of_improvement"] is not None for row in rows[temperatures[0]]):
+        yield Chart(
+            f"{environment}-improvement",
+            "Probability of improvement",
+            "Chance that a new training with the method scores above one of its uniform counterpart (ties count half), "
+            "over all pairs of seeds. Line: 95 % bootstrap interval over seeds and initial states. One half is no "
+            "difference. " + run,
+            {
+                _temperature(t, temperatures): _intervals(list(_improvements(own)), "probability of improvement", 0.5)
+                for t, own in rows.items()
+            },
+            "Temperature",
+        )
+
+
+def _temperature(temperature: float, temperatures: Sequence[float]) -> str:
+    return f"{temperature:g}" + " (headline)" * (temperature == temperatures[0])
+
+
+def _success(rows: Sequence[Row]) -> dict[str, Any]:
+    reference, trained = rows[0], [row for row in rows if row["method"] != REFERENCE]
+    figure = go.Figure()
+    figure.add_vrect(
+        x0=reference["reference_ci_low"], x1=reference["reference_ci_high"], fillcolor=GREY, opacity=0.25, line_width=0
+    )
+    figure.add_vline(x=reference["reference_success"], line={"color": GREY, "dash": "dash", "width": 1.5})
+    for place, (row, (colour, _, symbol)) in enumerate(zip(trained, looks(), strict=False)):
+        for name, width in (("success_ci", 7), ("t_ci", 1.5)):
+            if row[f"{name}_low"] is not None:
+                figure.add_scatter(
+                    x=[row[f"{name}_low"], row[f"{name}_high"]], y=[place] * 2, mode="lines", hoverinfo="skip",
+                    line={"color": colour, "width": width}, opacity=0.55 if width > 2 else 1, showlegend=False,
+                )  # fmt: skip
+        figure.add_scatter(
+            x=row["seed_success"], y=[place + 0.26] * len(row["seed_success"]), mode="markers", showlegend=False,
+            marker={"color": GREY, "size": 5}, hovertemplate="single seed: %{x:.3f}<extra></extra>",
+        )  # fmt: skip
+        figure.add_scatter(
+            x=[row["success_mean"]], y=[place], mode="markers", showlegend=False,
+            marker={"color": colour, "size": 11, "symbol": symbol, "line": {"color": "white", "width": 1}},
+            text=[_said(row["method"], row["success_mean"], row["success_ci_low"], row["success_ci_high"])],
+            hovertemplate="%{text}<extra></extra>",
+        )  # fmt: skip
+    figure.update_xaxes(title_text="success", range=[-0.01, 1.01])
+    return rowed(figure, [f"{row['method']} (n = {row['seeds']})" for row in trained])
+
+
+def _differences(rows: Sequence[Row]) -> Iterator[tuple[str, float, float | None, float | None, str]]:
+    """Label, value, interval and colour of every difference; those between methods first."""
+    for kind, colour in (("control", COLOURS[1]), ("uniform", COLOURS[0]), (REFERENCE, GREY)):
+        for row in rows:
+            name = f"difference_to_{kind}"
+            if row[name] is not None:
+                other = row.get(kind, kind)
+                yield f"{row['method']} − {other}", row[name], row[f"{name}_ci_low"], row[f"{name}_ci_high"], colour
+
+
+def _improvements(rows: Sequence[Row]) -> Iterator[tuple[str, float, float | None, float | None, str]]:
+    name = "probability_of_improvement"
+    for row in rows:
+        if row[name] is not None:
+            label = f"{row['method']} over {row['uniform']}"
+            yield label, row[name], row[f"{name}_ci_low"], row[f"{name}_ci_high"], COLOURS[0]
+
+
+def _intervals(
+    found: Sequence[tuple[str, float, float | None, float | None, str]], title: str, nothing: float
+) -> dict[str, Any]:
+    """A row per value with its interval; a line where there is no difference."""
+    figure = go.Figure()
+    figure.add_vline(x=nothing, line={"color": GREY, "dash": "dash", "width": 1.5})
+    for place, (label, value, low, high, colour) in enumerate(found):
+        if low is not None:
+            figure.add_scatter(
+                x=[low, high], y=[place] * 2, mode="lines", hoverinfo="skip", showlegend=False, opacity=0.6,
+                line={"color": colour, "width": 6},
+            )  # fmt: skip
+        figure.add_scatter(
+            x=[value], y=[place], mode="markers", showlegend=False, text=[_said(label, value, low, high)],
+            marker={"color": colour, "size": 11, "line": {"color": "white", "width": 1}},
+            hovertemplate="%{text}<extra></extra>",
+        )  # fmt: skip
+    ends = [nothing, *(number for _, *numbers, _ in found for number in numbers if number is not None)]
+    margin = 0.05 * (max(ends) - min(ends)) or 0.05
+    limits = [-0.01, 1.01] if nothing else [min(ends) - margin, max(ends) + margin]
+    figure.update_xaxes(title_text=title, range=limits)
+    return rowed(figure, [label for label, *_ in found])
+
+
+def rowed(figure: go.Figure, labels: Sequence[str]) -> dict[str, Any]:
+    """Rows 0, 1, ... from the top, each with its label above it: beside it there is no room on a narrow screen."""
+    for place, label in enumerate(labels):
+        figure.add_annotation(
+            x=0, xref="paper", xanchor="left", y=place - 0.36, yref="y", text=label, showarrow=False, font={"size": 12}
+        )
+    figure.update_yaxes(range=[len(labels) - 0.5, -0.7], showticklabels=False, showgrid=False, zeroline=False)
+    return view(figure, 70 + (ROW if len(labels) <= MANY else DENSE) * max(2, len(labels)), left=10)
+
+
+def _said(name: str, value: float, low: float | None, high: float | None) -> str:
+    return f"{name}: {value:.3f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")

@@ -1,0 +1,34 @@
+"""Take the documents' pictures of the report, its trajectory viewer and MLflow's comparison: docs/figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from stages.command import configured, out_folder, parse_arguments, run
+
+PICTURES = ("report", "viewer", "mlflow")
+
+
+def main() -> str:
+    config = configured(parse_arguments(__doc__))
+    from pipeline.config import ConfigError
+    from pipeline.files import read_json
+    from pipeline.report.screenshots import chromium, shoot_mlflow, shoot_report
+    from pipeline.tracking.store import store_of
+
+    out, folder = out_folder(config), Path("docs/figures")
+    environment = next(iter(config.environments))
+    noted = [read_json(out / "data" / "runs" / f"{environment}-{method}.json") for method in config.methods]
+    first = str(config.seeds[0])
+    runs = [entry["seeds"][first]["run_id"] for entry in noted if entry["seeds"][first]["run_id"]]
+    if not runs:
+        raise ConfigError(f"{out / 'data' / 'runs'}: no run of {environment} has reached MLflow's store")
+    folder.mkdir(parents=True, exist_ok=True)
+    with chromium() as browser:
+        shoot_report(browser, out / "reports" / "index.html", folder)
+        shoot_mlflow(browser, store_of(config, Path(".")).uri, environment, runs, folder / "mlflow.png")
+    return f"{folder}: {', '.join(f'{name}.png' for name in PICTURES)}"
+
+
+if __name__ == "__main__":
+    run(main)
