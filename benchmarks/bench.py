@@ -264,7 +264,7 @@ def _attention_step(attend: Attend, tensors: list[torch.Tensor], slope: torch.Te
 
 def training_task(setup: Setup, method: str, iterations: int, folder: Path) -> Any:
     """A real training with tracking and checkpoints, in a folder of its own."""
-    from pipeline.tracking.store import prepare_store, run_settings
+    from pipeline.tracking.store import open_store, run_settings, store_of
     from pipeline.training.result import training_task as task_of
     from pipeline.training.run import TrainingJob
 
@@ -275,9 +275,10 @@ def training_task(setup: Setup, method: str, iterations: int, folder: Path) -> A
             "tracking": config.tracking.model_copy(update={"uri": f"sqlite:///{folder}/mlflow.db"}),
         }
     )
-    prepare_store(f"sqlite:///{folder}/mlflow.db", ENVIRONMENT)
+    open_store(store_of(config, folder), ENVIRONMENT)
     task = task_of(config, ENVIRONMENT, method, 0, setup.policy_directory, folder)
-    return TrainingJob(task, setup.table, run_settings(config, folder, ENVIRONMENT, method, 0))
+    made_from = {"annotated episodes": setup.table, "reference policy": setup.policy_directory}
+    return TrainingJob(task, setup.table, run_settings(config, folder, ENVIRONMENT, method, made_from)[0])
 
 
 def train(job: Any, report: Report) -> list[dict[str, float]]:
