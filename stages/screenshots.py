@@ -27,7 +27,7 @@ def main() -> str:
     with chromium() as browser:
         shoot_report(browser, out / "reports" / "index.html", folder)
         shoot_mlflow(browser, store_of(config, Path(".")).uri, environment, runs, folder / "mlflow.png")
-    return f"{folder}: {', '.join(f'{name}.png' for name in PICTURES)}"
+    return f"{folder}: {', '.join(f'{name}.png' for name in PICTURES)}. Next: look at them, then `make publish`"
 
 
 if __name__ == "__main__":

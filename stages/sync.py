@@ -13,7 +13,7 @@ def main() -> str:
 
     store = store_of(config, Path("."))
     sent, kept = open_store(store, next(iter(config.environments)))
-    return f"{store.uri}: {sent} runs sent, {kept} still kept in {store.cache}"
+    return f"{store.uri}: {sent} runs sent, {kept} still kept in {store.cache}. Next: make ui"
 
 
 if __name__ == "__main__":

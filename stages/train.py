@@ -13,7 +13,6 @@ def main() -> str:
     config = configured(arguments)
     from pipeline.processes import in_own_process, run_in_processes
     from pipeline.tracking.store import open_store, run_settings, store_of
-    from pipeline.tracking.training import log_finished
     from pipeline.training.result import training_task
     from pipeline.training.run import TrainingJob, train_one
     from pipeline.trajectory import TrajectoryError, read
@@ -26,11 +25,8 @@ def main() -> str:
     made_from = {"annotated episodes": table, "reference policy": policy}
     runs = run_settings(config, Path("."), environment, method, made_from)
     jobs = {f"seed {t.seed}": TrainingJob(t, table, runs[t.seed]) for t in tasks if not t.finished}
-    untold = [task for task in tasks if task.finished and not (task.result / "runs.json").exists()]
-    if jobs or untold:
+    if jobs:
         in_own_process(open_store, store_of(config, Path(".")), environment)
-    for task in untold:
-        in_own_process(log_finished, runs[task.seed], task.cache)
     run_in_processes(train_one, jobs, config.workers, f"train {environment}-{method}")
 
     name = f"{environment}-{method}"

@@ -28,7 +28,7 @@ from pipeline.tracking.send import send_waiting
 from pipeline.tracking.spool import Spool, waiting
 from pipeline.tracking.store import open_store, study_run
 from pipeline.tracking.study import log_study, log_trial
-from pipeline.tracking.training import Store, TrainingRun, log_finished
+from pipeline.tracking.training import Store, TrainingRun
 from pipeline.training.run import TrainingJob, train_until
 from tests.test_training import configured
 from tests.tracked import LAKE, Training, apart, runs_of, steps, toy_job, toy_settings
@@ -184,19 +184,6 @@ def killed_before_the_end(job: TrainingJob) -> None:
     """Train all iterations, and be killed before the run is told so."""
     TrainingRun.finish = lambda *_: os._exit(9)  # type: ignore[method-assign]
     train_until(job, 2, silent)
-
-
-def test_a_training_that_a_sweep_has_finished_gets_a_run_from_its_result(
-    policy: Path, store: Store, root: Path
-) -> None:
-    settings = toy_settings(configured(), policy, store)[0]
-    result = root / "training" / "result"
-    write_json(result / "curves.json", [{"iteration": i, "success": i / 4} for i in range(3)])
-    write_json(result / "timings.json", [{"seconds": float(i)} for i in range(3)])
-    log_finished(settings, root / "training")
-    [run] = runs_of(store.uri, "training")
-    assert json.loads((result / "runs.json").read_text())["run_id"] == run.info.run_id
-    assert steps(store.uri, run.info.run_id, "success") == steps(store.uri, run.info.run_id, "seconds") == [0, 1, 2]
 
 
 # ------------------------------------------------------------------------------------------- the comparison, as a whole

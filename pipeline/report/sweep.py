@@ -23,7 +23,8 @@ def read_sweeps(out: Path) -> list[dict[str, Any]]:
         sections.append(
             {
                 "name": folder.name,
-                "summary": drawn["summary"],
+                # Indented lines are what the table has.
+                "summary": "\n".join(line for line in drawn["summary"].splitlines() if not line.startswith("  ")),
                 "table": _table(outcome),
                 "verdict": verdict.read_text(encoding="utf-8").splitlines() if verdict.exists() else [],
                 "figures": drawn["figures"],

@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
-from typing import Any, Literal
+from typing import Any
 
 import optuna
 from optuna.exceptions import TrialPruned, UpdateFinishedTrialError
@@ -23,7 +23,6 @@ from pipeline.sweep.queue import Queue, open_storage
 from pipeline.sweep.sampler import NumberedSampler
 from pipeline.sweep.trial import CACHE, Objective, Outcome, run_trial
 
-Ended = Literal["COMPLETE", "PRUNED"]
 Observer = Callable[[FrozenTrial, Outcome | None], None]
 """Told of every trial that this machine has finished; None stands for the outcome of one stopped early."""
 

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.episodes import episode_records
-from pipeline.files import read_json, write_json
 from pipeline.tracking.spool import Record, Spool, now
 from pipeline.tracking.system import SystemMetrics
 from pipeline.trajectory import Trajectories
@@ -80,15 +79,12 @@ class TrainingRun:
 
     def log(self, metrics: dict[str, float], iteration: int) -> None:
         """All metrics of one iteration, and the machine's; one that was logged before a kill is not logged again."""
-        self.append(metrics | self._system.measure(), iteration)
+        if iteration > self._iteration:
+            values = metrics | self._system.measure()
+            self._spool.append({"kind": "metrics", "values": values, "step": iteration, "time": self._tick()})
+            self._iteration = iteration
         if time.monotonic() - self._tried >= EVERY:
             self._send()
-
-    def append(self, metrics: dict[str, float], iteration: int) -> None:
-        """Like ``log``, without the machine's metrics, and nothing is sent yet."""
-        if iteration > self._iteration:
-            self._spool.append({"kind": "metrics", "values": metrics, "step": iteration, "time": self._tick()})
-            self._iteration = iteration
 
     def finish(self, tokenizer: Any, episodes: Trajectories | None) -> dict[str, str | None]:
         """Store sampled episodes, end the run, and say where it is.
@@ -135,16 +131,6 @@ class TrainingRun:
 
 TABLE_TAG = {"mlflow.loggedArtifacts": json.dumps([{"path": "episodes.json", "type": "table"}])}
 """By this tag MLflow's pages show episodes.json as a table."""
-
-
-def log_finished(settings: RunSettings, folder: Path) -> None:
-    """Give a training that was finished without a run (by a sweep) one, from what it has left in ``folder``."""
-    result = folder / "result"
-    run = TrainingRun(settings, folder)
-    for row, timing in zip(read_json(result / "curves.json"), read_json(result / "timings.json"), strict=True):
-        values = {key: value for key, value in row.items() if key != "iteration"}
-        run.append(values | timing, int(row["iteration"]))
-    write_json(result / "runs.json", run.finish(None, None))
 
 
 def episode_table(episodes: Sequence[tuple[str, Mapping[str, Any]]]) -> str:

@@ -179,21 +179,13 @@ class _Log(Callback):
     def __init__(self, run: TrainingRun) -> None:
         self._run = run
 
-    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
-        """A checkpoint may be of a training that had no run yet (a sweep's)."""
-        for done in range(1, len(pl_module.curve) + 1):
-            self._run.append(*self._row(pl_module.curve[:done]))
-
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         with pl_module.phases.phase("tracking"):
-            self._run.log(*self._row(pl_module.curve))
-
-    @staticmethod
-    def _row(curve: Curve) -> tuple[dict[str, float], int]:
-        """The last iteration's metrics, with totals so far, and its number."""
-        row = dict(curve[-1])
-        row |= {f"{name}_total": sum(earlier[name] for earlier in curve) for name in ("episodes", "tokens")}
-        return row, int(row.pop("iteration"))
+            row = dict(pl_module.curve[-1])
+            row |= {
+                f"{name}_total": sum(earlier[name] for earlier in pl_module.curve) for name in ("episodes", "tokens")
+            }
+            self._run.log(row, int(row.pop("iteration")))
 
 
 class _Episodes(Callback):
