@@ -93,6 +93,11 @@ def test_every_trial_has_a_run_below_the_studys_whatever_became_of_it_and_the_re
     ]
     assert section["verdict"] == []
     assert len(section["figures"]) == 8
+    parallel = next(f["plotly"]["layout"] for f in section["figures"] if "parallel" in f["title"])
+    alphas = [a["text"] for a in parallel["annotations"] if a["x"] == 1]
+    assert alphas[-1] == "1"
+    assert float(alphas[-2]) < 0.75  # halfway and more along its axis: values, not draws
+    assert parallel["xaxis"]["ticktext"][1] == "reasoning_downweight"
     verdict = tmp_path / "sweeps" / "confirm_actfocus" / "reports" / "verdict.txt"
     write_text(verdict, "best is not told apart\nfrom anything\n")
     assert read_sweeps(tmp_path)[0]["verdict"] == ["best is not told apart", "from anything"]

@@ -21,7 +21,7 @@ from optuna.importance import FanovaImportanceEvaluator, PedAnovaImportanceEvalu
 from pipeline.files import write_json
 from pipeline.studies import Logarithmic, LogarithmicFromZero
 from pipeline.sweep.result import Found, report_text, short_names, short_study, summary
-from pipeline.sweep.space import from_value
+from pipeline.sweep.space import from_value, to_value
 
 FEWEST = 4
 """Complete trials below which there is nothing to be drawn."""
@@ -104,8 +104,9 @@ def drawings(found: Found) -> list[Drawing]:
             Drawing(
                 "parallel",
                 "parallel coordinates",
-                f"A line per trial through its settings, coloured by score. {ran}",
+                f"A line per trial through its settings, coloured by score; dotted where it broke a constraint. {ran}",
                 plot("parallel_coordinate", params=names),
+                tuple(names),
             )
         )
         for title, evaluator in (
@@ -157,6 +158,12 @@ def _ticks(found: Found, name: str) -> tuple[list[Any], list[str]] | None:
 
 
 def _relabel_plotly(figure: Any, found: Found, drawing: Drawing) -> None:
+    figure.update_layout(title=None, margin={"t": 40, "b": 40, "l": 60, "r": 20})
+    figure.update_xaxes(automargin=True)
+    figure.update_yaxes(automargin=True)
+    if drawing.name == "parallel":
+        _relabel_parallel(figure, found, drawing.ranged)
+        return
     for index, name in enumerate(drawing.ranged):
         ticks = _ticks(found, name)
         if ticks is None:
@@ -166,35 +173,52 @@ def _relabel_plotly(figure: Any, found: Found, drawing: Drawing) -> None:
             figure.update_layout({f"xaxis{index + 1 if index else ''}": axis})
         else:
             figure.update_layout({"xaxis" if index == 0 else "yaxis": axis})
-    for trace in figure.data:  # parallel coordinates have axes of their own
-        for dimension in getattr(trace, "dimensions", None) or ():
-            ticks = _ticks(found, dimension.label)
-            if ticks is not None and ticks[0][0] == 0.0:  # Optuna has labelled the plainly logarithmic ones
-                dimension.update(tickvals=ticks[0], ticktext=ticks[1])
-    figure.update_layout(title=None)
+
+
+def _relabel_parallel(figure: Any, found: Found, names: Sequence[str]) -> None:
+    """Names in full, and values instead of draws: Optuna's axes are lines beside which texts stand."""
+    labels, spaces = ["validation success", *names], [None, *found.plan.search.space.values()]
+
+    def shown(place: int, text: str) -> str:
+        space = spaces[place]
+        return f"{to_value(space, float(text)):.3g}" if isinstance(space, LogarithmicFromZero) else text
+
+    figure.update_xaxes(ticktext=labels)
+    for annotation in figure.layout.annotations:
+        annotation.text = shown(int(annotation.x), annotation.text)
+    for trace in figure.data:
+        if trace.customdata is not None:
+            rows = enumerate(trace.customdata)
+            trace.customdata = [[labels[place], shown(place, text)] for place, (_, text) in rows]
 
 
 def _save(drawing: Drawing, found: Found, path: Path) -> None:
     with warnings.catch_warnings(), pyplot.rc_context({"figure.figsize": (8, 5), "font.size": 9}):
         warnings.simplefilter("ignore")
-        drawn = drawing.plot(static)
-        axes: list[Axes] = list(np.ravel(drawn))
+        axes: list[Axes] = list(np.ravel(drawing.plot(static)))
+        figure = axes[0].get_figure(root=True)
+        assert figure is not None
+        if drawing.name == "parallel":
+            axes[0].set_xticks(range(1 + len(drawing.ranged)), ["validation success", *drawing.ranged], rotation=15)
         for index, name in enumerate(drawing.ranged):
             ticks = _ticks(found, name)
             if ticks is None:
                 continue
             if drawing.name == "slice":
                 axes[index].set_xticks(*ticks)
+            elif drawing.name == "parallel":  # one axis per setting, after the score's and the colour bar's
+                own = figure.axes[index - len(drawing.ranged)]
+                low, high = own.get_ylim()
+                shown = [(at, text) for at, text in zip(*ticks, strict=True) if low <= at <= high]
+                own.set_yticks([at for at, _ in shown], [text for _, text in shown])
+                own.minorticks_off()
             elif index == 0:
                 axes[0].set_xticks(*ticks)
             else:
                 axes[0].set_yticks(*ticks)
-        for one in axes:
-            one.minorticks_off()
-        figure = axes[0].get_figure(root=True)
-        assert figure is not None
         figure.suptitle("")
         for one in axes:
+            one.minorticks_off()
             one.set_title("")
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, dpi=120, bbox_inches="tight", metadata={"Software": None})
