@@ -41,15 +41,7 @@ def main() -> str:
             replace_block(results, f"replay {name}", fenced((replayed / "replay.txt").read_text(encoding="utf-8")))
             shutil.copy2(replayed / "replay.png", figures / f"{name}-replay.png")
             published.append(f"replay {name}")
-    for study in config.sweep.studies:
-        swept, confirmed = reports / "sweep" / study, out_folder(config) / "sweeps" / f"confirm_{study}" / "reports"
-        if swept.is_dir():
-            parts = [swept / "sweep.txt", confirmed / "comparison.txt", confirmed / "verdict.txt"]
-            text = "\n".join(part.read_text(encoding="utf-8") for part in parts if part.exists())
-            replace_block(results, f"sweep {study}", fenced(text))
-            for png in (*sorted(swept.glob("*-slice.png")), *sorted(swept.glob("*-contour*.png"))):
-                shutil.copy2(png, figures / f"sweep-{png.name}")
-            published.append(f"sweep {study}")
+    published += publish_sweeps(config, results, figures, "")
     for preset in PRESETS:
         own = Path("presets") / preset / "reports"
         if (own / "comparison.md").exists():
@@ -58,6 +50,7 @@ def main() -> str:
                 if not png.name.endswith("-health.png"):
                     shutil.copy2(png, figures / f"{preset}-{png.name}")
             published.append(preset)
+        published += publish_sweeps(load(f"presets/{preset}/params.yaml"), results, figures, f"{preset} ")
     compared = [Path("presets") / preset / "reports" / "comparison.json" for preset in ENVIRONMENTS]
     if all(file.exists() for file in compared):
         replace_block(Path("README.md"), "environments", overview_markdown([read_json(file) for file in compared]))
@@ -70,6 +63,22 @@ def main() -> str:
         f"README.md, docs/ and docs/figures hold the latest: {', '.join(published)}; what is not there stays as it was. "
         "Next: git diff README.md docs"
     )
+
+
+def publish_sweeps(config: Config, results: Path, figures: Path, prefix: str) -> list[str]:
+    """Put the sweeps of a params file into a document, each with its confirmation; returns their names."""
+    published = []
+    for study in config.sweep.studies:
+        swept = out_folder(config) / "reports" / "sweep" / study
+        confirmed = out_folder(config) / "sweeps" / f"confirm_{study}" / "reports"
+        if swept.is_dir():
+            parts = [swept / "sweep.txt", confirmed / "comparison.txt", confirmed / "verdict.txt"]
+            text = "\n".join(part.read_text(encoding="utf-8") for part in parts if part.exists())
+            replace_block(results, f"{prefix}sweep {study}", fenced(text))
+            for png in (*sorted(swept.glob("*-slice.png")), *sorted(swept.glob("*-contour*.png"))):
+                shutil.copy2(png, figures / f"{prefix.replace(' ', '-')}sweep-{png.name}")
+            published.append(f"{prefix}sweep {study}")
+    return published
 
 
 def comparison_block(config: Config) -> str:

@@ -150,17 +150,6 @@ def test_an_iteration_that_is_computed_again_is_not_logged_again(policy: Path, s
     assert MlflowClient(store.uri).get_run(run_id).info.end_time == ended
 
 
-def test_a_training_that_goes_on_from_a_sweeps_checkpoint_has_all_iterations_in_its_run(
-    policy: Path, store: Store, root: Path
-) -> None:
-    job = toy_job(configured({"train": {"iterations": 4}, "tracking": {"traces": 1}}), policy, store)
-    apart(train_until, replace(job, tracking=None), 2, silent)
-    apart(train_until, job, 4, silent)
-    [run] = runs_of(store.uri, "training")
-    for metric in ("success", "tokens_total"):
-        assert steps(store.uri, run.info.run_id, metric) == [0, 1, 2, 3]
-
-
 def silent(done: int, total: int, text: str = "") -> None:
     pass
 
