@@ -5,6 +5,7 @@ Each is written as PNG and SVG with equal bytes for equal input.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -112,10 +113,10 @@ def _scatter(axes: Axes, per_group: GroupEnergy, scope: str, correlation: dict[s
     colour = COLOURS[scope]
     axes.scatter(energy[varying], per_group.variance[varying], s=26, color=colour, alpha=0.55, linewidths=0)
     axes.scatter(energy[~varying], per_group.variance[~varying], s=26, facecolors="none", edgecolors=colour, alpha=0.7)
-    axes.set_title(f"{scope} tokens\n{_rho(correlation)}", color=colour, fontweight="bold", pad=22)
+    axes.set_title(f"{scope} tokens\n{rho_text(correlation)}", color=colour, fontweight="bold", pad=22)
     varied = correlation["varying"]
     axes.annotate(
-        f"{varied['groups']} filled: {_rho(varied)}",
+        f"{varied['groups']} filled: {rho_text(varied)}",
         (0.5, 1.0),
         (0, 7),
         xycoords="axes fraction",
@@ -128,7 +129,8 @@ def _scatter(axes: Axes, per_group: GroupEnergy, scope: str, correlation: dict[s
     axes.locator_params(axis="x", nbins=5)
 
 
-def _rho(correlation: dict[str, Any]) -> str:
+def rho_text(correlation: Mapping[str, Any]) -> str:
+    """Spearman's rank correlation with its interval, in few characters."""
     if correlation["spearman"] is None:
         return "ρ undefined"
     rho, low, high = (

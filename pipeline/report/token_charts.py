@@ -11,7 +11,7 @@ from plotly.subplots import make_subplots
 
 from pipeline.config import Config
 from pipeline.energy.diagnostics import SCOPES, group_energy, role_energy
-from pipeline.report.bottleneck_figures import COLOURS
+from pipeline.report.bottleneck_figures import COLOURS, rho_text
 from pipeline.report.charts import GREY, Chart, view
 from pipeline.trajectory import RESPONSE_ROLES, Trajectories
 
@@ -58,7 +58,7 @@ def token_charts(
 
 def _scatter(annotated: Trajectories, diagnostics: Mapping[str, Any]) -> dict[str, Any]:
     found = group_energy(annotated)
-    titles = [f"{scope} tokens: {_rho(diagnostics[scope])}" for scope in SCOPES]
+    titles = [f"{scope} tokens: {rho_text(diagnostics[scope])}" for scope in SCOPES]
     figure = make_subplots(len(SCOPES), 1, shared_xaxes=True, vertical_spacing=0.08, subplot_titles=titles)
     varying = found.variance > 0
     for row, scope in enumerate(SCOPES, start=1):
@@ -109,16 +109,6 @@ def _titled(figure: go.Figure, height: int, left: int) -> dict[str, Any]:
     """With room for the first panel's title; titles stand at the left, where they do not leave a narrow screen."""
     figure.update_annotations(x=0, xanchor="left", font={"size": 13})
     return view(figure, height, left, top=30)
-
-
-def _rho(correlation: Mapping[str, Any]) -> str:
-    if correlation["spearman"] is None:
-        return "ρ undefined"
-    rho, low, high = (
-        "?" if correlation[key] is None else f"{correlation[key]:+.2f}".replace("-", "−")
-        for key in ("spearman", "ci_low", "ci_high")
-    )
-    return f"ρ = {rho} [{low}, {high}]"
 
 
 def _rounded(values: np.ndarray) -> list[float]:

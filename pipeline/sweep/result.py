@@ -18,6 +18,7 @@ from ruamel.yaml import YAML
 from pipeline.presets import overlay
 from pipeline.studies import Value
 from pipeline.sweep.plan import Plan
+from pipeline.sweep.queue import FINISHED
 
 
 @dataclass(frozen=True)
@@ -155,7 +156,7 @@ def short_study(found: Found, tokens: bool = False) -> optuna.Study:
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     study = optuna.create_study(directions=["maximize", "minimize"] if tokens else ["maximize"])
     for trial in found.trials:
-        if trial.state in (TrialState.COMPLETE, TrialState.PRUNED) and len(trial.params) == len(names):
+        if trial.state in FINISHED and len(trial.params) == len(names):
             study.add_trial(
                 optuna.trial.create_trial(
                     state=trial.state,

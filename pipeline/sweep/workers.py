@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from pipeline.processes import Display, in_own_process
 from pipeline.studies import Sweep
 from pipeline.sweep.plan import Plan
-from pipeline.sweep.queue import Queue, open_storage
+from pipeline.sweep.queue import FINISHED, Queue, open_storage
 from pipeline.sweep.sampler import NumberedSampler
 from pipeline.sweep.trial import CACHE, Objective, Outcome, run_trial
 
@@ -71,7 +71,7 @@ def run_search(search: Search, workers: int) -> list[FrozenTrial]:
                 process.terminate()
             process.join()
     trials = in_own_process(study_trials, search.plan)
-    finished = sum(trial.state in (TrialState.COMPLETE, TrialState.PRUNED) for trial in trials)
+    finished = sum(trial.state in FINISHED for trial in trials)
     if finished < search.plan.trials:
         raise BrokenProcessPool("every worker was killed")
     return trials
