@@ -9,7 +9,7 @@ PIPELINE = $(if $(PRESET),presets/$(PRESET)/dvc.yaml,dvc.yaml)
 PARAMS = $(if $(PRESET),presets/$(PRESET)/params.yaml,params.yaml)
 OUT = $(if $(PRESET),presets/$(PRESET),.)
 
-.PHONY: help install repro sweep sweep-confirm smoke test play compare ui preset sync match replay bench screenshots publish clean
+.PHONY: help install repro sweep sweep-confirm smoke test play compare ui preset sync match replay decisions bench screenshots publish clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -72,6 +72,10 @@ match: install ## find the learning rate of METHOD=grpo_lr_matched that moves ac
 replay: install ## what would reweighting change? (ARGS="--groups 256 --alpha 0 0.1 1 --signal reference_energy")
 	@dvc repro --quiet $(PIPELINE):annotate
 	@python -m stages.replay --params $(PARAMS) $(ARGS)
+
+decisions: preset ## which signal finds the tokens that decide? (PRESET=branching; ARGS="--positions 4 --candidates 4")
+	@dvc repro --quiet $(PIPELINE):policy
+	@python -m stages.decisions --params $(PARAMS) $(ARGS)
 
 bench: install .venv-trl/.installed ## measure speed against the machine's floor, plain transformers and TRL (DEVICE=cuda)
 	dvc repro --quiet annotate

@@ -271,7 +271,9 @@ def training_task(setup: Setup, method: str, iterations: int, folder: Path) -> A
     config = setup.config
     config = config.model_copy(
         update={
-            "train": config.train.model_copy(update={"iterations": iterations, "validate_every": 10 * iterations}),
+            "train": config.train.model_copy(
+                update={"iterations": iterations, "tokens": None, "validate_every": 10 * iterations}
+            ),
             "tracking": config.tracking.model_copy(update={"uri": f"sqlite:///{folder}/mlflow.db"}),
         }
     )

@@ -139,7 +139,9 @@ class Train(Section):
     """The optimisation that all methods of a comparison share."""
 
     iterations: Count = 40
-    """Collect, annotate, update: how many times."""
+    """Collect, annotate, update: how many times, at most."""
+    tokens: Count | None = None
+    """Sampled tokens after which a training ends, at the iteration that comes nearest; null: after ``iterations``."""
     passes: Count = 2
     """Passes over an iteration's episodes."""
     minibatch: Count = 32
@@ -149,7 +151,7 @@ class Train(Section):
     betas: tuple[Probability, Probability] = (0.9, 0.999)
     """Adam's two decay rates."""
     schedule: Literal["constant", "linear"] = "constant"
-    """Learning rate over the iterations; ``linear`` falls to zero."""
+    """Learning rate over the iterations, or over ``tokens`` where they are set; ``linear`` falls to zero."""
     tokens_per_forward: Count = 4096
     """Padded tokens that pass through the model at once; bounds memory, gradients are accumulated exactly."""
     validate_every: Count = 10
@@ -265,18 +267,33 @@ class Config(Section):
         if "reference" in self.methods:
             raise ValueError("methods: 'reference' is the reference policy's own name; choose another")
         for name, method in self.methods.items():
-            # A filter leaves so many groups at most.
-            kept = (
-                math.ceil(round(getattr(method.filter, "keep", 1.0) * self.rollout.groups, 9)) * self.rollout.group_size
-            )
+            self._branches(name, method)
+            # A filter leaves so many groups at most, prefix credit only the initial episodes of each.
+            groups = math.ceil(round(getattr(method.filter, "keep", 1.0) * self.rollout.groups, 9))
+            initial = getattr(method.branching, "initial", None) if method.advantage.kind == "prefix_credit" else None
+            kept = groups * (initial or self.rollout.group_size)
             whole, rest = divmod(kept, self.train.minibatch)
-            updates = self.train.passes * max(1, whole + (2 * rest >= self.train.minibatch))
+            passes = self.train.passes + method.branching.moved
+            updates = passes * max(1, whole + (2 * rest >= self.train.minibatch))
             if updates == 1 and method.ratio_rule:
                 raise ValueError(
                     f"methods.{name}.{method.ratio_rule}: a rule on the ratio does nothing with one update per "
                     f"iteration of {kept} episodes; lower train.minibatch or raise train.passes"
                 )
         return self
+
+    def _branches(self, name: str, method: Method) -> None:
+        """What a method's branching asks of the rollout."""
+        section, size = method.branching, self.rollout.group_size
+        where = f"methods.{name}.branching"
+        most = size if section.kind in ("entropy_rise", "tree_search") else size - 1
+        for key in ("initial", "width"):
+            value = getattr(section, key, None)
+            if isinstance(value, int) and value > most:
+                raise ValueError(f"{where}.{key}: {value} episodes of rollout.group_size ({size}); at most {most}")
+        for key in ("high", "low"):
+            if getattr(section, key, None) == self.rollout.temperature:
+                raise ValueError(f"{where}.{key}: {self.rollout.temperature} is rollout.temperature; choose another")
 
 
 Demonstrations.model_rebuild()

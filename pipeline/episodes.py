@@ -27,10 +27,11 @@ def episode_records(
         columns: further numbers of all tokens (N,), by their names in ``NUMBERS``; NaN where a token has none.
 
     Returns:
-        Per episode ``id``, ``group``, ``seed``, ``iteration``, ``state``, ``return``, ``success``, ``end`` and ``turns``:
-        ``shown`` (all text since the last response), ``state`` (before the turn), ``action``, ``valid``, ``reward`` and
-        ``tokens``, the response as columns of equal length: ``text``, ``role``, ``sampled`` and ``NUMBERS``, with 5
-        significant digits, null where a token has none. Where several tokens wrote one character, the first has it.
+        Per episode ``id``, ``group``, ``parent`` and ``split`` (of a branch, else null: the episode that it branched from,
+        and how many tokens it shares with that), ``seed``, ``iteration``, ``state``, ``return``, ``success``, ``end`` and
+        ``turns``: ``shown`` (all text since the last response), ``state`` (before the turn), ``action``, ``valid``,
+        ``reward`` and ``tokens``, the response as columns of equal length: ``text``, ``role``, ``sampled`` and ``NUMBERS``,
+        with 5 significant digits, null where a token has none. Where several tokens wrote one character, the first has it.
     """
     numbers = _numbers(trajectories) | dict(columns or {})
     return [_record(trajectories, tokenizer, numbers, episode) for episode in range(len(trajectories))]
@@ -60,14 +61,14 @@ def _record(
         }
         for name in NUMBERS:
             values = numbers.get(name)
-            tokens[name] = [None] * len(tokens["text"]) if values is None else [_rounded(v) for v in values[span]]
+            tokens[name] = [None] * len(tokens["text"]) if values is None else [rounded(v) for v in values[span]]
         turns.append(
             {
                 "shown": plain_text(decode(tokenizer, shown).text),
                 "state": plain_text(own["state_key"]),
                 "action": plain_text(own["action"]),
                 "valid": bool(own["valid"]),
-                "reward": _rounded(own["reward"]),
+                "reward": rounded(own["reward"]),
                 "tokens": tokens,
             }
         )
@@ -75,10 +76,12 @@ def _record(
     return {
         "id": columns["episode_id"][episode],
         "group": columns["group_id"][episode],
+        "parent": columns["parent"][episode],
+        "split": columns["split"][episode],
         "seed": columns["seed"][episode],
         "iteration": columns["iteration"][episode],
         "state": plain_text(columns["state_key"][episode]),
-        "return": _rounded(columns["return"][episode]),
+        "return": rounded(columns["return"][episode]),
         "success": bool(columns["success"][episode]),
         "end": columns["end_reason"][episode],
         "turns": turns,
@@ -93,6 +96,6 @@ def _texts(text: str, spans: list[tuple[int, int]]) -> list[str]:
     ]
 
 
-def _rounded(value: float) -> float | None:
+def rounded(value: float) -> float | None:
     """Five significant digits, so that equal results are equal text; None if undefined, because JSON has no NaN."""
     return float(f"{value:.5g}") + 0.0 if math.isfinite(value) else None

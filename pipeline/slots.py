@@ -1,7 +1,7 @@
 """The schema of a method: one section per choice in a slot, with every setting, its range, its default and its source.
 
 What a section's numbers do is a function of the same settings in pipeline/objective; ``pipeline/objective/methods.py``
-has the tables that join them. S1, where episodes come from, is the rollout's and not here.
+has the tables that join them, and pipeline/rollout/branching.py that of S1.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from typing import Annotated, ClassVar, Literal, Union
 
 from pydantic import Field, model_validator
 
-from pipeline.section import NonNegative, Positive, Probability, Section, Share, refuse_ignored
+from pipeline.section import Count, NonNegative, Positive, Probability, Section, Share, refuse_ignored
 
 # ------------------------------------------------------------------------------------------------------- heads
 
@@ -50,6 +50,134 @@ class QFunction(Section):
 
 
 Head = Critic | QFunction
+
+# ---------------------------------------------------------------------------------------------------- S1: branching
+
+
+class BranchingSection(Section):
+    """What every choice of S1 has. The budget, ``rollout.group_size`` episodes per initial state, is the same for all."""
+
+    scored: ClassVar[bool] = False
+    """Episodes are annotated, and their tokens scored, before others branch from them."""
+
+    @property
+    def moved(self) -> bool:
+        """Whether branches are placed by how the policy has moved: it is updated once before there are any."""
+        return False
+
+
+class Independent(BranchingSection):
+    """S1: every episode begins at the initial state."""
+
+    kind: Literal["none"] = "none"
+
+
+class EntropyRise(BranchingSection):
+    """S1: branch where an observation has raised the entropy (ARPO, arXiv 2507.19849; AEPO, arXiv 2510.14545).
+
+    At the beginning of each response but the first, ``width`` more episodes begin if
+    ``(draw + slope * dH) * max(0, 1 - penalty * l) >= threshold``. Budget that is left begins at the initial state.
+    """
+
+    kind: Literal["entropy_rise"]
+    initial: Count | Literal["monitored"] = 8
+    """Episodes that begin at the initial state; ``monitored``: from the entropies of a first episode (AEPO)."""
+    monitor_slope: NonNegative = 0.5
+    """b of AEPO's budget ``int(k * sigmoid(b * (H_root - mean H_tool))) + 1``."""
+    base: Probability | None = None
+    """The draw, if it is a constant (a of ARPO's paper); null: uniform in [0, 1) at each decision (AEPO's code)."""
+    slope: NonNegative = 0.2
+    """Of dH, nats: mean entropy at the beginning of this response less that of the episode's first."""
+    threshold: Probability = 0.5
+    """To be reached."""
+    penalty: Probability = 0.05
+    """Taken per consecutive branching l (AEPO); 0 for none (ARPO)."""
+    penalty_per: Literal["path", "prompt"] = "path"
+    """Whose consecutive branchings count: a path's (paper), or all of the initial state's (released code)."""
+    tokens: Count = 10
+    """First tokens of a response over which entropy is averaged. Ours."""
+    width: Count = 1
+    """Branches at a place, beside the episode that goes on."""
+
+    @model_validator(mode="after")
+    def _effective(self) -> EntropyRise:
+        if self.initial != "monitored":
+            refuse_ignored(self, "initial is a number", "monitor_slope")
+        if self.penalty == 0:
+            refuse_ignored(self, "penalty is 0", "penalty_per")
+            if self.base == self.threshold:
+                refuse_ignored(self, "base is the threshold and there is no penalty", "slope")
+        return self
+
+
+class Positions(BranchingSection):
+    """S1: branch at the tokens of highest score (APPO, arXiv 2606.12384; after TLPO, arXiv 2604.26553).
+
+    The budget beyond ``initial`` goes to branches, ``width`` at each position, best first.
+    """
+
+    scored: ClassVar[bool] = True
+    kind: Literal["positions"]
+    initial: Count = 8
+    """Episodes that begin at the initial state."""
+    signal: Literal["branching_score", "entropy", "reference_energy", "action_energy", "action_start", "random"] = (
+        "branching_score"
+    )
+    """The score: APPO's ``z(H) * z(Omega)`` under the policy after the iteration's first updates; the behaviour policy's
+    entropy; the reference policy's energy, of all tokens or of action tokens; a draw for the first action token of each
+    response; a draw for any token."""
+    side: Literal["before", "after"] = "after"
+    """Sample the scored token again, or only what comes after it (APPO)."""
+    among: Literal["all", "failed"] = "all"
+    """Whether the episodes that succeeded are branched from too, where others failed."""
+    width: Count = 1
+    """Branches at a position."""
+    discount: Probability = 0.99
+    """gamma of ``Omega_t = exp(sum_{k >= t} gamma^(k-t) (log pi - log pi_old))``. Ours."""
+    bounds: tuple[Positive, Positive] = (0.8, 1.2)
+    """Omega is clipped to these."""
+
+    @property
+    def moved(self) -> bool:
+        """See ``BranchingSection.moved``."""
+        return self.signal == "branching_score"
+
+    @model_validator(mode="after")
+    def _effective(self) -> Positions:
+        if not self.moved:
+            refuse_ignored(self, f"signal is {self.signal}", "discount", "bounds")
+        if not self.bounds[0] < 1 < self.bounds[1]:
+            raise ValueError("bounds must be two numbers, low < 1 < high")
+        return self
+
+
+class TreeSearch(BranchingSection):
+    """S1: Monte-Carlo tree search over turns, with whole episodes as simulations (after SEEA-R1, arXiv 2506.21669)."""
+
+    kind: Literal["tree_search"]
+    width: Annotated[int, Field(ge=2)] = 4
+    """Children of a state that is expanded. Ours."""
+    exploration: NonNegative = 1.0
+    """c of ``Q + c * sqrt(ln N / n)``, with Q in [0, 1]. Ours."""
+
+
+class TemperatureSwitch(BranchingSection):
+    """S1: episodes at another temperature, switched on entropy (Arbitrary Entropy PO, arXiv 2510.08141)."""
+
+    kind: Literal["temperature_switch"]
+    initial: Count = 8
+    """Episodes at ``rollout.temperature``; the budget beyond them is sampled at one of the other two."""
+    target: Positive = 1.0
+    """Nats per token: mean entropy that the initial episodes are held against. Ours."""
+    high: Positive = 1.2
+    """Temperature where entropy is below the target."""
+    low: Positive = 0.8
+    """Temperature where it is not."""
+
+
+Branching = Annotated[
+    Union[Independent, EntropyRise, Positions, TreeSearch, TemperatureSwitch], Field(discriminator="kind")
+]
 
 # ---------------------------------------------------------------------------------------------------- S7: reward
 
@@ -292,8 +420,79 @@ class SoftQ(AdvantageSection):
         return ("soft_value", "taken")
 
 
+class TreeAdvantageSection(AdvantageSection):
+    """What every advantage of trees has: how values are standardised."""
+
+    std: bool = True
+    """Divide by the standard deviation."""
+    ddof: Literal[0, 1] = 1
+    """Delta degrees of freedom of that standard deviation."""
+    eps: Positive = 1e-6
+    """Added to that standard deviation."""
+
+    @model_validator(mode="after")
+    def _std_effective(self) -> TreeAdvantageSection:
+        if not self.std:
+            refuse_ignored(self, "std is false", "ddof", "eps")
+        return self
+
+
+class SharedPrefixAdvantage(TreeAdvantageSection):
+    """S3: the return standardised within its group; a token that branches share has their mean (ARPO, arXiv 2507.19849)."""
+
+    kind: Literal["shared_prefix"]
+    credit: Literal["hard", "soft"] = "soft"
+    """``soft``: such a token counts as often as there are episodes through it, as if each were trained on whole, which
+    is the published default; ``hard``: it counts once."""
+
+
+class PrefixCreditAdvantage(TreeAdvantageSection):
+    """S3: initial episodes and branches are groups of their own; branches only credit prefixes (APPO, arXiv 2606.12384).
+
+    A token of an initial episode has its episode's advantage, and the mean advantage of the branches from behind it.
+    """
+
+    kind: Literal["prefix_credit"]
+    credit: Positive = 1.0
+    """Factor of that mean. Ours."""
+
+
+class SiblingAdvantage(TreeAdvantageSection):
+    """S3: each stretch between two branchings against those that begin at the same place (after SEEA-R1 and TLPO).
+
+    A stretch is worth the mean return of the episodes through it.
+    """
+
+    kind: Literal["siblings"]
+    scope: Literal["segment", "token"] = "segment"
+    """What is trained: the whole stretch, or only its first token, the candidate at the branching (TLPO)."""
+
+
+class ReinforcedAdvantage(TreeAdvantageSection):
+    """S3: GRPO over the initial episodes, REINFORCE on the others that succeeded (Arbitrary Entropy PO, 2510.08141)."""
+
+    kind: Literal["reinforced"]
+    coefficient: Positive = 0.5
+    """Advantage of their tokens. Ours."""
+
+
+TREE_ADVANTAGES = (SharedPrefixAdvantage, PrefixCreditAdvantage, SiblingAdvantage, ReinforcedAdvantage)
+
 Advantage = Annotated[
-    Union[GroupAdvantage, TokenGroupAdvantage, StepGroupAdvantage, GAE, TurnGAE, BilevelGAE, EntropyGAE, SoftQ],
+    Union[
+        GroupAdvantage,
+        TokenGroupAdvantage,
+        StepGroupAdvantage,
+        GAE,
+        TurnGAE,
+        BilevelGAE,
+        EntropyGAE,
+        SoftQ,
+        SharedPrefixAdvantage,
+        PrefixCreditAdvantage,
+        SiblingAdvantage,
+        ReinforcedAdvantage,
+    ],
     Field(discriminator="kind"),
 ]
 
@@ -563,6 +762,32 @@ class BalancedClip(SurrogateSection):
         return self
 
 
+class ProcedureClip(SurrogateSection):
+    """S5: PPO's clip with a dual bound, scaled by where each token leads (APPO, arXiv 2606.12384).
+
+    The loss of a token is multiplied by ``1 + strength * f_t`` (raw) or ``1 + strength * (f_t - 1)`` (centred), with
+    ``f_t = clip(exp(FutureKL_t), ...)`` under a stop-gradient.
+    """
+
+    kind: Literal["procedure_clip"]
+    low: Low = 0.2
+    """The ratio is not pushed below 1 - low."""
+    high: Positive = 0.28
+    """The ratio is not pushed above 1 + high."""
+    dual: Annotated[float, Field(gt=1.0)] = 3.0
+    """Where A < 0 a ratio above this counts as this; a trajectory with more than one such token leaves the mean."""
+    strength: Positive = 1.0
+    """b of the scaling."""
+    form: Literal["raw", "centred"] = "raw"
+    """As published, where every loss is at least doubled at b = 1; or around 1."""
+    half_life: Positive = 64.0
+    """Tokens after which a later token counts half in FutureKL."""
+    largest_shift: Positive = 1.0986
+    """Tokens whose ``log pi - log pi_old`` is above this (log 3) are left out of FutureKL."""
+    bound: Annotated[float, Field(gt=1.0)] = 1.2
+    """f_t is clipped to [1, this]; to [0.8, 1] where A < 0 and the token's ratio is above 1 + high."""
+
+
 class SoftQSurrogate(SurrogateSection):
     """S5: ``sum_v pi(v) (b log(pi(v) / ref(v)) - Q(v))`` over the vocabulary (ETPO, arXiv 2402.06700)."""
 
@@ -579,6 +804,7 @@ Surrogate = Annotated[
         CovarianceClip,
         CovarianceKL,
         BalancedClip,
+        ProcedureClip,
         SoftQSurrogate,
     ],
     Field(discriminator="kind"),
@@ -664,6 +890,8 @@ class Method(Section):
     """Where the method comes from; decides nothing."""
     status: Status = "ours"
     """``faithful`` to its source, ``after`` it where only the idea is known, or ``ours``; decides nothing."""
+    branching: Branching = Independent()
+    """S1: where do episodes come from?"""
     reward: Reward
     """S7: is the reward reshaped?"""
     filter: Filter
@@ -689,7 +917,26 @@ class Method(Section):
             raise ValueError(
                 "reward token_entropy and advantage token_group go together: such a reward stands on every token"
             )
+        self._legal_trees()
         return self
+
+    def _legal_trees(self) -> None:
+        """What is defined on trees, and only there."""
+        branching, advantage = self.branching, self.advantage
+        if (branching.kind == "temperature_switch") != (advantage.kind == "reinforced"):
+            raise ValueError("branching temperature_switch and advantage reinforced go together")
+        if branching.kind == "none":
+            if isinstance(advantage, TREE_ADVANTAGES):
+                raise ValueError(f"advantage {advantage.kind} needs branches, and branching is none")
+            return
+        if advantage.kind == "prefix_credit" and branching.kind != "positions":
+            raise ValueError("advantage prefix_credit needs branching positions, whose initial episodes are one group")
+        if not isinstance(advantage, (*TREE_ADVANTAGES, GroupAdvantage, GAE)):
+            raise ValueError(f"advantage {advantage.kind} is not defined on branches")
+        if self.reward.kind != "none":
+            raise ValueError(f"reward {self.reward.kind} is not defined on branches")
+        if self.weight.kind == "pivots":
+            raise ValueError("weight pivots is not defined on branches: it goes by progress in the whole trajectory")
 
     @property
     def ratio_rule(self) -> str | None:

@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 
 
 class Role(enum.IntEnum):
@@ -47,6 +47,7 @@ _EPISODE = {
     "seed": pa.int64(),
     "iteration": pa.int64(),
     "policy_version": pa.int64(),
+    "temperature": pa.float64(),
     "parent": pa.string(),
     "split": pa.int32(),
     "return": pa.float64(),
@@ -76,8 +77,9 @@ class Trajectories:
     """E episodes with T turns and N tokens in all; see the module's text for the layout."""
 
     episodes: dict[str, list[Any]]
-    """Columns of E values: episode_id, group_id, environment, state_key, seed, iteration, policy_version, parent and split
-    (branches only, else None), return, success, end_reason (goal, failed, turns, context)."""
+    """Columns of E values: episode_id, group_id, environment, state_key, seed, iteration, policy_version, temperature (of
+    sampling), parent and split (branches only, else None: the episode that it branched from, and how many tokens it
+    shares with that), return, success, end_reason (goal, failed, turns, context)."""
     offsets: np.ndarray
     """int64 (E + 1,): token offsets."""
     turn_offsets: np.ndarray
@@ -118,6 +120,30 @@ class Trajectories:
     def token_episode(self) -> np.ndarray:
         """int64 (N,): the episode of each token."""
         return np.repeat(np.arange(len(self)), self.lengths)
+
+    @property
+    def splits(self) -> np.ndarray:
+        """int64 (E,): tokens that each episode shares with the one that it branched from; 0 for those that did not."""
+        return np.array([split or 0 for split in self.episodes["split"]], dtype=np.int64)
+
+    @property
+    def parents(self) -> np.ndarray:
+        """int64 (E,): index of the episode that each one branched from, -1 for those that did not.
+
+        Raises:
+            TrajectoryError: that episode is not among these.
+        """
+        index = {name: number for number, name in enumerate(self.episodes["episode_id"])}
+        missing = [name for name in self.episodes["parent"] if name is not None and name not in index]
+        if missing:
+            raise TrajectoryError(f"episode {missing[0]!r}, which others branch from, is missing")
+        return np.array([-1 if name is None else index[name] for name in self.episodes["parent"]], dtype=np.int64)
+
+    @property
+    def trainable(self) -> np.ndarray:
+        """bool (N,): sampled, and in this episode first: a token that branches share is trained where it was sampled."""
+        place = np.arange(len(self.input_ids)) - np.repeat(self.offsets[:-1], self.lengths)
+        return np.asarray(self.sampled & (place >= np.repeat(self.splits, self.lengths)))
 
     @property
     def groups(self) -> np.ndarray:
@@ -296,6 +322,23 @@ class EpisodeBuilder:
         """Tokens that the policy chose."""
         self._append(ids, roles, True, logprob, entropy)
 
+    def before(self, split: int, **identity: Any) -> EpisodeBuilder:
+        """A branch: another episode with the first ``split`` tokens and the turns that were over by then.
+
+        Raises:
+            ValueError: the policy did not choose the token at ``split``.
+        """
+        if not (0 < split < len(self) and self.tokens["sampled"][split]):
+            raise ValueError(f"token {split} of {self.identity.get('episode_id')} is not one that the policy chose")
+        branch = EpisodeBuilder(**identity, parent=self.identity["episode_id"], split=split)
+        branch.tokens = {name: values[:split] for name, values in self.tokens.items()}
+        branch.turns = [dict(turn) for turn in self.turns if turn["end"] <= split]
+        return branch
+
+    def change_roles(self, roles: Sequence[int]) -> None:
+        """Give the last tokens other roles."""
+        self.tokens["role"][len(self) - len(roles) :] = roles
+
     def _append(
         self,
         ids: Sequence[int],
@@ -334,7 +377,7 @@ class EpisodeBuilder:
 
 def build(builders: Sequence[EpisodeBuilder]) -> Trajectories:
     """Finished episodes as one ``Trajectories``."""
-    rows = [{"parent": None, "split": None, **b.identity, **b.outcome} for b in builders]
+    rows = [{"temperature": None, "parent": None, "split": None, **b.identity, **b.outcome} for b in builders]
     flat = {
         name: np.array([v for b in builders for v in b.tokens[name]], dtype=dtype) for name, dtype in _TOKEN.items()
     }

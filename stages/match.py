@@ -36,7 +36,7 @@ def main() -> str:
             raise ConfigError(f"--method, --to: {name!r} is not there; allowed: {', '.join(config.methods)}")
     in_own_process(open_store, store_of(config, Path(".")), environment)
     policy = out_folder(config) / "models" / "policy"
-    train = config.train.model_copy(update={"iterations": ITERATIONS, "validate_every": ITERATIONS})
+    train = config.train.model_copy(update={"iterations": ITERATIONS, "tokens": None, "validate_every": ITERATIONS})
     short = config.model_copy(update={"train": train, "comparison": "match"})
 
     def moved(method: str, rate: float) -> float:

@@ -16,7 +16,7 @@ MARKS = "<!-- {0}: written by `make publish` -->", "<!-- /{0} -->"
 
 ENVIRONMENTS = ("sokoban", "sudoku", "bandit")
 """Presets of an environment each, which README.md has a table of."""
-PRESETS = ("controls", "methods", *ENVIRONMENTS)
+PRESETS = ("controls", "methods", "branching", *ENVIRONMENTS)
 """Presets whose results stand in docs/results.md beside those of params.yaml."""
 
 
@@ -51,12 +51,17 @@ def main() -> str:
                     shutil.copy2(png, figures / f"{preset}-{png.name}")
             published.append(preset)
         published += publish_sweeps(load(f"presets/{preset}/params.yaml"), results, figures, f"{preset} ")
+        for measured in sorted((own / "decisions").glob("*/decisions.txt")):
+            name = f"decisions {measured.parent.name}"
+            replace_block(results, name, fenced(measured.read_text(encoding="utf-8")))
+            shutil.copy2(measured.with_suffix(".png"), figures / f"{measured.parent.name}-decisions.png")
+            published.append(name)
     compared = [Path("presets") / preset / "reports" / "comparison.json" for preset in ENVIRONMENTS]
     if all(file.exists() for file in compared):
         replace_block(Path("README.md"), "environments", overview_markdown([read_json(file) for file in compared]))
-    measured = reports / "bench.txt"
-    if measured.exists():
-        replace_block(Path("docs/performance.md"), "bench", fenced(measured.read_text(encoding="utf-8")))
+    bench = reports / "bench.txt"
+    if bench.exists():
+        replace_block(Path("docs/performance.md"), "bench", fenced(bench.read_text(encoding="utf-8")))
         shutil.copy2(reports / "bench.png", figures / "bench.png")
         published.append("measurements")
     return (

@@ -87,6 +87,9 @@ def batches(draw: st.DrawFn) -> TokenBatch:
         ref_entropy=values(1.0).abs(),
         noise=torch.from_numpy(numbers_of.random(n)),
         iteration=iteration,
+        parent=torch.full((trajectories,), -1),
+        split=torch.zeros(trajectories, dtype=torch.long),
+        regular=torch.ones(trajectories, dtype=torch.bool),
         advantage=values(1.0),
     )
 
@@ -109,6 +112,15 @@ def method(**slots: Any) -> Method:
         "learning_rate": 1e-4,
     }
     return Method.model_validate(row | slots)
+
+
+BRANCHES: dict[str, dict[str, Any]] = {
+    "shared_prefix": {"kind": "entropy_rise"},
+    "prefix_credit": {"kind": "positions"},
+    "siblings": {"kind": "tree_search"},
+    "reinforced": {"kind": "temperature_switch"},
+}
+"""A choice of S1 for each advantage that needs one."""
 
 
 def population(values: list[float]) -> tuple[float, float]:

@@ -33,7 +33,7 @@ from pipeline.objective.batch import TokenBatch
 from pipeline.objective.methods import shape_rewards, token_advantages
 from pipeline.slots import Method
 from pipeline.trajectory import Role
-from tests.batches import CLOSE, batches, method, noise, population, properties
+from tests.batches import BRANCHES, CLOSE, batches, method, noise, population, properties
 
 ROOT = Path(__file__).parents[1]
 KINDS = [get_args(section.model_fields["kind"].annotation)[0] for section in methods.ADVANTAGES]
@@ -54,6 +54,8 @@ def row(kind: str, **settings: Any) -> Method:
         slots["surrogate"] = {"kind": "soft_q"}
     if kind == "token_group":
         slots["reward"] = {"kind": "token_entropy"}
+    if kind in BRANCHES:
+        slots["branching"] = BRANCHES[kind]
     return method(**slots)
 
 
@@ -174,6 +176,9 @@ def small_batch(turns: list[list[int]], reward: list[list[float]], states: list[
         ref_logprob=zeros,
         ref_entropy=zeros,
         noise=zeros,
+        parent=torch.full((len(turns),), -1),
+        split=torch.zeros(len(turns), dtype=torch.long),
+        regular=torch.ones(len(turns), dtype=torch.bool),
     )
 
 
@@ -652,7 +657,7 @@ def test_slots_that_do_nothing_together_are_refused_in_one_line(slots: dict[str,
 def test_every_advantage_can_be_written_in_a_params_file(kind: str) -> None:
     raw, wanted = read_yaml(ROOT / "params.yaml"), row(kind)
     raw["methods"]["mine"] = {
-        slot: {"kind": getattr(wanted, slot).kind} for slot in ("reward", "advantage", "surrogate")
+        slot: {"kind": getattr(wanted, slot).kind} for slot in ("branching", "reward", "advantage", "surrogate")
     }
     mine = parse(raw).methods["mine"]
-    assert (mine.reward, mine.advantage) == (wanted.reward, wanted.advantage)
+    assert (mine.branching, mine.reward, mine.advantage) == (wanted.branching, wanted.reward, wanted.advantage)

@@ -22,7 +22,7 @@ from pipeline.config import Config, ConfigError, parse, read_yaml
 from pipeline.files import write_json
 from pipeline.randomness import generator
 from pipeline.report.charts import difference_charts, plain
-from pipeline.report.comparison import REFERENCE, Inputs, compare, read_inputs, verdict
+from pipeline.report.comparison import REFERENCE, SPENT, Inputs, compare, read_inputs, verdict
 from pipeline.report.comparison_figures import learning_figure, learning_panels, write_comparison_figures
 from pipeline.report.comparison_tables import (
     common_terms,
@@ -44,7 +44,7 @@ KEYS = """environment method temperature headline seeds states episodes success_
     probability_of_improvement_ci_low probability_of_improvement_ci_high control difference_to_control
     difference_to_control_ci_low difference_to_control_ci_high return_mean action_token_share valid_action_rate
     truncated_rate iterations kl_update_action_first3 learning_rate regulariser collapsed_seeds non_finite_losses
-    gradient_share_action status source"""
+    gradient_share_action status source training_episodes training_tokens paths_per_state"""
 
 
 def configuration(**changes: Any) -> Config:
@@ -201,7 +201,7 @@ def test_every_row_has_every_key_and_the_reference_has_rows_of_its_own() -> None
     assert len({tuple(row) for row in found["rows"]}) == 1
     reference = row_of(found, REFERENCE)
     unknown = ("difference_to_reference", "uniform", "learning_rate", "iterations", "collapsed_seeds", "regulariser")
-    assert all(reference[key] is None for key in unknown)
+    assert all(reference[key] is None for key in (*unknown, *SPENT))
     assert reference["success_mean"] == reference["reference_success"]
     assert [row["headline"] for row in found["rows"]] == [True] * 4 + [False] * 4
     mine = row_of(found, "grpo_actfocus")
@@ -289,6 +289,100 @@ def test_other_warnings() -> None:
     assert "| entropy bonus 0.5, KL to the reference none |" in comparison_markdown(found)
 
 
+def test_what_methods_were_given_is_counted_and_shown() -> None:
+    """Iterations of seeds 0 to 3 have 4000, 4010, 4020 and 4030 tokens; then seed 3 ends an iteration early."""
+    config = configuration()
+    made = inputs(config)
+    found = compare(config, made)
+    row = row_of(found, "grpo")
+    assert row["training_tokens"] == ITERATIONS * 4015
+    assert (row["training_episodes"], row["paths_per_state"]) == (ITERATIONS * 128, 128 / config.rollout.groups)
+    assert f"| `grpo` | {ITERATIONS} | {ITERATIONS * 128} | {ITERATIONS * 4015} | 16 | " in comparison_markdown(found)
+    made.curves["lake", "grpo"]["3"].pop()
+    row = row_of(compare(config, made), "grpo")
+    assert (row["iterations"], row["training_tokens"]) == (ITERATIONS - 0.25, ITERATIONS * 4015 - 4030 / 4)
+    assert row["paths_per_state"] == 16
+
+
+BUDGET = 40400
+
+
+def budgeted(iterations: int = ITERATIONS + 1) -> tuple[Config, Inputs]:
+    """Trainings to a budget: seeds of 10 iterations, but of grpo_actfocus, whose iterations are smaller and end unevenly."""
+    train = read_yaml(ROOT / "params.yaml")["train"]
+    config = configuration(train={**train, "tokens": BUDGET, "iterations": iterations})
+    made = inputs(config)
+    for (_, method), curves in made.curves.items():
+        for seed, rows in curves.items():
+            for row in rows:
+                row["tokens"] -= 600.0 if method == "grpo_actfocus" else 0.0
+            ended = 12 - (seed in "23") if method == "grpo_actfocus" else 10
+            del rows[ended:]
+            rows[-1]["validation_success"] = 0.5 + int(seed) / 100
+    timings = {
+        key: {seed: rows[: len(made.curves[key][seed])] for seed, rows in t.items()} for key, t in made.timings.items()
+    }
+    return config, replace(made, timings=timings)
+
+
+def test_with_a_budget_unequal_lengths_are_no_fault_and_a_budget_not_spent_is() -> None:
+    config, made = budgeted()
+    found = compare(config, made)
+    assert found["tokens"] == BUDGET
+    assert not any("iterations" in warning for warning in found["warnings"] if "KL" not in warning)
+    assert f"## lake, training to {BUDGET} sampled tokens" in comparison_markdown(found)
+    assert "| `grpo_actfocus` | 11.5 | 1472 | " in comparison_markdown(found)
+
+    config, made = budgeted(iterations=10)
+    for curves in made.curves.values():
+        for rows in curves.values():
+            del rows[10:]
+    made.curves["lake", "grpo"]["1"][0]["tokens"] -= 0.06 * BUDGET
+    warnings = [w for w in compare(config, made)["warnings"] if "train.iterations" in w]
+    assert [w.split(" sampled tokens")[0] for w in warnings] == [
+        "lake: grpo: train.iterations (10) ended seed 1 after as few as 37676",
+        "lake: grpo_actfocus: train.iterations (10) ended seeds 0, 1, 2, 3 after as few as 34000",
+    ]
+
+
+def test_with_a_budget_curves_are_over_tokens_and_end_where_each_seed_did() -> None:
+    config, made = budgeted()
+    curves = {method: found for (_, method), found in made.curves.items()}
+    learning, health, gradient = training_charts(config, made, "lake", {})
+    assert list(learning.views) == ["tokens", "iterations", "episodes", "seconds"]
+    short = curves["grpo_actfocus"]
+    ends = {
+        "tokens": np.mean([sum(row["tokens"] for row in rows) for rows in short.values()]),
+        "iterations": 11.5,
+        "episodes": 11.5 * 128,
+        "seconds": 23.0,
+    }
+    for cost, end in ends.items():
+        traces = [t for t in learning.views[cost]["data"] if t.get("legendgroup") == "grpo_actfocus"]
+        line, points = traces[1:]
+        assert len(line["x"]) == 11
+        assert (points["x"][-1], points["y"][-1]) == (pytest.approx(end, rel=1e-5), pytest.approx(0.515))
+        assert len(points["x"]) == 1 + 2 + 1  # before, after 4 and 8 iterations, at the end
+    whole = [t for t in learning.views["iterations"]["data"] if t.get("legendgroup") == "grpo"][2]
+    assert whole["x"] == [0, 4, 8, 10]
+    titles = {view["layout"]["xaxis"]["title"]["text"] for view in health.views.values()}
+    assert titles == {"sampled tokens"}
+    for chart in (learning, health, gradient):
+        assert "what comes after the shortest one's last is left out" in chart.caption
+        assert f"nearest to {BUDGET} sampled tokens (at most {config.train.iterations}) of 8 initial" in chart.caption
+
+    assert learning_figure(curves, {}, BUDGET).axes[0].get_xlabel() == "sampled tokens"
+    panels = learning_panels(curves, BUDGET)
+    assert panels.get_supxlabel() == "sampled tokens"
+    assert [len(np.asarray(line.get_xdata())) for line in panels.axes[0].lines[:3]] == [10, 11, 10]
+    assert np.asarray(panels.axes[1].lines[-1].get_xdata())[-1] == pytest.approx(ends["tokens"])
+
+
+def test_curves_of_equal_length_say_nothing_of_a_cut() -> None:
+    config = configuration()
+    assert not any("left out" in chart.caption for chart in training_charts(config, inputs(config), "lake", {}))
+
+
 def test_missing_seeds_are_paired_without_and_said(tmp_path: Path) -> None:
     config = configuration()
     made = inputs(config)
@@ -314,7 +408,7 @@ def test_tables_print_sizes_intervals_and_common_terms_once() -> None:
     assert f"{row['difference_to_uniform']:+.3f} [" in text
     assert "4 × 8 × 3" in text
     lines = [line for line in markdown.split("\n") if line.startswith("|")]
-    assert {line.count("|") for line in lines} == {15, 7}
+    assert {line.count("|") for line in lines} == {15, 10}
     table = result_table(found, "lake", 1.0)
     assert all(len(cells) == len(table.header) for cells in table.rows)
     assert [cells[0] for cells in table.rows] == [*config.methods, REFERENCE]

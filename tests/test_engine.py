@@ -392,6 +392,51 @@ def test_a_later_call_uses_what_is_stored(policy: Policy) -> None:
     assert engine.positions_computed == len(prompt) + 2
 
 
+def test_the_slot_that_has_been_idle_longest_is_given_up_first(policy: Policy) -> None:
+    """Of five prompts, one a call, three slots hold the last three: these are continued, the others begun anew."""
+    engine, sampling, draws = TransformersEngine(policy, slots=3), Sampling(1.0, STOP), np.array([0.3, 0.6])
+    prompts = [[40 + number] * 9 for number in range(5)]
+    said = [engine.generate([Request(prompt, draws)], sampling)[0].ids for prompt in prompts]
+    cost = {}
+    for number in (2, 3, 4, 0):
+        before = engine.positions_computed
+        request = Request([*prompts[number], *said[number], 60], draws)
+        (answer,) = engine.generate([request], sampling)
+        assert_scored_by_a_fresh_forward(policy, request.ids, answer, 1.0)
+        cost[number] = engine.positions_computed - before
+    # the last token said, the one after it, and the first of the two that are sampled now
+    assert cost == {2: 3, 3: 3, 4: 3, 0: 9 + 2 + 1 + 1}
+
+
+def test_a_stored_prefix_is_continued_at_any_token(policy: Policy) -> None:
+    """Branches off a finished episode: each place costs its last token once, and what is sampled there."""
+    engine, sampling = TransformersEngine(policy, slots=64), Sampling(1.0, STOP)
+    (episode,) = conversations(policy)[3:4]
+    play(engine, [episode], sampling)
+    draws, before = np.random.default_rng(0), engine.positions_computed
+    for split in range(1, len(episode.ids), 4):
+        siblings = [Request(episode.ids[:split], draws.random(3)) for _ in range(3)]
+        answers = engine.generate(siblings, sampling)
+        for request, answer in zip(siblings, answers, strict=True):
+            assert_scored_by_a_fresh_forward(policy, request.ids, answer, 1.0)
+        spent, before = engine.positions_computed - before, engine.positions_computed
+        at_prompt = split == len(episode.prompt)  # whose logits are kept
+        assert spent == sum(len(answer.ids) - 1 for answer in answers) + (not at_prompt)
+
+
+def test_slots_are_free_again_after_the_caller_has_raised(policy: Policy) -> None:
+    def follow(number: int, answer: Continuation) -> None:
+        raise RuntimeError("the caller's")
+
+    engine, sampling = TransformersEngine(policy, slots=2), Sampling(1.0, STOP)
+    requests = [Request([40 + number, 41], np.array([0.3, 0.6])) for number in range(3)]
+    for _ in range(2):
+        with pytest.raises(RuntimeError, match="the caller's"):
+            engine.generate(requests, sampling, follow)
+    for request, answer in zip(requests, engine.generate(requests, sampling), strict=True):
+        assert_scored_by_a_fresh_forward(policy, request.ids, answer, 1.0)
+
+
 def test_nobody_waits_for_the_end_of_anothers_turn(policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
     """One turn of six tokens beside three of two: six steps."""
     wanted, prompt = [20, 21, 22, 23, 24, 25], encode(policy, "goal 3 3")

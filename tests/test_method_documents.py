@@ -6,13 +6,14 @@ import ast
 import copy
 import re
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pytest
 import torch
 from ruamel.yaml import YAML
 
 from pipeline.config import Config, Method, load, parse, read_yaml
+from pipeline.objective.methods import SLOTS
 from pipeline.policy.bootstrap import bootstrap
 from pipeline.policy.model import Policy
 from pipeline.presets import overlay
@@ -25,7 +26,8 @@ ENTRY = re.compile(r"^#{3,4} `(\w+)`$", re.MULTILINE)
 BLOCK = re.compile(r"^```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCKS: list[Any] = [YAML(typ="safe", pure=True).load(block) for block in BLOCK.findall(TEXT)]
 NAMES = [name for block in BLOCKS for name in block["methods"]]
-ROWS = list(read_yaml(ROOT / "presets" / "methods" / "params.yaml")["methods"])
+PRESETS = ("methods", "branching")
+ROWS = {name for preset in PRESETS for name in read_yaml(ROOT / "presets" / preset / "params.yaml")["methods"]}
 SMALL = {key: value for key, value in TINY.items() if key != "method_defaults"}
 """All but the slots; each group of four makes two updates, so that no rule on the ratio is idle."""
 
@@ -47,6 +49,13 @@ def alone(block: Any) -> Config:
 def block_of(name: str) -> Any:
     (block,) = (block for block in BLOCKS if name in block["methods"])
     return block
+
+
+def small(row: Any) -> Any:
+    """The row with trees that fit into a group of four."""
+    own = row.get("branching", {})
+    fitting = {key: min(own[key], 2) for key in ("initial", "width") if isinstance(own.get(key), int)}
+    return {**row, "branching": own | fitting} if own else row
 
 
 def slots(method: Method, *ignored: str) -> dict[str, Any]:
@@ -74,28 +83,38 @@ def test_every_block_is_valid_as_it_is_pasted(block: Any) -> None:
 
 def test_every_row_has_one_entry_and_one_block() -> None:
     assert len(NAMES) == len(set(NAMES))
-    assert set(ROWS) <= set(NAMES)
+    assert set(NAMES) >= ROWS
     entries = ENTRY.split(TEXT)[1:]
     headings, bodies = entries[::2], entries[1::2]
     assert len(headings) == len(set(headings))
-    assert set(ROWS) <= set(headings)
+    assert set(headings) >= ROWS
     for heading, body in zip(headings, bodies, strict=True):
         first = BLOCK.search(body)
         assert first, heading
         assert list(YAML(typ="safe", pure=True).load(first[1])["methods"]) == [heading]
 
 
-@pytest.mark.parametrize("name", ROWS)
-def test_a_block_is_the_presets_row(name: str) -> None:
-    row = load(ROOT / "presets" / "methods" / "params.yaml").methods[name]
-    assert slots(alone(block_of(name)).methods[name]) == slots(row)
+@pytest.mark.parametrize("preset", PRESETS)
+def test_a_block_is_the_presets_row(preset: str) -> None:
+    rows = load(ROOT / "presets" / preset / "params.yaml").methods
+    for name, row in rows.items():
+        assert slots(alone(block_of(name)).methods[name]) == slots(row), name
+
+
+def test_the_table_of_slots_lists_every_choice() -> None:
+    """In the order of the schema."""
+    for slot in SLOTS:
+        annotation = Method.model_fields[slot].annotation
+        kinds = [get_args(section.model_fields["kind"].annotation)[0] for section in get_args(annotation)]
+        assert f"| `{slot}` | {', '.join(f'`{kind}`' for kind in kinds)} |" in TEXT
 
 
 def test_an_entry_says_its_rows_status() -> None:
     entries = ENTRY.split(TEXT)[1:]
     bodies = dict(zip(entries[::2], entries[1::2], strict=True))
-    for name, method in load(ROOT / "presets" / "methods" / "params.yaml").methods.items():
-        assert f"Status: {method.status}" in bodies[name], name
+    for preset in PRESETS:
+        for name, method in load(ROOT / "presets" / preset / "params.yaml").methods.items():
+            assert f"Status: {method.status}" in bodies[name], name
 
 
 def test_the_controls_are_those_of_the_preset() -> None:
@@ -108,7 +127,7 @@ def test_the_controls_are_those_of_the_preset() -> None:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_every_block_trains(name: str, policy: Policy) -> None:
-    config = laid_over({"methods": block_of(name)["methods"]}, SMALL)
+    config = laid_over({"methods": {name: small(block_of(name)["methods"][name])}}, SMALL)
     own = Policy(copy.deepcopy(policy.model), policy.tokenizer)
     module = PolicyGradient(config, LAKE, name, 0, own)
     before = copy.deepcopy(module.state_dict())

@@ -15,14 +15,23 @@ from pydantic.fields import FieldInfo
 from pipeline.config import Config, parse, read_yaml
 from pipeline.policy.model import Policy
 from pipeline.presets import overlay
+from pipeline.rollout.branching import GROWTHS
 from pipeline.section import Section
 from pipeline.training.module import PolicyGradient
 from tests.test_training import LAKE, ROOT, TINY, fit, same, supervised, weights
 
-SLOTS = ("reward", "filter", "advantage", "weight", "aggregation", "surrogate", "regulariser")
+SLOTS = ("branching", "reward", "filter", "advantage", "weight", "aggregation", "surrogate", "regulariser")
 EASY = {"size": 3, "frozen": 0.9, "success_rate": 1.0, "least_distance": 1, "max_actions": 8, "grid": "first"}
 SKILLED = [{"steps": 200, "reasoning_words": [0, 1], "action_noise": 0.2}]
 """Some episodes must succeed, and not all."""
+
+PRESETS: dict[str, dict[str, int]] = {
+    "methods": {"groups": 4, "group_size": 4},
+    "branching": {"groups": 2, "group_size": 8},
+}
+"""Whose rows are looked at, and the budget of an iteration at toy size."""
+LARGEST = {"initial": 4, "width": 2}
+"""Of S1 within that budget."""
 
 # What a setting is changed to, where half of it, another choice or the opposite would not do.
 CHANGED: dict[str, Any] = {
@@ -51,6 +60,23 @@ CHANGED: dict[str, Any] = {
     "weight.role_ramp.reasoning_growth": 0.1,
     "weight.pivots.buckets": 2,
     "weight.spurious_mask.quantile": 0.2,
+    "branching.entropy_rise.monitor_slope": 20.0,
+    "branching.entropy_rise.base": 0.0,
+    "branching.entropy_rise.slope": 5.0,
+    "branching.entropy_rise.penalty": 1.0,
+    "branching.entropy_rise.tokens": 1,
+    "branching.entropy_rise.width": 2,
+    "branching.positions.initial": 2,
+    "branching.positions.width": 2,
+    "branching.positions.bounds": [0.999, 1.001],
+    "branching.tree_search.width": 3,
+    "branching.tree_search.exploration": 0.0,
+    "branching.temperature_switch.initial": 2,
+    "branching.temperature_switch.target": 10.0,
+    "surrogate.procedure_clip.dual": 1.01,
+    "surrogate.procedure_clip.largest_shift": 0.01,
+    "surrogate.procedure_clip.half_life": 2.0,
+    "surrogate.procedure_clip.bound": 1.001,
 }
 # Where a setting has something to act on: other settings of its section, changed in the baseline too.
 WHERE: dict[str, dict[str, Any]] = {
@@ -63,32 +89,44 @@ WHERE: dict[str, dict[str, Any]] = {
     "weight.spurious_mask": {"probability": 0.9},
     "regulariser.fixed.kl_estimator": {"kl": 0.1},
     "advantage.gae.discount": {"gamma": 0.9},
+    "branching.entropy_rise.monitor_slope": {"initial": "monitored"},
+    "branching.entropy_rise.tokens": {"base": 0.5},  # then the sign of dH decides, whatever its size
+    "branching.entropy_rise.penalty_per": {"penalty": 0.5},
+    "branching.positions.signal": {"discount": None, "bounds": None},
+    "branching.temperature_switch": {"target": 1e-6},
+    "branching.temperature_switch.high": {"target": 10.0},
 }
 
 
 @cache
-def base() -> Config:
+def base(preset: str) -> Config:
     """The preset's rows at toy size; a step large enough for ratios to leave their bounds."""
     tiny = {key: value for key, value in TINY.items() if key != "method_defaults"}
     changes = {
         **tiny,
-        "environments": {LAKE: {"max_turns": 4, "response_tokens": 20, "context_tokens": 400, "settings": EASY}},
-        "rollout": {"groups": 4, "group_size": 4},
+        "environments": {
+            "sokoban": None,
+            LAKE: {"max_turns": 4, "response_tokens": 20, "context_tokens": 400, "settings": EASY},
+        },
+        "rollout": PRESETS[preset],
         "bottleneck": {"groups": 4},
-        "train": {"iterations": 3, "minibatch": 8, "passes": 2},
+        "train": {"iterations": 3, "minibatch": 8, "passes": 2, "tokens": None},
         "policy": overlay(TINY["policy"], {"demonstrations": {"phases": SKILLED}}),
         "root": ".",
         "out": ".",
         "params_file": "params.yaml",
     }
-    raw = overlay(read_yaml(ROOT / "presets" / "methods" / "params.yaml"), changes)
+    raw = overlay(read_yaml(ROOT / "presets" / preset / "params.yaml"), changes)
     raw["methods"] = {name: {**row, "learning_rate": 3e-3} for name, row in raw["methods"].items()}
+    for row in raw["methods"].values():
+        own = row.get("branching", {})
+        own |= {key: min(own[key], most) for key, most in LARGEST.items() if isinstance(own.get(key), int)}
     return parse(raw)
 
 
 @cache
 def reference() -> Policy:
-    return supervised(base())
+    return supervised(base("methods"))
 
 
 def leaves(section: Section, path: tuple[str, ...]) -> Iterator[tuple[tuple[str, ...], FieldInfo, Any]]:
@@ -102,15 +140,16 @@ def leaves(section: Section, path: tuple[str, ...]) -> Iterator[tuple[tuple[str,
 def cases() -> Iterator[Any]:
     """Each setting once, in the first method that has it; settings that have no effect there are in ``WHERE``."""
     seen = set()
-    for method, row in base().methods.items():
-        for slot in SLOTS:
-            section = getattr(row, slot)
-            for path, field, value in leaves(section, (slot,)):
-                name = ".".join((slot, section.kind, *path[1:]))
-                if name not in seen:
-                    seen.add(name)
-                    if name != "advantage.soft_q.entropy_scale":  # refused
-                        yield pytest.param(method, path, name, field, value, id=name)
+    for preset in PRESETS:
+        for method, row in base(preset).methods.items():
+            for slot in SLOTS:
+                section = getattr(row, slot)
+                for path, field, value in leaves(section, (slot,)):
+                    name = ".".join((slot, section.kind, *path[1:]))
+                    if name not in seen:
+                        seen.add(name)
+                        if name != "advantage.soft_q.entropy_scale":  # refused
+                            yield pytest.param(preset, method, path, name, field, value, id=name)
 
 
 def another(name: str, field: FieldInfo, value: Any) -> Any:
@@ -130,9 +169,9 @@ def another(name: str, field: FieldInfo, value: Any) -> Any:
 
 
 @cache
-def trained(method: str, slot: str, changes: str) -> dict[str, torch.Tensor]:
+def trained(preset: str, method: str, slot: str, changes: str) -> dict[str, torch.Tensor]:
     """Weights after a short training with some settings of a slot changed; ``changes`` is their repr."""
-    raw = base().model_dump(mode="json")
+    raw = base(preset).model_dump(mode="json")
     raw["methods"] = {method: overlay(raw["methods"][method], {slot: eval(changes)})}
     raw["compare"] = {}
     config = parse(raw)
@@ -146,9 +185,9 @@ def trained(method: str, slot: str, changes: str) -> dict[str, torch.Tensor]:
     return weights(module.model)
 
 
-@pytest.mark.parametrize(("method", "path", "name", "field", "value"), cases())
+@pytest.mark.parametrize(("preset", "method", "path", "name", "field", "value"), cases())
 def test_a_changed_setting_changes_the_policy(
-    method: str, path: tuple[str, ...], name: str, field: FieldInfo, value: Any
+    preset: str, method: str, path: tuple[str, ...], name: str, field: FieldInfo, value: Any
 ) -> None:
     context = WHERE.get(name, WHERE.get(".".join(name.split(".")[:2]), {}))
     if path[-1] in context:
@@ -157,20 +196,44 @@ def test_a_changed_setting_changes_the_policy(
     for step in reversed(path[1:-1]):
         changed = {step: changed}
     assert changed != {path[-1]: value}
-    plain = trained(method, path[0], repr(context))
-    other = trained(method, path[0], repr({**context, **changed}))
+    plain = trained(preset, method, path[0], repr(context))
+    other = trained(preset, method, path[0], repr({**context, **changed}))
     assert not same(plain, other), name
 
 
 def test_the_same_settings_give_the_same_weights() -> None:
     """Else the test above could not fail."""
-    one = trained("grpo", "weight", "{}")
+    one = trained("methods", "grpo", "weight", "{}")
     trained.cache_clear()
-    assert same(one, trained("grpo", "weight", "{}"))
+    assert same(one, trained("methods", "grpo", "weight", "{}"))
+
+
+@pytest.mark.parametrize(
+    ("slot", "changes"),
+    [
+        ("branching", {"initial": 4}),
+        ("branching", {"penalty": None, "penalty_per": None}),
+        ("branching", {"penalty": 0.5, "penalty_per": "path"}),
+        ("surrogate", {"kind": "ppo_clip"}),
+        ("advantage", {"entropy_scale": None}),
+    ],
+    ids=["budget", "penalty", "penalty per path", "clip", "advantage"],
+)
+def test_each_part_of_aepo_acts(slot: str, changes: dict[str, Any]) -> None:
+    """Its four parts can be switched off one by one, and each of them is missed."""
+    context = {"penalty": 0.5} if "penalty_per" in changes else {}
+    plain = trained("branching", "aepo", slot, repr(context))
+    assert not same(plain, trained("branching", "aepo", slot, repr(context | changes)))
 
 
 def test_there_is_a_case_for_every_kind_of_every_slot() -> None:
-    raw = read_yaml(Path(ROOT / "presets" / "methods" / "params.yaml"))
-    kinds = {(slot, row[slot]["kind"]) for row in base().model_dump()["methods"].values() for slot in SLOTS}
-    assert len(kinds) > 30
-    assert set(raw["methods"]) == set(base().methods)
+    kinds = set()
+    for preset in PRESETS:
+        raw = read_yaml(Path(ROOT / "presets" / preset / "params.yaml"))
+        assert set(raw["methods"]) == set(base(preset).methods)
+        rows = base(preset).model_dump()["methods"].values()
+        kinds |= {(slot, row[slot]["kind"]) for row in rows for slot in SLOTS}
+    assert {kind for slot, kind in kinds if slot == "branching"} == {
+        get_args(section.model_fields["kind"].annotation)[0] for section in GROWTHS
+    }
+    assert len(kinds) > 40

@@ -73,7 +73,7 @@ LAYERS = (
     {"environments", "prompting", "policy", "processes", "presets", "contracts", "episodes"},
     {"rollout", "energy", "objective"},
     {"tracking"},
-    {"training", "evaluation", "report", "replay"},
+    {"training", "evaluation", "report", "replay", "decisions"},
     {"sweep"},
 )
 

@@ -26,6 +26,7 @@ from pipeline.objective.soft import soft_policy_loss, soft_state
 from pipeline.objective.surrogates import (
     UpdateTokens,
     covariance,
+    future_kl,
     plan_balanced_clip,
     plan_covariance_clip,
     plan_covariance_kl,
@@ -42,6 +43,7 @@ SURROGATE_ROWS: dict[str, dict[str, Any]] = {
     "covariance_clip": {"kind": "covariance_clip", "low": 0.2, "high": 0.3, "share": 0.3, "band": (0.05, 2.0)},
     "covariance_kl": {"kind": "covariance_kl", "share": 0.4, "coefficient": 0.7},
     "balanced_clip": {"kind": "balanced_clip", "step": 0.07},
+    "procedure_clip": {"kind": "procedure_clip", "dual": 1.6, "strength": 0.7, "half_life": 2.0, "largest_shift": 0.6},
     "soft_q": {"kind": "soft_q"},
 }
 REGULARISER_ROWS: dict[str, dict[str, Any]] = {
@@ -285,6 +287,41 @@ def expect_balanced(g: Given) -> Expected:
     return columns_of([clip_one(math.exp(n - o), a, low, high) for n, o, a in pairs])
 
 
+def expect_future(g: Given, half_life: float, largest: float) -> list[float]:
+    """FutureKL: over the later tokens of the same trajectory, each half as much per half-life."""
+    result = []
+    for t in range(len(g.now)):
+        total = 0.0
+        for u in range(t, len(g.now)):
+            shift = g.now[u] - g.old[u]
+            if g.trajectory[u] == g.trajectory[t] and shift <= largest:
+                total += 2 ** (-(u - t) / half_life) * shift
+        result.append(total)
+    return result
+
+
+def expect_procedure(g: Given) -> Expected:
+    """By cases; trajectories with two dual-clipped tokens or more are left out, and the others' loss grows in turn."""
+    low, high, dual = 0.8, 1.28, 1.6
+    ratios = [math.exp(n - o) for n, o in zip(g.now, g.old, strict=True)]
+    often: dict[int, int] = {}
+    for ratio, a, own in zip(ratios, g.advantage, g.trajectory, strict=True):
+        often[own] = often.get(own, 0) + (a < 0 and ratio > dual)
+    kept = math.fsum(c for c, own in zip(g.coefficient, g.trajectory, strict=True) if often[own] < 2)
+    rows = []
+    for ratio, a, own, future in zip(ratios, g.advantage, g.trajectory, expect_future(g, 2.0, 0.6), strict=True):
+        if often[own] > 1:
+            rows.append((0.0, 0.0, True))
+            continue
+        loss, slope, clipped = clip_one(ratio, a, low, high)
+        if a < 0 and ratio > dual:
+            loss, slope, clipped = -dual * a, 0.0, True
+        least, most = (0.8, 1.0) if a < 0 and ratio > high else (1.0, 1.2)
+        scale = (1 + 0.7 * min(max(math.exp(future), least), most)) * math.fsum(g.coefficient) / kept
+        rows.append((loss * scale, slope * scale, clipped))
+    return columns_of(rows)
+
+
 EXPECTED: dict[str, Callable[[Given], Expected]] = {
     "ppo_clip": expect_ppo,
     "sequence_clip": expect_sequence,
@@ -293,6 +330,7 @@ EXPECTED: dict[str, Callable[[Given], Expected]] = {
     "covariance_clip": expect_covariance_clip,
     "covariance_kl": expect_covariance_kl,
     "balanced_clip": expect_balanced,
+    "procedure_clip": expect_procedure,
 }
 
 
@@ -641,6 +679,97 @@ def test_balanced_clip_weighs_by_the_coefficients() -> None:
     light = replace(tokens, coefficient=torch.tensor([1.0, 2.0], dtype=torch.float64))
     ends = [planned(row, one)[0].tolist() for one in (heavy, light)]  # type: ignore[index]
     assert ends == [pytest.approx([0.6, 1.2]), pytest.approx([0.9, 3.0])]
+
+
+# -------------------------------------------------------------------------------------------------- procedure clip
+
+
+@properties
+@given(batches(), st.sampled_from([0.5, 4.0, 64.0]), st.sampled_from([0.1, 1.0986]))
+def test_future_kl_equals_reference(batch: TokenBatch, half_life: float, largest: float) -> None:
+    tokens = in_update(row_of("procedure_clip"), batch, spread=1.0)
+    actual = future_kl(tokens, half_life=half_life, largest_shift=largest)
+    assert actual.tolist() == pytest.approx(expect_future(Given.of(tokens), half_life, largest), abs=1e-9)
+    assert not actual.requires_grad
+
+
+def test_a_token_counts_half_64_tokens_earlier() -> None:
+    row = method(surrogate={"kind": "procedure_clip"}).surrogate
+    assert row.kind == "procedure_clip"
+    tokens = few([1.0] * 128 + [math.e], [1.0] * 129)
+    leads = future_kl(tokens, half_life=row.half_life, largest_shift=row.largest_shift).tolist()
+    assert [leads[128], leads[64], leads[0]] == pytest.approx([1.0, 0.5, 0.25])
+
+
+def test_tokens_above_log_3_are_left_out() -> None:
+    row = method(surrogate={"kind": "procedure_clip"}).surrogate
+    assert row.kind == "procedure_clip"
+    assert row.largest_shift == pytest.approx(math.log(3), abs=1e-4)
+    tokens = few([1.0, 3.01, 2.99], [1.0] * 3)
+    leads = future_kl(tokens, half_life=1.0, largest_shift=row.largest_shift).tolist()
+    assert leads == pytest.approx([math.log(2.99) / 4, math.log(2.99) / 2, math.log(2.99)])
+
+
+@pytest.mark.parametrize(("form", "factors"), [("raw", [2.2, 2.05, 2.0]), ("centred", [1.2, 1.05, 1.0])])
+@pytest.mark.parametrize("advantage", [1.0, -1.0])
+def test_procedure_clip_scales_by_where_a_token_leads(form: str, factors: list[float], advantage: float) -> None:
+    """At b = 1 and ratio 1: exp(FutureKL) of 1.25, 1.05 and 0.9 counts as 1.2, 1.05 and 1."""
+    following = [1.25, 1.05, 0.9]
+    tokens = few([x for ratio in following for x in (1.0, ratio)], [advantage] * 6, trajectory=[0, 0, 1, 1, 2, 2])
+    row = method(surrogate={"kind": "procedure_clip", "form": form, "half_life": 1e9})
+    loss, slope, clipped = loss_and_slope(row, tokens)
+    assert loss[::2] == pytest.approx([-advantage * factor for factor in factors])
+    assert slope[::2] == pytest.approx(loss[::2])
+    assert not any(clipped)
+
+
+def test_a_blamed_token_with_a_large_ratio_is_blamed_less_if_it_leads_away() -> None:
+    """Of A < 0 and r above 1.28, f is within [0.8, 1]: exp(FutureKL) = 1.5 * 0.5 = 0.75, 1.5 * 0.6 = 0.9 and 1.5."""
+    tokens = few([1.5, 0.5, 1.5, 0.6, 1.5], [-1.0] * 5, trajectory=[0, 0, 1, 1, 2])
+    row = method(surrogate={"kind": "procedure_clip", "form": "centred", "half_life": 1e9})
+    loss, slope, clipped = loss_and_slope(row, tokens)
+    assert [loss[t] for t in (0, 2, 4)] == pytest.approx([0.8 * 1.5, 0.9 * 1.5, 1.5])
+    assert [slope[t] for t in (0, 2, 4)] == pytest.approx([0.8 * 1.5, 0.9 * 1.5, 1.5])
+    assert clipped == [False, True, False, True, False]
+    praised = replace(tokens, advantage=-tokens.advantage)
+    assert loss_and_slope(row, praised)[0][4] == pytest.approx(-1.28 * 1.2)
+
+
+def test_the_dual_bound_holds_a_loss_and_its_gradient() -> None:
+    """A < 0: above ratio 3 the loss is 3 and has no gradient; log 4 is left out of FutureKL, so f is 1."""
+    row = method(surrogate={"kind": "procedure_clip", "form": "centred"})
+    loss, slope, clipped = loss_and_slope(row, few([4.0, 1.0, 2.9], [-1.0] * 3, trajectory=[0, 1, 2]))
+    assert loss == pytest.approx([3.0, 1.0, 2.9])
+    assert slope == pytest.approx([0.0, 1.0, 2.9])
+    assert clipped == [True, False, False]
+
+
+def test_a_trajectory_with_two_dual_clipped_tokens_leaves_the_mean() -> None:
+    """The others' coefficients then add up to what all had; one such token does not take its trajectory out."""
+    row = method(surrogate={"kind": "procedure_clip", "form": "centred", "half_life": 1e-3})
+    tokens = few([4.0, 4.0, 1.0, 4.0, 1.0, 1.0], [-1.0] * 6, trajectory=[0, 0, 0, 1, 1, 2])
+    coefficient = torch.tensor([0.3, 0.1, 0.2, 0.2, 0.1, 0.1], dtype=torch.float64)
+    tokens = replace(tokens, coefficient=coefficient)
+    loss, slope, clipped = loss_and_slope(row, tokens)
+    share = 1.0 / 0.4
+    assert loss == pytest.approx([0, 0, 0, 3 * share, share, share])
+    assert slope == pytest.approx([0, 0, 0, 0, share, share])
+    assert clipped == [True, True, True, True, False, False]
+    plan = planned(row, tokens)
+    assert plan is not None
+    assert float((coefficient * plan[:, 0]).sum()) == pytest.approx(float(coefficient.sum()))
+
+
+def test_a_minibatch_without_a_trainable_token_has_no_loss() -> None:
+    tokens = few([], [], trajectory=[])
+    empty = replace(tokens, trajectory=torch.zeros(0, dtype=torch.long))
+    assert loss_and_slope(method(surrogate={"kind": "procedure_clip"}), empty) == ([], [], [])
+
+
+def test_nothing_is_left_if_every_trajectory_leaves_the_mean() -> None:
+    row = method(surrogate={"kind": "procedure_clip"})
+    loss, slope, clipped = loss_and_slope(row, few([4.0, 4.0], [-1.0, -1.0]))
+    assert (loss, slope, clipped) == ([0.0, 0.0], [0.0, 0.0], [True, True])
 
 
 # ---------------------------------------------------------------------------------------------------------- soft_q

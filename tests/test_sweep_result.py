@@ -103,6 +103,13 @@ def test_the_best_is_the_earliest_of_equals_among_those_that_keep_the_constraint
     assert json.loads(json.dumps(outcome)) == outcome
 
 
+def test_a_budget_of_tokens_is_told_instead_of_episodes(tmp_path: Path) -> None:
+    search = found(searches(tmp_path, "actfocus", {"train": {"tokens": 50000}}, pruner={"kind": "none"})[0], ROWS)
+    outcome = summary(search)
+    assert (outcome["tokens"], "episodes" in outcome) == (50000, False)
+    assert "complete trials of 2 seeds, 50000 tokens a seed; success" in drawings(search)[0].caption
+
+
 def test_the_table_has_a_row_per_trial(plan: Plan) -> None:
     table = trials_table([found(plan, ROWS)]).set_index("number")
     assert list(table["state"]) == ["FAIL", *["COMPLETE"] * 3, "PRUNED", "COMPLETE", "COMPLETE"]

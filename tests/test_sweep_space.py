@@ -187,6 +187,14 @@ def test_a_mistake_is_found_before_anything_runs_and_is_one_line(
     assert re.search(message, text), text
 
 
+def test_trials_with_a_budget_of_tokens_are_not_pruned_by_iterations(tmp_path: Path) -> None:
+    budget = {"train": {"tokens": 50000}}
+    with pytest.raises(ConfigError, match=r"sweep.studies.actfocus: train.tokens gives trials equal tokens, a pruner "):
+        searches(tmp_path, "actfocus", budget)
+    (plan,) = searches(tmp_path, "actfocus", budget, pruner={"kind": "none"})
+    assert plan.configured(plan.baselines["paper"]).train.tokens == 50000
+
+
 def test_an_unknown_study_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"params.yaml: sweep.studies: 'alpha' is not there; allowed: actfocus, lear"):
         searches(tmp_path, "alpha")

@@ -40,8 +40,8 @@ def _elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("SWEEP_STORAGE", raising=False)
 
 
-def plan_of(folder: Path, policy: Path, **sweep: Any) -> Plan:
-    train = {"iterations": ITERATIONS, "validate_every": 2}
+def plan_of(folder: Path, policy: Path, tokens: int | None = None, **sweep: Any) -> Plan:
+    train = {"iterations": ITERATIONS, "tokens": tokens, "validate_every": 2}
     changes = {"train": train, "sweep": {"seeds": [100, 101], **sweep}}
     return plans(params(folder, read_yaml(SMOKE), changes), "actfocus", policy)[0]
 
@@ -97,6 +97,26 @@ def test_a_trial_in_rungs_ends_in_the_bytes_of_one_without_and_of_a_plain_traini
         train_one(TrainingJob(task, None, None), quiet)
     plain = results(tmp_path / "plain")
     assert {name: digest for name, digest in plain.items() if "/policy/" not in name} == left["whole"]
+
+
+def test_seeds_of_a_trial_with_a_budget_of_tokens_end_where_theirs_are_spent(
+    tmp_path: Path, policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole = plan_of(tmp_path, policy, pruner={"kind": "none"})
+    curves = ran(whole, optuna.create_study().ask(), whole.baselines["paper"]).curves
+    spent = [sum(row["tokens"] for row in curve[:2]) for curve in curves.values()]
+    (tmp_path / "budget").mkdir()
+    monkeypatch.chdir(tmp_path / "budget")
+    plan = plan_of(tmp_path / "budget", policy, round(sum(spent) / 2), pruner={"kind": "none"})
+    told: list[tuple[int, int]] = []
+    trial = optuna.create_study(direction="maximize").ask()
+    outcome = ran(plan, trial, plan.baselines["paper"], lambda done, total, text="": told.append((done, total)))
+    lengths = [len(curve) for curve in outcome.curves.values()]
+    assert max(lengths) < ITERATIONS
+    assert told[-1] == (sum(row["tokens"] for c in outcome.curves.values() for row in c), 2 * plan.config.train.tokens)
+    assert [done for done, _ in told] == sorted(done for done, _ in told)
+    assert trial.study.trials[0].intermediate_values == {max(lengths): outcome.values[0]}
+    assert len(list(CACHE.glob("train/*/result"))) == 2
 
 
 def test_seeds_of_a_trial_are_stopped_together(tmp_path: Path, policy: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Iterator
 
 import pytest
 
@@ -36,6 +37,45 @@ def test_what_was_taken_is_gone_and_an_error_is_timed_too() -> None:
         raise KeyError
     assert list(phases.take()) == ["update"]
     assert phases.take() == {}
+
+
+def test_getting_items_is_timed_and_what_is_done_with_them_is_not() -> None:
+    phases = Phases()
+
+    def items() -> Iterator[int]:
+        for item in range(3):
+            time.sleep(0.01)
+            with phases.phase("collect"):
+                time.sleep(0.02)
+            yield item
+        time.sleep(0.01)  # to find that there are no more
+
+    got = []
+    for item in phases.each("prepare", items()):
+        got.append(item)
+        with phases.phase("update"):
+            time.sleep(0.03)
+        time.sleep(0.03)
+    taken = phases.take()
+    assert got == [0, 1, 2]
+    assert 0.04 <= taken["prepare"] < 0.1  # were all that is done between items counted, it would be 0.22
+    assert taken["collect"] >= 0.06
+    assert taken["update"] >= 0.09
+    assert set(taken) == {"prepare", "collect", "update"}
+
+
+def test_items_that_are_nothing_or_fail_to_come() -> None:
+    phases = Phases()
+    assert list(phases.each("prepare", [None, False, 0])) == [None, False, 0]
+    assert list(phases.each("prepare", [])) == []
+
+    def broken() -> Iterator[int]:
+        yield 1
+        raise KeyError
+
+    with pytest.raises(KeyError):
+        list(phases.each("late", broken()))
+    assert set(phases.take()) == {"prepare", "late"}
 
 
 FIRST = {"seconds": 9.0, "seconds_collect": 9.0, "seconds_step": 9.0}

@@ -30,10 +30,12 @@ from pipeline.randomness import generator
 from pipeline.rollout.collector import collect, iteration_specs
 from pipeline.rollout.table import sample_slice
 from pipeline.rollout.transformers_engine import TransformersEngine
+from pipeline.timing import Phases
+from pipeline.training.collection import Collection
 from pipeline.training.iteration import Example, Iteration, minibatches, prepare_iteration
 from pipeline.training.module import PolicyGradient, _Averages
 from pipeline.training.result import table_slice
-from pipeline.trajectory import RESPONSE_ROLES, Role, concatenate
+from pipeline.trajectory import RESPONSE_ROLES, Role, Trajectories, concatenate
 
 ROOT = Path(__file__).parents[1]
 TINY = {
@@ -174,10 +176,19 @@ def standing(module: PolicyGradient, optimizer: torch.optim.Optimizer | None = N
     return module
 
 
-def prepared(config: Config, method: str, policy: Policy, estimate: Any = None) -> Iteration:
-    return prepare_iteration(
-        config, LAKE, config.methods[method], 0, 0, TransformersEngine(policy), policy.frozen_copy(), estimate
+def collection(
+    config: Config, method: str, policy: Policy, seed: int = 0, first: Trajectories | None = None
+) -> Collection:
+    """What samples a training's episodes, with the policy as it is for its own reference."""
+    branching = config.methods[method].branching
+    return Collection(
+        config, LAKE, seed, branching, TransformersEngine(policy), policy, policy.frozen_copy(), Phases(), first
     )
+
+
+def prepared(config: Config, method: str, policy: Policy, estimate: Any = None) -> Iteration:
+    (episodes,) = collection(config, method, policy).rounds(0)
+    return prepare_iteration(config, config.methods[method], 0, 0, episodes, estimate)
 
 
 def weights(module: torch.nn.Module) -> dict[str, Tensor]:
@@ -272,13 +283,11 @@ def test_the_first_iteration_from_the_table_is_the_one_sampled_afresh(directory:
     table.write(tmp_path / "table.parquet")
     for seed in range(3):
         policy = load_trained(directory, config)
-        fresh = prepare_iteration(
-            config, LAKE, config.methods["grpo"], seed, 0, TransformersEngine(policy), policy.frozen_copy(), None
-        )
+        (fresh,) = collection(config, "grpo", policy, seed).rounds(0)
         cut = table_slice(table, config, LAKE, seed)
         assert cut is not None
         cut.write(tmp_path / "cut.parquet")
-        fresh.trajectories.write(tmp_path / "fresh.parquet")
+        fresh.write(tmp_path / "fresh.parquet")
         assert (tmp_path / "cut.parquet").read_bytes() == (tmp_path / "fresh.parquet").read_bytes()
     assert table_slice(table, config, LAKE, 3) is None
 
@@ -286,11 +295,66 @@ def test_the_first_iteration_from_the_table_is_the_one_sampled_afresh(directory:
 def test_a_first_iteration_that_is_given_is_used_and_later_ones_are_sampled(policy: Policy) -> None:
     config = configured()
     given = prepared(config, "grpo", policy).trajectories
-    arguments = (TransformersEngine(policy), policy.frozen_copy(), None, given)
-    assert prepare_iteration(config, LAKE, config.methods["grpo"], 0, 0, *arguments).trajectories is given
-    later = prepare_iteration(config, LAKE, config.methods["grpo"], 0, 1, *arguments)
-    assert set(later.trajectories.episodes["iteration"]) == {1}
-    assert "recompute_error" not in later.metrics
+    source = collection(config, "grpo", policy, first=given)
+    (first,), (later,) = source.rounds(0), source.rounds(1)
+    assert first is given
+    assert set(later.episodes["iteration"]) == {1}
+    for number, episodes in enumerate((first, later)):
+        metrics = prepare_iteration(config, config.methods["grpo"], 0, number, episodes, None).metrics
+        assert ("recompute_error" in metrics) == (number == 0)
+
+
+TREES = {"branching": {"kind": "positions", "initial": 2, "signal": "entropy", "width": 2}}
+
+
+@pytest.mark.parametrize(
+    ("advantage", "weight"),
+    [
+        ({"kind": "shared_prefix"}, {"kind": "uniform"}),
+        ({"kind": "shared_prefix"}, {"kind": "actfocus"}),
+        ({"kind": "prefix_credit"}, {"kind": "uniform"}),
+        ({"kind": "siblings", "scope": "token"}, {"kind": "actfocus"}),
+    ],
+    ids=lambda slot: slot["kind"],
+)
+def test_examples_of_trees_weigh_as_often_as_they_count(
+    policy: Policy, advantage: dict[str, Any], weight: dict[str, Any]
+) -> None:
+    """Episodes that only tell of others are collected, measured and kept by the filter, and are no examples."""
+    config = configured({"methods": {"trees": {**TREES, "advantage": advantage, "weight": weight}}})
+    slots, iteration = config.methods["trees"], prepared(config, "trees", policy)
+    batch = token_batch(iteration.trajectories, generator(0, "slots", 0), temperature=1.0)
+    estimate = token_advantages(slots, batch, {})
+    assert estimate.times is not None
+    counted = batch.per_trajectory(estimate.times) > 0
+    assert iteration.kept.tolist() == counted.tolist()
+    assert iteration.whole
+    assert len(iteration.trajectories) == 8
+    assert bool(counted.all()) == (advantage["kind"] == "shared_prefix")
+    if advantage["kind"] == "prefix_credit":
+        assert counted.tolist() == (batch.parent < 0).tolist()
+    weighed = token_weights(slots, replace(batch, advantage=estimate.advantage)) * estimate.times
+    for name, column in {"weight": weighed, "advantage": estimate.advantage, "logprob": batch.logprob}.items():
+        together = torch.cat([getattr(example, name) for example in iteration.examples])
+        assert torch.equal(together, column[batch.trainable & counted[batch.trajectory]]), name
+    assert iteration.metrics["kept_trajectories"] == iteration.metrics["episodes"] == 8
+    assert iteration.metrics["tokens"] == float(batch.trainable.sum()) < float(iteration.trajectories.sampled.sum())
+    assert sum(value for name, value in iteration.metrics.items() if name.startswith("branches_")) == 4
+    assert iteration.metrics["recompute_error"] < 1e-4
+
+
+def test_a_round_before_there_are_branches_is_not_whole(policy: Policy) -> None:
+    """And the log-probabilities of what was sampled before the update agree with the reference policy's in both."""
+    branching = {**TREES["branching"], "signal": "branching_score"}
+    config = configured({"methods": {"moved": {"branching": branching, "advantage": {"kind": "prefix_credit"}}}})
+    rounds = []
+    for episodes in collection(config, "moved", policy).rounds(0):
+        rounds.append(prepare_iteration(config, config.methods["moved"], 0, 0, episodes, None))
+        with torch.no_grad():
+            for parameter in policy.model.parameters():
+                parameter += 0.02 * torch.randn_like(parameter)
+    assert [(len(one.trajectories), len(one.examples), one.whole) for one in rounds] == [(4, 4, False), (8, 4, True)]
+    assert all(one.metrics["recompute_error"] < 1e-4 for one in rounds)
 
 
 def test_every_method_meets_the_same_states_and_noise() -> None:
@@ -331,12 +395,17 @@ def test_minibatches_depend_on_their_name_alone() -> None:
 # ------------------------------------------------------------------------------------------------------------ an update
 
 
-@pytest.mark.parametrize("method", ["grpo", "ppo_actfocus"])
+@pytest.mark.parametrize("method", ["grpo", "ppo_actfocus", "planned"])
 def test_gradient_accumulation_is_exact(policy: Policy, method: str) -> None:
-    """With plain SGD at rate 1 the parameters' difference is the gradients'; Adam would hide a factor."""
+    """With plain SGD at rate 1 the parameters' difference is the gradients'; Adam would hide a factor.
+
+    ``planned``: trajectories leave the mean, and what the others then weigh is of the whole minibatch.
+    """
     trained, pieces = {}, {}
+    rows = {"planned": {"surrogate": {"kind": "procedure_clip", "dual": 1.1, "half_life": 4.0}}}
+    whole = configured({"methods": rows})
     for budget in (64, 1_000_000):
-        config = configured({"train": {"tokens_per_forward": budget}})
+        config = configured({"train": {"tokens_per_forward": budget}, "methods": rows})
         module = PolicyGradient(config, LAKE, method, 0, Policy(copy.deepcopy(policy.model), policy.tokenizer))
         standing(module, torch.optim.SGD(module.parameters(), lr=1.0))
         scored: list[int] = []
@@ -347,8 +416,13 @@ def test_gradient_accumulation_is_exact(policy: Policy, method: str) -> None:
             return loss(examples, *rest)
 
         module._loss = counted  # type: ignore[method-assign]
-        iteration = prepared(configured(), method, policy, token_number if len(module.heads) else None)
-        module._update(iteration.examples, 0, record := _Averages())
+        iteration = prepared(whole, method, policy, token_number if len(module.heads) else None)
+        examples = [replace(e, logprob=e.logprob + 0.4 * (0.5 - e.noise)) for e in iteration.examples]
+        if method == "planned":
+            rows_of = module.plan(examples, module.factors(examples))
+            assert rows_of is not None
+            assert {bool(row.any()) for row in rows_of} == {True, False}
+        module._update(examples, 0, record := _Averages())
         trained[budget], pieces[budget] = weights(module), scored
         assert record.means()["gradient_norm"] > 0
     assert pieces == {64: [1] * 8, 1_000_000: [8]}

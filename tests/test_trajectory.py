@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import tempfile
 from dataclasses import fields, replace
@@ -49,6 +50,8 @@ def episodes(draw: st.DrawFn, number: int = 0) -> EpisodeBuilder:
     )
     if draw(st.booleans()):
         builder.identity |= {"parent": "0", "split": draw(st.integers(0, 99))}
+    if draw(st.booleans()):
+        builder.identity["temperature"] = draw(st.floats(0.1, 3))
     ids = st.lists(st.integers(0, 2**31 - 1), max_size=4)
     builder.append_text(draw(ids), Role.PROMPT)
     for turn in range(draw(st.integers(0, 3))):
@@ -217,9 +220,10 @@ def test_files_of_another_schema_are_named(tmp_path: Path) -> None:
         return refusal(path)
 
     assert "none" in message(table.replace_schema_metadata(None))
-    assert str(SCHEMA_VERSION + 1) in message(
-        table.replace_schema_metadata({"trajectory_schema": str(SCHEMA_VERSION + 1)})
-    )
+    for version in (1, 3):
+        other = table.replace_schema_metadata({"trajectory_schema": str(version)})
+        assert message(other).endswith(f"trajectory schema {version} found, 2 expected")
+    assert "missing columns: temperature" in message(table.drop_columns(["temperature"]))
     assert "logprob" in message(table.drop_columns(["logprob"]))
     assert "turns" in message(table.drop_columns(["turns"]))
     turns = pa.array([[{"start": 0}]])
@@ -277,6 +281,123 @@ def test_lengths_owners_and_groups_agree_with_the_offsets(made: Trajectories) ->
     for i, one in enumerate(names):
         assert [made.groups[i] == made.groups[j] for j in range(len(names))] == [one == other for other in names]
     assert sorted(set(made.groups.tolist())) == list(range(len(set(names))))
+
+
+# -------------------------------------------------------------------------------------------------------- branches
+
+
+@st.composite
+def forests(draw: st.DrawFn) -> list[EpisodeBuilder]:
+    """Episodes of one group, some of them continued from others."""
+    grown: list[EpisodeBuilder] = []
+    for number in range(draw(st.integers(1, 6))):
+        name = {
+            "episode_id": str(number),
+            "group_id": "g",
+            "environment": "x",
+            "state_key": "s",
+            "seed": 0,
+            "iteration": 0,
+        }
+        identity = name | {"policy_version": 0, "temperature": draw(st.sampled_from([0.5, 1.0]))}
+        places = [(e, t) for e, b in enumerate(grown) for t in np.flatnonzero(b.tokens["sampled"]).tolist() if t]
+        if places and draw(st.booleans()):
+            parent, split = draw(st.sampled_from(places))
+            builder = grown[parent].before(split, **identity)
+            start = grown[parent].turns[len(builder.turns)]["start"]
+        else:
+            builder, start = EpisodeBuilder(**identity), 2
+            builder.append_text([1, 2], Role.PROMPT)
+        for turn in range(draw(st.integers(1, 3))):
+            if turn:
+                builder.append_text([3], Role.OBSERVATION)
+                start = len(builder)
+            size = draw(st.integers(1, 4))
+            builder.append_sampled(range(size), [Role.ACTION] * size, [-1.0] * size, [0.5] * size)
+            builder.close_turn(start, 1.0, "Up", True, f"s{turn}")
+        builder.finish(True, "goal")
+        grown.append(builder)
+    return grown
+
+
+@properties
+@given(forests())
+def test_a_token_is_trainable_once_where_it_was_sampled(grown: list[EpisodeBuilder]) -> None:
+    """By loops: an episode trains what it sampled at its split or later, and of all sampled tokens there is one each."""
+    made = build(grown)
+    index = {name: number for number, name in enumerate(made.episodes["episode_id"])}
+    parents = [-1 if name is None else index[name] for name in made.episodes["parent"]]
+    assert made.parents.tolist() == parents
+    assert made.splits.tolist() == [split or 0 for split in made.episodes["split"]]
+    seen = set()
+    for episode, builder in enumerate(grown):
+        trainable = made.trainable[made.offsets[episode] : made.offsets[episode + 1]].tolist()
+        for token, sampled in enumerate(builder.tokens["sampled"]):
+            first = episode
+            while parents[first] >= 0 and token < made.episodes["split"][first]:
+                first = parents[first]
+            assert trainable[token] == (sampled and first == episode)
+            seen |= {(first, token)} if sampled else set()
+    assert int(made.trainable.sum()) == len(seen)
+
+
+@properties
+@given(forests(), st.randoms())
+def test_parents_are_found_in_any_order_and_missed_where_they_are_not(grown: list[EpisodeBuilder], draws: Any) -> None:
+    made = build(grown)
+    order = draws.sample(range(len(made)), len(made))
+    mixed = made.select(order)
+    assert [-1 if p < 0 else order[p] for p in mixed.parents] == made.parents[order].tolist()
+    for episode in set(made.parents.tolist()) - {-1}:
+        with pytest.raises(TrajectoryError, match=f"episode '{episode}', which others branch from, is missing"):
+            made.select([e for e in range(len(made)) if e != episode]).parents  # noqa: B018
+
+
+def test_a_branch_shares_the_beginning_and_the_turns_that_were_over() -> None:
+    parent = one_episode(episode_id="p", temperature=0.5)
+    branch = parent.before(7, episode_id="b")
+    assert branch.identity == {"episode_id": "b", "parent": "p", "split": 7}
+    assert branch.tokens == {name: values[:7] for name, values in parent.tokens.items()}
+    assert branch.turns == parent.turns[:1]
+    assert branch.outcome == {}
+    whole = copy.deepcopy((parent.tokens, parent.turns))
+    branch.append_sampled([9], [Role.OTHER], [-5.0], [2.0])
+    branch.change_roles([Role.OTHER] * 5)
+    branch.turns[0]["reward"] = 7.0
+    assert (parent.tokens, parent.turns) == whole
+    assert parent.before(4, episode_id="c").turns == []
+    assert parent.before(4, episode_id="c").identity["parent"] == "p"
+
+
+@pytest.mark.parametrize("split", [-1, 0, 1, 2, 5, 8, 99])
+def test_a_branch_begins_at_a_token_that_the_policy_chose(split: int) -> None:
+    with pytest.raises(ValueError, match=f"token {split} of p is not one that the policy chose"):
+        one_episode(episode_id="p").before(split, episode_id="b")
+
+
+def test_roles_of_the_last_tokens_change() -> None:
+    builder = one_episode()
+    before = list(builder.tokens["role"])
+    builder.change_roles([])
+    assert builder.tokens["role"] == before
+    builder.change_roles([Role.OTHER, Role.OTHER, Role.REASONING])
+    assert builder.tokens["role"] == [*before[:-3], Role.OTHER, Role.OTHER, Role.REASONING]
+
+
+def test_temperature_and_places_of_branches_are_stored(tmp_path: Path) -> None:
+    parent = one_episode(episode_id="p", temperature=0.75)
+    branch = parent.before(6, episode_id="b", **{k: v for k, v in parent.identity.items() if k != "episode_id"})
+    branch.append_sampled([9], [Role.OTHER], [-5.0], [2.0])
+    branch.close_turn(6, 0.5, "", False, "s1")
+    branch.finish(False, "turns")
+    build([parent, branch, one_episode()]).write(tmp_path / "t")
+    again = read(tmp_path / "t")
+    assert again.episodes["temperature"] == [0.75, 0.75, None]
+    assert again.episodes["parent"] == [None, "p", None]
+    assert again.episodes["split"] == [None, 6, None]
+    assert again.returns.tolist() == [0.9, 0.4, 0.9]
+    own = [False, False, False, True, True, False, True, True]
+    assert again.trainable.tolist() == [*own, *[False] * 6, True, *own]
 
 
 # ------------------------------------------------------------------------------------------- rewards and roles

@@ -10,6 +10,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pipeline.objective.batch import State, TokenBatch
+from pipeline.objective.trees import segments, through
 
 
 def group_advantage(
@@ -111,6 +112,8 @@ class AdvantageEstimate(NamedTuple):
     """By name of the head that shall learn it."""
     state: dict[str, float]
     """What the next iteration is to know; empty for most."""
+    times: Float[Tensor, " n"] | None = None
+    """How many times each token's weight counts; None: once. A trajectory of zeros is not trained on."""
 
 
 class HeadTarget(NamedTuple):
@@ -277,6 +280,75 @@ def from_soft_q(batch: TokenBatch, estimates: Estimates, state: State, *, gamma:
     target = torch.zeros_like(soft)
     target[index] = batch.reward[index] + factor * following
     return AdvantageEstimate(torch.where(chosen, taken - soft, 0.0), {"q": HeadTarget(target, chosen)}, {})
+
+
+def from_shared_prefix(
+    batch: TokenBatch, estimates: Estimates, state: State, *, credit: str, std: bool, ddof: int, eps: float
+) -> AdvantageEstimate:
+    """ARPO (arXiv 2507.19849): ``group_advantage``; a token has the mean of the trajectories through it.
+
+    ``soft``: it counts as often as there are such trajectories. As long as no ratio is clipped, that is the gradient of
+    training each of them whole.
+    """
+    own = group_advantage(batch.returns, batch.group, std=std, ddof=ddof, eps=eps)
+    total, count = through(batch, own)
+    advantage = torch.where(batch.trainable, total / count, 0.0)
+    return AdvantageEstimate(advantage, {}, {}, count if credit == "soft" else None)
+
+
+def from_prefix_credit(
+    batch: TokenBatch, estimates: Estimates, state: State, *, credit: float, std: bool, ddof: int, eps: float
+) -> AdvantageEstimate:
+    """APPO (arXiv 2606.12384): ``group_advantage`` of the initial trajectories, and that of the branches apart.
+
+    A token of an initial trajectory has its own advantage and ``credit`` times the mean over the branches that leave the
+    trajectory behind it; branches are not trained on.
+    """
+    branch = batch.parent >= 0
+    own = group_advantage(batch.returns, 2 * batch.group + branch.long(), std=std, ddof=ddof, eps=eps)
+    everything, total = through(batch, torch.where(branch, own, 0.0))[0], through(batch, branch.to(own.dtype))[0]
+    initial = ~branch[batch.trajectory] & batch.trainable
+    advantage = own[batch.trajectory] + credit * everything / total.clamp_min(1)
+    return AdvantageEstimate(torch.where(initial, advantage, 0.0), {}, {}, initial.to(own.dtype))
+
+
+def from_siblings(
+    batch: TokenBatch, estimates: Estimates, state: State, *, scope: str, std: bool, ddof: int, eps: float
+) -> AdvantageEstimate:
+    """After SEEA-R1 (arXiv 2506.21669): ``group_advantage`` of the segments that begin at one place.
+
+    A segment is worth the mean return of the trajectories through it. With ``scope`` "token" only the first token behind
+    each branching is trained: the candidates of TLPO (arXiv 2604.26553).
+    """
+    cut = segments(batch)
+    total, count = through(batch, batch.returns.double())  # so that means of equal returns are equal
+    own = group_advantage((total / count)[cut.first], cut.place, std=std, ddof=ddof, eps=eps).to(batch.reward.dtype)
+    advantage = torch.where(batch.trainable, own[cut.token.clamp_min(0)], 0.0)
+    if scope == "segment":
+        return AdvantageEstimate(advantage, {}, {})
+    candidate = torch.zeros_like(advantage)
+    candidate[cut.first[cut.branching]] = 1.0
+    return AdvantageEstimate(advantage * candidate, {}, {}, candidate)
+
+
+def from_reinforced(
+    batch: TokenBatch,
+    estimates: Estimates,
+    state: State,
+    *,
+    coefficient: float,
+    std: bool,
+    ddof: int,
+    eps: float,
+) -> AdvantageEstimate:
+    """Arbitrary Entropy PO (arXiv 2510.08141): ``group_advantage`` of what was sampled at the policy's own temperature.
+
+    Of the others each one that succeeded has ``coefficient``; the rest is not trained on.
+    """
+    own = group_advantage(batch.returns, 2 * batch.group + (~batch.regular).long(), std=std, ddof=ddof, eps=eps)
+    own = torch.where(batch.regular, own, coefficient * batch.success.to(own.dtype))
+    trained = (batch.regular | batch.success)[batch.trajectory] & batch.trainable
+    return AdvantageEstimate(torch.where(trained, own[batch.trajectory], 0.0), {}, {}, trained.to(own.dtype))
 
 
 def scaled_by_entropy(batch: TokenBatch, advantage: Float[Tensor, " n"], scale: float) -> Float[Tensor, " n"]:

@@ -39,7 +39,7 @@ class TokenBatch:
     returns: Float[Tensor, " e"]
     """Sum of rewards per trajectory."""
     reward: Float[Tensor, " n"]
-    """Each turn's reward on its last trainable token."""
+    """Each turn's reward on its last sampled token; 0 where not trainable, so that shared tokens have theirs once."""
     logprob: Float[Tensor, " n"]
     """Behaviour policy, 0 where not trainable."""
     entropy: Float[Tensor, " n"]
@@ -54,6 +54,12 @@ class TokenBatch:
     """A named uniform draw from [0, 1) per token, for slots that choose at random."""
     iteration: int = 0
     """Of the training, from 0."""
+    parent: Int[Tensor, " e"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    """Index of the trajectory that each one branches from, -1 for none; always an earlier one."""
+    split: Int[Tensor, " e"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    """Tokens shared with that; they are trainable there, or further up."""
+    regular: Bool[Tensor, " e"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    """Sampled at ``rollout.temperature``."""
     advantage: Float[Tensor, " n"] = field(default_factory=lambda: torch.zeros(0))
     """A_t, once S3 has been asked."""
 
@@ -73,13 +79,16 @@ class TokenBatch:
         return torch.zeros(self.trajectories, dtype=values.dtype).index_add_(0, self.trajectory, chosen)
 
 
-def token_batch(trajectories: Trajectories, draws: np.random.Generator, iteration: int = 0) -> TokenBatch:
+def token_batch(
+    trajectories: Trajectories, draws: np.random.Generator, iteration: int = 0, temperature: float | None = None
+) -> TokenBatch:
     """Flat tensors of annotated trajectories.
 
     Args:
         trajectories: annotated.
         draws: named generator of the slots' random choices.
         iteration: of the training.
+        temperature: ``rollout.temperature``; None: whatever they were sampled at.
 
     Raises:
         ValueError: they are not annotated.
@@ -100,9 +109,11 @@ def token_batch(trajectories: Trajectories, draws: np.random.Generator, iteratio
     def tensor(values: np.ndarray, dtype: torch.dtype) -> Tensor:
         return torch.from_numpy(np.array(values)).to(dtype)
 
+    temperatures = np.array(trajectories.episodes["temperature"], dtype=np.float64)
+    rewards = np.where(trajectories.trainable, trajectories.token_rewards(), 0.0)
     return TokenBatch(
         role=tensor(trajectories.role, torch.long),
-        trainable=tensor(trajectories.sampled, torch.bool),
+        trainable=tensor(trajectories.trainable, torch.bool),
         trajectory=tensor(trajectories.token_episode, torch.long),
         turn=tensor(trajectories.token_turn(), torch.long),
         turn_trajectory=tensor(owner, torch.long),
@@ -110,7 +121,7 @@ def token_batch(trajectories: Trajectories, draws: np.random.Generator, iteratio
         group=tensor(trajectories.groups, torch.long),
         success=tensor(np.array(trajectories.episodes["success"]), torch.bool),
         returns=tensor(trajectories.returns, torch.float32),
-        reward=tensor(trajectories.token_rewards(), torch.float32),
+        reward=tensor(rewards, torch.float32),
         logprob=tensor(trajectories.logprob, torch.float32),
         entropy=tensor(trajectories.entropy, torch.float32),
         energy=tensor(trajectories.energy, torch.float32),
@@ -118,6 +129,9 @@ def token_batch(trajectories: Trajectories, draws: np.random.Generator, iteratio
         ref_entropy=tensor(trajectories.ref_entropy, torch.float32),
         noise=tensor(draws.random(len(trajectories.role), dtype=np.float32), torch.float32),
         iteration=iteration,
+        parent=tensor(trajectories.parents, torch.long),
+        split=tensor(trajectories.splits, torch.long),
+        regular=torch.from_numpy(temperatures == temperature) | (temperature is None),
     )
 
 

@@ -43,6 +43,10 @@ ADVANTAGES: dict[type[Section], Callable[..., AdvantageEstimate]] = {
     slots.BilevelGAE: advantages.from_bilevel_gae,
     slots.EntropyGAE: advantages.from_entropy_gae,
     slots.SoftQ: advantages.from_soft_q,
+    slots.SharedPrefixAdvantage: advantages.from_shared_prefix,
+    slots.PrefixCreditAdvantage: advantages.from_prefix_credit,
+    slots.SiblingAdvantage: advantages.from_siblings,
+    slots.ReinforcedAdvantage: advantages.from_reinforced,
 }
 WEIGHTS: dict[type[Section], Callable[..., Tensor]] = {
     slots.UniformWeight: weights.uniform_weights,
@@ -67,6 +71,7 @@ SURROGATES: dict[type[Section], Surrogate] = {
     slots.CovarianceClip: Surrogate(surrogates.covariance_clip, surrogates.plan_covariance_clip),
     slots.CovarianceKL: Surrogate(surrogates.covariance_kl, surrogates.plan_covariance_kl),
     slots.BalancedClip: Surrogate(surrogates.balanced_clip, surrogates.plan_balanced_clip),
+    slots.ProcedureClip: Surrogate(surrogates.procedure_clip, surrogates.plan_procedure_clip),
     slots.SoftQSurrogate: Surrogate(surrogates.soft_q),
 }
 REGULARISERS: dict[type[Section], Callable[..., tuple[EntropyTerms, dict[str, float]]]] = {
@@ -192,7 +197,7 @@ def policy_loss(method: slots.Method, tokens: UpdateTokens, plan: Plan | None, c
     return PolicyLoss(total, surrogate, tokens.entropy.sum() / count, kl, clipped.float().sum() / count, moved)
 
 
-SLOTS = ("reward", "filter", "advantage", "weight", "aggregation", "surrogate", "regulariser")
+SLOTS = ("branching", "reward", "filter", "advantage", "weight", "aggregation", "surrogate", "regulariser")
 
 
 def described(method: slots.Method) -> dict[str, str]:

@@ -202,6 +202,63 @@ def balanced_clip(tokens: UpdateTokens, plan: Plan, **_: Any) -> SurrogateLoss:
     return ppo_clip(tokens.logprob, tokens.logprob_old, tokens.advantage, low=low, high=high)
 
 
+def future_kl(tokens: UpdateTokens, *, half_life: float, largest_shift: float) -> Float[Tensor, " m"]:
+    """APPO (arXiv 2606.12384): ``sum_{k >= t} 2^(-(k-t)/half_life) (log pi_k - log pi_old_k)`` within each trajectory.
+
+    Tokens whose difference is above ``largest_shift`` are left out. Without gradient.
+    """
+    shift = (tokens.logprob - tokens.logprob_old).detach().double()
+    kept = torch.where(shift > largest_shift, 0.0, shift).tolist()
+    owner, decay = tokens.trajectory.tolist(), 0.5 ** (1 / half_life)
+    result, following, last = [0.0] * len(kept), 0.0, -1
+    for t in range(len(kept) - 1, -1, -1):
+        following = kept[t] + (decay * following if owner[t] == last else 0.0)
+        result[t], last = following, owner[t]
+    return torch.tensor(result, dtype=shift.dtype, device=shift.device)
+
+
+def plan_procedure_clip(
+    tokens: UpdateTokens,
+    *,
+    low: float,
+    high: float,
+    dual: float,
+    strength: float,
+    form: str,
+    half_life: float,
+    largest_shift: float,
+    bound: float,
+) -> Plan:
+    """Each token's factor: APPO's scaling, times 0 or the rest's share for trajectories that leave the mean.
+
+    ``f_t = clip(exp(FutureKL_t), 1, bound)``, or ``clip(exp(FutureKL_t), 0.8, 1)`` where A < 0 and ``r > 1 + high``. A
+    trajectory with more than one token of A < 0 and ``r > dual`` leaves the mean: the others' coefficients then add up to
+    what all had.
+    """
+    ratio = torch.exp(tokens.logprob - tokens.logprob_old)
+    leads = torch.exp(future_kl(tokens, half_life=half_life, largest_shift=largest_shift)).to(ratio.dtype)
+    blamed = (tokens.advantage < 0) & (ratio > 1 + high)
+    f = torch.where(blamed, leads.clamp(0.8, 1.0), leads.clamp(1.0, bound))
+    scale = 1 + strength * (f if form == "raw" else f - 1)
+    dual_clipped = ((tokens.advantage < 0) & (ratio > dual)).to(ratio.dtype)
+    trajectories = int(tokens.trajectory.max()) + 1 if len(ratio) else 0
+    often = torch.zeros(trajectories, dtype=ratio.dtype, device=ratio.device)
+    left = (often.index_add(0, tokens.trajectory, dual_clipped) > 1)[tokens.trajectory]
+    rest = tokens.coefficient[~left].sum()
+    share = tokens.coefficient.sum() / rest if bool(rest > 0) else torch.ones_like(rest)
+    return torch.where(left, 0.0, scale * share).unsqueeze(-1)
+
+
+def procedure_clip(
+    tokens: UpdateTokens, plan: Plan, *, low: float, high: float, dual: float, **_: Any
+) -> SurrogateLoss:
+    """APPO (arXiv 2606.12384): PPO's surrogate, ``-dual * A`` at most where A < 0, times the planned factor."""
+    loss, clipped = token_clip(tokens, None, low=low, high=high)
+    largest = -dual * tokens.advantage
+    beyond = (tokens.advantage < 0) & (loss > largest)
+    return SurrogateLoss(torch.where(beyond, largest, loss) * plan[:, 0], clipped | beyond | (plan[:, 0] == 0))
+
+
 def soft_q(tokens: UpdateTokens, plan: Plan | None) -> SurrogateLoss:
     """ETPO (arXiv 2402.06700): the expected soft value that is to be lost; see ``soft.soft_policy_loss``."""
     if tokens.soft is None:

@@ -89,7 +89,7 @@ def trained_on(config: Config, environment: str) -> str:
     """What the trainings of a comparison were, for a caption."""
     plan, sizes = config.train, config.rollout
     return (
-        f"{_named(config, environment)}, {_seeds(config)}, {plan.iterations} iterations of {sizes.groups} initial states × "
+        f"{_named(config, environment)}, {_seeds(config)}, {_length(config)} of {sizes.groups} initial states × "
         f"{sizes.group_size} episodes, sampled at temperature {sizes.temperature:g}; validated every "
         f"{plan.validate_every} iterations on {config.evaluation.validation_states} states × "
         f"{config.evaluation.validation_rollouts} episodes at temperature {config.evaluation.temperatures[0]:g}."
@@ -100,13 +100,21 @@ def evaluated_on(config: Config, environment: str) -> str:
     """What the evaluations of a comparison were, for a caption."""
     plan = config.evaluation
     return (
-        f"{_named(config, environment)}, {_seeds(config)} per method, each after {config.train.iterations} iterations; "
+        f"{_named(config, environment)}, {_seeds(config)} per method, each after {_length(config)}; "
         f"{plan.states} held-out initial states × {plan.rollouts} episodes per seed and temperature."
     )
 
 
 def _named(config: Config, environment: str) -> str:
     return f"Run: {environment} ({config.environments[environment].id})"
+
+
+def _length(config: Config) -> str:
+    """What ends the trainings."""
+    plan = config.train
+    if plan.tokens is None:
+        return f"{plan.iterations} iterations"
+    return f"as many iterations as come nearest to {plan.tokens} sampled tokens (at most {plan.iterations})"
 
 
 def _seeds(config: Config) -> str:

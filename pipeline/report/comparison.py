@@ -6,6 +6,7 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,10 @@ VERDICT_SEEDS = 5
 """Fewest paired seeds from which a difference is put in words."""
 KL_DRIFT = 0.2
 """Largest relative difference of a control's KL per update from its method's that passes without a warning."""
+SHORTFALL = 0.05
+"""Largest share of ``train.tokens`` that may be left at a training's end without a warning."""
+SPENT = ("training_episodes", "training_tokens", "paths_per_state")
+"""Keys of a row, of one training as means over seeds: episodes, sampled tokens, and episodes per initial state."""
 SHARE = "measured_gradient_share_action"
 """Metric of the curves: the action tokens' share of the gradient, from per-token gradients."""
 
@@ -82,7 +87,8 @@ def compare(config: Config, inputs: Inputs) -> dict[str, Any]:
 
     Rates are in [0, 1]. Measured numbers are rounded to 6 digits (KL per update: 6 significant ones), settings are as
     in params.yaml, and what does not apply is null. ``difference_to_*`` is paired over common seeds and states;
-    ``probability_of_improvement`` is over the uniform counterpart. The reference policy has rows of its own.
+    ``probability_of_improvement`` is over the uniform counterpart. The reference policy has rows of its own. ``tokens`` is
+    the budget of every training, if there is one; ``iterations`` and ``SPENT`` are what it took.
 
     Raises:
         ValueError: an evaluation is unbalanced or lacks a temperature, or two of them share no seed or state.
@@ -97,6 +103,7 @@ def compare(config: Config, inputs: Inputs) -> dict[str, Any]:
         "schema": 1,
         "comparison": config.comparison,
         "resamples": config.compare.resamples,
+        "tokens": config.train.tokens,
         "rows": rows,
         "warnings": _warnings(config, inputs, rows),
     }
@@ -185,12 +192,12 @@ def _training(config: Config, method: str, curves: Curves | None) -> dict[str, A
     """How the method was trained: settings from params.yaml, the rest from its learning curves; all null without them."""
     if curves is None:
         keys = ("iterations", "kl_update_action_first3", "gradient_share_action", "learning_rate", "regulariser")
-        return dict.fromkeys((*keys, "non_finite_losses", "status", "source"))
+        return dict.fromkeys((*keys, "non_finite_losses", "status", "source", *SPENT))
     first = [row["kl_update_action"] for rows in curves.values() for row in rows[:3] if "kl_update_action" in row]
     shares = [r[SHARE] for rows in curves.values() for r in rows if SHARE in r]
     settings = config.methods[method]
     return {
-        "iterations": min(len(rows) for rows in curves.values()),
+        "iterations": mean(len(rows) for rows in curves.values()),
         "kl_update_action_first3": _finite(float(f"{np.mean(first):.6g}")) if first else None,
         "gradient_share_action": _round(float(np.mean(shares))) if shares else None,
         "learning_rate": settings.learning_rate,
@@ -198,7 +205,17 @@ def _training(config: Config, method: str, curves: Curves | None) -> dict[str, A
         "non_finite_losses": int(sum(row.get("non_finite_losses", 0) for rows in curves.values() for row in rows)),
         "status": settings.status,
         "source": settings.source,
+        **_spent(config, curves),
     }
+
+
+def _spent(config: Config, curves: Curves) -> dict[str, float]:
+    """``SPENT``: what the methods were given, to see at what they are compared. A path is an episode."""
+    episodes, tokens = (
+        mean(int(sum(row[key] for row in rows)) for rows in curves.values()) for key in ("episodes", "tokens")
+    )
+    states = config.rollout.groups * mean(len(rows) for rows in curves.values())
+    return dict(zip(SPENT, (round(episodes, 6), round(tokens, 6), round(episodes / states, 6)), strict=True))
 
 
 def _warnings(config: Config, inputs: Inputs, rows: list[dict[str, Any]]) -> list[str]:
@@ -214,13 +231,26 @@ def _warnings(config: Config, inputs: Inputs, rows: list[dict[str, Any]]) -> lis
                 f"no verdict in words below {VERDICT_SEEDS} seeds"
             )
         for name in config.methods:
-            found += [f"{environment}: {name}: {text}" for text in _method_warnings(config, own, name)]
-            lengths = sorted({len(curve) for curve in inputs.curves[environment, name].values()})
-            if len(lengths) > 1:
-                found.append(
-                    f"{environment}: {name}: seeds were trained for different numbers of iterations: {lengths}"
-                )
+            texts = _method_warnings(config, own, name) + _length_warnings(config, inputs.curves[environment, name])
+            found += [f"{environment}: {name}: {text}" for text in texts]
     return found
+
+
+def _length_warnings(config: Config, curves: Curves) -> list[str]:
+    """Trainings that were not as long as they should have been: equally, or as their tokens allow."""
+    plan = config.train
+    if plan.tokens is None:
+        lengths = sorted({len(rows) for rows in curves.values()})
+        return [f"seeds were trained for different numbers of iterations: {lengths}"] if len(lengths) > 1 else []
+    ended = {seed: sum(row["tokens"] for row in rows) for seed, rows in curves.items() if len(rows) >= plan.iterations}
+    short = {seed: tokens for seed, tokens in ended.items() if tokens < (1 - SHORTFALL) * plan.tokens}
+    if not short:
+        return []
+    return [
+        f"train.iterations ({plan.iterations}) ended seed{'s' * (len(short) > 1)} {', '.join(short)} after as few as "
+        f"{min(short.values()):.0f} sampled tokens of train.tokens ({plan.tokens}): raise train.iterations to compare at "
+        "equal tokens"
+    ]
 
 
 def _method_warnings(config: Config, rows: Mapping[str, Mapping[str, Any]], method: str) -> list[str]:

@@ -16,7 +16,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from pipeline.report.comparison import REFERENCE, Curves, Inputs
 from pipeline.report.comparison_tables import places, rows_at
-from pipeline.report.curves import HEALTH, over_seeds, series_of, smoothed, spent, validations
+from pipeline.report.curves import COSTS, HEALTH, costs, over_seeds, series_of, smoothed, spent, validations
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's colours that stand out on white and are told apart without red-green vision."""
@@ -90,26 +90,28 @@ def success_figure(comparison: Mapping[str, Any], environment: str) -> Figure:
     return figure
 
 
-def learning_figure(curves: Mapping[str, Curves], timings: Mapping[str, Curves]) -> Figure:
+def learning_figure(curves: Mapping[str, Curves], timings: Mapping[str, Curves], tokens: int | None = None) -> Figure:
     """Training and validation success over what was spent: iterations, episodes, tokens and, where known, seconds.
 
     Args:
         curves: by method, in the order of their colours.
         timings: by method; the last panel is left out if there are none.
+        tokens: the trainings' budget, if there is one; tokens then have the first panel.
     """
-    costs = ["iterations", "episodes", "tokens", *(["seconds"] if timings else [])]
+    shown = costs(tokens, bool(timings))
     with matplotlib.rc_context(STYLE):
-        columns = 2 if len(costs) == 4 else 3
-        figure = Figure((10, 3.3 * math.ceil(len(costs) / columns) + 0.4), layout="constrained")
-        panels = figure.subplots(math.ceil(len(costs) / columns), columns, sharey=True, squeeze=False).flat
-        for axes, cost in zip(panels, costs, strict=True):
+        columns = 2 if len(shown) == 4 else 3
+        figure = Figure((10, 3.3 * math.ceil(len(shown) / columns) + 0.4), layout="constrained")
+        panels = figure.subplots(math.ceil(len(shown) / columns), columns, sharey=True, squeeze=False).flat
+        for axes, cost in zip(panels, shown, strict=True):
             for (method, curve), (colour, dash, marker) in zip(curves.items(), _looks(), strict=False):
                 if cost == "seconds" and method not in timings:
                     continue
                 place = spent(curve, timings.get(method), cost)
                 _band(axes, place[:-1], smoothed(series_of(curve, "success")), colour, dash)
-                axes.plot(*validations(curve, place), marker, color=colour, ms=5, mec="white", mew=0.7, zorder=4)
-            axes.set_xlabel({"tokens": "sampled tokens", "seconds": "seconds of training"}.get(cost, cost))
+                points = validations(curve, timings.get(method), cost)
+                axes.plot(*points, marker, color=colour, ms=5, mec="white", mew=0.7, zorder=4)
+            axes.set_xlabel(COSTS[cost])
             axes.margins(x=0.02)
             axes.xaxis.set_major_formatter(EngFormatter(sep=""))
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
@@ -120,40 +122,50 @@ def learning_figure(curves: Mapping[str, Curves], timings: Mapping[str, Curves])
     return figure
 
 
-def learning_panels(curves: Mapping[str, Curves]) -> Figure:
-    """Training and validation success over iterations, a panel per method; the others' means lie behind it in grey."""
+def learning_panels(curves: Mapping[str, Curves], tokens: int | None = None) -> Figure:
+    """Training and validation success, a panel per method; the others' means lie behind it in grey.
+
+    It is over iterations or, where the trainings have a budget of them, over sampled tokens.
+    """
+    cost = costs(tokens, timed=False)[0]
     smooth = {method: smoothed(series_of(curve, "success")) for method, curve in curves.items()}
+    places = {method: spent(curve, None, cost) for method, curve in curves.items()}
     with matplotlib.rc_context(STYLE):
         rows = math.ceil(len(curves) / 4)
         figure = Figure((10, 1.75 * rows + 0.3), layout="constrained")
         panels = figure.subplots(rows, 4, sharex=True, sharey=True, squeeze=False).flat
         for (method, curve), axes in zip(curves.items(), panels, strict=False):
-            place = spent(curve, None, "iterations")
-            for other in smooth.values():
-                axes.plot(np.arange(other.shape[1]), np.nanmean(other, axis=0), color="#cccccc", lw=0.6, zorder=1)
-            _band(axes, place[:-1], smooth[method], COLOURS[0], "-")
-            axes.plot(*validations(curve, place), "o", color=COLOURS[1], ms=4, mec="white", mew=0.6, zorder=4)
+            for other, series in smooth.items():
+                axes.plot(places[other][:-1], np.nanmean(series, axis=0), color="#cccccc", lw=0.6, zorder=1)
+            _band(axes, places[method][:-1], smooth[method], COLOURS[0], "-")
+            points = validations(curve, None, cost)
+            axes.plot(*points, "o", color=COLOURS[1], ms=4, mec="white", mew=0.6, zorder=4)
             axes.set_title(method, fontsize=9)
         for axes in panels:  # what is left of the last row
             axes.set_visible(False)
         figure.axes[0].set_ylim(bottom=0)
-        figure.supxlabel("iterations", fontsize=10)
+        if cost == "tokens":
+            figure.axes[0].xaxis.set_major_formatter(EngFormatter(sep=""))
+        figure.supxlabel(COSTS[cost], fontsize=10)
         figure.supylabel("success", fontsize=10)
     return figure
 
 
-def health_figure(curves: Mapping[str, Curves]) -> Figure:
-    """What shows whether the trainings were healthy, over iterations: mean over seeds and range."""
+def health_figure(curves: Mapping[str, Curves], tokens: int | None = None) -> Figure:
+    """What shows whether the trainings were healthy, mean over seeds and range: over iterations or budgeted tokens."""
+    cost = costs(tokens, timed=False)[0]
     with matplotlib.rc_context(STYLE):
         figure = Figure((10, 6 + 0.2 * max(0, math.ceil(len(curves) / 4) - 2)), layout="constrained")
         for axes, (key, title) in zip(figure.subplots(2, 3, sharex=True).flat, HEALTH.items(), strict=True):
             for curve, (colour, dash, _) in zip(curves.values(), _looks(), strict=False):
                 series = series_of(curve, key)
-                _band(axes, np.arange(series.shape[1]), series, colour, dash, spread=len(curves) <= CROWD)
+                _band(axes, spent(curve, None, cost)[:-1], series, colour, dash, spread=len(curves) <= CROWD)
             axes.set_title(title, fontsize=10)
         for axes in figure.axes[-3:]:
-            axes.set_xlabel("iterations")
+            axes.set_xlabel(COSTS[cost])
             axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+            if cost == "tokens":
+                axes.xaxis.set_major_formatter(EngFormatter(sep=""))
         _legend(figure, curves, marked=False)
     return figure
 
@@ -162,10 +174,13 @@ def _figures(comparison: Mapping[str, Any], inputs: Inputs, environment: str) ->
     """Name -> figure."""
     curves = {method: curve for (place, method), curve in inputs.curves.items() if place == environment}
     timings = {method: timing for (place, method), timing in inputs.timings.items() if place == environment}
+    tokens = comparison["tokens"]
     return {
         "success": success_figure(comparison, environment),
-        "learning": learning_panels(curves) if len(curves) > CROWD else learning_figure(curves, timings),
-        "health": health_figure(curves),
+        "learning": learning_panels(curves, tokens)
+        if len(curves) > CROWD
+        else learning_figure(curves, timings, tokens),
+        "health": health_figure(curves, tokens),
     }
 
 

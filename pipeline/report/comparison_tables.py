@@ -77,19 +77,26 @@ def result_table(comparison: Mapping[str, Any], environment: str, temperature: f
 
 
 def training_table(comparison: Mapping[str, Any], environment: str) -> Table:
-    """How the methods were trained; entropy and KL terms are a column only if they differ, status and source if given."""
+    """How the methods were trained, and what they were given: means over seeds of iterations, episodes, sampled tokens.
+
+    Entropy and KL terms are a column only if they differ, status and source if given.
+    """
     rows = [r for r in comparison["rows"] if r["environment"] == environment and r["headline"] and r["regulariser"]]
     differ, sourced = len({_terms(row["regulariser"]) for row in rows}) > 1, any(row["source"] for row in rows)
     return Table(
-        f"{environment}, training",
-        ["method", *(["status", "source"] if sourced else []), "iterations", "learning rate",
+        f"{environment}, training" + (f" to {comparison['tokens']} sampled tokens" if comparison["tokens"] else ""),
+        ["method", *(["status", "source"] if sourced else []), "iterations", "episodes per training",
+         "sampled tokens per training", "paths per initial state", "learning rate",
          "KL per update on action tokens, first 3 iterations", "action tokens' share of the gradient, measured",
          "skipped non-finite updates", *(["entropy and KL terms"] if differ else [])],
         [
             [
                 row["method"],
                 *([row["status"], row["source"] or "–"] if sourced else []),
-                str(row["iterations"]),
+                f"{row['iterations']:g}",
+                f"{row['training_episodes']:.0f}",
+                f"{row['training_tokens']:.0f}",
+                f"{row['paths_per_state']:g}",
                 f"{row['learning_rate']:g}",
                 "–" if row["kl_update_action_first3"] is None else f"{row['kl_update_action_first3']:.3g}",
                 "–" if row["gradient_share_action"] is None else f"{row['gradient_share_action']:.2f}",

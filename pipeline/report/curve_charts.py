@@ -12,14 +12,19 @@ from pipeline.config import Config
 from pipeline.report.charts import Chart, looks, rowed, trained_on, view
 from pipeline.report.comparison import Curves, Inputs
 from pipeline.report.comparison_figures import CROWD
-from pipeline.report.curves import HEALTH, SMOOTHING, over_seeds, series_of, smoothed, spent, validations
+from pipeline.report.curves import (
+    COSTS,
+    HEALTH,
+    SMOOTHING,
+    costs,
+    over_seeds,
+    series_of,
+    smoothed,
+    spent,
+    uneven,
+    validations,
+)
 
-COSTS = {
-    "iterations": "iterations",
-    "episodes": "episodes",
-    "tokens": "sampled tokens",
-    "seconds": "seconds of training",
-}
 ROLES = {"action": "#d55e00", "reasoning": "#0072b2", "tag": "#56b4e9", "other": "#999999"}
 """Roles that the curves report together, with their colours."""
 PATTERNS = {"action": "", "reasoning": "/", "tag": ".", "other": "x"}
@@ -29,6 +34,11 @@ SHARES = {
     "of |c A|, counted": "gradient_share_",
 }
 """What is shared -> the beginning of its keys in the learning curves."""
+
+CUT = (
+    "Some seeds had more iterations than others of their method: what comes after the shortest one's last is left out, but "
+    "for a last marker, which is every seed's validation at its own end."
+)
 
 
 def training_charts(config: Config, inputs: Inputs, environment: str, tokens: Mapping[str, int]) -> Iterator[Chart]:
@@ -43,7 +53,9 @@ def training_charts(config: Config, inputs: Inputs, environment: str, tokens: Ma
     curves = {method: found for (place, method), found in inputs.curves.items() if place == environment}
     timings = {method: found for (place, method), found in inputs.timings.items() if place == environment}
     crowd = sorted(curves, key=lambda method: method not in config.compare.uniform) if len(curves) > CROWD else ()
-    run = trained_on(config, environment)
+    shown, run = costs(config.train.tokens, bool(timings)), trained_on(config, environment)
+    if any(uneven(curve) for curve in curves.values()):
+        run = f"{CUT} {run}"
     bands = "Line: mean over seeds; band: lowest to highest seed, which is no confidence interval."
     yield Chart(
         f"{environment}-learning",
@@ -52,7 +64,7 @@ def training_charts(config: Config, inputs: Inputs, environment: str, tokens: Ma
         f"are taken. {bands} Markers: success on the validation states, mean over seeds, not smoothed. Every value "
         "stands at what had been spent when the policy that it belongs to was made; episodes, tokens and seconds are "
         f"means over seeds. {run}",
-        {cost: _learning(curves, timings, cost) for cost in COSTS if cost != "seconds" or timings},
+        {cost: _learning(curves, timings, cost) for cost in shown},
         "Over",
         crowd,
     )
@@ -61,7 +73,7 @@ def training_charts(config: Config, inputs: Inputs, environment: str, tokens: Ma
         "Training health",
         f"Per iteration, not smoothed. {bands} Entropy and KL are those of the sampled episodes, before the iteration's "
         f"update; the rest are means over its updates. Gaps are iterations in which no group could be trained on. {run}",
-        {title: _health(curves, key, title) for key, title in HEALTH.items()},
+        {title: _health(curves, key, title, shown[0]) for key, title in HEALTH.items()},
         "What",
         crowd,
     )
@@ -84,7 +96,7 @@ def _learning(curves: Mapping[str, Curves], timings: Mapping[str, Curves], cost:
             continue
         place = spent(curve, timings.get(method), cost)
         _band(figure, method, len(curve), place[:-1], smoothed(series_of(curve, "success")), colour, dash)
-        x, y = validations(curve, place)
+        x, y = validations(curve, timings.get(method), cost)
         figure.add_scatter(
             x=_numbers(x), y=_numbers(y), mode="markers", legendgroup=method, showlegend=False,
             marker={"color": colour, "symbol": symbol, "size": 8, "line": {"color": "white", "width": 1}},
@@ -96,13 +108,13 @@ def _learning(curves: Mapping[str, Curves], timings: Mapping[str, Curves], cost:
     return view(figure, 440)
 
 
-def _health(curves: Mapping[str, Curves], key: str, title: str) -> dict[str, Any]:
+def _health(curves: Mapping[str, Curves], key: str, title: str, cost: str) -> dict[str, Any]:
     figure = go.Figure()
     for (method, curve), (colour, dash, _) in zip(curves.items(), looks(), strict=False):
         series = series_of(curve, key)
-        _band(figure, method, len(curve), np.arange(series.shape[1], dtype=float), series, colour, dash)
+        _band(figure, method, len(curve), spent(curve, None, cost)[:-1], series, colour, dash)
     figure.update_layout(showlegend=len(curves) <= CROWD)
-    figure.update_xaxes(title_text="iterations")
+    figure.update_xaxes(title_text=COSTS[cost])
     figure.update_yaxes(title_text=title, rangemode="tozero")
     return view(figure, 440)
 

@@ -8,6 +8,13 @@ from pipeline.report.comparison import Curves
 
 SMOOTHING = 5
 """Iterations of the centred moving mean over training success."""
+COSTS = {
+    "iterations": "iterations",
+    "episodes": "episodes",
+    "tokens": "sampled tokens",
+    "seconds": "seconds of training",
+}
+"""What a training spends -> its name on an axis."""
 HEALTH = {
     "entropy_action": "Entropy of action tokens (nats)",
     "entropy_reasoning": "Entropy of reasoning tokens (nats)",
@@ -25,24 +32,50 @@ def series_of(curves: Curves, key: str) -> np.ndarray:
     return np.array([[row.get(key, np.nan) for row in rows[:length]] for rows in curves.values()], dtype=float)
 
 
+def costs(tokens: int | None, timed: bool) -> list[str]:
+    """Keys of ``COSTS``, the one first that trainings end by: sampled tokens if they are budgeted, else iterations.
+
+    Args:
+        tokens: the budget, if there is one.
+        timed: whether seconds are known.
+    """
+    known = [cost for cost in COSTS if timed or cost != "seconds"]
+    return known if tokens is None else sorted(known, key=lambda cost: cost != "tokens")
+
+
+def uneven(curves: Curves) -> bool:
+    """Whether some seeds were trained for more iterations than others."""
+    return len({len(rows) for rows in curves.values()}) > 1
+
+
 def spent(curves: Curves, timings: Curves | None, cost: str) -> np.ndarray:
-    """Mean over seeds of what had been spent before iteration 0, 1, ... and after the last; (iterations + 1,)."""
-    length = series_of(curves, "iteration").shape[1]
-    if cost == "iterations":
-        return np.arange(length + 1, dtype=float)
-    if cost == "seconds" and timings is not None:
-        total = series_of(timings, "seconds").mean(axis=0)[:length]
-    else:
-        total = series_of(curves, cost).cumsum(axis=1).mean(axis=0)
+    """Mean over seeds of what had been spent before iteration 0, 1, ... and after the shortest seed's last."""
+    length = min(len(rows) for rows in curves.values())
+    total = np.array([seed[:length] for seed in _spent(curves, timings, cost)]).mean(axis=0)
     return np.concatenate([[0.0], total])
 
 
-def validations(curves: Curves, spent: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Where and what the validations were, the one before training included."""
+def validations(curves: Curves, timings: Curves | None, cost: str) -> tuple[np.ndarray, np.ndarray]:
+    """Where and what the validations were, means over seeds: before training, where all seeds were validated, at the end.
+
+    Seeds of different lengths have their ends, and the validations there, in different iterations: those are one point.
+    """
     before = series_of(curves, "validation_success_before")[:, :1]
     values = np.concatenate([before, series_of(curves, "validation_success")], axis=1).mean(axis=0)
     made = np.isfinite(values)
-    return spent[made], values[made]
+    x, y = spent(curves, timings, cost)[made], values[made]
+    if not uneven(curves):
+        return x, y
+    end = np.mean([seed[-1] for seed in _spent(curves, timings, cost)])
+    last = np.mean([rows[-1].get("validation_success", np.nan) for rows in curves.values()])
+    return np.append(x, end), np.append(y, last)
+
+
+def _spent(curves: Curves, timings: Curves | None, cost: str) -> list[np.ndarray]:
+    """What each seed had spent after its iteration 0, 1, ..."""
+    if cost == "seconds" and timings is not None:
+        return [np.array([row["seconds"] for row in rows]) for rows in timings.values()]
+    return [np.cumsum([1.0 if cost == "iterations" else row[cost] for row in rows]) for rows in curves.values()]
 
 
 def smoothed(series: np.ndarray) -> np.ndarray:

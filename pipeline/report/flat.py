@@ -39,6 +39,7 @@ CURVES = (
     "gradient_norm",
     "clip_fraction",
     "gradient_share_action",
+    "tokens",
 )
 """Columns of the table of learning curves: keys of the curves, as means over seeds."""
 

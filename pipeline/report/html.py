@@ -111,12 +111,19 @@ def embedded(value: Any) -> Markup:
 def viewer_caption(config: Config) -> dict[str, str]:
     """How the viewer's episodes were ``chosen``, and what their ``numbers`` are."""
     plan = config.report
+    branching = any(method.branching.kind != "none" for method in config.methods.values())
+    trees = (
+        " Where a method branches, its episodes of an initial state are drawn as trees over their tokens; what an episode "
+        "branched from can be read too."
+        if branching
+        else ""
+    )
     return {
         "chosen": (
             "Episodes of every method, from its first seed's last iteration (training states, temperature "
             f"{config.rollout.temperature:g}): {plan.states} initial states, those whose returns vary most over the "
             f"methods, and {plan.episodes} episodes of each, half with its highest returns and half with its lowest. "
-            "They show what happens, not how often. The reference policy's are from its own table, with other states."
+            f"They show what happens, not how often. The reference policy's are from its own table, with other states.{trees}"
         ),
         "numbers": (
             "Energy is −logsumexp of the reference policy's logits: high where it is less confident. The "

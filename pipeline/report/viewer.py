@@ -13,10 +13,10 @@ from tokenizers import Tokenizer
 
 from pipeline.config import Config, ConfigError
 from pipeline.environments.registry import board_of, make
-from pipeline.episodes import NUMBERS, episode_records
+from pipeline.episodes import NUMBERS, episode_records, rounded
 from pipeline.prompting import plain_text
 from pipeline.report.comparison import REFERENCE
-from pipeline.trajectory import Trajectories, TrajectoryError, read
+from pipeline.trajectory import Role, Trajectories, TrajectoryError, read
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ def viewer_data(
 
     Returns:
         The records of ``episode_records``; each turn has ``board`` (rows of cells, or null), each episode ``letter``, a
-        name of its initial state within the environment.
+        name of its initial state within the environment. Where a method has branches, the first record of an initial
+        state has its ``forest``: see ``outline``, and ``episode``, per row the place of its record, null if not chosen.
     """
     found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for environment in config.environments:
@@ -87,6 +88,8 @@ def viewer_data(
                 record["letter"] = letters.setdefault(record["state"], _letter(len(letters)))
                 for turn in record["turns"]:
                     turn["board"] = _plain_board(board_of(instance, next(keys)))
+            for place, rows in _branching(entry.trajectories, chosen).items():
+                records[place]["forest"] = _forest(entry.trajectories, rows, chosen)
             found.setdefault(environment, {})[method] = records
     return {environment: methods for environment, methods in found.items() if any(methods.values())}
 
@@ -95,7 +98,8 @@ def choose(played: Mapping[str, Played], states: int, episodes: int) -> dict[str
     """Which episodes of each method to show: of the initial states whose returns vary most, the best and the worst.
 
     Variances are summed over methods, so that methods which have met the same states show the same ones. Half of a
-    state's episodes have its highest returns, half its lowest; the first ones where returns are equal.
+    state's episodes have its highest returns, half its lowest; the first ones where returns are equal. What an episode
+    branched from is shown too, so that its shared tokens can be read where they were sampled.
     """
     members: dict[str, dict[str, list[int]]] = {}
     for method, entry in played.items():
@@ -114,8 +118,105 @@ def choose(played: Mapping[str, Played], states: int, episodes: int) -> dict[str
             ranked = sorted(groups[state], key=lambda index: -returns[index])
             best = ranked[: -(-episodes // 2)]
             worst = [index for index in ranked[::-1] if index not in best][: episodes - len(best)]
-            chosen[method] += [*best, *worst[::-1]]
+            shown = _with_ancestors([*best, *worst], branched_from(played[method].trajectories, groups[state]))
+            chosen[method] += [index for index in ranked if index in shown]
     return chosen
+
+
+def branched_from(trajectories: Trajectories, rows: Sequence[int]) -> dict[int, int]:
+    """Branch -> the episode that it branched from, by their indices; only where the table bears it out.
+
+    That one must be among ``rows``, begin with the same ``split`` tokens, and have a lower split itself: so there are no
+    circles. An episode whose parent is otherwise is left out, as if it were a root.
+    """
+    columns, splits = trajectories.episodes, trajectories.splits
+    named: dict[str, int] = {}
+    for row in rows:
+        named.setdefault(columns["episode_id"][row], row)
+
+    def shares(row: int, parent: int) -> bool:
+        own, other = (
+            trajectories.input_ids[trajectories.offsets[e] : trajectories.offsets[e + 1]] for e in (row, parent)
+        )
+        split = splits[row]
+        fits = max(splits[parent], 0) < split <= min(len(own), len(other))
+        return bool(fits and np.array_equal(own[:split], other[:split]))
+
+    parents = {row: named[columns["parent"][row]] for row in rows if columns["parent"][row] in named}
+    return {row: parent for row, parent in parents.items() if shares(row, parent)}
+
+
+def outline(trajectories: Trajectories, rows: Sequence[int]) -> tuple[list[int], dict[str, Any]]:
+    """A drawing of the trees that some episodes make, without their texts.
+
+    Returns:
+        The episodes from top to bottom, and columns of them in that order: ``id``; ``parent`` (its place in this order) and
+        ``split``, null for a root; ``role`` of the parent's token at the split, null if it has none there; ``length`` in
+        tokens; ``ends`` of its turns in tokens, the shared ones too; ``return``; ``success``. ``strays`` is the number of
+        episodes that are roots because ``branched_from`` leaves them out. A line from ``split`` to ``length`` in its own
+        row for each, and down to it from its parent's row at ``split``, crosses no other line.
+    """
+    parents, splits, columns = branched_from(trajectories, rows), trajectories.splits, trajectories.episodes
+    order = _top_down(rows, parents, splits)
+    place = {row: number for number, row in enumerate(order)}
+    bounds = trajectories.turn_offsets
+    return order, {
+        "id": [columns["episode_id"][row] for row in order],
+        "parent": [place[parents[row]] if row in parents else None for row in order],
+        "split": [int(splits[row]) if row in parents else None for row in order],
+        "role": [_role(trajectories, parents[row], splits[row]) if row in parents else None for row in order],
+        "length": trajectories.lengths[order].tolist(),
+        "ends": [trajectories.turns["end"][bounds[row] : bounds[row + 1]] for row in order],
+        "return": [rounded(columns["return"][row]) for row in order],
+        "success": [bool(columns["success"][row]) for row in order],
+        "strays": sum(columns["parent"][row] is not None and row not in parents for row in order),
+    }
+
+
+def _top_down(rows: Sequence[int], parents: Mapping[int, int], splits: np.ndarray) -> list[int]:
+    """Parents above their branches, a later split above an earlier one: no branch then has to cross another."""
+    branches: dict[int | None, list[int]] = {}
+    for row in rows:
+        branches.setdefault(parents.get(row), []).append(row)
+    order, waiting = [], branches.get(None, [])[::-1]
+    while waiting:
+        order.append(waiting.pop())
+        waiting += sorted(branches.get(order[-1], []), key=lambda row: (splits[row], -row))
+    return order
+
+
+def _role(trajectories: Trajectories, episode: int, position: int) -> str | None:
+    found = trajectories.role[trajectories.offsets[episode] + position : trajectories.offsets[episode + 1]]
+    return Role(found[0]).name.lower() if len(found) else None
+
+
+def _with_ancestors(episodes: Sequence[int], parents: Mapping[int, int]) -> set[int]:
+    found, waiting = set[int](), list(episodes)
+    while waiting:
+        episode = waiting.pop()
+        if episode not in found:
+            found.add(episode)
+            waiting += [parents[episode]] if episode in parents else []
+    return found
+
+
+def _branching(trajectories: Trajectories, chosen: Sequence[int]) -> dict[int, list[int]]:
+    """Place of an initial state's first chosen episode -> all its episodes; nothing where no episode is a branch."""
+    columns = trajectories.episodes
+    if not any(parent is not None for parent in columns["parent"]):
+        return {}
+    first: dict[str, int] = {}
+    for place, episode in enumerate(chosen):
+        first.setdefault(columns["state_key"][episode], place)
+    return {
+        place: [row for row, key in enumerate(columns["state_key"]) if key == state] for state, place in first.items()
+    }
+
+
+def _forest(trajectories: Trajectories, rows: Sequence[int], chosen: Sequence[int]) -> dict[str, Any]:
+    order, drawn = outline(trajectories, rows)
+    places = {episode: place for place, episode in enumerate(chosen)}
+    return {**drawn, "episode": [places.get(row) for row in order]}
 
 
 def _of(trajectories: Trajectories, values: np.ndarray, episodes: Sequence[int]) -> np.ndarray:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 from pipeline.config import Config, ConfigError, Environment
@@ -95,43 +95,89 @@ def collect(
         ConfigError: the environment raised, or returned what it must not (see ``registry.step``); its openings differ
             within a group, or leave no room in ``context_tokens``.
     """
-    section = config.environments[name]
-    dialogue = Dialogue(tokenizer, section.layout, config.rollout.prefill, section.response_tokens)
-    phases = phases or Phases()
-    episodes: list[_Episode] = []
-    prompts: dict[str, list[int]] = {}
+    setup = Setup(tokenizer, config, name, phases)
+    engine.forget()
+    episodes = play(engine, (setup.begin(spec) for spec in specs), temperature, progress)
+    return build([episode.builder for episode in episodes])
+
+
+def play(
+    engine: RolloutEngine,
+    episodes: Iterable[Episode],
+    temperature: float,
+    progress: Callable[[int], None] = lambda episodes: None,
+) -> list[Episode]:
+    """Play episodes to their end, each begun when the engine has room for it; returns them in order.
+
+    What the engine has computed for their beginnings, in this call or an earlier one, is not computed again.
+    """
+    played: list[Episode] = []
 
     def requests() -> Iterator[Request]:
-        for spec in specs:
-            episode = _Episode(section, dialogue, spec, phases)
-            if prompts.setdefault(spec.group_id, episode.prompt) != episode.prompt:  # invariant 3
-                raise ConfigError(
-                    f"environments: {section.id!r} opens group {spec.group_id} with different prompts; observation and "
-                    "instructions after a reset must depend on state_seed alone"
-                )
-            episodes.append(episode)
+        for episode in episodes:
+            episode.builder.identity["temperature"] = temperature
+            played.append(episode)
             yield episode.request()
 
     def follow(number: int, answer: Continuation) -> Request | None:
-        episode = episodes[number]
+        episode = played[number]
         episode.take(answer)
         if not episode.done:
             return episode.request()
         progress(1)
         return None
 
-    engine.forget()
     engine.generate(requests(), Sampling(temperature, END_OF_RESPONSE), follow)
-    return build([episode.builder for episode in episodes])
+    return played
 
 
-class _Episode:
-    """One environment, its dialogue and the tokens so far."""
+class Setup:
+    """What the episodes of one environment share: its section, its dialogue, and the prompts of the groups so far.
+
+    Args:
+        tokenizer: the policy's.
+        config: params.yaml.
+        name: key in ``environments``.
+        phases: told how long the environment takes: ``reset`` and ``step``.
+    """
+
+    def __init__(self, tokenizer: Any, config: Config, name: str, phases: Phases | None = None) -> None:
+        self.section = config.environments[name]
+        self.phases = phases or Phases()
+        self.dialogue = Dialogue(tokenizer, self.section.layout, config.rollout.prefill, self.section.response_tokens)
+        self._prompts: dict[str, list[int]] = {}
+
+    def begin(self, spec: EpisodeSpec) -> Episode:
+        """An episode before its first response.
+
+        Raises:
+            ConfigError: its environment opens it otherwise than the rest of its group, or see ``collect``.
+        """
+        episode = Episode(self.section, self.dialogue, spec, self.phases)
+        if self._prompts.setdefault(spec.group_id, episode.prompt) != episode.prompt:  # invariant 3
+            raise ConfigError(
+                f"environments: {self.section.id!r} opens group {spec.group_id} with different prompts; observation and "
+                "instructions after a reset must depend on state_seed alone"
+            )
+        return episode
+
+
+class Episode:
+    """One environment, its dialogue and the tokens so far.
+
+    Args:
+        section: the environment's.
+        dialogue: renders its texts.
+        spec: what to play.
+        phases: told how long the environment takes.
+    """
 
     def __init__(self, section: Environment, dialogue: Dialogue, spec: EpisodeSpec, phases: Phases) -> None:
         self.section, self.dialogue, self.spec, self.done, self.turn = section, dialogue, spec, False, 1
         self.phases = phases
         self.draws = generator(*spec.draws)
+        self._begun: list[int] = []
+        """Sampled tokens of the present response that a branch has from its parent."""
         with phases.phase("reset"):
             self.environment = make(section)
             self.observation = reset(self.environment, spec.noise, spec.state_seed)
@@ -152,23 +198,53 @@ class _Episode:
                 f"environments: a prompt of {len(opening)} tokens leaves no room in context_tokens "
                 f"({section.context_tokens}); raise it"
             )
+        self._open_response()
+
+    @classmethod
+    def branch(cls, parent: Episode, spec: EpisodeSpec, split: int) -> Episode:
+        """Continue a finished episode before one of its sampled tokens, with draws of its own.
+
+        The environment is made anew and led to the same state: same noise, same actions. What is random in it after the
+        split happens as it did to the parent, as long as the policy does the same.
+
+        Args:
+            parent: finished.
+            spec: the branch's; state and noise are the parent's.
+            split: tokens that are shared; the next one is sampled again.
+
+        Raises:
+            ValueError: the policy did not choose the token at ``split``.
+            ConfigError: the environment, led by the same actions, is not in the state that the parent was in.
+        """
+        spec = replace(spec, state_seed=parent.spec.state_seed, noise=parent.spec.noise)
+        episode = cls(parent.section, parent.dialogue, spec, parent.phases)
+        episode.builder = parent.builder.before(split, **episode.builder.identity)
+        with episode.phases.phase("step"):
+            for turn in episode.builder.turns:
+                episode._expect(turn["state_key"])
+                episode._act(turn["action"].split("||") if turn["valid"] else None)
+        episode.turn = len(episode.builder.turns) + 1
+        turn = parent.builder.turns[len(episode.builder.turns)]
+        episode._expect(turn["state_key"])
+        episode._start = turn["start"]
+        episode._begun = episode.builder.ids[turn["start"] + len(episode.dialogue.prefill_ids) :]
+        return episode
 
     def request(self) -> Request:
-        """Force the prefill, then ask for a response."""
-        self._start = len(self.builder)
-        prefill = self.dialogue.prefill_ids
-        self.builder.append_text(prefill, Role.THINK_TAG)
-        uniforms = self.draws.random(self.section.response_tokens)
+        """Ask for a response, or for the rest of it."""
+        uniforms = self.draws.random(self.section.response_tokens)[len(self._begun) :]
         room = self.section.context_tokens - len(self.builder)
-        return Request(self.builder.ids, uniforms[: max(1, room)], forced=len(prefill))
+        return Request(self.builder.ids, uniforms[: max(1, room)], forced=len(self.builder) - self._start)
 
     def take(self, answer: Continuation) -> None:
         """Record a response, act on it and prepare the next turn."""
-        prefill = self.dialogue.prefill_ids
-        response = decode(self.dialogue.tokenizer, [*prefill, *answer.ids])
+        prefill, begun = self.dialogue.prefill_ids, self._begun
+        response = decode(self.dialogue.tokenizer, [*prefill, *begun, *answer.ids])
         roles = token_roles(response)[len(prefill) :]
         self.builder.identity["policy_version"] = answer.policy_version
-        self.builder.append_sampled(answer.ids, roles, answer.logprob, answer.entropy)
+        self.builder.change_roles(roles[: len(begun)])  # what a response turns out to be decides on its beginning too
+        self.builder.append_sampled(answer.ids, roles[len(begun) :], answer.logprob, answer.entropy)
+        self._begun = []
         text = response.text
         if answer.finish == "eos":
             text = text[: response.spans[-1][0]]
@@ -205,6 +281,14 @@ class _Episode:
                 return total, True
         return total, False
 
+    def _expect(self, state_key: str) -> None:
+        """Be where the parent was."""
+        if self._state_key() != state_key:
+            raise ConfigError(
+                f"environments: {self.section.id!r} does not come to the same state by the same actions and seeds, so "
+                "that no episode of it can be continued; its noise must come from the seed of reset alone"
+            )
+
     def _next_turn(self, reward: float, ended_by_eos: bool) -> None:
         self.turn += 1
         following = self.dialogue.following(self.turn, self.observation, reward, ended_by_eos, self._actions_left())
@@ -212,6 +296,12 @@ class _Episode:
             self._finish("context")
         else:
             self.builder.append_text(following, Role.OBSERVATION)
+            self._open_response()
+
+    def _open_response(self) -> None:
+        """Force the prefill."""
+        self._start = len(self.builder)
+        self.builder.append_text(self.dialogue.prefill_ids, Role.THINK_TAG)
 
     def _finish(self, reason: str) -> None:
         self.done = True

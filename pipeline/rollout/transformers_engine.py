@@ -48,6 +48,8 @@ class TransformersEngine:
     def forget(self) -> None:
         """Drop what the cache holds."""
         self._stored = np.full((self.slots, 0), -1, dtype=np.int64)
+        self._idle = list(range(self.slots))
+        """Slots without an episode, the one that has been idle longest first: what it holds is given up first."""
         self._prompt_logits: dict[tuple[int, ...], Tensor] = {}
         self.positions_computed = 0
         """Tokens that have passed through the model since."""
@@ -65,40 +67,41 @@ class TransformersEngine:
             self.policy.model.train(was_training)
 
     def _converse(self, requests: Iterable[Request], sampling: Sampling, follow: Follow | None) -> list[Continuation]:
-        waiting, active, free = enumerate(requests), list[_Row](), list(range(self.slots))
+        waiting, active = enumerate(requests), list[_Row]()
         last: dict[int, Continuation] = {}
-        while True:
-            active += self._admit(waiting, active, free)
-            if not active:
-                break
-            speaking, logits = self._step(active)
-            for row in self._sample(speaking, logits, sampling):
-                last[row.number] = row.continuation(self.policy_version)
-                request = None if follow is None else follow(row.number, last[row.number])
-                if request is None:
-                    active.remove(row)
-                    free.append(row.slot)
-                else:
-                    row.go_on(request)
+        try:
+            while True:
+                active += self._admit(waiting, active)
+                if not active:
+                    break
+                speaking, logits = self._step(active)
+                for row in self._sample(speaking, logits, sampling):
+                    last[row.number] = row.continuation(self.policy_version)
+                    request = None if follow is None else follow(row.number, last[row.number])
+                    if request is None:
+                        active.remove(row)
+                        self._idle.append(row.slot)
+                    else:
+                        row.go_on(request)
+        finally:  # where something has raised, rows are left
+            self._idle += [row.slot for row in active]
         return [last[number] for number in sorted(last)]
 
-    def _admit(self, waiting: Iterator[tuple[int, Request]], active: list[_Row], free: list[int]) -> list[_Row]:
-        """Fill free slots with waiting requests, each behind the longest beginning of it that any slot holds.
+    def _admit(self, waiting: Iterator[tuple[int, Request]], active: list[_Row]) -> list[_Row]:
+        """Fill idle slots with waiting requests, each behind the longest beginning of it that any slot holds.
 
         A request whose prompt another one is about to compute gets nothing to compute: see ``_step``.
         """
         admitted: list[_Row] = []
         computing = {row.prompt for row in active if row.new and not row.started}
-        while free and (following := next(waiting, None)) is not None:
+        while self._idle and (following := next(waiting, None)) is not None:
             row = _Row(*following)
-            if row.prompt in computing:
-                row.slot = free.pop(0)
-            else:
+            row.slot = self._idle.pop(0)
+            if row.prompt not in computing:
                 source, held = self._longest_stored(row.prompt)
                 if held == len(row.prompt):
                     row.logits = self._prompt_logits.get(row.prompt)
                 known = held if row.logits is not None else min(held, len(row.prompt) - 1)
-                row.slot = free.pop(free.index(source) if held and source in free else 0)
                 self._copy(source, row, known)
                 row.new = list(row.prompt[known:])
                 if row.new:

@@ -66,9 +66,10 @@ def drawings(found: Found) -> list[Drawing]:
     study, plan = short_study(found), found.plan
     names = list(short_names(list(plan.search.space)).values())
     outcome = summary(found)
+    unit = "tokens" if "tokens" in outcome else "episodes"
     ran = (
         f"{plan.environment}, {plan.method}: {len(found.complete)} complete trials of {len(outcome['seeds'])} seeds, "
-        f"{outcome['episodes']} episodes a seed; success on validation states."
+        f"{outcome[unit]} {unit} a seed; success on validation states."
     )
 
     def plot(name: str, **more: Any) -> Callable[[Any], Any]:

@@ -90,7 +90,8 @@ def plans(params: str | Path, study: str, policy: Path) -> list[Plan]:
 
     Raises:
         ConfigError: the study or one of its methods or keys is not there, a baseline is outside the space, the schema
-            refuses a corner of the space, or a seed of the sweep is one of the comparison's.
+            refuses a corner of the space, a seed of the sweep is one of the comparison's, or trials are to be stopped
+            early that have a budget of tokens.
     """
     raw = read_yaml(params)
     config = parse(raw, str(params))
@@ -142,7 +143,11 @@ def _check(plan: Plan, where: str) -> None:
         twin = next((other for other, same in points[:place] if same == point), None)
         if twin is not None:
             raise ConfigError(f"{where}.{plan.study}.baselines.{name}: {plan.method}: the same settings as {twin}")
-        plan.configured(point)
+        if plan.configured(point).train.tokens is not None and plan.config.sweep.pruner.kind != "none":
+            raise ConfigError(
+                f"{where}.{plan.study}: train.tokens gives trials equal tokens, a pruner compares them after equal "
+                "iterations; set sweep.pruner: {kind: none}"
+            )
         for key, space in search.space.items():
             for value in _ends(space):
                 _accepted(plan, {**point, key: value}, f"{where}.{plan.study}.space.{key} from baseline {name}")

@@ -15,6 +15,7 @@ from optuna.importance import FanovaImportanceEvaluator, PedAnovaImportanceEvalu
 from optuna.trial import FrozenTrial, TrialState
 from ruamel.yaml import YAML
 
+from pipeline.config import Config
 from pipeline.presets import overlay
 from pipeline.studies import Value
 from pipeline.sweep.plan import Plan
@@ -108,7 +109,7 @@ def summary(found: Found) -> dict[str, Any]:
         "environment": plan.environment,
         "score": plan.config.sweep.score,
         "seeds": plan.config.sweep.seeds,
-        "episodes": plan.config.train.iterations * plan.config.rollout.groups * plan.config.rollout.group_size,
+        **_budget(plan.config),
         "trials": dict(Counter(trial.state.name for trial in found.trials)),
         "infeasible": sum(not feasible(trial) for trial in found.complete),
         "best": None if best is None else _point(best),
@@ -223,6 +224,13 @@ def report_text(found: Sequence[Found]) -> str:
         "baselines on fresh seeds."
     )
     return "\n".join(lines) + "\n"
+
+
+def _budget(config: Config) -> dict[str, int]:
+    """What a seed's training may spend: sampled ``tokens`` where they are budgeted, else ``episodes``."""
+    if config.train.tokens is not None:
+        return {"tokens": config.train.tokens}
+    return {"episodes": config.train.iterations * config.rollout.groups * config.rollout.group_size}
 
 
 def _point(trial: FrozenTrial) -> dict[str, Any]:

@@ -3,20 +3,22 @@
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from optuna.exceptions import TrialPruned
 from optuna.trial import Trial
 
+from pipeline.config import Train
 from pipeline.processes import Report
 from pipeline.studies import Value
 from pipeline.sweep.plan import Plan
 from pipeline.sweep.score import Curves, success, tokens, violations
 from pipeline.sweep.space import suggest
+from pipeline.training.budget import progress
 from pipeline.training.result import training_task
-from pipeline.training.run import TrainingJob, train_until
+from pipeline.training.run import Curve, TrainingJob, train_until
 
 CACHE = Path(".cache/sweep")
 """Trials' trainings by key, so that one whose worker was killed goes on where it stopped; beside them the journal."""
@@ -48,18 +50,14 @@ class TrainingObjective:
         config = plan.configured(values)
         seeds = sweep.seeds
         tasks = [training_task(config, plan.environment, plan.method, seed, plan.policy, CACHE) for seed in seeds]
-        total = config.train.iterations * len(tasks)
-        curves: Curves = {}
+        curves: dict[int, Curve] = {seed: [] for seed in seeds}
         for rung in self._rungs(config.train.iterations, config.train.validate_every):
-            found = {}
-            for place, task in enumerate(tasks):
-                # Seeds later in the row are still at the rung before.
-                others = sum(len(curves.get(seed, ())) for seed in seeds[place + 1 :]) + rung * place
-
-                found[task.seed] = train_until(TrainingJob(task, None, None), rung, _shifted(report, others, total))
-            curves = found
+            for task in tasks:
+                others = [curve for seed, curve in curves.items() if seed != task.seed]
+                shifted = _shifted(report, others, config.train)
+                curves[task.seed] = train_until(TrainingJob(task, None, None), rung, shifted)
             if not sweep.fewer_tokens:  # Optuna takes no intermediate values of two objectives
-                trial.report(success(curves, sweep.score), rung)
+                trial.report(success(curves, sweep.score), max(map(len, curves.values())))
             if rung < config.train.iterations and trial.should_prune():
                 for task in tasks:
                     (task.cache / "checkpoint.ckpt").unlink(missing_ok=True)
@@ -76,8 +74,10 @@ class TrainingObjective:
         return [*range(every, iterations, every), iterations]
 
 
-def _shifted(report: Report, others: int, total: int) -> Report:
-    return lambda done, _, text="": report(others + done, total, text)
+def _shifted(report: Report, others: Sequence[Curve], train: Train) -> Report:
+    """Reports of one seed as those of all seeds."""
+    before = sum(progress(curve, train)[0] for curve in others)
+    return lambda done, total, text="": report(before + done, total * (1 + len(others)), text)
 
 
 def run_trial(trial: Trial, plan: Plan, objective: Objective, report: Report) -> Outcome:

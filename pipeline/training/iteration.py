@@ -1,8 +1,8 @@
-"""One iteration of training, up to the update: collect, annotate, filter, advantages, weights."""
+"""One iteration of training, from annotated episodes to the update: filter, advantages, weights."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -10,7 +10,6 @@ import torch
 from torch import Tensor
 
 from pipeline.config import Config, Method
-from pipeline.energy.annotate import annotate
 from pipeline.evaluation.evaluate import summary
 from pipeline.objective.batch import TokenBatch, token_batch
 from pipeline.objective.filters import group_deviation
@@ -21,11 +20,9 @@ from pipeline.objective.methods import (
     token_advantages,
     token_weights,
 )
-from pipeline.policy.model import Policy
 from pipeline.policy.scoring import length_batches
 from pipeline.randomness import generator
-from pipeline.rollout.collector import collect, iteration_specs
-from pipeline.rollout.engine import RolloutEngine
+from pipeline.rollout.branching import branches_by_role
 from pipeline.timing import Phases
 from pipeline.trajectory import Role, Trajectories
 
@@ -65,6 +62,8 @@ class Iteration:
     kept: np.ndarray
     """bool: which of the trajectories these are."""
     metrics: dict[str, float]
+    whole: bool
+    """All of its episodes are here; otherwise their branches are still to come."""
     memory: Memory = field(default_factory=dict)
     """For the next iteration."""
 
@@ -72,52 +71,39 @@ class Iteration:
 @torch.no_grad()
 def prepare_iteration(
     config: Config,
-    name: str,
     method: Method,
     seed: int,
     number: int,
-    engine: RolloutEngine,
-    reference: Policy,
+    collected: Trajectories,
     estimate: Estimate | None,
-    first: Trajectories | None = None,
     phases: Phases | None = None,
     memory: Memory | None = None,
 ) -> Iteration:
-    """Collect and annotate an iteration's episodes, and give every token its advantage and weight.
+    """Filter an iteration's episodes, and give every token its advantage and weight.
 
     Args:
         config: params.yaml.
-        name: key in ``environments``.
         method: one choice per slot.
         seed: of this training.
         number: of the iteration, from 0.
-        engine: samples from the current policy.
-        reference: the frozen reference policy.
+        collected: its annotated episodes; see ``Collection``.
         estimate: what the method's heads say, if it has any.
-        first: the annotated episodes of iteration 0 if the rollout stage has already sampled them.
         phases: told how long everything takes.
         memory: what adaptive slots have kept from the iteration before.
     """
     phases, memory = phases or Phases(), memory or {}
-    if number == 0 and first is not None:
-        trajectories = first
-    else:
-        with phases.phase("reset"):  # states are drawn by resetting
-            specs = iteration_specs(config, name, seed, number)
-        with phases.phase("collect"):
-            temperature = config.rollout.temperature
-            sampled = collect(engine, reference.tokenizer, config, name, specs, temperature, phases=phases)
-        with phases.phase("annotate"):
-            trajectories = annotate(sampled, reference, config.rollout.temperature, config.train.tokens_per_forward)
-
-    everything = token_batch(trajectories, generator(seed, "slots", number), number)
+    temperature = config.rollout.temperature
+    whole = len(collected) == config.rollout.groups * config.rollout.group_size
+    everything = token_batch(collected, generator(seed, "slots", number), number, temperature)
     kept = select_groups(method, everything.returns, everything.group)
-    metrics = _collection_metrics(trajectories, everything, kept)
+    metrics = _collection_metrics(collected, everything, kept)
+    if method.branching.kind != "none":
+        metrics |= {f"branches_{role}": count for role, count in branches_by_role(collected).items()}
     if not bool(kept.any()):
-        return Iteration(number, trajectories, [], kept.numpy(), metrics, memory)
+        return Iteration(number, collected, [], kept.numpy(), metrics, whole, memory)
 
-    selected = trajectories.select(torch.nonzero(kept).squeeze(-1).numpy())
-    batch = shape_rewards(method, token_batch(selected, generator(seed, "slots", number), number))
+    selected = collected.select(torch.nonzero(kept).squeeze(-1).numpy())
+    batch = shape_rewards(method, token_batch(selected, generator(seed, "slots", number), number, temperature))
     with phases.phase("values"):
         estimates = {} if estimate is None else _estimates(selected, estimate, config.train.tokens_per_forward)
     with phases.phase("advantages"):
@@ -125,6 +111,8 @@ def prepare_iteration(
         batch = replace(batch, advantage=advantages.advantage)
     with phases.phase("weights"):
         weights = token_weights(method, batch)
+        if advantages.times is not None:
+            weights = weights * advantages.times
     terms, remembered = entropy_terms(method, batch, memory.get("regulariser"))
     heads = dict(estimates)
     for name, (target, mask) in advantages.targets.items():
@@ -132,18 +120,25 @@ def prepare_iteration(
         if name in estimates:
             metrics[f"{name}_explained_variance"] = _explained_variance(estimates[name], target, mask)
     examples = _examples(selected, batch, weights, torch.stack(terms, dim=-1), heads)
+    if advantages.times is not None:  # episodes that are there for what they tell of others
+        counted = batch.per_trajectory(advantages.times) > 0
+        examples = [example for example, wanted in zip(examples, counted.tolist(), strict=True) if wanted]
+        kept = kept.clone().masked_scatter_(kept, counted)
     kept_memory = {"advantage": advantages.state, "regulariser": remembered}
     metrics |= {f"{slot}_{key}": value for slot, state in kept_memory.items() for key, value in state.items()}
-    return Iteration(number, trajectories, examples, kept.numpy(), metrics, kept_memory)
+    return Iteration(number, collected, examples, kept.numpy(), metrics, whole, kept_memory)
 
 
-def minibatches(examples: list[Example], config: Config, seed: int, iteration: int) -> list[list[Example]]:
-    """The examples in the order of all passes, cut into minibatches; each pass is shuffled by a named draw.
+def minibatches(
+    examples: list[Example], config: Config, seed: int, iteration: int, passes: Iterable[int] | None = None
+) -> list[list[Example]]:
+    """The examples in the order of all passes, cut into minibatches; each pass is shuffled by a draw of its number.
 
-    A last minibatch of less than half the size joins the one before it.
+    A last minibatch of less than half the size joins the one before it. ``passes``: their numbers, if not those of
+    ``train.passes``.
     """
     size, result = config.train.minibatch, []
-    for number in range(config.train.passes):
+    for number in range(config.train.passes) if passes is None else passes:
         order = generator(seed, "minibatches", iteration, number).permutation(len(examples))
         pieces = [order[i : i + size] for i in range(0, len(order), size)]
         if len(pieces) > 1 and len(pieces[-1]) < size / 2:
@@ -153,11 +148,11 @@ def minibatches(examples: list[Example], config: Config, seed: int, iteration: i
 
 
 def _estimates(trajectories: Trajectories, estimate: Estimate, tokens_per_forward: int) -> dict[str, Tensor]:
-    """The heads' columns over all tokens, 0 where not sampled."""
-    flat: dict[str, Tensor] = {}
+    """The heads' columns over all tokens, 0 where not trainable."""
+    flat, trainable = dict[str, Tensor](), trajectories.trainable
     for batch in length_batches(trajectories.lengths, tokens_per_forward):
         spans = [slice(trajectories.offsets[e], trajectories.offsets[e + 1]) for e in batch]
-        wanted = [trajectories.sampled[span] for span in spans]
+        wanted = [trainable[span] for span in spans]
         index = np.concatenate([np.arange(s.start, s.stop)[w] for s, w in zip(spans, wanted, strict=True)])
         for name, values in estimate([trajectories.input_ids[s] for s in spans], wanted).items():
             column = flat.setdefault(name, torch.zeros(len(trajectories.input_ids)))
@@ -177,10 +172,10 @@ def _examples(
         "entropy_terms": terms,
         "noise": batch.noise,
     }
-    result = []
+    result, everywhere = [], trajectories.trainable
     for episode in range(len(trajectories)):
         span = slice(int(trajectories.offsets[episode]), int(trajectories.offsets[episode + 1]))
-        trainable = trajectories.sampled[span]
+        trainable = everywhere[span]
         mask = torch.from_numpy(trainable)
         result.append(
             Example(
@@ -209,7 +204,8 @@ def _collection_metrics(trajectories: Trajectories, batch: TokenBatch, kept: Ten
         "tokens": float(batch.trainable.sum()),
     }
     if trajectories.episodes["iteration"][0] == 0:
-        metrics["recompute_error"] = float(difference.abs().max())
+        before = (batch.parent < 0) & batch.regular  # what was sampled before any update, and as it is scored
+        metrics["recompute_error"] = float(difference[before[batch.trajectory[batch.trainable]]].abs().max())
     return metrics
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import lightning.pytorch as lightning
@@ -22,6 +22,8 @@ from pipeline.policy.scoring import TokenScores, length_batches, predicting_hidd
 from pipeline.randomness import generator
 from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.timing import Phases
+from pipeline.training.budget import progress, training_over
+from pipeline.training.collection import Collection
 from pipeline.training.episodes import update_columns
 from pipeline.training.gradients import gradient_share
 from pipeline.training.heads import Head, Scene, make_heads
@@ -49,7 +51,7 @@ class PolicyGradient(lightning.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.config, self.name, self.seed, self.first = config, name, seed, first
+        self.config, self.name, self.seed = config, name, seed
         self.method: Method = config.methods[method_name]
         self.model = policy.model.requires_grad_(True)
         self.policy = policy
@@ -60,6 +62,9 @@ class PolicyGradient(lightning.LightningModule):
         """What adaptive slots keep from one iteration for the next."""
         self.engine = TransformersEngine(policy, config.rollout.batch_episodes)
         self.phases = Phases()
+        self.collection = Collection(
+            config, name, seed, self.method.branching, self.engine, policy, self.reference, self.phases, first
+        )
         self.curve: list[dict[str, float]] = []
         """One row of metrics per finished iteration."""
         self.last_episodes: Trajectories | None = None
@@ -78,10 +83,13 @@ class PolicyGradient(lightning.LightningModule):
             trained = [p for p in head.parameters() if p.requires_grad]
             groups.append({"params": trained, "lr": head.settings.learning_rate})
         optimizer = torch.optim.Adam(groups, betas=self.config.train.betas)
-        total = self.config.train.iterations
-        linear = self.config.train.schedule == "linear"
-        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda i: 1 - i / total if linear else 1.0)
+        scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: self._schedule())
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def _schedule(self) -> float:
+        """Factor of the learning rates after the iterations that the curve has."""
+        done, total = progress(self.curve, self.config.train)
+        return max(0.0, 1 - done / total) if self.config.train.schedule == "linear" else 1.0
 
     def on_fit_start(self) -> None:
         """Lightning has moved what it trains; the reference policy follows."""
@@ -91,49 +99,51 @@ class PolicyGradient(lightning.LightningModule):
         """One item per epoch, and nothing in it: data loaders are prefetched, an iteration must not be."""
         return DataLoader([0], batch_size=None)  # type: ignore[arg-type]
 
-    def collect(self) -> Iteration:
-        """Sample the current iteration's episodes with the current policy."""
+    def rounds(self) -> Iterator[Iteration]:
+        """What the current iteration trains on, sampled with the policy as it is when each is asked for."""
         self.engine.forget()
         self.engine.policy_version = self.current_epoch
-        return prepare_iteration(
-            self.config,
-            self.name,
-            self.method,
-            self.seed,
-            self.current_epoch,
-            self.engine,
-            self.reference,
-            self._estimate if len(self.heads) else None,
-            self.first,
-            self.phases,
-            self.memory,
-        )
+        estimate = self._estimate if len(self.heads) else None
+        for episodes in self.collection.rounds(self.current_epoch):
+            iteration = prepare_iteration(
+                self.config,
+                self.method,
+                self.seed,
+                self.current_epoch,
+                self.collection.at_temperature(episodes),
+                estimate,
+                self.phases,
+                self.memory,
+            )
+            self._check_recomputed(iteration)
+            yield replace(iteration, trajectories=episodes)
 
     def training_step(self, *_: Any) -> None:
         """One iteration: collect, then update minibatch by minibatch."""
-        with self.phases.phase("prepare"):
-            iteration = self.collect()
-            self._check_recomputed(iteration)
-        record = _Averages()
-        batches = minibatches(iteration.examples, self.config, self.seed, iteration.number)
-        if batches and (iteration.number % self.config.train.validate_every == 0):
-            with self.phases.phase("gradients"):
-                record.add(gradient_share(self, batches[0], generator(self.seed, "gradients", iteration.number)))
-        with self.phases.phase("update"):
-            for minibatch in batches:
-                self._update(minibatch, iteration.number, record)
-            scheduler: Any = self.lr_schedulers()
-            scheduler.step()
-        metrics = {**iteration.metrics, **record.means(), "updates": float(len(batches))}
+        record, updates, number, passes = _Averages(), 0, self.current_epoch, self.config.train.passes
+        for iteration in self.phases.each("prepare", self.rounds()):
+            # Where branches are placed by how the policy has moved, one pass over the initial episodes makes it move.
+            numbers = range(passes) if iteration.whole else [passes]
+            batches = minibatches(iteration.examples, self.config, self.seed, number, numbers)
+            if batches and iteration.whole and number % self.config.train.validate_every == 0:
+                with self.phases.phase("gradients"):
+                    record.add(gradient_share(self, batches[0], generator(self.seed, "gradients", number)))
+            with self.phases.phase("update"):
+                for minibatch in batches:
+                    self._update(minibatch, number, record)
+            updates += len(batches)
+        metrics = {**iteration.metrics, **record.means(), "updates": float(updates)}
         if batches:
             with self.phases.phase("moved"):
                 metrics |= self._moved(batches[-1])
         if len(self.heads):  # what they cost in memory
             metrics["head_parameters"] = float(sum(p.numel() for p in self.heads.parameters()))
         self.last_episodes, self.memory = iteration.trajectories, iteration.memory
-        if iteration.number + 1 == self.config.train.iterations:
+        self.curve.append({"iteration": float(number), **metrics})
+        if training_over(self.curve, self.config.train):
             self.last_update = update_columns(iteration, [(m, self.factors(m)) for m in batches])
-        self.curve.append({"iteration": float(iteration.number), **metrics})
+        scheduler: Any = self.lr_schedulers()
+        scheduler.step()  # after the curve: the schedule is over what it says has been spent
 
     def _check_recomputed(self, iteration: Iteration) -> None:
         """Invariant 1: before the first update, scoring the stored ids gives the log-probabilities they were sampled with."""

@@ -20,6 +20,7 @@ from pipeline.files import read_json, write_json
 from pipeline.policy.model import load_trained
 from pipeline.processes import Report
 from pipeline.tracking.training import RunSettings, TrainingRun
+from pipeline.training.budget import progress, training_over
 from pipeline.training.episodes import write_episodes
 from pipeline.training.module import PolicyGradient
 from pipeline.training.result import TrainingTask, publish, table_slice
@@ -49,19 +50,18 @@ def train_one(job: TrainingJob, report: Report) -> Path:
 def train_until(job: TrainingJob, iterations: int, report: Report) -> Curve:
     """Train one seed for so many of its iterations, or go on where it stopped; returns its learning curve so far.
 
-    It stops with a checkpoint; the result appears with the last iteration of ``train.iterations``.
+    It stops with a checkpoint; the result appears with the training's last iteration (see ``training_over``).
     """
     task, table = job.task, job.table
     if task.finished:
         curve: Curve = read_json(task.result / "curves.json")
         return curve[:iterations]
-    checkpoint = task.cache / "checkpoint.ckpt"
-    if checkpoint.exists():
-        saved: Curve = torch.load(checkpoint, mmap=True, weights_only=True)["curve"]
-        if len(saved) >= iterations and len(saved) < task.config.train.iterations:
-            return saved[:iterations]
+    config, checkpoint = task.config, task.cache / "checkpoint.ckpt"
+    saved: Curve = torch.load(checkpoint, mmap=True, weights_only=True)["curve"] if checkpoint.exists() else []
+    over = training_over(saved, config.train)
+    if len(saved) >= iterations and not over:
+        return saved[:iterations]
     _quiet()
-    config = task.config
     policy = load_trained(task.policy, config)
     first = None
     if table is not None and not checkpoint.exists():
@@ -73,15 +73,16 @@ def train_until(job: TrainingJob, iterations: int, report: Report) -> Curve:
     trainer = lightning.Trainer(
         accelerator="auto",
         devices=1,
-        max_epochs=iterations,
+        max_epochs=len(saved) if over else iterations,  # killed after its last iteration, it has none to make
         logger=False,
         callbacks=[
             _Clock(),
             _Validation(),
-            _Progress(report, config.train.iterations),
+            _Progress(report),
             *tracked,
             _Episodes(task),
             _Checkpoint(task),
+            _End(),
         ],
         enable_progress_bar=False,
         enable_model_summary=False,
@@ -90,7 +91,7 @@ def train_until(job: TrainingJob, iterations: int, report: Report) -> Curve:
         default_root_dir=task.cache,
     )
     trainer.fit(module, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
-    if iterations < config.train.iterations:
+    if not training_over(module.curve, config.train):
         return module.curve
 
     partial = task.cache / "partial"
@@ -109,7 +110,7 @@ def train_until(job: TrainingJob, iterations: int, report: Report) -> Curve:
     publish(partial, task.result)
     checkpoint.unlink(missing_ok=True)
     (task.cache / "episodes.parquet").unlink(missing_ok=True)
-    return module.curve
+    return module.curve[:iterations]
 
 
 class _Clock(Callback):
@@ -140,7 +141,7 @@ class _Validation(Callback):
         if self._before is not None:
             row["validation_success_before"] = self._before["success"]
         done = int(row["iteration"]) + 1
-        if done % plan.validate_every == 0 or done == plan.iterations:
+        if done % plan.validate_every == 0 or training_over(pl_module.curve, plan):
             result = self._validate(pl_module)
             row |= {f"validation_{k}": result[k] for k in ("success", "return", "valid_action_rate")}
 
@@ -151,13 +152,13 @@ class _Validation(Callback):
 
 
 class _Progress(Callback):
-    """Reports after every iteration."""
+    """Reports after every iteration: how many of them, or of the tokens that may be sampled, have been spent."""
 
-    def __init__(self, report: Report, total: int) -> None:
-        self._report, self._total = report, total
+    def __init__(self, report: Report) -> None:
+        self._report = report
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        row = pl_module.curve[-1]
+        plan, row = pl_module.config.train, pl_module.curve[-1]
         shown = {
             "success": "success",
             "return": "return",
@@ -168,9 +169,10 @@ class _Progress(Callback):
             "flat groups": "zero_variance_groups",
             "tok/s": "tokens_per_second",
         }
-        text = " ".join(f"{label} {row[key]:.3g}" for label, key in shown.items() if key in row)
+        unit = [] if plan.tokens is None else [f"tokens, iteration {int(row['iteration']) + 1}:"]
+        text = " ".join([*unit, *(f"{label} {row[key]:.3g}" for label, key in shown.items() if key in row)])
         with pl_module.phases.phase("progress"):
-            self._report(int(row["iteration"]) + 1, self._total, text)
+            self._report(*progress(pl_module.curve, plan), text)
 
 
 class _Log(Callback):
@@ -214,6 +216,13 @@ class _Checkpoint(Callback):
         with pl_module.phases.phase("checkpoint"):
             trainer.save_checkpoint(partial)
             os.replace(partial, self._task.cache / "checkpoint.ckpt")
+
+
+class _End(Callback):
+    """Ends a training whose tokens are spent."""
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        trainer.should_stop = training_over(pl_module.curve, pl_module.config.train)
 
 
 def _quiet() -> None:

@@ -1,0 +1,250 @@
+"""Which signal finds the decision points? Branches at the tokens that it ranks highest, and what they are worth.
+
+At a token, several candidates are sampled in its place, and from each several continuations: how much of the variance of
+returns lies between candidates is what that token decides (one-way analysis of variance, random effects, unbiased).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import numpy as np
+
+from pipeline.config import Config, ConfigError
+from pipeline.energy.annotate import annotate, score_trajectories
+from pipeline.policy.model import load_trained
+from pipeline.processes import Report, run_in_processes
+from pipeline.randomness import generator
+from pipeline.rollout.branching import ranked_positions
+from pipeline.rollout.collector import Episode, EpisodeSpec, Setup, iteration_specs, play
+from pipeline.rollout.scores import branch_scores
+from pipeline.rollout.transformers_engine import TransformersEngine
+from pipeline.slots import Positions
+from pipeline.training.result import training_task
+from pipeline.training.run import TrainingJob, train_one
+from pipeline.trajectory import Role, build
+
+SIGNALS: tuple[str, ...] = get_args(Positions.model_fields["signal"].annotation)
+ROLES = {Role.REASONING: "reasoning", Role.ACTION: "action", Role.THINK_TAG: "tag", Role.ANSWER_TAG: "tag"}
+"""Roles as figures have them; everything else is other."""
+RESAMPLES = 2000
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is sampled."""
+
+    seeds: Sequence[int]
+    """Each gives ``rollout.groups`` initial states."""
+    positions: int
+    """Tokens per signal and initial state."""
+    candidates: int
+    """Sampled in place of each token, at least 2."""
+    continuations: int
+    """From each candidate on, at least 2."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One seed's states, to be worked on in a process of their own."""
+
+    config: Config
+    name: str
+    policy: Path
+    method: str
+    seed: int
+    plan: Plan
+    cache: Path
+
+
+class Position(NamedTuple):
+    """One token, and what sampling it again told."""
+
+    signal: str
+    state: str
+    """Its initial state's group."""
+    role: str
+    between: float
+    """Variance of returns between candidates; unbiased, so it may be negative."""
+    within: float
+    """Variance within."""
+
+
+def decisions(config: Config, policy: Path, name: str, method: str, plan: Plan, cache: Path) -> dict[str, Any]:
+    """Roles and explained variance of the tokens that each signal ranks highest.
+
+    Args:
+        config: params.yaml.
+        policy: directory of the reference policy, which is what samples.
+        name: key in ``environments``.
+        method: key in ``methods``: one iteration of it moves the policy for APPO's branching score.
+        plan: how much is sampled.
+        cache: folder of these short trainings.
+
+    Returns:
+        Per signal that has found a token ``positions``, ``roles`` (shares), ``between`` (mean variance that a token decides) and ``explained``
+        (its share of all variance at these tokens), each of these two with a 95 % percentile bootstrap over states.
+
+    Raises:
+        ConfigError: the method branches itself, or the plan is too small.
+    """
+    if config.methods[method].branching.kind != "none":
+        raise ConfigError(f"methods.{method}: it shall move the policy once, and must not branch itself; name another")
+    if plan.candidates < 2 or plan.continuations < 2:
+        raise ConfigError("--candidates and --continuations must be at least 2: there is no variance in one")
+    tasks = {f"seed {seed}": Task(config, name, policy, method, seed, plan, cache) for seed in plan.seeds}
+    found = run_in_processes(_measure, tasks, config.workers, f"Decisions on {name}")
+    measured = [position for part in found.values() for position in part]
+    return {
+        "environment": name,
+        "states": len({position.state for position in measured}),
+        "plan": {"positions": plan.positions, "candidates": plan.candidates, "continuations": plan.continuations},
+        "signals": {
+            signal: summarised(own) for signal in SIGNALS if (own := [p for p in measured if p.signal == signal])
+        },
+    }
+
+
+def _measure(task: Task, report: Report) -> list[Position]:
+    config, plan = task.config, task.plan
+    once = config.model_copy(update={"train": config.train.model_copy(update={"iterations": 1, "tokens": None})})
+    training = training_task(once, task.name, task.method, task.seed, task.policy, task.cache)
+    moved = load_trained(train_one(TrainingJob(training, None, None), lambda *_: None) / "policy", config)
+    reference = load_trained(task.policy, config)
+    temperature, budget = config.rollout.temperature, config.train.tokens_per_forward
+    engine = TransformersEngine(reference, config.rollout.batch_episodes)
+    setup = Setup(reference.tokenizer, config, task.name)
+    specs = iteration_specs(config, task.name, task.seed, 0)
+    episodes = play(engine, map(setup.begin, specs), temperature)
+    table = annotate(build([episode.builder for episode in episodes]), reference, temperature, budget)
+    shift = score_trajectories(moved, table, temperature, budget)[0] - table.logprob
+    scores = {
+        signal: branch_scores(signal, table, generator(task.seed, "decisions", signal), shift) for signal in SIGNALS
+    }
+    rows = [slice(table.offsets[e], table.offsets[e + 1]) for e in range(len(table))]
+    result = []
+    for done, group in enumerate(dict.fromkeys(table.episodes["group_id"])):
+        members = [e for e, own in enumerate(table.episodes["group_id"]) if own == group]
+        sampled = [np.flatnonzero(table.sampled[rows[e]]) for e in members]
+        wanted = {
+            signal: [
+                (members[row], split)
+                for row, split in ranked_positions([own[rows[e]] for e in members], sampled, "before")[: plan.positions]
+            ]
+            for signal, own in scores.items()
+        }
+        places = list(dict.fromkeys(itertools.chain(*wanted.values())))
+        returns = dict(zip(places, resampled(engine, episodes, places, plan, temperature), strict=True))
+        for signal, chosen in wanted.items():
+            for place in chosen:
+                role = ROLES.get(Role(int(table.role[rows[place[0]]][place[1]])), "other")
+                result.append(Position(signal, group, role, *components(returns[place])))
+        report(done + 1, config.rollout.groups)
+    return result
+
+
+def resampled(
+    engine: TransformersEngine,
+    episodes: Sequence[Episode],
+    places: Sequence[tuple[int, int]],
+    plan: Plan,
+    temperature: float,
+) -> list[np.ndarray]:
+    """Returns behind candidates for some tokens.
+
+    Args:
+        engine: samples.
+        episodes: finished.
+        places: index of an episode, and position of one of its sampled tokens.
+        plan: how many candidates, and continuations of each.
+        temperature: of sampling.
+
+    Returns:
+        Per place float64 (candidates, continuations). A candidate with which an episode ends has equal returns.
+    """
+    first = play(
+        engine,
+        [
+            Episode.branch(episodes[row], _named(episodes[row].spec, split, number), split)
+            for row, split in places
+            for number in range(plan.candidates)
+        ],
+        temperature,
+    )
+    following = [_after(episode) for episode in first]
+    again = [
+        Episode.branch(episode, _named(episode.spec, split, number), split)
+        for episode, split in zip(first, following, strict=True)
+        if split is not None
+        for number in range(plan.continuations - 1)
+    ]
+    second = iter(play(engine, again, temperature))
+    rows = []
+    for episode, split in zip(first, following, strict=True):
+        own = _return(episode)
+        others = [own if split is None else _return(next(second)) for _ in range(plan.continuations - 1)]
+        rows.append([own, *others])
+    return list(np.array(rows).reshape(len(places), plan.candidates, plan.continuations))
+
+
+def components(returns: np.ndarray) -> tuple[float, float]:
+    """Variance components of a one-way layout with random effects.
+
+    Args:
+        returns: (candidates, continuations).
+
+    Returns:
+        Between candidates, ``(MS_between - MS_within) / continuations``, and within, ``MS_within``: both unbiased.
+    """
+    size = returns.shape[1]
+    between = size * float(returns.mean(axis=1).var(ddof=1))
+    within = float(returns.var(axis=1, ddof=1).mean())
+    return (between - within) / size, within
+
+
+def summarised(positions: Sequence[Position]) -> dict[str, Any]:
+    """Of one signal's positions: shares of roles, and variances with intervals over states."""
+    states = list(dict.fromkeys(position.state for position in positions))
+    index = {state: number for number, state in enumerate(states)}
+    sums = np.zeros((len(states), 3))
+    for position in positions:
+        sums[index[position.state]] += (position.between, position.within, 1.0)
+    draws = generator(0, "decisions bootstrap").integers(len(states), size=(RESAMPLES, len(states)))
+    names = ("reasoning", "action", "tag", "other")
+    return {
+        "positions": len(positions),
+        "roles": {role: sum(p.role == role for p in positions) / len(positions) for role in names},
+        "between": _interval(sums, draws, lambda total: total[..., 0] / total[..., 2]),
+        "explained": _interval(sums, draws, lambda total: _share(total[..., 0], total[..., 1])),
+    }
+
+
+def _interval(sums: np.ndarray, draws: np.ndarray, statistic: Any) -> dict[str, float]:
+    low, high = np.percentile(statistic(sums[draws].sum(axis=1)), [2.5, 97.5])
+    estimate = float(statistic(sums.sum(axis=0)))
+    return {"mean": round(estimate, 6), "low": round(float(low), 6), "high": round(float(high), 6)}
+
+
+def _share(between: np.ndarray, within: np.ndarray) -> np.ndarray:
+    total = between + within
+    return np.where(total > 0, between / np.where(total > 0, total, 1.0), 0.0)
+
+
+def _named(spec: EpisodeSpec, split: int, number: int) -> EpisodeSpec:
+    """A continuation's own name and draws."""
+    return replace(spec, episode_id=f"{spec.episode_id}@{split}.{number}", draws=(*spec.draws, "again", split, number))
+
+
+def _after(episode: Episode) -> int | None:
+    """Position of the second token that a branch has sampled itself; None if it has sampled one."""
+    chosen = np.flatnonzero(episode.builder.tokens["sampled"])
+    own = chosen[chosen > episode.builder.identity["split"]]
+    return int(own[0]) if len(own) else None
+
+
+def _return(episode: Episode) -> float:
+    return float(episode.builder.outcome["return"])

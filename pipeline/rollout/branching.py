@@ -1,0 +1,404 @@
+"""Slot S1: episodes as trees. A budget of episodes per initial state, part of it spent on continuations of others.
+
+A choice is a generator over one initial state's tree, written as the sources write their loops: it yields where the next
+episodes begin, and is resumed when they have been played. It never sees the engine; ``Forest`` plays all trees of an
+iteration together, wave by wave, and holds them to their budget.
+"""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Literal, NamedTuple
+
+import numpy as np
+
+from pipeline import slots
+from pipeline.randomness import generator
+from pipeline.rollout.collector import Episode, EpisodeSpec, Setup, play
+from pipeline.rollout.engine import RolloutEngine
+from pipeline.section import Section
+from pipeline.trajectory import Role, Trajectories, build
+
+
+class Origin(NamedTuple):
+    """Where an episode of a tree begins."""
+
+    parent: int | None = None
+    """Number of the episode that it branches from; None: at the initial state."""
+    split: int = 0
+    """Tokens shared with that; the next one is sampled again."""
+    temperature: float | None = None
+    """Of its sampling; None: ``rollout.temperature``."""
+
+
+ROOT = Origin()
+
+
+@dataclass
+class Tree:
+    """The episodes of one initial state that have been played, in order."""
+
+    specs: Sequence[EpisodeSpec]
+    """One per episode of the budget."""
+    draws: np.random.Generator
+    """Named generator of the tree's own choices."""
+    episodes: list[Episode] = field(default_factory=list)
+    origins: list[Origin] = field(default_factory=list)
+    """Where each one began; a parent has sampled the token before the split itself."""
+    scores: list[np.ndarray] = field(default_factory=list)
+    """Per episode a score of each of its tokens as a place to branch, if the choice asks for it."""
+
+    @property
+    def room(self) -> int:
+        """How many more episodes the budget holds."""
+        return len(self.specs) - len(self.episodes)
+
+    def turns(self, episode: int) -> list[dict[str, Any]]:
+        """Turns of an episode."""
+        return self.episodes[episode].builder.turns
+
+    def sampled(self, episode: int, turn: int | None = None) -> np.ndarray:
+        """int64: positions of the tokens that the policy chose in an episode, or in one of its turns."""
+        chosen: np.ndarray = np.flatnonzero(self.episodes[episode].builder.tokens["sampled"])
+        if turn is None:
+            return chosen
+        span = self.turns(episode)[turn]
+        inside: np.ndarray = chosen[(chosen >= span["start"]) & (chosen < span["end"])]
+        return inside
+
+    def column(self, episode: int, name: str) -> np.ndarray:
+        """A per-token column of an episode."""
+        return np.array(self.episodes[episode].builder.tokens[name])
+
+    def returns(self) -> np.ndarray:
+        """float64: return of each episode."""
+        return np.array([episode.builder.outcome["return"] for episode in self.episodes])
+
+    def owner(self, origin: Origin) -> Origin:
+        """The same place, in the episode that has itself sampled the token before it (the oldest that holds it)."""
+        while origin.parent is not None and origin.split <= self.origins[origin.parent].split:
+            origin = origin._replace(parent=self.origins[origin.parent].parent)
+        return origin
+
+
+Growth = Iterator[list[Origin]]
+
+
+class Forest:
+    """The trees of an iteration while they grow.
+
+    Args:
+        engine: samples the policy's responses; what it has computed must still hold.
+        setup: of the environment.
+        specs: of all episodes, those of a group together: as many as its budget.
+        section: a choice of S1.
+        temperature: of sampling.
+    """
+
+    def __init__(
+        self, engine: RolloutEngine, setup: Setup, specs: Sequence[EpisodeSpec], section: Section, temperature: float
+    ) -> None:
+        self.engine, self.setup, self.temperature = engine, setup, temperature
+        groups: dict[str, list[EpisodeSpec]] = {}
+        for spec in specs:
+            groups.setdefault(spec.group_id, []).append(spec)
+        self.trees = [Tree(own, generator(own[0].seed, "branches", group)) for group, own in groups.items()]
+        settings = {name: value for name, value in section if name != "kind"}
+        self._growths = [GROWTHS[type(section)](tree, **settings) for tree in self.trees]
+
+    def wave(self) -> Trajectories | None:
+        """Play what every tree asks for next; returns these episodes tree by tree, or None if all budgets are spent.
+
+        A tree that asks for nothing more has the rest of its budget spent on independent episodes.
+        """
+        wanted = [self._next(tree, growth) for tree, growth in zip(self.trees, self._growths, strict=True)]
+        planned = [(tree, origin) for tree, origins in zip(self.trees, wanted, strict=True) for origin in origins]
+        if not planned:
+            return None
+        number = {id(tree): len(tree.episodes) for tree in self.trees}
+        begun: list[Episode] = []
+        for tree, origin in planned:
+            begun.append(self._begin(tree, tree.specs[number[id(tree)]], origin))
+            number[id(tree)] += 1
+        temperatures = [origin.temperature or self.temperature for _, origin in planned]
+        for temperature in dict.fromkeys(temperatures):
+            play(
+                self.engine,
+                (episode for episode, own in zip(begun, temperatures, strict=True) if own == temperature),
+                temperature,
+            )
+        for (tree, origin), episode in zip(planned, begun, strict=True):
+            tree.episodes.append(episode)
+            tree.origins.append(origin)
+        return build([episode.builder for episode in begun])
+
+    def order(self) -> list[str]:
+        """Ids of all episodes so far, tree by tree in the order of their specs."""
+        return [episode.spec.episode_id for tree in self.trees for episode in tree.episodes]
+
+    def score(self, trajectories: Trajectories, scores: np.ndarray) -> None:
+        """Tell the trees a score of every token of the given episodes.
+
+        Args:
+            trajectories: all episodes so far.
+            scores: float64 (N,).
+        """
+        by_id = {
+            name: scores[trajectories.offsets[e] : trajectories.offsets[e + 1]]
+            for e, name in enumerate(trajectories.episodes["episode_id"])
+        }
+        for tree in self.trees:
+            tree.scores = [by_id[episode.spec.episode_id] for episode in tree.episodes]
+
+    def _next(self, tree: Tree, growth: Growth) -> list[Origin]:
+        if not tree.room:
+            return []
+        for origins in growth:
+            if origins:
+                return [tree.owner(origin) for origin in origins[: tree.room]]
+        return [ROOT] * tree.room
+
+    def _begin(self, tree: Tree, spec: EpisodeSpec, origin: Origin) -> Episode:
+        if origin.parent is None:
+            return self.setup.begin(spec)
+        return Episode.branch(tree.episodes[origin.parent], spec, origin.split)
+
+
+# ------------------------------------------------------------------------------------------------- ARPO and AEPO
+
+
+def entropy_rise(
+    tree: Tree,
+    *,
+    initial: int | Literal["monitored"],
+    monitor_slope: float,
+    base: float | None,
+    slope: float,
+    threshold: float,
+    penalty: float,
+    penalty_per: Literal["path", "prompt"],
+    tokens: int,
+    width: int,
+) -> Growth:
+    """ARPO (arXiv 2507.19849) and AEPO (arXiv 2510.14545): branch where an observation has raised the entropy.
+
+    At the beginning of each response but the first, dH is the mean entropy of its first ``tokens`` tokens less that of the
+    episode's first response. Turn by turn, and within a turn in the order of the episodes, ``rises`` decides whether
+    ``width`` more episodes begin there.
+    """
+    if initial == "monitored":
+        yield [ROOT]
+        root, *tools = [opening_entropy(tree, 0, turn, tokens) for turn in range(len(tree.turns(0)))]
+        yield [ROOT] * (monitored_budget(root, tools, len(tree.specs), monitor_slope) - 1)
+    else:
+        yield [ROOT] * initial
+    streak: dict[int, int] = {}  # l of each path, or of the prompt under -1
+    for turn in itertools.count(1):
+        if not any(len(tree.turns(path)) > turn for path in range(len(tree.episodes))):
+            return
+        grown: list[Origin] = []
+        for path in range(len(tree.episodes)):
+            own = tree.turns(path)
+            if len(own) <= turn or len(positions := tree.sampled(path, turn)) == 0:
+                continue
+            counter = path if penalty_per == "path" else -1
+            length = streak.get(counter, 0)
+            rise = opening_entropy(tree, path, turn, tokens) - opening_entropy(tree, path, 0, tokens)
+            draw = float(tree.draws.random()) if base is None else base
+            branching = rises(rise, length, draw, slope, threshold, penalty)
+            streak[counter] = length + 1 if branching else 0
+            if branching:
+                grown += [Origin(path, int(positions[0]))] * width
+        before = len(tree.episodes)
+        yield grown
+        for child in range(before, len(tree.episodes)):  # a branch takes its path's streak along
+            parent = tree.origins[child].parent
+            streak[child] = streak.get(parent, 0) if parent is not None else 0
+
+
+def opening_entropy(tree: Tree, episode: int, turn: int, tokens: int) -> float:
+    """Mean entropy in nats of the first sampled tokens of a response; 0 if it has none."""
+    chosen = tree.sampled(episode, turn)[:tokens]
+    return float(tree.column(episode, "entropy")[chosen].mean()) if len(chosen) else 0.0
+
+
+def rises(rise: float, streak: int, draw: float, slope: float, threshold: float, penalty: float) -> bool:
+    """AEPO's code: ``(draw + slope * dH) * max(0, 1 - penalty * l) >= threshold``, draw uniform in [0, 1).
+
+    ARPO's ``a + b * dH > tau`` is the same with a constant for the draw and no penalty. At dH = 0, threshold 0.5 and
+    penalty 0.05 the chance is ``1 - 0.5 / (1 - 0.05 l)``: 0.5, 0.33, 0.09 for l = 0, 5, 9.
+
+    Args:
+        rise: dH in nats.
+        streak: l, consecutive branchings before.
+        draw: uniform, or ARPO's a.
+        slope: of dH.
+        threshold: to be reached.
+        penalty: per consecutive branching.
+    """
+    return (draw + slope * rise) * max(0.0, 1 - penalty * streak) >= threshold
+
+
+def monitored_budget(root: float, tools: Sequence[float], budget: int, slope: float) -> int:
+    """AEPO: how many episodes of a budget k begin at the initial state, the monitored one among them.
+
+    ``int(k * sigmoid(slope * (H_root - mean H_tool))) + 1``, within [1, k] (the released code; slope 0.5).
+
+    Args:
+        root: mean entropy at the beginning of the first response.
+        tools: those of the later ones; none: the difference is 0.
+        budget: k.
+        slope: b.
+    """
+    difference = root - float(np.mean(tools)) if len(tools) else 0.0
+    sigmoid = (1 + math.tanh(slope * difference / 2)) / 2  # as this it cannot overflow
+    return min(budget, int(budget * sigmoid) + 1)
+
+
+# ------------------------------------------------------------------------------------------- APPO, TLPO, signals
+
+
+def positions(
+    tree: Tree,
+    *,
+    initial: int,
+    signal: str,
+    side: Literal["before", "after"],
+    among: Literal["all", "failed"],
+    width: int,
+    discount: float,
+    bounds: tuple[float, float],
+) -> Growth:
+    """APPO (arXiv 2606.12384) and TLPO (arXiv 2604.26553): branch at the tokens of highest score.
+
+    The initial episodes come first; ``tree.scores`` then has a score per token (see ``scores.py``), -inf where none may be.
+    ``width`` episodes begin at each of as many positions as the budget asks for, best first; where there are fewer
+    positions, they are gone through again.
+    """
+    yield [ROOT] * initial
+    failed = [not episode.builder.outcome["success"] for episode in tree.episodes]
+    chosen = list(range(len(tree.episodes)))
+    if among == "failed" and any(failed):
+        chosen = [path for path in chosen if failed[path]]
+    ranked = ranked_positions([tree.scores[path] for path in chosen], [tree.sampled(path) for path in chosen], side)
+    if ranked:
+        wanted = [ranked[i % len(ranked)] for i in range(-(-tree.room // width))]
+        yield [Origin(chosen[row], split) for row, split in wanted for _ in range(width)]
+
+
+def ranked_positions(
+    scores: Sequence[np.ndarray], sampled: Sequence[np.ndarray], side: Literal["before", "after"]
+) -> list[tuple[int, int]]:
+    """Episode and split of all tokens with a finite score, highest first, then in order.
+
+    Args:
+        scores: of each episode's tokens.
+        sampled: positions of its sampled tokens.
+        side: sample the scored token again, or what comes after it; an episode's last has nothing after it.
+    """
+    found = []
+    for row, (own, places) in enumerate(zip(scores, sampled, strict=True)):
+        pairs = zip(places, places, strict=True) if side == "before" else itertools.pairwise(places)
+        found += [(-float(own[scored]), row, int(split)) for scored, split in pairs if math.isfinite(own[scored])]
+    return [(row, split) for _, row, split in sorted(found)]
+
+
+# ------------------------------------------------------------------------------------------------------ SEEA-R1
+
+
+def tree_search(tree: Tree, *, width: int, exploration: float) -> Growth:
+    """After SEEA-R1 (arXiv 2506.21669): Monte-Carlo tree search over turns, with whole episodes as simulations.
+
+    From the initial state the child of highest ``Q + exploration * sqrt(ln N / n)`` is followed down to the first state
+    with fewer than ``width`` children, and episodes begin there until it has as many. Q is the mean return beneath, scaled
+    to [0, 1] over the tree.
+    """
+    yield [ROOT] * width
+    while (found := expandable(tree, width, exploration)) is not None:
+        yield found
+
+
+def expandable(tree: Tree, width: int, exploration: float) -> list[Origin] | None:
+    """What ``tree_search`` asks for next; None if every state that was reached has its children."""
+    returns = tree.returns()
+    low, high = float(returns.min()), float(returns.max())
+    value = (returns - low) / (high - low) if high > low else np.zeros(len(returns))
+    paths = [turn_path(tree, episode) for episode in range(len(tree.episodes))]
+
+    def below(node: tuple[int, ...]) -> list[int]:
+        return [episode for episode, path in enumerate(paths) if path[: len(node)] == node]
+
+    def descend(node: tuple[int, ...]) -> list[Origin] | None:
+        inside = below(node)
+        deeper = [episode for episode in inside if len(paths[episode]) > len(node)]
+        if not deeper:
+            return None  # the episode is over there
+        children = list(dict.fromkeys(paths[episode][: len(node) + 1] for episode in deeper))
+        if len(children) < width:
+            first = deeper[0]
+            split = int(tree.sampled(first, len(node))[0])
+            place = ROOT if not node else Origin(first, split)
+            return [place] * (width - len(children))
+
+        def bound(child: tuple[int, ...]) -> float:
+            own = below(child)
+            return float(value[own].mean()) + exploration * math.sqrt(math.log(len(inside)) / len(own))
+
+        for child in sorted(children, key=lambda child: -bound(child)):
+            if (found := descend(child)) is not None:
+                return found
+        return None
+
+    return descend(())
+
+
+def turn_path(tree: Tree, episode: int) -> tuple[int, ...]:
+    """An episode's turns as the numbers of the episodes that have sampled them first: equal beginnings are shared turns."""
+    parent, split, _ = tree.origins[episode]
+    if parent is None:
+        return (episode,) * len(tree.turns(episode))
+    shared = sum(bool(turn["end"] <= split) for turn in tree.turns(episode))
+    return turn_path(tree, parent)[:shared] + (episode,) * (len(tree.turns(episode)) - shared)
+
+
+# ------------------------------------------------------------------------------------------ Arbitrary Entropy PO
+
+
+def temperature_switch(tree: Tree, *, initial: int, target: float, high: float, low: float) -> Growth:
+    """Arbitrary Entropy Policy Optimization (arXiv 2510.08141): the rest of the budget at another temperature.
+
+    ``high`` where the mean entropy of the initial episodes' tokens is below ``target``, else ``low``.
+    """
+    yield [ROOT] * initial
+    entropies = [tree.column(path, "entropy")[tree.sampled(path)] for path in range(len(tree.episodes))]
+    below = float(np.concatenate(entropies).mean()) < target
+    yield [Origin(temperature=high if below else low)] * tree.room
+
+
+def independent(tree: Tree) -> Growth:
+    """No branches."""
+    yield [ROOT] * tree.room
+
+
+GROWTHS: dict[type[Section], Callable[..., Growth]] = {
+    slots.Independent: independent,
+    slots.EntropyRise: entropy_rise,
+    slots.Positions: positions,
+    slots.TreeSearch: tree_search,
+    slots.TemperatureSwitch: temperature_switch,
+}
+
+
+def branches_by_role(trajectories: Trajectories) -> dict[str, float]:
+    """How many episodes branch at a token of each role, as the episode that they branch from has it."""
+    parents, splits = trajectories.parents, trajectories.splits
+    found = dict.fromkeys(("reasoning", "action", "tag", "other"), 0.0)
+    names = {Role.REASONING: "reasoning", Role.ACTION: "action", Role.THINK_TAG: "tag", Role.ANSWER_TAG: "tag"}
+    for parent, split in zip(parents, splits, strict=True):
+        if parent >= 0:
+            role = Role(int(trajectories.role[trajectories.offsets[parent] + split]))
+            found[names.get(role, "other")] += 1
+    return found
