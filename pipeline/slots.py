@@ -267,10 +267,9 @@ class AdvantageSection(Section):
         return tuple(self.heads())
 
 
-class GroupAdvantage(AdvantageSection):
-    """S3: GRPO, the return standardised within its group (arXiv 2402.03300)."""
+class StandardisedAdvantage(AdvantageSection):
+    """What every choice has that standardises values within a group: of trajectories, or of what competes at one place."""
 
-    kind: Literal["group"]
     std: bool = True
     """Divide by the group's standard deviation."""
     ddof: Literal[0, 1] = 1
@@ -279,10 +278,16 @@ class GroupAdvantage(AdvantageSection):
     """Added to that standard deviation."""
 
     @model_validator(mode="after")
-    def _effective(self) -> GroupAdvantage:
+    def _effective(self) -> StandardisedAdvantage:
         if not self.std:
             refuse_ignored(self, "std is false", "ddof", "eps")
         return self
+
+
+class GroupAdvantage(StandardisedAdvantage):
+    """S3: GRPO, the return standardised within its group (arXiv 2402.03300)."""
+
+    kind: Literal["group"]
 
 
 class TokenGroupAdvantage(AdvantageSection):
@@ -420,24 +425,7 @@ class SoftQ(AdvantageSection):
         return ("soft_value", "taken")
 
 
-class TreeAdvantageSection(AdvantageSection):
-    """What every advantage of trees has: how values are standardised."""
-
-    std: bool = True
-    """Divide by the standard deviation."""
-    ddof: Literal[0, 1] = 1
-    """Delta degrees of freedom of that standard deviation."""
-    eps: Positive = 1e-6
-    """Added to that standard deviation."""
-
-    @model_validator(mode="after")
-    def _std_effective(self) -> TreeAdvantageSection:
-        if not self.std:
-            refuse_ignored(self, "std is false", "ddof", "eps")
-        return self
-
-
-class SharedPrefixAdvantage(TreeAdvantageSection):
+class SharedPrefixAdvantage(StandardisedAdvantage):
     """S3: the return standardised within its group; a token that branches share has their mean (ARPO, arXiv 2507.19849)."""
 
     kind: Literal["shared_prefix"]
@@ -446,7 +434,7 @@ class SharedPrefixAdvantage(TreeAdvantageSection):
     is the published default; ``hard``: it counts once."""
 
 
-class PrefixCreditAdvantage(TreeAdvantageSection):
+class PrefixCreditAdvantage(StandardisedAdvantage):
     """S3: initial episodes and branches are groups of their own; branches only credit prefixes (APPO, arXiv 2606.12384).
 
     A token of an initial episode has its episode's advantage, and the mean advantage of the branches from behind it.
@@ -457,7 +445,7 @@ class PrefixCreditAdvantage(TreeAdvantageSection):
     """Factor of that mean. Ours."""
 
 
-class SiblingAdvantage(TreeAdvantageSection):
+class SiblingAdvantage(StandardisedAdvantage):
     """S3: each stretch between two branchings against those that begin at the same place (after SEEA-R1 and TLPO).
 
     A stretch is worth the mean return of the episodes through it.
@@ -468,7 +456,7 @@ class SiblingAdvantage(TreeAdvantageSection):
     """What is trained: the whole stretch, or only its first token, the candidate at the branching (TLPO)."""
 
 
-class ReinforcedAdvantage(TreeAdvantageSection):
+class ReinforcedAdvantage(StandardisedAdvantage):
     """S3: GRPO over the initial episodes, REINFORCE on the others that succeeded (Arbitrary Entropy PO, 2510.08141)."""
 
     kind: Literal["reinforced"]
