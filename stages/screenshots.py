@@ -24,10 +24,12 @@ def main() -> str:
     if not runs:
         raise ConfigError(f"{out / 'data' / 'runs'}: no run of {environment} has reached MLflow's store")
     folder.mkdir(parents=True, exist_ok=True)
+    prefix = "" if config.out == "." else f"{config.comparison}-"
+    targets = {name: folder / f"{prefix}{name}.png" for name in PICTURES}
     with chromium() as browser:
-        shoot_report(browser, out / "reports" / "index.html", folder)
-        shoot_mlflow(browser, store_of(config, Path(".")).uri, environment, runs, folder / "mlflow.png")
-    return f"{folder}: {', '.join(f'{name}.png' for name in PICTURES)}. Next: look at them, then `make publish`"
+        shoot_report(browser, out / "reports" / "index.html", targets["report"], targets["viewer"])
+        shoot_mlflow(browser, store_of(config, Path(".")).uri, environment, runs, targets["mlflow"])
+    return f"{folder}: {', '.join(path.name for path in targets.values())}. Next: look at them, then `make publish`"
 
 
 if __name__ == "__main__":

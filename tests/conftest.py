@@ -1,12 +1,66 @@
-"""One thread per test process: the suite runs one process per core."""
+"""One thread per test process, as the suite runs one per core; what takes seconds to make and many tests begin with."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
+if TYPE_CHECKING:
+    from pipeline.policy.model import Policy
+
 torch.set_num_threads(1)
+GROUPS = ("dag", "settings", "sweep", "tracking", "browser")
+"""Of tests that one process runs, the longest first; what is left at the end should be small."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Processes are given work in this order (pyproject.toml: ``--no-loadscope-reorder``)."""
+    items.sort(key=place)
+
+
+def place(item: pytest.Item) -> int:
+    """Of its group; tests of no group come last."""
+    group = item.get_closest_marker("xdist_group")
+    return len(GROUPS) if group is None else GROUPS.index(group.args[0])
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> None:
-    """Also after a test that ran code which takes more."""
+def one_thread() -> Iterator[None]:
+    """Also after a test that ran code which takes more; float sums depend on the number of threads."""
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Where the tiny reference policy is saved: one for a process and all its tests, which leave it as it is."""
+    from tests.trainings import configured, supervised  # importing what trains takes seconds
+
+    target = tmp_path_factory.mktemp("models") / "policy"
+    supervised(configured()).save(target)
+    return target
+
+
+@pytest.fixture(scope="session")
+def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A database with MLflow's tables and an experiment "any", to be copied; making one takes seconds."""
+    from pipeline.tracking.store import open_store
+    from pipeline.tracking.training import Store
+    from tests.tracked import apart
+
+    folder = tmp_path_factory.mktemp("migrated")
+    apart(open_store, Store(f"sqlite:///{folder / 'mlflow.db'}", folder / ".cache"), "any")
+    return folder / "mlflow.db"
+
+
+@pytest.fixture
+def policy(directory: Path) -> Policy:
+    """The tiny reference policy, to be trained."""
+    from pipeline.policy.model import load_policy
+
+    return load_policy(directory)

@@ -3,53 +3,36 @@
 from __future__ import annotations
 
 import copy
-import hashlib
 import importlib.util
 import itertools
-import math
 import multiprocessing
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import sys
+from collections.abc import Sequence
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import gymnasium
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline import slots
 from pipeline.config import Config, ConfigError, Environment
-from pipeline.contracts import BOUNDS, _Suite
 from pipeline.energy.annotate import score_trajectories
 from pipeline.environments import make
 from pipeline.environments.registry import EXTRAS, parse_action, reset, step
 from pipeline.files import read_json
-from pipeline.policy.model import Policy, load_policy
+from pipeline.policy.model import Policy
 from pipeline.prompting import Dialogue, decode, token_roles
 from pipeline.randomness import generator
-from pipeline.rollout.branching import (
-    ROOT,
-    Forest,
-    Origin,
-    Tree,
-    branches_by_role,
-    entropy_rise,
-    expandable,
-    monitored_budget,
-    positions,
-    ranked_positions,
-    rises,
-    temperature_switch,
-    turn_path,
-)
+from pipeline.rollout.branching import Forest, branches_by_role
 from pipeline.rollout.collector import Episode, EpisodeSpec, Setup, collect, iteration_specs
-from pipeline.rollout.engine import Continuation, Follow, Request, Sampling
-from pipeline.rollout.scores import action_starts, branch_scores, omega
+from pipeline.rollout.engine import Continuation, Sampling
+from pipeline.rollout.scores import omega
 from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.section import Section
 from pipeline.timing import Phases
@@ -57,134 +40,25 @@ from pipeline.training.collection import Collection
 from pipeline.training.module import PolicyGradient
 from pipeline.training.result import TrainingTask, training_task
 from pipeline.training.run import TrainingJob, train_one
-from pipeline.trajectory import EpisodeBuilder, Role, Trajectories, build, concatenate, read
-from tests.test_collector import EOS, NAME, TOKENIZER, config, says
+from pipeline.trajectory import Role, Trajectories, read
+from tests.batches import properties
+from tests.forests import (
+    Chatter,
+    grow,
+    lake,
+    planted,
+    positions_section,
+    rise_section,
+    rows,
+    search_section,
+    switch_section,
+)
+from tests.test_collector import NAME, TOKENIZER, config, says
 from tests.test_contracts import EXAMPLES, SOUND, Walk
 from tests.test_engine import random_policy
-from tests.test_training import LAKE, configured, fit, supervised
-
-properties = settings(deadline=None, max_examples=60, derandomize=True)
-
-
-def positions_section(**changes: Any) -> slots.Positions:
-    return slots.Positions(kind="positions", **{"signal": "entropy", **changes})
-
-
-def rise_section(**changes: Any) -> slots.EntropyRise:
-    return slots.EntropyRise(kind="entropy_rise", **changes)
-
-
-def search_section(width: int, **changes: Any) -> slots.TreeSearch:
-    return slots.TreeSearch(kind="tree_search", width=width, **changes)
-
-
-def switch_section(initial: int, **changes: Any) -> slots.TemperatureSwitch:
-    return slots.TemperatureSwitch(kind="temperature_switch", initial=initial, **changes)
-
+from tests.trainings import LAKE, configured, fit, left, quiet
 
 # ------------------------------------------------------------------------------------- whole forests, without a model
-
-PHRASES = [
-    TOKENIZER(text, add_special_tokens=False)["input_ids"]
-    for text in (
-        *(says(move) for move in ("Up", "Left", "Down", "Right", "Fly")),
-        "<think>so let me think</think><answer>Down</answer>",
-        f"so{EOS}",
-        f"<think>so</think><answer>Up{EOS}",
-        "so let me think and think and think",
-    )
-]
-
-
-class Chatter:
-    """A ``RolloutEngine`` that says phrases, token by token: a draw chooses among the tokens that go on with one of them.
-
-    Entropies are draws too, so that any order of them comes up.
-    """
-
-    policy_version = 3
-
-    def generate(
-        self, requests: Iterable[Request], sampling: Sampling, follow: Follow | None = None
-    ) -> list[Continuation]:
-        last = []
-        for number, first in enumerate(requests):
-            request: Request | None = first
-            while request is not None:
-                last[number:] = [self._say(request)]
-                request = follow(number, last[number]) if follow else None
-        return last
-
-    def forget(self) -> None: ...
-
-    def _say(self, request: Request) -> Continuation:
-        answer, ids = Continuation([], [], [], "length", self.policy_version), list(request.ids)
-        begun = ids[len(ids) - request.forced :]
-        for draw in request.uniforms:
-            said = [*begun, *answer.ids]
-            following = sorted({own[len(said)] for own in PHRASES if own[: len(said)] == said})
-            answer.ids.append(following[int(draw * len(following))])
-            answer.logprob.append(-math.log(len(following)))
-            answer.entropy.append(float(draw * 7919 % 1))
-            if [*begun, *answer.ids] in PHRASES:
-                finish = "eos" if answer.ids[-1] == TOKENIZER.eos_token_id else "stop"
-                return Continuation(answer.ids, answer.logprob, answer.entropy, finish, self.policy_version)
-        return answer
-
-
-def lake(groups: int = 2, group_size: int = 6, **environment: Any) -> Config:
-    """A slippery lake, with room for some responses and not for others."""
-    changes = {"response_tokens": 18, "context_tokens": 300, "format_penalty": -0.1, **environment}
-    slippery = {"success_rate": 0.6, "frozen": 0.9, "size": 4, "least_distance": 3}
-    return config({"groups": groups, "group_size": group_size}, slippery, **changes)
-
-
-def grow(
-    forest: Forest, score: Callable[[Trajectories], np.ndarray] = lambda wave: wave.entropy.astype(np.float64)
-) -> Iterator[Trajectories]:
-    """All waves; ``score`` is what ``positions`` gets."""
-    for number in itertools.count():
-        if (wave := forest.wave()) is None:
-            return
-        yield wave
-        if number == 0:
-            forest.score(wave, score(wave))
-
-
-def in_order(forest: Forest, waves: Iterable[Trajectories]) -> Trajectories:
-    table = concatenate(list(waves))
-    place = {name: index for index, name in enumerate(table.episodes["episode_id"])}
-    return table.select([place[name] for name in forest.order()])
-
-
-def planted(
-    changed: Config,
-    section: Section,
-    engine: Any = None,
-    tokenizer: Any = TOKENIZER,
-    specs: Sequence[EpisodeSpec] | None = None,
-    **score: Any,
-) -> Trajectories:
-    """The forest of an iteration, grown."""
-    chosen = iteration_specs(changed, NAME, 0, 0) if specs is None else specs
-    setup = Setup(tokenizer, changed, NAME)
-    forest = Forest(engine or Chatter(), setup, chosen, section, changed.rollout.temperature)
-    return in_order(forest, grow(forest, **score))
-
-
-def rows(table: Trajectories) -> list[dict[str, Any]]:
-    """Each episode's columns, turns and tokens apart from the others'."""
-    made = []
-    for e in range(len(table)):
-        tokens = slice(table.offsets[e], table.offsets[e + 1])
-        turns = range(table.turn_offsets[e], table.turn_offsets[e + 1])
-        made.append(
-            {name: column[e] for name, column in table.episodes.items()}
-            | {name: getattr(table, name)[tokens] for name in ("input_ids", "role", "sampled", "logprob", "entropy")}
-            | {"turns": [{name: column[turn] for name, column in table.turns.items()} for turn in turns]}
-            | {"trainable": table.trainable[tokens]}
-        )
-    return made
 
 
 def owner(table: list[dict[str, Any]], parents: np.ndarray, episode: int, token: int) -> int:
@@ -335,6 +209,20 @@ def test_a_group_grows_as_it_does_alone() -> None:
                     np.testing.assert_array_equal(one[name], other[name], err_msg=name)
 
 
+def test_episodes_at_another_temperature_are_sampled_and_recorded_at_it() -> None:
+    changed, asked_for = lake(), list[float]()
+
+    class Noting(Chatter):
+        def generate(self, requests: Any, sampling: Sampling, follow: Any = None) -> list[Continuation]:
+            asked_for.append(sampling.temperature)
+            return super().generate(requests, sampling, follow)
+
+    made = planted(changed, switch_section(4, target=5.0, high=1.75), Noting())
+    assert made.episodes["temperature"] == [1.0, 1.0, 1.0, 1.0, 1.75, 1.75] * 2
+    assert asked_for == [1.0, 1.75]
+    assert (made.parents == -1).all()
+
+
 def branch_of(parent: Episode, split: int) -> Episode:
     name = f"branch at {split}"
     spec = EpisodeSpec(name, parent.spec.group_id, 0, 0, 0, 0, (0, "tokens", name))
@@ -385,8 +273,11 @@ def test_what_a_response_turns_out_to_be_decides_on_the_beginning_that_it_shares
 # ---------------------------------------------------------------------------- environments: copied, or led there again
 
 
-def chosen_action(suite: _Suite, environment: Any, observation: str) -> str:
-    return str(suite.action(environment, observation))
+def random_action(environment: Any, draws: np.random.Generator) -> str:
+    """The expert's; TextArena's games have none, and this one takes guesses."""
+    expert = getattr(sys.modules[type(environment).__module__], "expert", None)
+    text = expert().random_action(environment, draws) if expert else f"[{draws.integers(1, 21)}]"
+    return str(parse_action(environment, text))
 
 
 @pytest.mark.parametrize("name", [*SOUND, *EXTRAS])
@@ -400,12 +291,12 @@ def test_a_replayed_environment_is_the_one_that_was_there(name: str, monkeypatch
     dialogue = Dialogue(TOKENIZER, "compact", "", section.response_tokens)
     compared = 0
     for state in range(3):
-        suite = _Suite(section, None, BOUNDS)
+        draws = np.random.default_rng(state)
         spec = EpisodeSpec(str(state), str(state), state, 0, 0, 70 + state, (0, "tokens", state))
         episode, copies = Episode(section, dialogue, spec, Phases()), list[Any]()
         while not episode.done:
             copies.append((copy.deepcopy(episode.environment), episode.observation))
-            actions = [chosen_action(suite, episode.environment, episode.observation) for _ in range(2)]
+            actions = [random_action(episode.environment, draws) for _ in range(2)]
             text = "what" if len(copies) == 2 else says("||".join(actions))
             ids = TOKENIZER(text, add_special_tokens=False)["input_ids"]
             episode.take(Continuation(ids, [-1.0] * len(ids), [1.0] * len(ids), "stop", 0))
@@ -464,454 +355,6 @@ def test_an_environment_that_cannot_be_led_there_again_is_named_in_one_line() ->
         "environments: 'Forgetful-v0' does not come to the same state by the same actions and seeds, so that no episode of "
         "it can be continued; its noise must come from the seed of reset alone"
     }
-
-
-# -------------------------------------------------------------------------------------------------- made-up episodes
-
-fresh = itertools.count(100)
-
-
-def plant(budget: int, seed: int = 0) -> Tree:
-    return Tree(specs=[None] * budget, draws=np.random.default_rng(seed))  # type: ignore[list-item]
-
-
-def say(builder: EpisodeBuilder, turns: Sequence[Sequence[float]], start: int | None = None) -> None:
-    """Turns with tokens of these entropies, two tokens of observation between them; the first may have begun."""
-    for number, entropies in enumerate(turns):
-        if number:
-            builder.append_text([next(fresh), next(fresh)], Role.OBSERVATION)
-        begun = len(builder) if start is None or number else start
-        ids, size = [next(fresh) for _ in entropies], len(entropies)
-        builder.append_sampled(ids, [Role.REASONING] * size, [-1.0] * size, list(entropies))
-        builder.close_turn(begun, 0.0, "", False, "s")
-
-
-def add(
-    tree: Tree, origin: Origin, turns: Sequence[Sequence[float]], value: float = 0.0, success: bool = False
-) -> None:
-    """An episode that was played from there."""
-    origin, name = tree.owner(origin), str(len(tree.episodes))
-    if origin.parent is None:
-        builder, start = EpisodeBuilder(episode_id=name), None
-        builder.append_text([1, 2, 3], Role.PROMPT)
-    else:
-        parent = tree.episodes[origin.parent].builder
-        builder = parent.before(origin.split, episode_id=name)
-        start = parent.turns[len(builder.turns)]["start"]
-    say(builder, turns, start)
-    builder.finish(success, "turns")
-    builder.outcome["return"] = value
-    tree.episodes.append(SimpleNamespace(builder=builder))  # type: ignore[arg-type]
-    tree.origins.append(origin)
-
-
-def asked(tree: Tree, growth: Iterator[list[Origin]], turns: Callable[[Origin], Any]) -> list[list[Origin]]:
-    """What a growth asks for, answered with episodes of these turns until there is no room."""
-    places = []
-    while tree.room and (origins := next(growth, None)) is not None:
-        places.append(origins)
-        for origin in origins[: tree.room]:
-            add(tree, origin, turns(origin))
-    return places
-
-
-def at(*places: tuple[int, int]) -> list[Origin]:
-    return [Origin(parent, split) for parent, split in places]
-
-
-def turns_left(openings: Sequence[float]) -> Callable[[Origin], list[list[float]]]:
-    """Turns of three tokens that all begin at 3, 8, 13, ...; the entropy of the last is far off."""
-    return lambda origin: [[h, h, 99.0] for h in openings[max(0, origin.split - 3) // 5 :]]
-
-
-FLAT = turns_left([1.0] * 4)
-PLAIN = {"monitor_slope": 0.5, "slope": 0.0, "tokens": 2, "width": 1, "threshold": 0.5, "base": 0.55, "penalty": 0.1}
-
-
-def test_a_penalty_counts_the_branchings_in_a_row_of_a_path() -> None:
-    """At 0.55 against 0.5 a penalty of 0.1 forbids two in a row: 0.55 * 0.9 < 0.5."""
-    tree = plant(20)
-    places = asked(tree, entropy_rise(tree, initial=2, penalty_per="path", **PLAIN), FLAT)
-    assert places == [[ROOT, ROOT], at((0, 8), (1, 8)), [], at((0, 18), (1, 18), (2, 18), (3, 18))]
-
-
-def test_a_penalty_counts_the_branchings_in_a_row_of_a_prompt() -> None:
-    """In the order of turns and episodes every other decision is a branching."""
-    tree = plant(20)
-    places = asked(tree, entropy_rise(tree, initial=2, penalty_per="prompt", **PLAIN), FLAT)
-    assert places == [[ROOT, ROOT], at((0, 8)), at((0, 13), (2, 13)), at((1, 18), (3, 18))]
-
-
-def test_a_branch_takes_its_paths_branchings_along() -> None:
-    """At 0.6 two in a row are allowed and a third is not: 0.6 * 0.8 < 0.5, for the branches of both too."""
-    tree = plant(20)
-    growth = entropy_rise(tree, initial=1, penalty_per="path", **{**PLAIN, "base": 0.6})
-    assert asked(tree, growth, FLAT) == [[ROOT], at((0, 8)), at((0, 13), (1, 13)), []]
-
-
-def test_episodes_branch_where_the_first_tokens_are_more_uncertain_than_the_first_responses() -> None:
-    """At slope 1 from 0 the threshold of 0.5 asks for half a nat; the third token of a response does not count."""
-    tree = plant(9)
-    rising = {**PLAIN, "base": 0.0, "slope": 1.0, "penalty": 0.0, "width": 2}
-    growth = entropy_rise(tree, initial=1, penalty_per="path", **rising)
-    places = asked(tree, growth, turns_left([1.0, 1.5, 1.25, 2.0]))
-    assert places == [[ROOT], at((0, 8), (0, 8)), [], at((0, 18), (0, 18), (1, 18), (1, 18), (2, 18), (2, 18))]
-
-
-@pytest.mark.parametrize("seed", range(5))
-def test_without_a_base_every_decision_has_a_draw_of_its_own(seed: int) -> None:
-    tree, draws = plant(40, seed), np.random.default_rng(seed)
-    growth = entropy_rise(tree, initial=3, penalty_per="path", **{**PLAIN, "base": None, "penalty": 0.0})
-    places = asked(tree, growth, FLAT)
-    paths = 3
-    for turn, origins in enumerate(places[1:], start=1):
-        decided = [path for path in range(paths) if draws.random() >= 0.5]
-        assert origins == at(*((path, 3 + 5 * turn) for path in decided))
-        paths += len(origins)
-    assert len(places) == 4
-
-
-CHANCES = [(0, 0.5), (5, 0.33), (9, 0.09)]
-
-
-@pytest.mark.parametrize(("streak", "published"), [*CHANCES, (10, 0.0), (30, 0.0)])
-def test_aepos_chance_falls_with_the_branchings_in_a_row(streak: int, published: float) -> None:
-    """At dH = 0: 1 - 0.5 / (1 - 0.05 l), counted over an even grid of draws."""
-    grid = 20_000
-    draws = (np.arange(grid) + 0.5) / grid
-    share = sum(rises(0.0, streak, draw, 0.2, 0.5, 0.05) for draw in draws) / grid
-    exact = max(0.0, 1 - 0.5 / max(1 - 0.05 * streak, 1e-9))
-    assert abs(share - exact) <= 1 / grid
-    assert round(share, 2) == published
-
-
-@given(st.floats(-20, 20), st.integers(0, 50))
-def test_arpo_is_aepo_with_a_constant_draw_and_no_penalty(rise: float, streak: int) -> None:
-    assert rises(rise, streak, 0.5, 0.2, 0.5, 0.0) == (0.5 + 0.2 * rise >= 0.5)
-
-
-@pytest.mark.parametrize(
-    ("root", "tools", "expected"),
-    [
-        (1.0, [1.0], 9),  # 16 * 0.5 + 1
-        (3.0, [1.0], 12),  # 16 * 0.7311 = 11.7
-        (1.0, [2.0, 4.0], 5),  # 16 * 0.2689 = 4.3
-        (1.0, [], 9),
-        (500.0, [0.0], 16),  # 17 of 16
-        (0.0, [500.0], 1),
-        (0.0, [5000.0], 1),
-    ],
-)
-def test_aepos_budget_of_known_entropies(root: float, tools: list[float], expected: int) -> None:
-    assert monitored_budget(root, tools, 16, 0.5) == expected
-
-
-@given(st.floats(0, 20), st.lists(st.floats(0, 20), max_size=4), st.integers(2, 64), st.floats(0, 100))
-def test_aepos_budget_is_between_one_and_all(root: float, tools: list[float], budget: int, slope: float) -> None:
-    assert 1 <= monitored_budget(root, tools, budget, slope) <= budget
-
-
-def test_a_monitored_tree_begins_with_as_many_episodes_as_its_first_ones_entropies_say() -> None:
-    """Of 16: the root's 1 nat against 3 over the later turns."""
-    tree = plant(16)
-    monitored = {**PLAIN, "base": 0.0, "slope": 0.0}
-    growth = entropy_rise(tree, initial="monitored", penalty_per="path", **monitored)
-    places = asked(tree, growth, turns_left([1.0, 2.0, 4.0]))
-    assert places == [[ROOT], [ROOT] * 4, [], []]
-
-
-def random_tree(draws: np.random.Generator, at_turns: bool) -> Tree:
-    """Roots, and branches at places of any of them."""
-    tree = plant(int(draws.integers(2, 14)))
-    while tree.room:
-        origin = ROOT
-        if tree.episodes and draws.random() < 0.7:
-            parent = int(draws.integers(len(tree.episodes)))
-            turns = range(len(tree.turns(parent)))
-            starts = (
-                [int(tree.sampled(parent, turn)[0]) for turn in turns][1:] if at_turns else tree.sampled(parent)[1:]
-            )
-            if len(starts):
-                origin = Origin(parent, int(draws.choice(starts)))
-        turns = [[1.0] * int(draws.integers(1, 4)) for _ in range(draws.integers(1, 5))]
-        add(tree, origin, turns, float(draws.integers(-1, 3)), bool(draws.integers(2)))
-    return tree
-
-
-class Node:
-    """A state of the search: the episodes through it, and the states that they went on to."""
-
-    def __init__(self) -> None:
-        self.values, self.children, self.first = list[float](), dict[int, Node](), -1
-
-
-def searched(tree: Tree, width: int, exploration: float) -> list[Origin] | None:
-    """``expandable`` with nodes that are grown episode by episode, and a list of those to try."""
-    returns = [episode.builder.outcome["return"] for episode in tree.episodes]
-    low, high = min(returns), max(returns)
-    root, trails = Node(), list[list[int]]()
-    for episode, value in enumerate(returns):
-        parent, split, _ = tree.origins[episode]
-        turns = tree.turns(episode)
-        shared = 0 if parent is None else [turn["start"] for turn in turns].index(split)
-        trail = [*([] if parent is None else trails[parent][:shared]), *[episode] * (len(turns) - shared)]
-        trails.append(trail)
-        node = root
-        for depth, name in enumerate([*trail, None]):
-            node.values.append((value - low) / (high - low) if high > low else 0.0)
-            if name is not None:
-                if not node.children:
-                    node.first = episode
-                node.children.setdefault(name, Node())
-                node = node.children[name]
-                node.depth = depth + 1  # type: ignore[attr-defined]
-    stack = [(root, 0)]
-    while stack:
-        node, depth = stack.pop()
-        if not node.children:
-            continue
-        if len(node.children) < width:
-            wanted = width - len(node.children)
-            if not depth:
-                return [ROOT] * wanted
-            return [Origin(node.first, tree.turns(node.first)[depth]["start"])] * wanted
-        bounds = []
-        for child in node.children.values():
-            mean = sum(child.values) / len(child.values)
-            bounds.append(mean + exploration * math.sqrt(math.log(len(node.values)) / len(child.values)))
-        order = sorted(range(len(bounds)), key=lambda i: (-round(bounds[i], 12), i))
-        stack += [(list(node.children.values())[i], depth + 1) for i in reversed(order)]
-    return None
-
-
-@properties
-@given(st.integers(0, 10_000), st.integers(2, 3), st.floats(0, 2))
-def test_tree_search_goes_where_a_slow_search_goes(seed: int, width: int, exploration: float) -> None:
-    tree = random_tree(np.random.default_rng(seed), at_turns=True)
-    assert expandable(tree, width, exploration) == searched(tree, width, exploration)
-
-
-def test_tree_search_by_hand() -> None:
-    """Two roots of returns 0 and 1: with little exploration the better one is gone into, with much the less known one."""
-    tree = plant(9)
-    add(tree, ROOT, [[1.0]] * 3, value=0.0)
-    add(tree, ROOT, [[1.0]] * 3, value=1.0)
-    assert expandable(tree, 2, 0.1) == [Origin(1, 6)]
-    add(tree, Origin(1, 6), [[1.0]] * 2, value=1.0)
-    assert expandable(tree, 2, 0.1) == [Origin(1, 9)]
-    assert expandable(tree, 2, 9.0) == [Origin(0, 6)]  # one episode beneath it, against two
-
-
-@properties
-@given(st.integers(0, 10_000))
-def test_equal_beginnings_of_turn_paths_are_shared_turns(seed: int) -> None:
-    """A turn is whose last token it is: a branch within a response makes that turn its own."""
-    tree = random_tree(np.random.default_rng(seed), at_turns=False)
-
-    def sampler(episode: int, token: int) -> int:
-        parent, split, _ = tree.origins[episode]
-        return episode if parent is None or token >= split else sampler(parent, token)
-
-    for episode in range(len(tree.episodes)):
-        ends = [turn["end"] - 1 for turn in tree.turns(episode)]
-        assert turn_path(tree, episode) == tuple(sampler(episode, end) for end in ends)
-
-
-@properties
-@given(st.integers(0, 10_000))
-def test_a_place_belongs_to_the_oldest_episode_that_has_sampled_the_token_before_it(seed: int) -> None:
-    tree = random_tree(np.random.default_rng(seed), at_turns=False)
-    for episode in range(len(tree.episodes)):
-        for split in tree.sampled(episode).tolist()[1:]:
-            owned = tree.owner(Origin(episode, split))
-            assert owned.split == split
-            beginnings = [other.builder.ids[:split] for other in tree.episodes]
-            assert owned.parent is not None
-            assert beginnings[owned.parent] == beginnings[episode]
-            assert tree.origins[owned.parent].split < split
-            holders = [e for e, ids in enumerate(beginnings) if ids == beginnings[episode]]
-            assert owned.parent == min(holders)
-
-
-@pytest.mark.parametrize(("target", "chosen"), [(0.51, 1.5), (0.5, 0.7), (0.49, 0.7)])
-def test_temperature_rises_where_the_initial_episodes_are_below_the_target(target: float, chosen: float) -> None:
-    """Their sampled tokens' mean entropy is 0.5 (of each episode: 0.2 over 3 tokens, 0.8 over 3)."""
-    tree = plant(5)
-    growth = temperature_switch(tree, initial=2, target=target, high=1.5, low=0.7)
-    entropies = itertools.count()
-    places = asked(tree, growth, lambda origin: [[(0.25, 0.75)[next(entropies) % 2]] * 4])
-    assert places == [[ROOT, ROOT], [Origin(temperature=chosen)] * 3]
-
-
-def test_episodes_at_another_temperature_are_sampled_and_recorded_at_it() -> None:
-    changed, asked_for = lake(), list[float]()
-
-    class Noting(Chatter):
-        def generate(self, requests: Any, sampling: Sampling, follow: Any = None) -> list[Continuation]:
-            asked_for.append(sampling.temperature)
-            return super().generate(requests, sampling, follow)
-
-    made = planted(changed, switch_section(4, target=5.0, high=1.75), Noting())
-    assert made.episodes["temperature"] == [1.0, 1.0, 1.0, 1.0, 1.75, 1.75] * 2
-    assert asked_for == [1.0, 1.75]
-    assert (made.parents == -1).all()
-
-
-def scored_tree(values: Sequence[Sequence[float]], successes: Sequence[bool], budget: int) -> Tree:
-    """Initial episodes of two turns of two tokens (at 3, 4 and 7, 8), with scores of these."""
-    tree = plant(budget)
-    for success, own in zip(successes, values, strict=True):
-        add(tree, ROOT, [[1.0, 1.0]] * 2, success=success)
-        scores = np.full(9, -np.inf)
-        scores[[3, 4, 7, 8]] = own
-        tree.scores.append(scores)
-    return tree
-
-
-@pytest.mark.parametrize(
-    ("changes", "expected"),
-    [
-        ({}, [(1, 4), (0, 7), (0, 4)]),
-        ({"side": "before"}, [(1, 8), (1, 3), (0, 4)]),
-        ({"among": "failed"}, [(0, 7), (0, 4), (0, 8)]),
-        ({"width": 2}, [(1, 4), (1, 4), (0, 7), (0, 7)]),
-        ({"width": 3}, [(1, 4), (1, 4), (1, 4)]),
-    ],
-)
-def test_branches_begin_at_the_best_positions(changes: dict[str, Any], expected: list[tuple[int, int]]) -> None:
-    """A score is its token's; ``after`` samples the next one, over an observation too, and has none after the last."""
-    inf = math.inf
-    tree = scored_tree([[2.0, 3.0, 1.0, -inf], [5.0, -inf, -inf, 9.0]], [False, True], 5)
-    given_settings = {
-        "initial": 2,
-        "signal": "",
-        "side": "after",
-        "among": "all",
-        "width": 1,
-        "discount": 0,
-        "bounds": (),
-    }
-    growth = positions(tree, **{**given_settings, **changes})  # type: ignore[arg-type]
-    assert next(growth) == [ROOT, ROOT]
-    assert next(growth) == at(*expected)
-
-
-def test_few_positions_are_gone_through_again_and_none_gives_none() -> None:
-    inf = math.inf
-    few = scored_tree([[-inf, 1.0, 2.0, -inf]], [False], 6)
-    settings_of = {
-        "initial": 1,
-        "signal": "",
-        "side": "before",
-        "among": "all",
-        "width": 1,
-        "discount": 0,
-        "bounds": (),
-    }
-    growth = positions(few, **settings_of)  # type: ignore[arg-type]
-    next(growth)
-    assert next(growth) == at((0, 7), (0, 4), (0, 7), (0, 4), (0, 7))
-    none = scored_tree([[-inf] * 4], [False], 6)
-    growth = positions(none, **settings_of)  # type: ignore[arg-type]
-    next(growth)
-    assert next(growth, None) is None
-
-
-@properties
-@given(st.integers(0, 10_000), st.sampled_from(["before", "after"]))
-def test_positions_are_ranked_by_score_then_in_order(seed: int, side: Any) -> None:
-    draws = np.random.default_rng(seed)
-    sampled = [np.flatnonzero(draws.random(12) < 0.6) for _ in range(3)]
-    scores = [np.where(draws.random(12) < 0.3, -np.inf, draws.integers(0, 4, 12)) for _ in range(3)]
-    found = []
-    for row, places in enumerate(sampled):
-        for number, token in enumerate(places.tolist()):
-            target = number if side == "before" else number + 1
-            if target < len(places) and np.isfinite(scores[row][token]):
-                found.append((scores[row][token], row, int(places[target])))
-    expected = [(row, split) for _, row, split in sorted(found, key=lambda item: (-item[0], item[1], item[2]))]
-    assert ranked_positions(scores, sampled, side) == expected
-
-
-# ------------------------------------------------------------------------------------------------------------ signals
-
-
-def independent_table(seed: int = 0) -> Trajectories:
-    changed = lake()
-    return planted(changed, slots.Independent(), specs=iteration_specs(changed, NAME, seed, 0))
-
-
-@settings(deadline=None, max_examples=20, derandomize=True)
-@given(st.integers(0, 500), st.sampled_from([0.0, 0.9, 0.99, 1.0]), st.sampled_from([(0.8, 1.2), (0.1, 4.0)]))
-def test_appos_score_is_that_of_loops(seed: int, discount: float, bounds: tuple[float, float]) -> None:
-    table = independent_table(seed % 7)
-    moved = np.random.default_rng(seed).normal(0, 0.3, len(table.input_ids))
-    leads = np.ones(len(moved))
-    for episode in range(len(table)):
-        chosen = [t for t in range(table.offsets[episode], table.offsets[episode + 1]) if table.sampled[t]]
-        for i, t in enumerate(chosen):
-            total = sum(discount**k * moved[later] for k, later in enumerate(chosen[i:]))
-            leads[t] = min(max(math.exp(total), bounds[0]), bounds[1])
-    np.testing.assert_allclose(omega(table, moved, discount, bounds), leads, rtol=1e-9)
-
-    scores = branch_scores("branching_score", table, np.random.default_rng(0), moved, discount, bounds)
-    for group in set(table.groups.tolist()):
-        members = [t for t, e in enumerate(table.token_episode) if table.groups[e] == group and table.sampled[t]]
-        z = {}
-        for name, values in (("entropy", table.entropy.astype(float)), ("omega", leads)):
-            own = [values[t] for t in members]
-            mean = sum(own) / len(own)
-            spread = math.sqrt(sum((value - mean) ** 2 for value in own) / len(own))
-            z[name] = {t: (values[t] - mean) / spread for t in members}
-        qualified = [t for t in members if z["entropy"][t] > 0 and z["omega"][t] > 0]
-        assert qualified
-        assert np.flatnonzero(np.isfinite(scores[members])).tolist() == [members.index(t) for t in qualified]
-        for t in qualified:
-            assert scores[t] == pytest.approx(z["entropy"][t] * z["omega"][t])
-    assert not np.isfinite(scores[~table.sampled]).any()
-
-
-def test_where_no_token_qualifies_the_best_product_is_the_only_position() -> None:
-    """Entropy high exactly where Omega is low; then a policy that has not moved at all."""
-    made = build([lone_episode([0.0, 1.0, 3.0, 4.0])])
-    against = np.array([0, 0, 0, 0.1, 0.05, -0.04, -0.11])
-    scores = branch_scores("branching_score", made, np.random.default_rng(0), against, 0.0)
-    assert np.flatnonzero(np.isfinite(scores)).tolist() == [
-        5
-    ]  # of entropies 0, 1, 3, 4 the products -1.9, -.3, -.2, -1.6
-    still = branch_scores("branching_score", made, np.random.default_rng(0), np.zeros(7), 0.99)
-    assert np.isfinite(still).sum() == 1
-
-
-def lone_episode(entropies: Sequence[float]) -> EpisodeBuilder:
-    names = ("episode_id", "group_id", "environment", "state_key")
-    builder = EpisodeBuilder(**dict.fromkeys(names, "e"), seed=0, iteration=0, policy_version=0)
-    builder.append_text([1, 2, 3], Role.PROMPT)
-    say(builder, [entropies])
-    builder.finish(False, "turns")
-    return builder
-
-
-def test_signals_score_sampled_tokens_alone() -> None:
-    table = independent_table()
-    draws = lambda: np.random.default_rng(5)  # noqa: E731
-    entropy = branch_scores("entropy", table, draws())
-    np.testing.assert_array_equal(entropy, np.where(table.sampled, table.entropy.astype(np.float64), -np.inf))
-    anywhere = branch_scores("random", table, draws())
-    np.testing.assert_array_equal(np.isfinite(anywhere), table.sampled)
-    starts = branch_scores("action_start", table, draws())
-    np.testing.assert_array_equal(np.isfinite(starts), action_starts(table))
-    expected = []
-    for row, base in zip(rows(table), table.offsets, strict=False):
-        for turn in row["turns"]:
-            own = [t for t in range(turn["start"], turn["end"]) if row["role"][t] == Role.ACTION and row["sampled"][t]]
-            expected += [int(base) + t for t in own[:1]]
-    assert np.flatnonzero(action_starts(table)).tolist() == expected
-    assert expected
-    with pytest.raises(ValueError, match="not annotated"):
-        branch_scores("reference_energy", table, draws())
-    with pytest.raises(ValueError, match="policy that has moved"):
-        branch_scores("branching_score", table, draws())
 
 
 # -------------------------------------------------------------------------------------------------------- a real engine
@@ -1097,20 +540,6 @@ def branching_config(changes: dict[str, Any] | None = None) -> Config:
     return configured({"methods": METHODS, "train": train, **(changes or {})})
 
 
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the tiny reference policy is saved."""
-    target = tmp_path_factory.mktemp("models") / "policy"
-    supervised(configured()).save(target)
-    return target
-
-
-@pytest.fixture
-def policy(directory: Path) -> Policy:
-    """The tiny reference policy, to be trained."""
-    return load_policy(directory)
-
-
 def collection_of(policy: Policy, method: str, changed: Config) -> Collection:
     return Collection(
         changed,
@@ -1229,19 +658,6 @@ def killed_within_a_tree(task: TrainingTask) -> None:
     train_one(TrainingJob(task, None, None), quiet)
 
 
-def quiet(done: int, total: int, text: str = "") -> None:
-    pass
-
-
-def left(task: TrainingTask) -> dict[str, str]:
-    """Hashes of a result's files but times."""
-    return {
-        path.relative_to(task.result).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(task.result.rglob("*"))
-        if path.is_file() and path.name != "timings.json"
-    }
-
-
 @pytest.mark.parametrize("method", ["arpo", "appo", "seea_r1"])
 def test_a_training_killed_within_a_tree_ends_in_the_bytes_of_an_uninterrupted_one(
     method: str, directory: Path, tmp_path: Path
@@ -1259,8 +675,8 @@ def test_a_training_killed_within_a_tree_ends_in_the_bytes_of_an_uninterrupted_o
     train_one(TrainingJob(killed, None, None), quiet)
     assert (killed.cache / "begun.log").read_text().split() == ["0", "1", "1"]
     train_one(TrainingJob(straight, None, None), quiet)
-    assert left(killed) == left(straight)
-    assert {"curves.json", "episodes.parquet", "policy/model.safetensors"} <= {*left(straight)}
+    assert left(killed.result) == left(straight.result)
+    assert {"curves.json", "episodes.parquet", "policy/model.safetensors"} <= {*left(straight.result)}
     assert len(read_json(straight.result / "curves.json")) == 2
     made = read(straight.result / "episodes.parquet")
     assert (made.parents >= 0).any()

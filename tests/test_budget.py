@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import multiprocessing
 import os
 import signal
-from collections.abc import Iterator
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -21,7 +19,7 @@ from pipeline.files import read_json
 from pipeline.training.budget import progress, training_over
 from pipeline.training.result import TrainingTask, training_task
 from pipeline.training.run import TrainingJob, train_one, train_until
-from tests.test_training import LAKE, configured, supervised
+from tests.trainings import LAKE, configured, left, quiet
 
 
 def rows(tokens: list[int]) -> list[dict[str, float]]:
@@ -70,37 +68,8 @@ def test_progress_counts_what_is_budgeted() -> None:
 # ------------------------------------------------------------------------------------------------------- real trainings
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    torch.set_num_threads(1)
-    target = tmp_path_factory.mktemp("models") / "policy"
-    supervised(configured()).save(target)
-    return target
-
-
 def task_in(cache: Path, directory: Path, **train: Any) -> TrainingTask:
     return training_task(configured({"train": train}), LAKE, "grpo", 0, directory, cache)
-
-
-def quiet(done: int, total: int, text: str = "") -> None:
-    pass
-
-
-def left(task: TrainingTask) -> dict[str, str]:
-    """Hashes of a result's files but times."""
-    return {
-        path.relative_to(task.result).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(task.result.rglob("*"))
-        if path.is_file() and path.name != "timings.json"
-    }
 
 
 def begun(task: TrainingTask) -> list[str]:
@@ -152,7 +121,7 @@ def test_a_training_ends_nearest_to_its_budget_with_the_same_bytes_if_it_was_kil
     assert not killed.finished
     train_one(TrainingJob(killed, None, None), quiet)
     assert begun(killed) == ["0", "1", *map(str, range(1, len(curve)))]
-    assert left(killed) == left(straight)
+    assert left(killed.result) == left(straight.result)
 
 
 def test_a_training_that_has_spent_its_tokens_and_has_no_result_yet_makes_no_further_iteration(
@@ -170,7 +139,7 @@ def test_a_training_that_has_spent_its_tokens_and_has_no_result_yet_makes_no_fur
     obstacle.unlink()
     assert len(train_until(TrainingJob(stopped, None, None), 1, quiet)) == 1
     assert begun(stopped) == ["0", "1", "2"]
-    assert left(stopped) == left(straight)
+    assert left(stopped.result) == left(straight.result)
 
 
 def test_with_a_budget_the_learning_rate_falls_with_the_tokens_spent(

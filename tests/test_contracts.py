@@ -588,7 +588,7 @@ def test_the_command_prints_what_is_broken(
 
 def test_a_policy_is_bootstrapped_and_trained_on_the_example(examples: None) -> None:
     from pipeline.training.module import PolicyGradient
-    from tests.test_training import TINY, fit, supervised  # heavy: the suite's other process imports this module
+    from tests.trainings import TINY, fit, supervised  # heavy: the suite's other process imports this module
 
     tiny = {name: settings for name, settings in TINY.items() if name != "environments"}
     config = documented(overlay(tiny, {"environments": {"frozen_lake": None}}))

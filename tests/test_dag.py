@@ -18,6 +18,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from pipeline.config import read_yaml
+from tests.commands import forked_stages
+from tests.trainings import left
 
 pytestmark = [pytest.mark.dag, pytest.mark.xdist_group("dag")]
 
@@ -56,11 +58,12 @@ def call(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
     return done
 
 
-def repro(folder: Path) -> list[str]:
-    """Run ``dvc repro``; returns the names of the stages that ran."""
-    output = call(folder, "dvc", "repro", PIPELINE).stdout
+def repro(folder: Path, *options: str) -> list[str]:
+    """Run ``dvc repro``; returns the names of the stages that ran, or with ``--dry`` would have."""
+    output = call(folder, "dvc", "repro", *options, PIPELINE).stdout
     ran = re.findall(r"Running stage '[^']*:([^':]+)'", output)
-    assert output.count("Next: ") == len(ran), "a stage ends with its result and the next command"
+    if "--dry" not in options:
+        assert output.count("Next: ") == len(ran), "a stage ends with its result and the next command"
     assert all(f"--params {PARAMS}" in command for command in re.findall(r"Next: python -m .*", output))
     return ran
 
@@ -87,16 +90,28 @@ def edit(folder: Path, change: object) -> None:
 
 @pytest.fixture(scope="module")
 def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
-    """Two clones in which the smoke preset has run, at the same time."""
-    folders = [clone(tmp_path_factory.mktemp("clone") / name) for name in ("one", "two")]
+    """Two clones in which the smoke preset has run, at the same time: by DVC, and stage by stage."""
+    one, two = (clone(tmp_path_factory.mktemp("clone") / name) for name in ("one", "two"))
+    with ThreadPoolExecutor(1) as pool:
+        other = pool.submit(stage_by_stage, two)
+        call(one, sys.executable, "-m", "stages.preset", "--name", "smoke")
+        assert len(repro(one)) == 4 + 2 * len(METHODS) + 1
+        other.result()
+    return one, two
 
-    def first_time(folder: Path) -> None:
-        call(folder, sys.executable, "-m", "stages.preset", "--name", "smoke")
-        assert len(repro(folder)) == 4 + 2 * len(METHODS) + 1
 
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(first_time, folders))
-    return folders[0], folders[1]
+def stage_by_stage(folder: Path) -> None:
+    played = ["--params", PARAMS, "--environment", "frozen_lake"]
+    commands = [
+        ["preset", "--name", "smoke"],
+        ["policy", "--params", PARAMS],
+        *([stage, *played] for stage in ("rollout", "annotate")),
+        *(["train", *played, "--method", method] for method in METHODS),
+        *(["evaluate", *played, "--method", method] for method in (*METHODS, "reference")),
+        ["compare", "--params", PARAMS],
+    ]
+    for done in forked_stages(folder, environment(), *commands):
+        assert done.returncode == 0, f"{done.args}\n{done.stderr[-3000:]}"
 
 
 def test_a_fresh_clone_ends_with_table_report_and_runs(runs: tuple[Path, Path]) -> None:
@@ -178,23 +193,6 @@ def test_notebooks_run_on_the_outputs_and_are_committed_without_any(runs: tuple[
     assert digests(folder) == before
 
 
-def test_only_what_an_edit_touches_runs_again(runs: tuple[Path, Path]) -> None:
-    folder = runs[0]
-    assert repro(folder) == []
-
-    figures = folder / "pipeline/report/comparison_figures.py"
-    figures.write_text(figures.read_text() + "\n# an edit\n")
-    assert repro(folder) == ["compare"]
-
-    edit(folder, lambda p: p["methods"]["grpo_actfocus"]["weight"].update(reasoning_downweight=0.3))
-    assert repro(folder) == ["train@frozen_lake-grpo_actfocus", "evaluate@frozen_lake-grpo_actfocus", "compare"]
-
-    edit(folder, lambda p: p["seeds"].append(2))
-    output = call(folder, "dvc", "repro", PIPELINE).stdout
-    assert output.count("3 seeds (1 trained now, 2 kept)") == len(METHODS)
-    assert "stages.rollout" not in re.sub(r"Next: .*", "", output)
-
-
 def test_two_revisions_are_compared_at_the_terminal(runs: tuple[Path, Path]) -> None:
     folder = runs[0]
     identity = ["-c", "user.name=test", "-c", "user.email=test@example.invalid"]
@@ -234,12 +232,30 @@ def test_two_revisions_are_compared_at_the_terminal(runs: tuple[Path, Path]) -> 
     assert "A=before: reports/comparison.json: not in this revision's dvc.lock" in unlocked.stderr
 
 
+def test_only_what_an_edit_touches_runs_again(runs: tuple[Path, Path]) -> None:
+    folder = runs[0]
+    assert repro(folder) == []
+
+    figures = folder / "pipeline/report/comparison_figures.py"
+    figures.write_text(figures.read_text() + "\n# an edit\n")
+    assert repro(folder, "--dry") == ["compare"]
+
+    edit(folder, lambda p: p["methods"]["grpo_actfocus"]["weight"].update(reasoning_downweight=0.3))
+    assert repro(folder) == ["train@frozen_lake-grpo_actfocus", "evaluate@frozen_lake-grpo_actfocus", "compare"]
+
+    edit(folder, lambda p: p["seeds"].append(2))
+    output = call(folder, "dvc", "repro", PIPELINE).stdout
+    assert output.count("3 seeds (1 trained now, 2 kept)") == len(read_yaml(folder / PARAMS)["methods"])
+    assert "stages.rollout" not in re.sub(r"Next: .*", "", output)
+
+
 def test_a_killed_training_ends_in_the_bytes_of_an_uninterrupted_one(runs: tuple[Path, Path]) -> None:
+    """The first repro's was not interrupted. With other settings nothing of the killed one is gone on with."""
     folder = runs[1]
-    edit(folder, lambda p: p["train"].update(iterations=8))
+    cache, straight = folder / ".cache/train", folder / ".cache/straight"
+    cache.rename(straight)
     command = [sys.executable, "-m", "stages.train", "--params", PARAMS, "--environment", "frozen_lake"]
     command += ["--method", "ppo"]
-    before = set((folder / ".cache/train").iterdir())
     process = subprocess.Popen(
         command,
         cwd=folder,
@@ -249,47 +265,31 @@ def test_a_killed_training_ends_in_the_bytes_of_an_uninterrupted_one(runs: tuple
         stderr=subprocess.DEVNULL,
     )
     deadline = time.monotonic() + 120
-    while begun(folder, before)[-1:] < ["3"] and time.monotonic() < deadline:
+    while not any("1" in log for log in begun(cache).values()) and time.monotonic() < deadline:
         time.sleep(0.002)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
-    keys = set((folder / ".cache/train").iterdir()) - before
-    assert keys
-    assert not all((key / "result").exists() for key in keys), "killed too late to test anything"
+    killed = begun(cache)
+    assert any("1" in log for log in killed.values())
+    assert not all((cache / key / "result").exists() for key in killed), "killed too late to test anything"
+
+    rate = read_yaml(folder / PARAMS)["method_defaults"]["learning_rate"]
+    edit(folder, lambda p: p["method_defaults"].update(learning_rate=2 * rate))
     call(folder, *command)
-    keys = set((folder / ".cache/train").iterdir()) - before
-    resumed = {key.name: tree(key / "result") for key in keys}
-    for key in keys:
-        lines = (key / "begun.log").read_text().split()
-        assert set(lines) == {str(i) for i in range(8)}
-        assert len(lines) <= 9, "more than one iteration was computed twice"
+    others = {key: log for key, log in begun(cache).items() if key not in killed}
+    assert list(others.values()) == [["0", "1", "2"]] * 2
 
-    for key in keys:
-        shutil.rmtree(key)
+    edit(folder, lambda p: p["method_defaults"].update(learning_rate=rate))
     call(folder, *command)
-    assert {key.name: tree(key / "result") for key in keys} == resumed
-
-    edit(folder, lambda p: p["method_defaults"].update(learning_rate=0.0007))
-    call(folder, *command)
-    changed = set((folder / ".cache/train").iterdir()) - before - keys
-    assert len(changed) == len(keys)
-    for key in changed:
-        assert (key / "begun.log").read_text().split() == [str(i) for i in range(8)]
-
-
-def begun(folder: Path, before: set[Path]) -> list[str]:
-    """Iterations that some new training has begun, in order."""
-    for key in set((folder / ".cache/train").iterdir()) - before:
-        log = key / "begun.log"
-        if log.exists():
-            return log.read_text().split()
-    return []
+    resumed = {key: log for key, log in begun(cache).items() if key not in others}
+    assert resumed.keys() >= killed.keys()
+    assert len(resumed) == 2
+    for key, log in resumed.items():
+        assert set(log) == {"0", "1", "2"}
+        assert len(log) <= 4, "more than one iteration was computed twice"
+        assert left(cache / key / "result") == left(straight / key / "result")
 
 
-def tree(folder: Path) -> dict[str, str]:
-    """Hashes of a result's files but times and run ids."""
-    return {
-        path.relative_to(folder).as_posix(): hashlib.sha256(path.read_bytes()).hexdigest()
-        for path in sorted(folder.rglob("*"))
-        if path.is_file() and path.name not in ("timings.json", "runs.json")
-    }
+def begun(cache: Path) -> dict[str, list[str]]:
+    """Iterations that each training has begun, in order, by its key."""
+    return {log.parent.name: log.read_text().split() for log in cache.glob("*/begun.log")}

@@ -16,16 +16,9 @@ from pipeline.policy.model import load_trained
 from pipeline.report.decisions import decisions_text, draw_decisions
 from pipeline.rollout.collector import Episode, Setup, iteration_specs, play
 from pipeline.rollout.transformers_engine import TransformersEngine
-from tests.test_training import LAKE, ROOT, configured, supervised
+from tests.trainings import LAKE, ROOT, configured
 
 PLAN = Plan(seeds=[300, 301], positions=2, candidates=3, continuations=2)
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("models") / "policy"
-    supervised(configured()).save(target)
-    return target
 
 
 def test_components_of_a_hand_worked_layout() -> None:
@@ -45,10 +38,10 @@ def test_components_are_unbiased() -> None:
 
 
 def test_candidates_share_what_came_before_and_continuations_their_candidate(
-    policy: Path, monkeypatch: pytest.MonkeyPatch
+    directory: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     config = configured()
-    reference = load_trained(policy, config)
+    reference = load_trained(directory, config)
     engine, setup = TransformersEngine(reference, 128), Setup(reference.tokenizer, config, LAKE)
     episodes = play(engine, map(setup.begin, iteration_specs(config, LAKE, 0, 0)), 1.0)
     chosen = np.flatnonzero(episodes[0].builder.tokens["sampled"])
@@ -86,9 +79,9 @@ def test_a_signal_is_summarised_over_states() -> None:
     assert summarised([Position("entropy", "a", "action", 0.0, 0.0)])["explained"]["mean"] == 0.0
 
 
-def test_every_signal_is_measured_and_repeatable(policy: Path, tmp_path: Path) -> None:
+def test_every_signal_is_measured_and_repeatable(directory: Path, tmp_path: Path) -> None:
     config = configured({"rollout": {"groups": 2, "group_size": 4}})
-    result, again = (decisions(config, policy, LAKE, "grpo", PLAN, tmp_path / folder) for folder in ("a", "b"))
+    result, again = (decisions(config, directory, LAKE, "grpo", PLAN, tmp_path / folder) for folder in ("a", "b"))
     assert result == again
     assert result["states"] == 4
     assert list(result["signals"]) == list(SIGNALS)
@@ -105,13 +98,13 @@ def test_every_signal_is_measured_and_repeatable(policy: Path, tmp_path: Path) -
     assert [file.read_bytes() for file in files] == before
 
 
-def test_what_cannot_be_measured_is_refused(policy: Path, tmp_path: Path) -> None:
+def test_what_cannot_be_measured_is_refused(directory: Path, tmp_path: Path) -> None:
     grown = {"kind": "tree_search", "width": 2}
     config = configured({"methods": {"grpo": {"branching": grown, "advantage": {"kind": "siblings"}}}})
     with pytest.raises(ConfigError, match="must not branch itself"):
-        decisions(config, policy, LAKE, "grpo", PLAN, tmp_path)
+        decisions(config, directory, LAKE, "grpo", PLAN, tmp_path)
     with pytest.raises(ConfigError, match="at least 2"):
-        decisions(configured(), policy, LAKE, "grpo", Plan([0], 1, 1, 2), tmp_path)
+        decisions(configured(), directory, LAKE, "grpo", Plan([0], 1, 1, 2), tmp_path)
 
 
 def test_the_command_names_what_is_wrong() -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -194,6 +194,19 @@ def assert_same(actual: Record, expected: Record) -> None:
             np.testing.assert_allclose(answer.entropy, other.entropy, atol=1e-4)
 
 
+def one_by_one(
+    answer: Callable[[Request], Continuation], requests: Iterable[Request], follow: Follow | None
+) -> list[Continuation]:
+    """``RolloutEngine.generate`` with one episode after another."""
+    last = []
+    for number, first in enumerate(requests):
+        request: Request | None = first
+        while request is not None:
+            last[number:] = [answer(request)]
+            request = follow(number, last[number]) if follow else None
+    return last
+
+
 class SlowEngine:
     """The contract at its plainest: one episode after another, the whole prefix anew for every token.
 
@@ -208,14 +221,7 @@ class SlowEngine:
     def generate(
         self, requests: Iterable[Request], sampling: Sampling, follow: Follow | None = None
     ) -> list[Continuation]:
-        last = []
-        for number, first in enumerate(requests):
-            request: Request | None = first
-            while request is not None:
-                answer = self._continue(request, sampling)
-                request = follow(number, answer) if follow else None
-            last.append(answer)
-        return last
+        return one_by_one(lambda request: self._continue(request, sampling), requests, follow)
 
     def forget(self) -> None: ...
 

@@ -285,7 +285,7 @@ def test_a_policy_is_bootstrapped_trained_and_evaluated_on_a_dataset() -> None:
     from pipeline.energy.annotate import annotate
     from pipeline.evaluation.evaluate import episode_results, evaluate
     from pipeline.training.module import PolicyGradient
-    from tests.test_training import TINY, fit, supervised  # heavy: the suite's other process imports this module
+    from tests.trainings import TINY, fit, supervised  # heavy: the suite's other process imports this module
 
     sums = {
         "id": REASONING,

@@ -26,7 +26,7 @@ from pipeline.training.heads import HEADS, Head, QHead, Scene, ValueHead, make_h
 from pipeline.training.iteration import Example
 from pipeline.training.module import PolicyGradient, _Averages
 from pipeline.trajectory import RESPONSE_ROLES, Role
-from tests.test_training import standing
+from tests.trainings import standing
 
 ROOT = Path(__file__).parents[1]
 VOCABULARY, WIDTH, TEMPERATURE = 23, 16, 0.8

@@ -5,7 +5,6 @@ from __future__ import annotations
 import ast
 import copy
 import re
-from pathlib import Path
 from typing import Any, get_args
 
 import pytest
@@ -14,13 +13,11 @@ from ruamel.yaml import YAML
 
 from pipeline.config import Config, Method, load, parse, read_yaml
 from pipeline.objective.methods import SLOTS
-from pipeline.policy.bootstrap import bootstrap
 from pipeline.policy.model import Policy
 from pipeline.presets import overlay
 from pipeline.training.module import PolicyGradient
-from tests.test_training import LAKE, TINY, fit
+from tests.trainings import LAKE, ROOT, TINY, fit
 
-ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")
 ENTRY = re.compile(r"^#{3,4} `(\w+)`$", re.MULTILINE)
 BLOCK = re.compile(r"^```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -60,15 +57,6 @@ def small(row: Any) -> Any:
 
 def slots(method: Method, *ignored: str) -> dict[str, Any]:
     return method.model_dump(exclude={"source", "status", *ignored})
-
-
-@pytest.fixture(scope="module")
-def policy() -> Policy:
-    """The tiny reference policy; copied before it is trained."""
-    torch.set_num_threads(1)
-    config = laid_over({}, SMALL)
-    assert config.policy.kind == "scratch"
-    return bootstrap(config.policy, config.environments, lambda step, total, loss: None)
 
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: "+".join(block["methods"]))
@@ -128,8 +116,7 @@ def test_the_controls_are_those_of_the_preset() -> None:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_block_trains(name: str, policy: Policy) -> None:
     config = laid_over({"methods": {name: small(block_of(name)["methods"][name])}}, SMALL)
-    own = Policy(copy.deepcopy(policy.model), policy.tokenizer)
-    module = PolicyGradient(config, LAKE, name, 0, own)
+    module = PolicyGradient(config, LAKE, name, 0, policy)
     before = copy.deepcopy(module.state_dict())
     fit(module, config.train.iterations)
     assert len(module.curve) == 2

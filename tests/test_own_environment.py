@@ -8,7 +8,6 @@ import re
 import subprocess
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +21,7 @@ from pipeline.config import read_yaml
 from pipeline.presets import overlay
 from pipeline.trajectory import Role, read
 from stages.play import show
+from tests.commands import forked_stages
 
 pytestmark = [pytest.mark.dag, pytest.mark.xdist_group("dag")]
 
@@ -129,22 +129,25 @@ def write_params(folder: Path, name: str, environments: dict[str, Any], policy: 
         YAML(typ="safe").dump(raw, file)
 
 
-def stage(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    environment = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
-    environment |= {"PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"}
-    command = (sys.executable, "-m", f"stages.{command[0]}", *command[1:])
-    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+def environment(folder: Path) -> dict[str, str]:
+    kept = {k: v for k, v in os.environ.items() if k != "MLFLOW_TRACKING_URI"}
+    return {**kept, "PYTHONPATH": f"{ROOT}{os.pathsep}{folder}"}
+
+
+def started(folder: Path, stage: str, *options: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", f"stages.{stage}", *options]
+    return subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=300)
 
 
 def run(folder: Path, *command: str) -> str:
-    done = stage(folder, *command)
+    done = started(folder, *command)
     assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
     return done.stdout
 
 
-def at_once(folder: Path, *commands: Sequence[str]) -> None:
-    with ThreadPoolExecutor(2) as pool:
-        list(pool.map(lambda command: run(folder, *command), commands))
+def run_forked(folder: Path, *commands: Sequence[str]) -> None:
+    for done in forked_stages(folder, environment(folder), *commands):
+        assert done.returncode == 0, f"{done.args}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
 
 
 @pytest.fixture(scope="module")
@@ -161,18 +164,21 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_an_id_in_params_is_enough_to_roll_out_annotate_train_evaluate_and_compare(project: Path) -> None:
     """Beside another environment: each has tables and figures of its own."""
     names = ("bandit", "coin")
-    for command in ("rollout", "annotate"):
-        at_once(project, *([command, "--environment", name] for name in names))
-    # The first training makes MLflow's database.
-    run(project, "train", "--environment", "coin", "--method", "grpo")
     played = [(name, method) for name in names for method in ("grpo", "reference")]
-    at_once(
+    for stage in ("rollout", "annotate"):
+        run(project, stage, "--environment", "coin")
+    for stage in ("train", "evaluate"):
+        run(project, stage, "--environment", "coin", "--method", "grpo")
+    run_forked(
         project,
+        *([stage, "--environment", "bandit"] for stage in ("rollout", "annotate")),
         ["train", "--environment", "bandit", "--method", "grpo"],
-        ["evaluate", "--environment", "coin", "--method", "grpo"],
+        *(
+            ["evaluate", "--environment", name, "--method", method]
+            for name, method in played
+            if (name, method) != ("coin", "grpo")
+        ),
     )
-    others = (pair for pair in played if pair != ("coin", "grpo"))
-    at_once(project, *(["evaluate", "--environment", name, "--method", method] for name, method in others))
     text = run(project, "compare")
     (row,) = json.loads((project / "data" / "curves" / "coin-grpo.json").read_text())["seeds"]["0"]
     assert row["updates"] > 0
@@ -224,66 +230,73 @@ def test_what_it_shows_stays_in_its_messages_and_is_no_markup_in_the_report(
     assert {c for c in shown if not c.isprintable()} == {"\n"}
 
 
-@pytest.mark.parametrize(
-    ("command", "environment", "policy", "line"),
-    [
-        (
-            "policy",
-            {"id": "mine:Cion-v0"},
-            PRETRAINED,
-            "environments: id 'mine:Cion-v0' cannot be made: it is not registered; did you mean 'mine:Coin-v0'?",
-        ),
-        (
-            "policy",
-            {},
-            SCRATCH,
-            "policy.kind: scratch learns from an expert, and 'mine:Coin-v0' has none; set policy to {kind: pretrained, "
-            "model: ...}, or write `expert` in module mine (docs/environments.md)",
-        ),
-        (
-            "policy",
-            {"settings": {"broken": "constructor"}},
-            PRETRAINED,
-            "environments: id 'mine:Coin-v0' cannot be made: its constructor raised OSError: no such coin "
-            "(mine.py, line 14)",
-        ),
-        (
-            "policy",
-            {"settings": {"broken": "observation"}},
-            PRETRAINED,
-            "environments: 'mine:Coin-v0' returned an observation of type int from reset; it must be text",
-        ),
-        (
-            "rollout",
-            {"settings": {"broken": "reward"}},
-            PRETRAINED,
-            "environments: 'mine:Coin-v0' returned the reward nan from step('heads'); it must be a finite number",
-        ),
-        (
-            "rollout",
-            {"settings": {"broken": "step"}},
-            PRETRAINED,
-            "environments: 'mine:Coin-v0': step('heads') raised KeyError: 'heads' (mine.py, line 28)",
-        ),
-    ],
-    ids=["unknown id", "no expert", "constructor", "observation", "reward", "exception"],
-)
-def test_a_mistake_is_one_line(
-    project: Path, command: str, environment: dict[str, Any], policy: dict[str, Any], line: str
-) -> None:
-    write_params(project, "wrong.yaml", {"wrong": {**COIN, **environment}}, policy)
-    options = ["--environment", "wrong"] if command == "rollout" else []
-    done = stage(project, command, "--params", "wrong.yaml", *options)
+MISTAKES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
+    "unknown id": (
+        "policy",
+        {"id": "mine:Cion-v0"},
+        PRETRAINED,
+        "environments: id 'mine:Cion-v0' cannot be made: it is not registered; did you mean 'mine:Coin-v0'?",
+    ),
+    "no expert": (
+        "policy",
+        {},
+        SCRATCH,
+        "policy.kind: scratch learns from an expert, and 'mine:Coin-v0' has none; set policy to {kind: pretrained, "
+        "model: ...}, or write `expert` in module mine (docs/environments.md)",
+    ),
+    "constructor": (
+        "policy",
+        {"settings": {"broken": "constructor"}},
+        PRETRAINED,
+        "environments: id 'mine:Coin-v0' cannot be made: its constructor raised OSError: no such coin "
+        "(mine.py, line 14)",
+    ),
+    "observation": (
+        "policy",
+        {"settings": {"broken": "observation"}},
+        PRETRAINED,
+        "environments: 'mine:Coin-v0' returned an observation of type int from reset; it must be text",
+    ),
+    "reward": (
+        "rollout",
+        {"settings": {"broken": "reward"}},
+        PRETRAINED,
+        "environments: 'mine:Coin-v0' returned the reward nan from step('heads'); it must be a finite number",
+    ),
+    "exception": (
+        "rollout",
+        {"settings": {"broken": "step"}},
+        PRETRAINED,
+        "environments: 'mine:Coin-v0': step('heads') raised KeyError: 'heads' (mine.py, line 28)",
+    ),
+}
+"""Stage, what is wrong with the environment, policy, and what is said."""
+
+
+@pytest.fixture(scope="module")
+def refusals(project: Path) -> dict[str, subprocess.CompletedProcess[str]]:
+    """What comes of each mistake; one of each stage in a process as a user starts it."""
+    commands = {}
+    for name, (command, wrong, policy, _) in MISTAKES.items():
+        write_params(project, f"{name}.yaml", {"wrong": {**COIN, **wrong}}, policy)
+        options = ["--environment", "wrong"] if command == "rollout" else []
+        commands[name] = [command, "--params", f"{name}.yaml", *options]
+    found = {name: started(project, *commands.pop(name)) for name in ("observation", "exception")}
+    return found | dict(zip(commands, forked_stages(project, environment(project), *commands.values()), strict=True))
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_is_one_line(project: Path, refusals: dict[str, subprocess.CompletedProcess[str]], name: str) -> None:
+    done = refusals[name]
     assert (done.returncode, done.stdout) == (2, "")
-    assert done.stderr.replace("tails", "heads").splitlines() == [line]
+    assert done.stderr.replace("tails", "heads").splitlines() == [MISTAKES[name][-1]]
     assert not (project / "data" / "trajectories" / "wrong.parquet").exists()
 
 
 def test_one_policy_from_scratch_plays_several_environments(tmp_path: Path) -> None:
     lake = read_yaml(ROOT / "params.yaml")["environments"]["frozen_lake"]
     write_params(tmp_path, "params.yaml", {"bandit": BANDIT, "frozen_lake": lake}, SCRATCH)
-    run(tmp_path, "policy")
-    at_once(tmp_path, *(["rollout", "--environment", name] for name in ("bandit", "frozen_lake")))
+    run_forked(tmp_path, ["policy"], *(["rollout", "--environment", name] for name in ("bandit", "frozen_lake")))
     for name, shown in (("bandit", "arms: "), ("frozen_lake", "player ")):
         table = read(tmp_path / "data" / "trajectories" / f"{name}.parquet")
         tokenizer = Tokenizer.from_file(str(tmp_path / "models" / "policy" / "tokenizer.json"))

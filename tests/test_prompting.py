@@ -201,9 +201,10 @@ def test_bytes_of_one_character_share_its_role() -> None:
 @given(st.text(max_size=20))
 @properties
 def test_any_text_survives_encoding_and_decoding(tokenizer: Any, text: str) -> None:
+    """But for U+FFFD at its end, which looks like a character that is still incomplete."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     response = decode(tokenizer, ids)
-    assert response.text == text
+    assert response.text == text.rstrip("\ufffd")
     assert len(response.spans) == len(ids)
 
 

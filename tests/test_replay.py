@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
@@ -41,27 +40,12 @@ from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.slots import ActFocusWeight, Signal
 from pipeline.trajectory import Trajectories
 from tests.batches import batches, properties
-from tests.test_training import LAKE, configured, supervised
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _one_thread() -> Iterator[None]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
+from tests.trainings import LAKE, configured
 
 
 @pytest.fixture(scope="module")
 def config() -> Config:
     return configured({"rollout": {"groups": 4}, "train": {"tokens_per_forward": 800}, "workers": 2})
-
-
-@pytest.fixture(scope="module")
-def directory(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("replay") / "policy"
-    supervised(config).save(target)
-    return target
 
 
 @pytest.fixture(scope="module")

@@ -514,12 +514,12 @@ def test_text_on_coloured_tokens_can_be_read(written: Path, browser: Any) -> Non
 
 
 def test_pictures_for_the_documents(written: Path, browser: Any, tmp_path: Path) -> None:
-    shoot_report(browser, written, tmp_path)
+    shoot_report(browser, written, tmp_path / "report.png", tmp_path / "viewer.png")
     for name in ("report.png", "viewer.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / name).stat().st_size < 300_000
     with pytest.raises(ConfigError, match=r"none\.html: no such file; `make repro` makes it"):
-        shoot_report(browser, tmp_path / "none.html", tmp_path)
+        shoot_report(browser, tmp_path / "none.html", tmp_path / "report.png", tmp_path / "viewer.png")
 
 
 def test_a_missing_browser_is_one_line(tmp_path: Path) -> None:

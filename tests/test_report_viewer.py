@@ -15,12 +15,13 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from pipeline.config import ConfigError, Environment
 from pipeline.environments.registry import board_of, make, reset, step
 from pipeline.episodes import episode_records
+from pipeline.policy.model import load_policy
 from pipeline.report.viewer import Played, choose, read_played, viewer_data
 from pipeline.training.episodes import write_episodes
 from pipeline.training.module import PolicyGradient
 from pipeline.trajectory import EpisodeBuilder, Role, Trajectories, build
 from tests.test_comparison import configuration
-from tests.test_training import LAKE, configured, fit, supervised
+from tests.trainings import LAKE, configured, fit
 
 
 def byte_tokenizer() -> Any:
@@ -131,14 +132,14 @@ def test_an_environment_without_a_board_has_none_and_a_broken_one_is_named(monke
             board_of(bandit, "key")
 
 
-def test_the_last_iterations_tokens_carry_what_its_update_made_of_them(tmp_path: Path) -> None:
+def test_the_last_iterations_tokens_carry_what_its_update_made_of_them(directory: Path, tmp_path: Path) -> None:
     """Kept: the episodes themselves, with advantage, weight and c of every trained token, and of no other."""
     weight = {"kind": "actfocus", "reasoning_downweight": 0.25}
     mine = {"filter": {"kind": "reward_variance", "keep": 0.5}, "weight": weight}
     config = configured({"methods": {"mine": mine}, "train": {"passes": 1, "minibatch": 2}})
-    module = fit(PolicyGradient(config, LAKE, "mine", 0, supervised(config)), 1)
+    module = fit(PolicyGradient(config, LAKE, "mine", 0, load_policy(directory)), 1)
     assert module.last_update == {}
-    module = fit(PolicyGradient(config, LAKE, "mine", 0, supervised(config)), 2)
+    module = fit(PolicyGradient(config, LAKE, "mine", 0, load_policy(directory)), 2)
     episodes, columns = module.last_episodes, module.last_update
     assert episodes is not None
     trained = np.isfinite(columns["advantage"])

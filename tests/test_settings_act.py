@@ -18,8 +18,10 @@ from pipeline.presets import overlay
 from pipeline.rollout.branching import GROWTHS
 from pipeline.section import Section
 from pipeline.training.module import PolicyGradient
-from tests.test_training import LAKE, ROOT, TINY, fit, same, supervised, weights
+from tests.trainings import LAKE, ROOT, TINY, fit, same, supervised, weights
 
+# In one process: most cases of a method share the training that nothing is changed in.
+pytestmark = pytest.mark.xdist_group("settings")
 SLOTS = ("branching", "reward", "filter", "advantage", "weight", "aggregation", "surrogate", "regulariser")
 EASY = {"size": 3, "frozen": 0.9, "success_rate": 1.0, "least_distance": 1, "max_actions": 8, "grid": "first"}
 SKILLED = [{"steps": 200, "reasoning_words": [0, 1], "action_noise": 0.2}]
@@ -168,18 +170,20 @@ def another(name: str, field: FieldInfo, value: Any) -> Any:
     return value / 2 if value else 0.5
 
 
+def of_slot(slot: str, changes: dict[str, Any]) -> str:
+    """What is laid over a row, as the key of a training; without changes one training is that of all slots."""
+    return repr({slot: changes} if changes else {})
+
+
 @cache
-def trained(preset: str, method: str, slot: str, changes: str) -> dict[str, torch.Tensor]:
-    """Weights after a short training with some settings of a slot changed; ``changes`` is their repr."""
+def trained(preset: str, method: str, changes: str) -> dict[str, torch.Tensor]:
+    """Weights after a short training with some settings changed; ``changes`` comes from ``of_slot``."""
     raw = base(preset).model_dump(mode="json")
-    raw["methods"] = {method: overlay(raw["methods"][method], {slot: eval(changes)})}
+    raw["methods"] = {method: overlay(raw["methods"][method], eval(changes))}
     raw["compare"] = {}
     config = parse(raw)
     policy = Policy(copy.deepcopy(reference().model), reference().tokenizer)
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
     module = fit(PolicyGradient(config, LAKE, method, 0, policy), 3)
-    torch.set_num_threads(before)
     assert sum(row["non_finite_losses"] for row in module.curve) == 0
     assert sum(row["success"] for row in module.curve) > 0
     return weights(module.model)
@@ -196,16 +200,14 @@ def test_a_changed_setting_changes_the_policy(
     for step in reversed(path[1:-1]):
         changed = {step: changed}
     assert changed != {path[-1]: value}
-    plain = trained(preset, method, path[0], repr(context))
-    other = trained(preset, method, path[0], repr({**context, **changed}))
+    plain = trained(preset, method, of_slot(path[0], context))
+    other = trained(preset, method, of_slot(path[0], {**context, **changed}))
     assert not same(plain, other), name
 
 
 def test_the_same_settings_give_the_same_weights() -> None:
     """Else the test above could not fail."""
-    one = trained("methods", "grpo", "weight", "{}")
-    trained.cache_clear()
-    assert same(one, trained("methods", "grpo", "weight", "{}"))
+    assert same(trained("methods", "grpo", "{}"), trained.__wrapped__("methods", "grpo", "{}"))
 
 
 @pytest.mark.parametrize(
@@ -222,8 +224,8 @@ def test_the_same_settings_give_the_same_weights() -> None:
 def test_each_part_of_aepo_acts(slot: str, changes: dict[str, Any]) -> None:
     """Its four parts can be switched off one by one, and each of them is missed."""
     context = {"penalty": 0.5} if "penalty_per" in changes else {}
-    plain = trained("branching", "aepo", slot, repr(context))
-    assert not same(plain, trained("branching", "aepo", slot, repr(context | changes)))
+    plain = trained("branching", "aepo", of_slot(slot, context))
+    assert not same(plain, trained("branching", "aepo", of_slot(slot, context | changes)))
 
 
 def test_there_is_a_case_for_every_kind_of_every_slot() -> None:

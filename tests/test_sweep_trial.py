@@ -12,13 +12,13 @@ from optuna.exceptions import TrialPruned
 from optuna.trial import TrialState
 
 from pipeline.config import parse, read_yaml
-from pipeline.policy.bootstrap import bootstrap
 from pipeline.sweep.plan import Plan, plans
 from pipeline.sweep.score import success, violations
 from pipeline.sweep.trial import CACHE, Outcome, TrainingObjective
 from pipeline.training.result import training_task
 from pipeline.training.run import TrainingJob, train_one
 from tests.searches import SMOKE, awaited, begin, kill_all, params, run, trials_asked_for, trials_of
+from tests.trainings import quiet, supervised
 
 pytestmark = [pytest.mark.dag, pytest.mark.xdist_group("sweep")]
 ITERATIONS = 4
@@ -29,8 +29,7 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The smoke preset's reference policy."""
     folder = tmp_path_factory.mktemp("models")
     config = parse(read_yaml(params(folder, read_yaml(SMOKE))))
-    assert config.policy.kind == "scratch"
-    bootstrap(config.policy, config.environments, lambda step, total, loss: None).save(folder / "policy")
+    supervised(config).save(folder / "policy")
     return folder / "policy"
 
 
@@ -44,10 +43,6 @@ def plan_of(folder: Path, policy: Path, tokens: int | None = None, **sweep: Any)
     train = {"iterations": ITERATIONS, "tokens": tokens, "validate_every": 2}
     changes = {"train": train, "sweep": {"seeds": [100, 101], **sweep}}
     return plans(params(folder, read_yaml(SMOKE), changes), "actfocus", policy)[0]
-
-
-def quiet(done: int, total: int, text: str = "") -> None:
-    pass
 
 
 def ran(plan: Plan, trial: optuna.Trial, values: Any, report: Any = quiet) -> Outcome:

@@ -21,28 +21,19 @@ from transformers import AutoModelForCausalLM
 
 from pipeline.config import Config, load, read_yaml
 from pipeline.files import write_json
-from pipeline.policy.bootstrap import bootstrap
 from pipeline.tracking.comparison import best_training, log_comparison
 from pipeline.tracking.datasets import dvc_digest
 from pipeline.tracking.send import send_waiting
 from pipeline.tracking.spool import Spool, waiting
-from pipeline.tracking.store import open_store, study_run
+from pipeline.tracking.store import study_run
 from pipeline.tracking.study import log_study, log_trial
 from pipeline.tracking.training import Store, TrainingRun
 from pipeline.training.run import TrainingJob, train_until
-from tests.test_training import configured
-from tests.tracked import LAKE, Training, apart, runs_of, steps, toy_job, toy_settings
+from tests.tracked import Training, apart, runs_of, steps, toy_job, toy_settings
+from tests.trainings import LAKE, configured, quiet
 
 ROOT = Path(__file__).parents[1]
 pytestmark = pytest.mark.xdist_group("tracking")
-
-
-@pytest.fixture(scope="module")
-def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A database with MLflow's tables; making one takes seconds."""
-    folder = tmp_path_factory.mktemp("migrated")
-    apart(open_store, Store(f"sqlite:///{folder / 'mlflow.db'}", folder / ".cache"), "any")
-    return folder / "mlflow.db"
 
 
 @pytest.fixture
@@ -57,15 +48,6 @@ def root(migrated: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pat
 @pytest.fixture
 def store(root: Path) -> Store:
     return Store(f"sqlite:///{root / 'mlflow.db'}", root / ".cache")
-
-
-@pytest.fixture(scope="module")
-def policy(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    config = configured()
-    target = tmp_path_factory.mktemp("models") / "policy"
-    assert config.policy.kind == "scratch"
-    bootstrap(config.policy, config.environments, lambda step, total, loss: None).save(target)
-    return target
 
 
 # ------------------------------------------------------------------------------------------------------------ the spool
@@ -109,9 +91,9 @@ def test_a_digest_is_the_one_by_which_dvc_knows_a_folder(tmp_path: Path) -> None
 # ------------------------------------------------------------------------------------------------- trainings and parent
 
 
-def test_trainings_at_once_are_nested_in_one_comparison(policy: Path, store: Store, root: Path) -> None:
+def test_trainings_at_once_are_nested_in_one_comparison(directory: Path, store: Store, root: Path) -> None:
     config = configured({"tracking": {"traces": 1}})
-    jobs = [toy_job(config, policy, store, seed, method) for seed in (0, 1) for method in ("grpo", "ppo")]
+    jobs = [toy_job(config, directory, store, seed, method) for seed in (0, 1) for method in ("grpo", "ppo")]
     for training in [Training(job, root / "log") for job in jobs]:
         training.join()
     [parent] = runs_of(store.uri, "comparison")
@@ -132,11 +114,11 @@ def test_trainings_at_once_are_nested_in_one_comparison(policy: Path, store: Sto
     table = json.loads(Path(client.download_artifacts(run.info.run_id, "episodes.json", str(root))).read_text())
     assert len(table["data"]) == 8
     assert "<answer>" in table["data"][0][table["columns"].index("dialogue")]
-    assert run.inputs.dataset_inputs[0].dataset.digest == dvc_digest(policy)
+    assert run.inputs.dataset_inputs[0].dataset.digest == dvc_digest(directory)
 
 
-def test_an_iteration_that_is_computed_again_is_not_logged_again(policy: Path, store: Store, root: Path) -> None:
-    settings = toy_settings(configured(), policy, store)[0]
+def test_an_iteration_that_is_computed_again_is_not_logged_again(directory: Path, store: Store, root: Path) -> None:
+    settings = toy_settings(configured(), directory, store)[0]
     TrainingRun(settings, root / "training").log({"success": 0.25}, 0)
     resumed = TrainingRun(settings, root / "training")
     resumed.log({"success": 0.25}, 0)
@@ -150,20 +132,16 @@ def test_an_iteration_that_is_computed_again_is_not_logged_again(policy: Path, s
     assert MlflowClient(store.uri).get_run(run_id).info.end_time == ended
 
 
-def silent(done: int, total: int, text: str = "") -> None:
-    pass
-
-
 def test_a_training_that_was_killed_after_its_last_iteration_has_its_episodes(
-    policy: Path, store: Store, root: Path
+    directory: Path, store: Store, root: Path
 ) -> None:
-    job = toy_job(configured({"tracking": {"traces": 1}}), policy, store)
+    job = toy_job(configured({"tracking": {"traces": 1}}), directory, store)
     child = multiprocessing.get_context("fork").Process(target=killed_before_the_end, args=(job,))
     child.start()
     child.join()
     assert child.exitcode == 9
     assert not job.task.finished
-    apart(train_until, job, 2, silent)
+    apart(train_until, job, 2, quiet)
     [run] = runs_of(store.uri, "training")
     assert run.info.status == "FINISHED"
     assert len(MlflowClient(store.uri).search_traces(locations=[run.info.experiment_id])) == 1
@@ -191,7 +169,7 @@ def comparison_of(config: Config, success: float) -> dict[str, Any]:
     return {"rows": [row, {**row, "temperature": 1.0, "success_mean": 0.5}]}
 
 
-def test_a_comparison_has_one_run_that_is_brought_up_to_date(policy: Path, store: Store, root: Path) -> None:
+def test_a_comparison_has_one_run_that_is_brought_up_to_date(directory: Path, store: Store, root: Path) -> None:
     config = configured(
         {
             "methods": {"ppo": None, "ppo_actfocus": None, "grpo_actfocus": None, "grpo_lr_matched": None},
@@ -251,11 +229,11 @@ def test_the_champion_is_chosen_by_validation_at_the_end() -> None:
 
 
 def test_the_champion_loads_as_a_pipeline_and_as_a_hugging_face_directory(
-    policy: Path, store: Store, root: Path
+    directory: Path, store: Store, root: Path
 ) -> None:
     config = configured({"seeds": [0]})
     trained = root / "models" / "trained" / f"{LAKE}-grpo" / "seed-0"
-    shutil.copytree(policy, trained)
+    shutil.copytree(directory, trained)
     curves = {(LAKE, method): {"0": [{"validation_success": float(method == "grpo")}]} for method in config.methods}
 
     def compare() -> Any:
@@ -331,9 +309,9 @@ def test_trials_of_a_sweep_without_a_server_are_sent_later(
 
 
 def test_a_run_that_the_store_refuses_does_not_hold_up_others(
-    policy: Path, store: Store, root: Path, capfd: pytest.CaptureFixture[str]
+    directory: Path, store: Store, root: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    settings = toy_settings(configured(), policy, store)[0]
+    settings = toy_settings(configured(), directory, store)[0]
     bad = TrainingRun(settings, store.cache / "train" / "a")
     for iteration in range(3):
         bad.log({"not a metric's name: \x1b[2J?": 1.0}, iteration)

@@ -14,13 +14,12 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.config import Config, ConfigError
-from pipeline.policy.bootstrap import bootstrap
 from pipeline.tracking import training as tracking_training
 from pipeline.tracking.send import send_waiting
 from pipeline.tracking.store import open_store
 from pipeline.tracking.training import Store, TrainingRun
-from tests.test_training import configured
-from tests.tracked import LAKE, Server, Training, apart, runs_of, started, steps, toy_job, toy_settings
+from tests.tracked import Server, Training, apart, runs_of, started, steps, toy_job, toy_settings
+from tests.trainings import LAKE, configured
 
 ITERATIONS = 10
 pytestmark = pytest.mark.xdist_group("tracking")
@@ -38,19 +37,9 @@ def config() -> Config:
 
 
 @pytest.fixture(scope="module")
-def policy(config: Config, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    target = tmp_path_factory.mktemp("models") / "policy"
-    assert config.policy.kind == "scratch"
-    bootstrap(config.policy, config.environments, lambda step, total, loss: None).save(target)
-    return target
-
-
-@pytest.fixture(scope="module")
-def server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+def server(migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One that is killed and started by the tests; they share its database."""
-    folder = tmp_path_factory.mktemp("server")
-    apart(open_store, Store(f"sqlite:///{folder / 'migrated.db'}", folder / ".cache"), "any")
-    with started(Server(folder, folder / "migrated.db")) as running:
+    with started(Server(tmp_path_factory.mktemp("server"), migrated)) as running:
         yield running
 
 
@@ -88,9 +77,9 @@ def whole(uri: str, run_id: str, every: bool = False) -> None:
 
 
 def test_a_server_that_is_killed_during_a_training_and_comes_back_has_everything_once(
-    config: Config, policy: Path, server: Server, store: Store, tmp_path: Path
+    config: Config, directory: Path, server: Server, store: Store, tmp_path: Path
 ) -> None:
-    training = Training(toy_job(config, policy, store), tmp_path / "log", stops=(4, 7))
+    training = Training(toy_job(config, directory, store), tmp_path / "log", stops=(4, 7))
     training.reach(4)
     [run] = runs_of(store.uri, "training")
     server.kill()
@@ -109,10 +98,10 @@ def test_a_server_that_is_killed_during_a_training_and_comes_back_has_everything
 
 
 def test_a_server_that_is_away_from_the_start_is_sent_everything_later(
-    config: Config, policy: Path, server: Server, store: Store, tmp_path: Path
+    config: Config, directory: Path, server: Server, store: Store, tmp_path: Path
 ) -> None:
     server.kill()
-    jobs = [toy_job(config, policy, store, seed) for seed in (0, 1)]
+    jobs = [toy_job(config, directory, store, seed) for seed in (0, 1)]
     for training in [Training(job, tmp_path / "log") for job in jobs]:
         training.join()
     noted = [json.loads((job.task.result / "runs.json").read_text()) for job in jobs]
@@ -143,9 +132,9 @@ def test_a_server_that_is_away_from_the_start_is_sent_everything_later(
 
 
 def test_a_killed_training_goes_on_in_its_run(
-    config: Config, policy: Path, server: Server, store: Store, tmp_path: Path
+    config: Config, directory: Path, server: Server, store: Store, tmp_path: Path
 ) -> None:
-    job = toy_job(config, policy, store)
+    job = toy_job(config, directory, store)
     training = Training(job, tmp_path / "log", stops=(5,))
     training.reach(5)
     training.kill()
@@ -161,10 +150,10 @@ def test_a_killed_training_goes_on_in_its_run(
 
 
 def test_a_store_without_the_run_is_sent_all_of_it(
-    config: Config, policy: Path, server: Server, store: Store, tmp_path: Path
+    config: Config, directory: Path, server: Server, store: Store, tmp_path: Path
 ) -> None:
     """The run was deleted, or the store is another one by now."""
-    settings = toy_settings(config, policy, store)[0]
+    settings = toy_settings(config, directory, store)[0]
     run = TrainingRun(settings, tmp_path / "training")
     run.log({"success": 0.1}, 0)
     [first] = runs_of(store.uri, "training")
@@ -178,11 +167,11 @@ def test_a_store_without_the_run_is_sent_all_of_it(
 
 
 def test_a_server_that_accepts_and_never_answers_hardly_delays_a_training(
-    config: Config, policy: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+    config: Config, directory: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     with socket.create_server(("127.0.0.1", 0)) as silent:
         store = Store(f"http://127.0.0.1:{silent.getsockname()[1]}", tmp_path / ".cache")
-        settings = toy_settings(config, policy, store)[0]
+        settings = toy_settings(config, directory, store)[0]
         began = time.monotonic()
         run = TrainingRun(settings, tmp_path / "training")
         assert time.monotonic() - began < 6

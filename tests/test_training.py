@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
@@ -17,7 +17,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from pipeline.config import Config, parse, read_yaml
+from pipeline.config import Config
 from pipeline.energy.annotate import annotate, annotate_part
 from pipeline.environments import split_of
 from pipeline.evaluation.evaluate import episode_results, evaluate
@@ -36,30 +36,7 @@ from pipeline.training.iteration import Example, Iteration, minibatches, prepare
 from pipeline.training.module import PolicyGradient, _Averages
 from pipeline.training.result import table_slice
 from pipeline.trajectory import RESPONSE_ROLES, Role, Trajectories, concatenate
-
-ROOT = Path(__file__).parents[1]
-TINY = {
-    "policy": {
-        "hidden_size": 32,
-        "layers": 1,
-        "heads": 2,
-        "vocabulary": 320,
-        "demonstrations": {
-            "phases": [{"steps": 60, "reasoning_words": [0, 2], "action_noise": 0.2}],
-            "episodes": 100,
-            "batch_episodes": 8,
-            "learning_rate": 0.01,
-        },
-    },
-    "environments": {"frozen_lake": {"max_turns": 4, "response_tokens": 20, "context_tokens": 400}},
-    "rollout": {"groups": 2, "group_size": 4},
-    "bottleneck": {"groups": 4},
-    "train": {"iterations": 2, "minibatch": 4, "passes": 2},
-    "method_defaults": {"learning_rate": 1e-4, "regulariser": {"kind": "fixed", "entropy": 0.001, "kl": 0.01}},
-    "evaluation": {"states": 2, "rollouts": 2},
-}
-LAKE = "frozen_lake"
-
+from tests.trainings import LAKE, configured, fit, quiet, same, standing, supervised, weights
 
 # A user's own environment, outside the package: a gymnasium.Env with a few attributes, and an expert beside it.
 
@@ -120,62 +97,6 @@ LETTER = {
 # -------------------------------------------------------------------------------------------------------------- helpers
 
 
-@pytest.fixture(autouse=True)
-def _one_thread() -> Iterator[None]:
-    """As in the stages' processes: with several threads, float sums depend on their number."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
-
-
-def configured(changes: dict[str, Any] | None = None) -> Config:
-    """params.yaml at toy size, with changes on top of that."""
-    return parse(overlay(overlay(read_yaml(ROOT / "params.yaml"), TINY), changes or {}))
-
-
-def supervised(config: Config) -> Policy:
-    assert config.policy.kind == "scratch"
-    return bootstrap(config.policy, config.environments, lambda step, total, loss: None)
-
-
-@pytest.fixture(scope="module")
-def directory(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Where the tiny reference policy is saved."""
-    torch.set_num_threads(1)
-    target = tmp_path_factory.mktemp("models") / "policy"
-    supervised(configured()).save(target)
-    return target
-
-
-@pytest.fixture
-def policy(directory: Path) -> Policy:
-    """The tiny reference policy, to be trained."""
-    return load_policy(directory)
-
-
-def fit(module: PolicyGradient, iterations: int) -> PolicyGradient:
-    trainer = lightning.Trainer(
-        accelerator="cpu",
-        devices=1,
-        max_epochs=iterations,
-        logger=False,
-        enable_checkpointing=False,
-        enable_progress_bar=False,
-        enable_model_summary=False,
-    )
-    trainer.fit(module)
-    return module
-
-
-def standing(module: PolicyGradient, optimizer: torch.optim.Optimizer | None = None) -> PolicyGradient:
-    """The module as it stands within ``fit``, so that one update can be made."""
-    chosen = optimizer or module.configure_optimizers()["optimizer"]
-    module.optimizers = lambda: chosen  # type: ignore[method-assign]
-    module.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign]
-    return module
-
-
 def collection(
     config: Config, method: str, policy: Policy, seed: int = 0, first: Trajectories | None = None
 ) -> Collection:
@@ -189,14 +110,6 @@ def collection(
 def prepared(config: Config, method: str, policy: Policy, estimate: Any = None) -> Iteration:
     (episodes,) = collection(config, method, policy).rounds(0)
     return prepare_iteration(config, config.methods[method], 0, 0, episodes, estimate)
-
-
-def weights(module: torch.nn.Module) -> dict[str, Tensor]:
-    return copy.deepcopy({name: value.detach() for name, value in module.state_dict().items()})
-
-
-def same(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
-    return all(torch.equal(one[name], other[name]) for name in one)
 
 
 def token_number(sequences: Any, wanted: Any) -> dict[str, Tensor]:
@@ -277,9 +190,9 @@ def test_examples_hold_the_flat_batch_of_what_passed_the_filter(policy: Policy, 
 def test_the_first_iteration_from_the_table_is_the_one_sampled_afresh(directory: Path, tmp_path: Path) -> None:
     """Byte for byte, however the rollout and annotate stages have cut their work."""
     config = configured({"train": {"tokens_per_forward": 700}, "bottleneck": {"groups": 6}})
-    slices = sample_slice((config, LAKE, directory, [0, 1, 2]), lambda done, total, text="": None)
+    slices = sample_slice((config, LAKE, directory, [0, 1, 2]), quiet)
     parts = [concatenate([slices[0], slices[1]]), slices[2]]
-    table = concatenate([annotate_part((config, directory, part), lambda done, total, text="": None) for part in parts])
+    table = concatenate([annotate_part((config, directory, part), quiet) for part in parts])
     table.write(tmp_path / "table.parquet")
     for seed in range(3):
         policy = load_trained(directory, config)

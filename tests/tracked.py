@@ -23,8 +23,7 @@ from pipeline.tracking.store import run_settings
 from pipeline.tracking.training import RunSettings, Store
 from pipeline.training.result import training_task
 from pipeline.training.run import TrainingJob, train_one
-
-LAKE = "frozen_lake"
+from tests.trainings import LAKE
 
 
 class Server:

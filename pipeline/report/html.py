@@ -80,6 +80,7 @@ def report_html(
     studies = [{**study, "charts": _swept(number, study)} for number, study in enumerate(sweeps)]
     charts = [c for entry in sections for c in (*entry["charts"], *entry["token_charts"])]
     charts += [chart for study in studies for chart in study["charts"]]
+    branching = [name for name, method in config.methods.items() if method.branching.kind != "none"]
     scripts, plotly = [_file("viewer.js"), _file("charts.js")], Markup(get_plotlyjs())
     return (
         _environment()
@@ -97,7 +98,7 @@ def report_html(
             charts_data=embedded({chart.name: {"views": chart.views} for chart in charts}),
             viewer_data=embedded(episodes) if episodes else "",
             viewer_caption=viewer_caption(config),
-            viewer_method=next(iter(config.compare.uniform), next(iter(config.methods))),
+            viewer_method=next(iter([*branching, *config.compare.uniform, *config.methods])),
         )
     )
 
@@ -111,11 +112,10 @@ def embedded(value: Any) -> Markup:
 def viewer_caption(config: Config) -> dict[str, str]:
     """How the viewer's episodes were ``chosen``, and what their ``numbers`` are."""
     plan = config.report
-    branching = any(method.branching.kind != "none" for method in config.methods.values())
     trees = (
         " Where a method branches, its episodes of an initial state are drawn as trees over their tokens; what an episode "
         "branched from can be read too."
-        if branching
+        if any(method.branching.kind != "none" for method in config.methods.values())
         else ""
     )
     return {

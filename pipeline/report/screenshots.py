@@ -56,8 +56,8 @@ def chromium() -> Iterator[Any]:
             browser.close()
 
 
-def shoot_report(browser: Any, report: Path, folder: Path) -> None:
-    """Write ``report.png`` (the first results and charts) and ``viewer.png`` (two episodes beside each other).
+def shoot_report(browser: Any, report: Path, results: Path, viewer: Path) -> None:
+    """Write two PNGs: the first results and charts, and, if the report has any, a tree, or two episodes beside each other.
 
     Raises:
         ConfigError: there is no report.
@@ -69,12 +69,16 @@ def shoot_report(browser: Any, report: Path, folder: Path) -> None:
         page.locator("main > h2").first.evaluate("(heading) => heading.scrollIntoView()")
         page.locator("figure.chart .main-svg").first.wait_for()  # charts are drawn when they come into view
         page.wait_for_timeout(500)
-        page.screenshot(path=folder / "report.png")
+        page.screenshot(path=results)
         if page.locator("#viewer").count():
-            page.locator("#viewer-beside").click()
-            page.locator("#trajectories").evaluate("(heading) => heading.scrollIntoView()")
-            page.locator("#viewer .tokens .token.action").first.hover()
-            page.screenshot(path=folder / "viewer.png")
+            trees = page.locator("#viewer svg")
+            if trees.count():
+                page.locator("#viewer select").first.evaluate("(control) => control.scrollIntoView()")
+            else:
+                page.locator("#viewer-beside").click()
+                page.locator("#trajectories").evaluate("(heading) => heading.scrollIntoView()")
+                page.locator("#viewer .tokens .token.action").first.hover()
+            page.screenshot(path=viewer)
 
 
 def shoot_mlflow(browser: Any, uri: str, experiment: str, runs: Sequence[str], target: Path) -> None:
