@@ -150,7 +150,7 @@ def test_a_training_that_was_killed_after_its_last_iteration_has_its_episodes(
 def killed_before_the_end(job: TrainingJob) -> None:
     """Train all iterations, and be killed before the run is told so."""
     TrainingRun.finish = lambda *_: os._exit(9)  # type: ignore[method-assign]
-    train_until(job, 2, silent)
+    train_until(job, 2, quiet)
 
 
 # ------------------------------------------------------------------------------------------- the comparison, as a whole
