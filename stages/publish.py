@@ -71,14 +71,17 @@ def main() -> str:
 
 
 def publish_sweeps(config: Config, results: Path, figures: Path, prefix: str) -> list[str]:
-    """Put the sweeps of a params file into a document, each with its confirmation; returns their names."""
+    """Put the confirmed sweeps of a params file into a document; returns their names.
+
+    What a sweep picks is not published without its confirmation, nor takes an earlier one's place.
+    """
     published = []
     for study in config.sweep.studies:
         swept = out_folder(config) / "reports" / "sweep" / study
         confirmed = out_folder(config) / "sweeps" / f"confirm_{study}" / "reports"
-        if swept.is_dir():
-            parts = [swept / "sweep.txt", confirmed / "comparison.txt", confirmed / "verdict.txt"]
-            text = "\n".join(part.read_text(encoding="utf-8") for part in parts if part.exists())
+        parts = [swept / "sweep.txt", confirmed / "comparison.txt", confirmed / "verdict.txt"]
+        if all(part.exists() for part in parts):
+            text = "\n".join(part.read_text(encoding="utf-8") for part in parts)
             replace_block(results, f"{prefix}sweep {study}", fenced(text))
             for png in (*sorted(swept.glob("*-slice.png")), *sorted(swept.glob("*-contour*.png"))):
                 shutil.copy2(png, figures / f"{prefix.replace(' ', '-')}sweep-{png.name}")
