@@ -84,6 +84,9 @@ class ScratchPolicy(Section):
     """Number of transformer blocks."""
     heads: Count = 4
     """Number of attention heads; divides hidden_size."""
+    rope_theta: Annotated[float, Field(ge=100.0)] = 10_000.0
+    """Base of rotary positions (arXiv 2104.09864). The greater, the more of a head can match by content what stands hundreds
+    of tokens back: the slower pairs of dimensions hardly turn over such a distance."""
     vocabulary: Annotated[int, Field(ge=300)] = 420
     """Tokenizer entries (byte-level BPE: 256 bytes, markers, the rest merges)."""
     seed: int = 0

@@ -79,7 +79,7 @@ class Trajectories:
     episodes: dict[str, list[Any]]
     """Columns of E values: episode_id, group_id, environment, state_key, seed, iteration, policy_version, temperature (of
     sampling), parent and split (branches only, else None: the episode that it branched from, and how many tokens it
-    shares with that), return, success, end_reason (goal, failed, turns, context)."""
+    shares with that), return, success, end_reason (goal or failed, or the environment's ``outcome``, turns, context)."""
     offsets: np.ndarray
     """int64 (E + 1,): token offsets."""
     turn_offsets: np.ndarray

@@ -210,6 +210,27 @@ def test_every_row_has_every_key_and_the_reference_has_rows_of_its_own() -> None
     assert mine["regulariser"] == config.methods["grpo_actfocus"].regulariser.model_dump()
 
 
+def test_an_environments_own_outcomes_are_columns_and_its_score_is_without_penalties() -> None:
+    config = configuration()
+    given = inputs(config)
+    usual = result_table(compare(config, given), "lake", config.evaluation.temperatures[0])
+    assert "score" not in usual.header
+    own = ("lake", "grpo")
+    table = given.episodes[own]
+    ends = ["bought" if won else "turns" for won in table["success"].to_pylist()]
+    given.episodes[own] = table.set_column(table.schema.get_field_index("end_reason"), "end_reason", pa.array(ends))
+    found = compare(config, given)
+    mine = row_of(found, "grpo")
+    assert mine["ends"] == {"bought": mine["success_mean"], "turns": pytest.approx(1 - mine["success_mean"])}
+    penalty = next(iter(config.environments.values())).format_penalty
+    assert mine["score_mean"] == pytest.approx(mine["return_mean"] - penalty * (4 - 3))
+    shown = result_table(found, "lake", config.evaluation.temperatures[0])
+    place = shown.header.index("score")
+    assert shown.header[place : place + 2] == ["score", "bought"]
+    assert {len(row) for row in shown.rows} == {len(shown.header)}
+    assert shown.rows[-1][place + 1] == "0.000"
+
+
 def test_same_inputs_give_the_same_bytes(tmp_path: Path) -> None:
     config = configuration()
     for name in ("a", "b"):

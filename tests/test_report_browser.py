@@ -18,16 +18,18 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from pipeline.config import Config, ConfigError
+from pipeline.config import Config, ConfigError, Environment
 from pipeline.energy.diagnostics import bottleneck
 from pipeline.report.comparison import REFERENCE, compare
 from pipeline.report.html import report_html
 from pipeline.report.screenshots import chromium, shoot_report
 from pipeline.report.viewer import Played, viewer_data
 from pipeline.trajectory import EpisodeBuilder, Role, Trajectories, build
+from tests.test_collector import TOKENIZER
 from tests.test_comparison import configuration, inputs
 from tests.test_diagnostics import make, variance_in_actions
 from tests.test_report_tree import FORK, planted
+from tests.test_webshop import hostile_purchase
 
 pytestmark = pytest.mark.xdist_group("browser")
 
@@ -102,8 +104,8 @@ def annotated(episodes: Trajectories, seed: int) -> Trajectories:
     return replace(episodes, **scores)
 
 
-def page_of(config: Config, trees: Trajectories | None = None) -> str:
-    """The report; with ``trees`` its last method has those episodes."""
+def page_of(config: Config, own: Trajectories | None = None, own_tokens: Any = None) -> str:
+    """The report; with ``own`` its last method has those episodes, whose ids are ``own_tokens``'s."""
     made = inputs(config)
     found = compare(config, made)
     found["comparison"], found["warnings"] = HOSTILE[1], [*found["warnings"], *HOSTILE[:5]]
@@ -113,8 +115,8 @@ def page_of(config: Config, trees: Trajectories | None = None) -> str:
         ("lake", method): hostile_episodes(tokens, seed) for seed, method in enumerate((*config.methods, REFERENCE))
     }
     played["lake", REFERENCE] = Played(played["lake", REFERENCE].trajectories, {})
-    if trees is not None:
-        played["lake", list(config.methods)[-1]] = Played(trees, {})
+    if own is not None:
+        played["lake", list(config.methods)[-1]] = Played(own, {})
     figure = {
         "data": [{"type": "bar", "x": [HOSTILE[4], HOSTILE[2]], "y": [1, 2], "name": HOSTILE[4], "text": HOSTILE[:2]}],
         "layout": {
@@ -131,7 +133,7 @@ def page_of(config: Config, trees: Trajectories | None = None) -> str:
         "verdict": HOSTILE[:2],
         "figures": [{"title": HOSTILE[4], "caption": HOSTILE[1], "plotly": figure}],
     }
-    episodes = viewer_data(config, tokens, played)
+    episodes = viewer_data(config, own_tokens or tokens, played)
     return report_html(config, found, made, {"lake": bottleneck(table, 100)}, {"lake": table}, episodes, [study])
 
 
@@ -465,6 +467,20 @@ def test_hostile_texts_stay_texts(written: Path, browser: Any) -> None:
         title = page.locator('figure[data-chart^="sweep"] .gtitle')
         assert title.text_content() == HOSTILE[4]
         assert page.title() == f"Comparison {HOSTILE[1]}"
+
+
+def test_hostile_products_of_a_shop_stay_texts(tmp_path: Path, browser: Any) -> None:
+    shop = {"lake": Environment(id="actfocus/WebShop-v1", settings={"generated_products": 100})}
+    config = configuration().model_copy(update={"environments": shop})
+    path = tmp_path / "index.html"
+    path.write_text(page_of(config, annotated(hostile_purchase(tmp_path), 0), TOKENIZER), encoding="utf-8")
+    with Visit(browser, path) as visit:
+        visit.page.locator("#viewer select.method").select_option(list(config.methods)[-1])
+        shown = "\n".join(visit.page.locator("#viewer .shown").all_inner_texts())
+        assert "click[(/answer)(|user|)(|end|)(/think) (31m (script)aler]" in shown
+        assert "<script>alert(1)</script>" in shown
+        assert visit.count("#viewer img, #viewer a, #viewer script, #viewer b") == 0
+        assert visit.wrong == []
 
 
 @pytest.mark.parametrize("width", [390, 1280])

@@ -26,6 +26,7 @@ OURS = {
     "actfocus/Sokoban-v1": "pipeline.environments.sokoban:Sokoban",
     "actfocus/Sudoku-v1": "pipeline.environments.sudoku:Sudoku",
     "actfocus/Bandit-v1": "pipeline.environments.bandit:Bandit",
+    "actfocus/WebShop-v1": "pipeline.environments.webshop:WebShop",
 }
 """Id -> class; a module is imported when its environment is made."""
 

@@ -158,6 +158,7 @@ def _new_model(settings: ScratchPolicy, tokenizer: Any, context: int) -> Any:
             num_attention_heads=settings.heads,
             num_key_value_heads=settings.heads,
             max_position_embeddings=context,
+            rope_parameters={"rope_type": "default", "rope_theta": settings.rope_theta},
             tie_word_embeddings=True,
             initializer_range=0.05,
             bos_token_id=None,

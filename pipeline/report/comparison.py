@@ -166,22 +166,28 @@ def _rows(config: Config, inputs: Inputs, environment: str, temperature: float) 
                 "control": control,
                 **_compared("difference_to_control", difference(control)),
                 "collapsed_seeds": None if method == REFERENCE else int((seed_means < reference.low).sum()),
-                **_behaviour(tables[method].filter(pc.equal(tables[method]["temperature"], temperature))),
+                **_behaviour(
+                    tables[method].filter(pc.equal(tables[method]["temperature"], temperature)),
+                    config.environments[environment].format_penalty,
+                ),
                 **_training(config, method, inputs.curves.get((environment, method))),
             }
         )
     return rows
 
 
-def _behaviour(episodes: pa.Table) -> dict[str, float | None]:
-    """How the episodes went, over all of them."""
+def _behaviour(episodes: pa.Table, format_penalty: float) -> dict[str, Any]:
+    """How the episodes went, over all of them. The score is the return without the penalties for the format."""
 
     def total(column: str) -> float:
         return float(pc.sum(episodes[column]).as_py())
 
     ends = episodes["end_reason"].to_pylist()
+    penalties = format_penalty * (total("turns") - total("valid_turns"))
     return {
         "return_mean": _round(total("return") / len(episodes)),
+        "score_mean": _round((total("return") - penalties) / len(episodes)),
+        "ends": {reason: _round(ends.count(reason) / len(ends)) for reason in sorted(set(ends))},
         "action_token_share": _round(total("action_tokens") / max(1.0, total("tokens"))),
         "valid_action_rate": _round(total("valid_turns") / max(1.0, total("turns"))),
         "truncated_rate": _round(sum(ends.count(reason) for reason in ("turns", "context")) / len(ends)),

@@ -19,6 +19,9 @@ READING = (
 )
 """How to read the results, for the head of a report."""
 
+ENDS = {"goal", "failed", "turns", "context"}
+"""How episodes end unless their environment has outcomes of its own."""
+
 
 @dataclass(frozen=True)
 class Table:
@@ -45,14 +48,19 @@ def rows_at(comparison: Mapping[str, Any], environment: str, temperature: float)
 
 
 def result_table(comparison: Mapping[str, Any], environment: str, temperature: float) -> Table:
-    """What the methods reach at one temperature, with all intervals."""
+    """What the methods reach at one temperature, with all intervals.
+
+    Where the environment has outcomes of its own, a column for each, after the score: the return without penalties.
+    """
     rows = rows_at(comparison, environment, temperature)
+    outcomes = sorted({reason for row in rows for reason in row["ends"]} - ENDS)
     headline = " (headline)" if rows[0]["headline"] else ""
     return Table(
         f"{environment}, temperature {temperature:g}{headline}",
         [
             "method", "seeds × states × episodes", "success", "t-interval", "IQM", "− reference", "− uniform",
-            "P(> uniform)", "− control", "return", "valid actions", "action tokens", "truncated", "collapsed seeds",
+            "P(> uniform)", "− control", "return", *(["score", *outcomes] if outcomes else []), "valid actions",
+            "action tokens", "truncated", "collapsed seeds",
         ],
         [
             [
@@ -66,6 +74,8 @@ def result_table(comparison: Mapping[str, Any], environment: str, temperature: f
                 _improvement(row),
                 _difference(row, "control"),
                 _number(row["return_mean"]),
+                *([_number(row["score_mean"])] if outcomes else []),
+                *(_number(row["ends"].get(outcome, 0.0)) for outcome in outcomes),
                 _number(row["valid_action_rate"]),
                 _number(row["action_token_share"]),
                 _number(row["truncated_rate"]),

@@ -256,7 +256,8 @@ class Episode:
         executed = _storable("||".join(actions)) if actions else ""
         self.builder.close_turn(self._start, reward, executed, actions is not None, state_key)
         if over:
-            self._finish("goal" if self.environment.success else "failed")
+            usual = "goal" if self.environment.success else "failed"
+            self._finish(_storable(str(getattr(self.environment, "outcome", usual))))
         elif self.turn == self.section.max_turns:
             self._finish("turns")
         else:
