@@ -539,14 +539,17 @@ def blocks(language: str) -> list[str]:
 
 
 def documented(changes: dict[str, Any]) -> Config:
-    """params.yaml with the document's environment, and changes."""
-    (block,) = blocks("yaml")
-    return parse(overlay(overlay(read_yaml(ROOT / "params.yaml"), YAML(typ="safe").load(block)), changes), "document")
+    """params.yaml with the document's environments, and changes."""
+    raw = read_yaml(ROOT / "params.yaml")
+    for block in blocks("yaml"):
+        raw = overlay(raw, YAML(typ="safe").load(block))
+    return parse(overlay(raw, changes), "document")
 
 
 def test_the_documents_yaml_is_valid_on_top_of_params(examples: None) -> None:
     section = documented({}).environments["lamps"]
     assert section.id == "lamps:Lamps-v0"
+    assert documented({}).environments["webshop"].context_tokens == 8192
     assert check_environment(section) == []
 
 
@@ -591,7 +594,7 @@ def test_a_policy_is_bootstrapped_and_trained_on_the_example(examples: None) -> 
     from tests.trainings import TINY, fit, supervised  # heavy: the suite's other process imports this module
 
     tiny = {name: settings for name, settings in TINY.items() if name != "environments"}
-    config = documented(overlay(tiny, {"environments": {"frozen_lake": None}}))
+    config = documented(overlay(tiny, {"environments": {"frozen_lake": None, "webshop": None}}))
     module = fit(PolicyGradient(config, "lamps", "grpo_actfocus", 0, supervised(config)), 1)
     (row,) = module.curve
     assert row["valid_action_rate"] > 0
