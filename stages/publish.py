@@ -14,7 +14,7 @@ if TYPE_CHECKING:
 
 MARKS = "<!-- {0}: written by `make publish` -->", "<!-- /{0} -->"
 
-ENVIRONMENTS = ("sokoban", "sudoku", "bandit")
+ENVIRONMENTS = ("sokoban", "sudoku", "bandit", "webshop")
 """Presets of an environment each, which README.md has a table of."""
 PRESETS = ("controls", "methods", "branching", *ENVIRONMENTS)
 """Presets whose results stand in docs/results.md beside those of params.yaml."""
