@@ -22,14 +22,14 @@ from pipeline.environments.webshop_catalogue import load
 folder, begun = sys.argv[1], time.perf_counter()
 shop = load(f"{folder}/products.json", f"{folder}/attributes.json", None, 1, f"{folder}/index")
 loaded, times = time.perf_counter() - begun, []
-for goal in shop.goals[:200]:
+for goal in shop.goals[:100]:
     begun = time.perf_counter()
     shop.find(goal.instruction)
     times.append(1000 * (time.perf_counter() - begun))
 times.sort()
 peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
 print(f"{len(shop.products)} products in {loaded:.1f} s, peak {peak:.2f} GiB; "
-      f"a search: median {times[100]:.1f} ms, longest of 200 {times[-1]:.1f} ms")
+      f"a search: median {times[len(times) // 2]:.1f} ms, longest of {len(times)} {times[-1]:.1f} ms")
 """
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -187,3 +189,14 @@ def test_publishing_replaces_its_own_block_and_nothing_else(tmp_path: Path) -> N
         assert text == f"before\n{marks[0]}\n```text\n{content}```\n{marks[1]}\nafter\n"
     with pytest.raises(ValueError, match="no-such"):
         replace_block(document, "no-such", "lost")
+
+
+def test_the_shops_benchmark_loads_without_and_with_an_index() -> None:
+    done = subprocess.run(
+        [sys.executable, "-m", "benchmarks.webshop", "--products", "120", "--characters", "50"],
+        cwd=ROOT, capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    size, without, kept = done.stdout.splitlines()
+    assert size.endswith("MB of products")
+    assert without.startswith("without an index: 120 products in ")
+    assert kept.startswith("with the index kept: 120 products in ")
