@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,8 @@ import pytest
 from pipeline.config import ConfigError
 from pipeline.environments import webshop_search
 from pipeline.environments.webshop_catalogue import NO_BOUND, Shop, generated, load
-from pipeline.environments.webshop_generated import generate, named
+from pipeline.environments.webshop_generated import CATEGORIES, generate, named
+from pipeline.environments.webshop_score import alike, color_in, nouns
 from pipeline.environments.webshop_search import Search, words
 
 
@@ -239,6 +241,15 @@ def test_asins_are_distinct_and_short_whatever_the_number(count: int) -> None:
     names = [asin for asin, _, _ in named(count, np.random.default_rng(0))]
     assert len(set(names)) == count
     assert max(map(len, names)) <= 10
+
+
+def test_the_words_of_the_catalogue_are_told_apart_by_the_score() -> None:
+    for category in CATEGORIES:
+        for words_of_one in (category.kinds, category.attributes, *category.options.values()):
+            assert not any(alike(one, other) for one, other in itertools.permutations(words_of_one, 2))
+        assert not any(nouns(attribute) for attribute in category.attributes)
+        assert all(nouns(kind) == (kind,) for kind in category.kinds)
+        assert all(color_in(color) == color for color in category.options.get("color", ()))
 
 
 # ------------------------------------------------------------------------------------------------------------ the search
