@@ -206,6 +206,18 @@ def test_an_episode_ends_as_bought_if_something_was(last: str, ended: str) -> No
     assert not any(made.episodes["success"])
 
 
+def test_a_turns_actions_are_executed_as_far_as_those_before_leave_them_possible() -> None:
+    plan = planned({"max_actions": 9})
+    section = plan.environments[NAME].model_copy(update={"actions_per_turn": 2})
+    plan = plan.model_copy(update={"environments": {NAME: section}})
+    asin = webshop().shop.find("lamp")[0].asin
+    written = ("search[lamp]||search[desk]", f"click[{asin}]", f"click[{BUY}]||click[{BACK}]")
+    made, _ = collected(plan, lambda key, turn: says(written[turn]))
+    assert made.turns["action"][:3] == ["search[lamp]", f"click[{asin}]", f"click[{BUY}]"]
+    assert all(made.turns["valid"])
+    assert set(made.episodes["end_reason"]) == {"bought"}
+
+
 # ---------------------------------------------------------------------------------------------------- the generated shop
 
 

@@ -252,9 +252,8 @@ class Episode:
         with self.phases.phase("step"):
             state_key = self._state_key()
             actions = self._allowed(written)
-            reward, over = self._act(actions)
-        executed = _storable("||".join(actions)) if actions else ""
-        self.builder.close_turn(self._start, reward, executed, actions is not None, state_key)
+            executed, reward, over = self._act(actions)
+        self.builder.close_turn(self._start, reward, _storable("||".join(executed)), actions is not None, state_key)
         if over:
             usual = "goal" if self.environment.success else "failed"
             self._finish(_storable(str(getattr(self.environment, "outcome", usual))))
@@ -268,19 +267,23 @@ class Episode:
         parsed = [parse_action(self.environment, action) for action in actions or []]
         return [p for p in parsed if p is not None] if parsed and None not in parsed else None
 
-    def _act(self, actions: list[str] | None) -> tuple[float, bool]:
-        """Execute a turn's actions; returns its reward and whether the environment's episode is over."""
+    def _act(self, actions: list[str] | None) -> tuple[list[str], float, bool]:
+        """Execute a turn's actions, as far as those before leave them possible.
+
+        Returns:
+            Those executed, the turn's reward, and whether the environment's episode is over.
+        """
         if actions is None:
             if not self.observation.startswith(INVALID):
                 self.observation = f"{INVALID}\n{self.observation}"
-            return self.section.format_penalty, False
-        total = 0.0
+            return [], self.section.format_penalty, False
+        executed, total, over = list[str](), 0.0, False
         for action in actions:
+            if over or (executed and parse_action(self.environment, action) is None):
+                break
             self.observation, reward, over = step(self.environment, action)
-            total += reward
-            if over:
-                return total, True
-        return total, False
+            executed, total = [*executed, action], total + reward
+        return executed, total, over
 
     def _expect(self, state_key: str) -> None:
         """Be where the parent was."""
