@@ -176,7 +176,7 @@ def test_a_file_is_read_in_pieces_of_any_size(tmp_path: Path, monkeypatch: pytes
     for block in (1, 7, 4096):
         folder = tmp_path / str(block)
         folder.mkdir()
-        monkeypatch.setattr("pipeline.environments.webshop_catalogue._BLOCK", block)
+        monkeypatch.setattr("pipeline.environments.webshop_json._BLOCK", block)
         read = load(*written(folder, products, attributes), None, 1, None)
         assert [(g.instruction, g.product.features) for g in read.goals] == [
             (g.instruction, g.product.features) for g in whole.goals
