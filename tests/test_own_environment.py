@@ -161,10 +161,13 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_an_id_in_params_is_enough_to_roll_out_annotate_train_evaluate_and_compare(project: Path) -> None:
-    """Beside another environment: each has tables and figures of its own."""
-    names = ("bandit", "coin")
-    played = [(name, method) for name in names for method in ("grpo", "reference")]
+NAMES = ("bandit", "coin")
+PLAYED = [(name, method) for name in NAMES for method in ("grpo", "reference")]
+
+
+@pytest.fixture(scope="module")
+def compared(project: Path) -> str:
+    """What is printed at the end of all stages in the project's folder."""
     for stage in ("rollout", "annotate"):
         run(project, stage, "--environment", "coin")
     for stage in ("train", "evaluate"):
@@ -175,20 +178,26 @@ def test_an_id_in_params_is_enough_to_roll_out_annotate_train_evaluate_and_compa
         ["train", "--environment", "bandit", "--method", "grpo"],
         *(
             ["evaluate", "--environment", name, "--method", method]
-            for name, method in played
+            for name, method in PLAYED
             if (name, method) != ("coin", "grpo")
         ),
     )
-    text = run(project, "compare")
+    return run(project, "compare")
+
+
+def test_an_id_in_params_is_enough_to_roll_out_annotate_train_evaluate_and_compare(
+    project: Path, compared: str
+) -> None:
+    """Beside another environment: each has tables and figures of its own."""
     (row,) = json.loads((project / "data" / "curves" / "coin-grpo.json").read_text())["seeds"]["0"]
     assert row["updates"] > 0
     assert row["valid_action_rate"] > 0
     assert not row["non_finite_losses"]
     rows = json.loads((project / "reports" / "comparison.json").read_text())["rows"]
-    assert [(row["environment"], row["method"]) for row in rows] == played
+    assert [(row["environment"], row["method"]) for row in rows] == PLAYED
     page = (project / "reports" / "index.html").read_text(encoding="utf-8")
-    for name in names:
-        assert f"{name}, temperature 1 (headline)" in text
+    for name in NAMES:
+        assert f"{name}, temperature 1 (headline)" in compared
         for heading in (
             f'<h2 id="environment-{name}">{name}</h2>',
             f"<h3>{name}, training</h3>",
@@ -196,13 +205,12 @@ def test_an_id_in_params_is_enough_to_roll_out_annotate_train_evaluate_and_compa
         ):
             assert page.count(heading) == 1
         assert (project / "reports" / "figures" / f"{name}-success.svg").exists()
-    assert list(json.loads((project / "reports" / "bottleneck.json").read_text())["environments"]) == [*names]
+    assert list(json.loads((project / "reports" / "bottleneck.json").read_text())["environments"]) == [*NAMES]
 
 
 def test_what_it_shows_stays_in_its_messages_and_is_no_markup_in_the_report(
-    project: Path, capsys: pytest.CaptureFixture[str]
+    project: Path, compared: str, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """After the test above."""
     table = read(project / "data" / "annotated" / "coin.parquet")
     tokenizer = Tokenizer.from_file(str(project / "model" / "tokenizer.json"))
     assert any(table.turns["valid"])

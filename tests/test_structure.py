@@ -124,3 +124,11 @@ def test_no_lock_file_is_in_git() -> None:
         pytest.skip("not a git repository")
     tracked = subprocess.run(["git", "ls-files", "*dvc.lock"], cwd=ROOT, capture_output=True, text=True, check=True)
     assert tracked.stdout == ""
+
+
+@pytest.mark.xdist_group("browser")
+def test_a_group_of_tests_has_one_process(request: pytest.FixtureRequest) -> None:
+    """pytest-xdist tells by the end of a test's id; a pytest that does not let it write there has no groups."""
+    if not request.config.getoption("loadgroup", default=False):
+        pytest.skip("needs --dist loadgroup, as in `make test`")
+    assert request.node.nodeid.endswith("@browser")
