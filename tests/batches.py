@@ -14,7 +14,7 @@ from pipeline.objective.batch import TokenBatch
 from pipeline.slots import Method
 from pipeline.trajectory import RESPONSE_ROLES, Role
 
-properties = settings(deadline=None, max_examples=60, derandomize=True)
+properties = settings(max_examples=60)
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}
 
 

@@ -488,7 +488,7 @@ def test_requests_are_taken_when_there_is_room(policy: Policy) -> None:
     assert len(answers) == taken == ended == 7
 
 
-@settings(deadline=None, max_examples=40, derandomize=True)
+@settings(max_examples=40)
 @given(st.lists(st.tuples(st.integers(0, 5), st.integers(1, 2)), min_size=4, max_size=14), st.integers(1, 3))
 @example([(0, 1), (1, 1), (0, 1), (2, 1)], 2)
 def test_prompts_may_come_and_come_again_in_any_order(policy: Policy, said: list[tuple[int, int]], slots: int) -> None:
@@ -631,7 +631,7 @@ KINDS = [torch.float32, torch.float64]
 """Through the native kernel, where there is a compiler, and as on other devices."""
 
 
-@settings(deadline=None, max_examples=25, derandomize=True)
+@settings(max_examples=25)
 @given(st.lists(st.floats(-6, 6), min_size=2, max_size=8), st.sampled_from([0.5, 1.0, 3.0]), st.sampled_from(KINDS))
 def test_an_even_grid_of_draws_gives_the_distribution(
     logits: list[float], temperature: float, kind: torch.dtype

@@ -35,7 +35,7 @@ Rotation = tuple[Tensor, Tensor]
 
 
 def properties(examples: int) -> Any:
-    return settings(deadline=None, max_examples=examples, derandomize=True)
+    return settings(max_examples=examples)
 
 
 def normal(*shape: int, seed: int, scale: float = 1.0) -> Tensor:

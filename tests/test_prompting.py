@@ -24,7 +24,7 @@ from pipeline.prompting import (
 )
 from pipeline.trajectory import Role
 
-properties = settings(deadline=None, max_examples=150, derandomize=True)
+properties = settings(max_examples=150)
 
 CHATML = (
     "{%- if messages[0]['role'] == 'system' %}{{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}"
@@ -328,7 +328,7 @@ def test_compact_dialogue_is_what_the_template_renders(tokenizer: Any, by_eos: b
 @pytest.mark.parametrize("by_eos", [True, False])
 @pytest.mark.parametrize("tokenizer", [COMPACT, QWEN], ids=["compact", "qwen"])
 @given(observations=st.lists(TEXTS, min_size=2, max_size=3), reply=TEXTS)
-@settings(deadline=None, max_examples=40, derandomize=True)
+@settings(max_examples=40)
 def test_any_text_is_rendered_as_by_the_template(
     tokenizer: Any, by_eos: bool, observations: list[str], reply: str
 ) -> None:

@@ -20,7 +20,7 @@ from pipeline.trajectory import EpisodeBuilder, Role, Trajectories, build
 from tests.test_comparison import configuration
 from tests.test_report_viewer import byte_tokenizer
 
-properties = settings(deadline=None, max_examples=80, derandomize=True)
+properties = settings(max_examples=80)
 TURN = 4
 """Tokens of a turn: one of the observation, then those of the response."""
 Shape = list[tuple[int | None, int, int]]

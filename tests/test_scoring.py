@@ -25,7 +25,7 @@ from pipeline.trajectory import EpisodeBuilder, Role, Trajectories, build
 
 ROOT = Path(__file__).parents[1]
 VOCABULARY = 37
-properties = settings(deadline=None, max_examples=30, derandomize=True)
+properties = settings(max_examples=30)
 
 
 def random_policy() -> Policy:
@@ -311,7 +311,7 @@ def test_another_backbone_can_read_the_sequences(policy: Policy) -> None:
         assert not torch.allclose(given_trunk, predicting_hidden(policy, ids, wanted), atol=1e-2)
 
 
-@settings(deadline=None, max_examples=200, derandomize=True)
+@settings(max_examples=200)
 @given(st.lists(st.integers(1, 50), max_size=30), st.integers(1, 120))
 def test_length_batches_partition_within_budget(lengths: list[int], budget: int) -> None:
     batches = length_batches(lengths, budget)

@@ -180,7 +180,7 @@ def test_difference_uses_common_seeds_and_states_matched_by_label() -> None:
         probability_of_improvement(scores(success), scores(success, first_state=50), RESAMPLES, draws())
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(st.integers(1, 5), st.integers(1, 5), st.integers(1, 3), st.integers(1, 3), st.integers(0, 10**6))
 def test_probability_of_improvement_is_the_share_of_won_pairs(
     x_seeds: int, y_seeds: int, x_rollouts: int, y_rollouts: int, number: int

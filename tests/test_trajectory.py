@@ -29,7 +29,7 @@ from pipeline.trajectory import (
     read,
 )
 
-properties = settings(deadline=None, max_examples=40, derandomize=True)
+properties = settings(max_examples=40)
 TOKEN_COLUMNS = ("input_ids", "role", "sampled", "logprob", "entropy")
 ANNOTATIONS = ("energy", "ref_logprob", "ref_entropy")
 NUMBERS = st.floats(-50, 50, width=32)
