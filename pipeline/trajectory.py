@@ -34,6 +34,9 @@ class Role(enum.IntEnum):
 
 RESPONSE_ROLES = (Role.REASONING, Role.ACTION, Role.THINK_TAG, Role.ANSWER_TAG, Role.OTHER)
 
+CUT_OFF = ("turns", "context")
+"""Reasons why an episode ends that its environment has not ended: no turn is left, or no room in ``context_tokens``."""
+
 
 class TrajectoryError(Exception):
     """A trajectory file that cannot be used, in one line."""
@@ -79,7 +82,8 @@ class Trajectories:
     episodes: dict[str, list[Any]]
     """Columns of E values: episode_id, group_id, environment, state_key, seed, iteration, policy_version, temperature (of
     sampling), parent and split (branches only, else None: the episode that it branched from, and how many tokens it
-    shares with that), return, success, end_reason (goal or failed, or the environment's ``outcome``, turns, context)."""
+    shares with that), return, success, end_reason (goal, failed or the
+    environment's ``outcome``, or one of ``CUT_OFF``)."""
     offsets: np.ndarray
     """int64 (E + 1,): token offsets."""
     turn_offsets: np.ndarray

@@ -41,6 +41,8 @@ class Coin(gymnasium.Env):
         if broken == "constructor":
             raise OSError("no such\ncoin")
         self.broken, self.success = broken, False
+        if broken == "outcome":
+            self.outcome = "turns"
 
     def reset(self, *, seed=None, options=None):
         self.coin = int(np.random.default_rng((options or {}).get("state_seed", seed)).integers(10**6))
@@ -271,11 +273,18 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
         PRETRAINED,
         "environments: 'mine:Coin-v0' returned the reward nan from step('heads'); it must be a finite number",
     ),
+    "outcome": (
+        "rollout",
+        {"settings": {"broken": "outcome"}},
+        PRETRAINED,
+        "environments: 'mine:Coin-v0' returned 'turns' from outcome; it must be another word: turns and context mark "
+        "episodes that were cut off",
+    ),
     "exception": (
         "rollout",
         {"settings": {"broken": "step"}},
         PRETRAINED,
-        "environments: 'mine:Coin-v0': step('heads') raised KeyError: 'heads' (mine.py, line 28)",
+        "environments: 'mine:Coin-v0': step('heads') raised KeyError: 'heads' (mine.py, line 30)",
     ),
 }
 """Stage, what is wrong with the environment, policy, and what is said."""

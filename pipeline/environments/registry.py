@@ -17,6 +17,7 @@ import gymnasium
 import numpy as np
 
 from pipeline.config import ConfigError, Environment
+from pipeline.trajectory import CUT_OFF
 
 SPLITS = {"demonstrations": 30, "train": 50, "validation": 10, "test": 10}
 """Per cent of all states, by the hash of the state."""
@@ -161,7 +162,7 @@ def parse_action(environment: TextEnvironment, text: str) -> str | None:
 
 
 def text_of(environment: TextEnvironment, name: str) -> str:
-    """``instructions`` or ``state_key``.
+    """``instructions``, ``state_key`` or ``outcome``.
 
     Raises:
         ConfigError: reading it raised, or it is not text.
@@ -171,6 +172,21 @@ def text_of(environment: TextEnvironment, name: str) -> str:
     except Exception as error:
         raise _failed(environment, (name,), error) from error
     return _text(environment, "a value", value, (name,))
+
+
+def outcome_of(environment: TextEnvironment) -> str:
+    """How an episode that the environment has ended went: its ``outcome`` if it has one, else goal or failed.
+
+    Raises:
+        ConfigError: reading it raised, it is not text, or it is one of ``CUT_OFF``.
+    """
+    if not hasattr(type(environment), "outcome") and "outcome" not in vars(environment):
+        return "goal" if environment.success else "failed"
+    outcome = text_of(environment, "outcome")
+    if outcome in CUT_OFF:
+        meant = f"{' and '.join(CUT_OFF)} mark episodes that were cut off"
+        _refuse(environment, repr(outcome), ("outcome",), f"another word: {meant}")
+    return outcome
 
 
 def board_of(environment: TextEnvironment, state_key: str) -> list[list[str]] | None:

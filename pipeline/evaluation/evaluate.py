@@ -18,7 +18,7 @@ from pipeline.randomness import generator
 from pipeline.rollout.collector import EpisodeSpec, collect, group_specs
 from pipeline.rollout.engine import RolloutEngine
 from pipeline.rollout.transformers_engine import TransformersEngine
-from pipeline.trajectory import Role, Trajectories
+from pipeline.trajectory import CUT_OFF, Role, Trajectories
 
 
 def evaluation_specs(
@@ -137,5 +137,5 @@ def summary(trajectories: Trajectories) -> dict[str, float]:
         "action_token_share": float((sampled & (trajectories.role == Role.ACTION)).sum() / max(1, sampled.sum())),
         "tokens_per_episode": float(sampled.sum() / len(trajectories)),
         "turns_per_episode": float(np.diff(trajectories.turn_offsets).mean()),
-        "truncated": sum(ends.count(reason) for reason in ("turns", "context")) / len(ends),
+        "truncated": sum(map(ends.count, CUT_OFF)) / len(ends),
     }

@@ -19,6 +19,7 @@ from pipeline.evaluation import statistics
 from pipeline.evaluation.statistics import Comparison, Interval, Scores
 from pipeline.files import read_json
 from pipeline.randomness import generator
+from pipeline.trajectory import CUT_OFF
 
 REFERENCE = "reference"
 """What the reference policy is called where methods have their names."""
@@ -190,7 +191,7 @@ def _behaviour(episodes: pa.Table, format_penalty: float) -> dict[str, Any]:
         "ends": {reason: _round(ends.count(reason) / len(ends)) for reason in sorted(set(ends))},
         "action_token_share": _round(total("action_tokens") / max(1.0, total("tokens"))),
         "valid_action_rate": _round(total("valid_turns") / max(1.0, total("turns"))),
-        "truncated_rate": _round(sum(ends.count(reason) for reason in ("turns", "context")) / len(ends)),
+        "truncated_rate": _round(sum(map(ends.count, CUT_OFF)) / len(ends)),
     }
 
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.report.comparison import REFERENCE, VERDICT_SEEDS, verdict
+from pipeline.trajectory import CUT_OFF
 
 Row = Mapping[str, Any]
 
@@ -19,7 +20,7 @@ READING = (
 )
 """How to read the results, for the head of a report."""
 
-ENDS = {"goal", "failed", "turns", "context"}
+ENDS = {"goal", "failed", *CUT_OFF}
 """How episodes end unless their environment has outcomes of its own."""
 
 

@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.config import Config, ConfigError, Environment
 from pipeline.environments import environment_label, initial_states, make
-from pipeline.environments.registry import parse_action, reset, step, text_of
+from pipeline.environments.registry import outcome_of, parse_action, reset, step, text_of
 from pipeline.prompting import END_OF_RESPONSE, Dialogue, decode, parse_response, token_roles
 from pipeline.randomness import generator
 from pipeline.rollout.engine import Continuation, Request, RolloutEngine, Sampling
@@ -255,8 +255,7 @@ class Episode:
             executed, reward, over = self._act(actions)
         self.builder.close_turn(self._start, reward, _storable("||".join(executed)), actions is not None, state_key)
         if over:
-            usual = "goal" if self.environment.success else "failed"
-            self._finish(_storable(str(getattr(self.environment, "outcome", usual))))
+            self._finish(_storable(outcome_of(self.environment)))
         elif self.turn == self.section.max_turns:
             self._finish("turns")
         else:
