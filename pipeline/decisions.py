@@ -34,6 +34,11 @@ ROLES = {Role.REASONING: "reasoning", Role.ACTION: "action", Role.THINK_TAG: "ta
 RESAMPLES = 2000
 
 
+def control_of(signal: str) -> str:
+    """The signal that draws among the same tokens."""
+    return "action_random" if signal.startswith("action_") else "random"
+
+
 @dataclass(frozen=True)
 class Plan:
     """How much is sampled."""
@@ -86,8 +91,9 @@ def decisions(config: Config, policy: Path, name: str, method: str, plan: Plan, 
         cache: folder of these short trainings.
 
     Returns:
-        Per signal that has found a token ``positions``, ``roles`` (shares), ``between`` (mean variance that a token decides) and ``explained``
-        (its share of all variance at these tokens), each of these two with a 95 % percentile bootstrap over states.
+        Per signal that has found a token ``positions``, ``roles`` (shares), ``between`` (mean variance that a token
+        decides), ``explained`` (its share of all variance at these tokens) and ``beyond_chance`` (that share less the one of
+        the signal's control, None for a control), each of these three with a 95 % percentile bootstrap over states.
 
     Raises:
         ConfigError: the method branches itself, or the plan is too small.
@@ -103,9 +109,7 @@ def decisions(config: Config, policy: Path, name: str, method: str, plan: Plan, 
         "environment": name,
         "states": len({position.state for position in measured}),
         "plan": {"positions": plan.positions, "candidates": plan.candidates, "continuations": plan.continuations},
-        "signals": {
-            signal: summarised(own) for signal in SIGNALS if (own := [p for p in measured if p.signal == signal])
-        },
+        "signals": summarised(measured),
     }
 
 
@@ -207,20 +211,31 @@ def components(returns: np.ndarray) -> tuple[float, float]:
 
 
 def summarised(positions: Sequence[Position]) -> dict[str, Any]:
-    """Of one signal's positions: shares of roles, and variances with intervals over states."""
+    """By signal: shares of roles, variances with intervals over states, and the difference to its control."""
     states = list(dict.fromkeys(position.state for position in positions))
     index = {state: number for number, state in enumerate(states)}
-    sums = np.zeros((len(states), 3))
+    sums = {signal: np.zeros((len(states), 3)) for signal in SIGNALS}
     for position in positions:
-        sums[index[position.state]] += (position.between, position.within, 1.0)
+        sums[position.signal][index[position.state]] += (position.between, position.within, 1.0)
     draws = generator(0, "decisions bootstrap").integers(len(states), size=(RESAMPLES, len(states)))
-    names = ("reasoning", "action", "tag", "other")
-    return {
-        "positions": len(positions),
-        "roles": {role: sum(p.role == role for p in positions) / len(positions) for role in names},
-        "between": _interval(sums, draws, lambda total: total[..., 0] / total[..., 2]),
-        "explained": _interval(sums, draws, lambda total: _share(total[..., 0], total[..., 1])),
-    }
+    rows = {}
+    for signal, own in sums.items():
+        roles = [position.role for position in positions if position.signal == signal]
+        if not roles:
+            continue
+        control = sums[control_of(signal)]
+        paired = np.concatenate([own, control], axis=1)
+        compared = control is not own and control.any()
+        rows[signal] = {
+            "positions": len(roles),
+            "roles": {role: roles.count(role) / len(roles) for role in ("reasoning", "action", "tag", "other")},
+            "between": _interval(own, draws, lambda total: total[..., 0] / np.maximum(total[..., 2], 1.0)),
+            "explained": _interval(own, draws, _share),
+            "beyond_chance": _interval(paired, draws, lambda total: _share(total) - _share(total[..., 3:]))
+            if compared
+            else None,
+        }
+    return rows
 
 
 def _interval(sums: np.ndarray, draws: np.ndarray, statistic: Any) -> dict[str, float]:
@@ -229,9 +244,10 @@ def _interval(sums: np.ndarray, draws: np.ndarray, statistic: Any) -> dict[str, 
     return {"mean": round(estimate, 6), "low": round(float(low), 6), "high": round(float(high), 6)}
 
 
-def _share(between: np.ndarray, within: np.ndarray) -> np.ndarray:
-    total = between + within
-    return np.where(total > 0, between / np.where(total > 0, total, 1.0), 0.0)
+def _share(total: np.ndarray) -> np.ndarray:
+    """Of sums of the variances between and within."""
+    between, variance = total[..., 0], total[..., 0] + total[..., 1]
+    return np.where(variance > 0, between / np.where(variance > 0, variance, 1.0), 0.0)
 
 
 def _named(spec: EpisodeSpec, split: int, number: int) -> EpisodeSpec:

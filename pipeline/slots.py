@@ -120,12 +120,12 @@ class Positions(BranchingSection):
     kind: Literal["positions"]
     initial: Count = 8
     """Episodes that begin at the initial state."""
-    signal: Literal["branching_score", "entropy", "reference_energy", "action_energy", "action_start", "random"] = (
-        "branching_score"
-    )
+    signal: Literal[
+        "branching_score", "entropy", "reference_energy", "action_energy", "action_random", "action_start", "random"
+    ] = "branching_score"
     """The score: APPO's ``z(H) * z(Omega)`` under the policy after the iteration's first updates; the behaviour policy's
-    entropy; the reference policy's energy, of all tokens or of action tokens; a draw for the first action token of each
-    response; a draw for any token."""
+    entropy; the reference policy's energy, of all tokens or of action tokens; a draw for any action token, or for the
+    first one of each response; a draw for any token."""
     side: Literal["before", "after"] = "after"
     """Sample the scored token again, or only what comes after it (APPO)."""
     among: Literal["all", "failed"] = "all"

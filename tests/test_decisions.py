@@ -72,11 +72,42 @@ def test_candidates_share_what_came_before_and_continuations_their_candidate(
 
 def test_a_signal_is_summarised_over_states() -> None:
     positions = [Position("entropy", "a", "action", 0.2, 0.2), Position("entropy", "b", "reasoning", 0.0, 0.4)]
-    row = summarised(positions)
+    (row,) = summarised(positions).values()
     assert row["roles"] == {"reasoning": 0.5, "action": 0.5, "tag": 0.0, "other": 0.0}
     assert row["between"] == {"mean": 0.1, "low": 0.0, "high": 0.2}
     assert row["explained"] == {"mean": 0.25, "low": 0.0, "high": 0.5}
-    assert summarised([Position("entropy", "a", "action", 0.0, 0.0)])["explained"]["mean"] == 0.0
+    assert row["beyond_chance"] is None
+    assert summarised([Position("entropy", "a", "action", 0.0, 0.0)])["entropy"]["explained"]["mean"] == 0.0
+
+
+def test_a_signal_is_paired_by_state_with_a_draw_among_the_same_tokens() -> None:
+    """What differs between states alone leaves no interval; it does without pairing."""
+    share = {"a": 0.1, "b": 0.5, "c": 0.9}
+    gain = {"entropy": 0.05, "random": 0.0, "action_energy": -0.05, "action_random": 0.0}
+    rows = summarised(
+        [
+            Position(signal, s, "action", share[s] + gain[signal], 1 - share[s] - gain[signal])
+            for signal in gain
+            for s in share
+        ]
+    )
+    assert list(rows) == ["entropy", "action_energy", "action_random", "random"]
+    for signal, expected in gain.items():
+        if expected:
+            assert rows[signal]["beyond_chance"] == pytest.approx(
+                dict.fromkeys(("mean", "low", "high"), expected), abs=1e-6
+            )
+            assert rows[signal]["explained"]["high"] - rows[signal]["explained"]["low"] > 0.5
+        else:
+            assert rows[signal]["beyond_chance"] is None
+
+
+def test_a_state_without_a_token_for_a_signal_counts_for_nothing() -> None:
+    positions = [Position("random", state, "reasoning", 0.5, 0.5) for state in "abc"]
+    row = summarised([*positions, Position("action_random", "a", "action", 0.2, 0.2)])["action_random"]
+    assert row["between"]["mean"] == 0.2
+    assert (row["between"]["low"], row["between"]["high"]) == (0.0, 0.2)
+    assert row["explained"]["mean"] == 0.5
 
 
 def test_every_signal_is_measured_and_repeatable(directory: Path, tmp_path: Path) -> None:
@@ -88,8 +119,8 @@ def test_every_signal_is_measured_and_repeatable(directory: Path, tmp_path: Path
     for row in result["signals"].values():
         assert sum(row["roles"].values()) == pytest.approx(1)
         assert row["between"]["low"] <= row["between"]["mean"] <= row["between"]["high"]
-    assert result["signals"]["action_start"]["roles"]["action"] == 1.0
-    assert result["signals"]["action_energy"]["roles"]["action"] == 1.0
+    for signal in ("action_energy", "action_random", "action_start"):
+        assert result["signals"][signal]["roles"]["action"] == 1.0
     text = decisions_text(result)
     assert all(signal in text for signal in SIGNALS)
     files = draw_decisions(result, tmp_path / "decisions")

@@ -453,6 +453,9 @@ def test_signals_score_sampled_tokens_alone() -> None:
     np.testing.assert_array_equal(entropy, np.where(table.sampled, table.entropy.astype(np.float64), -np.inf))
     anywhere = branch_scores("random", table, draws())
     np.testing.assert_array_equal(np.isfinite(anywhere), table.sampled)
+    acting = branch_scores("action_random", table, draws())
+    action = table.sampled & (table.role == Role.ACTION)
+    np.testing.assert_array_equal(acting, np.where(action, draws().random(len(action)), -np.inf))
     starts = branch_scores("action_start", table, draws())
     np.testing.assert_array_equal(np.isfinite(starts), action_starts(table))
     expected = []

@@ -21,20 +21,22 @@ ROLES = {
 
 
 def decisions_text(result: Mapping[str, Any]) -> str:
-    """A line per signal."""
+    """A line per signal; beyond chance is what it explains less what a draw among the same tokens explains."""
     plan = result["plan"]
     lines = [
         f"{result['environment']}: {result['states']} initial states, {plan['positions']} tokens of each per signal, "
         f"{plan['candidates']} candidates x {plan['continuations']} continuations; 95 % intervals over states",
-        f"{'signal':<17}{'reasoning':>10}{'action':>8}{'tag':>6}{'other':>7}  {'variance decided':<29}explained",
+        f"{'signal':<17}{'reasoning':>10}{'action':>8}{'tag':>6}{'other':>7}  {'variance decided':<29}"
+        f"{'explained':<23}beyond chance",
     ]
     for signal, row in result["signals"].items():
         roles = "".join(f"{row['roles'][role]:>{width}.0%}" for role, width in
                         (("reasoning", 10), ("action", 8), ("tag", 6), ("other", 7)))  # fmt: skip
-        decided, explained = row["between"], row["explained"]
+        decided, explained, beyond = row["between"], row["explained"], row["beyond_chance"]
         variance = f"{decided['mean']:.4f} [{decided['low']:.4f}, {decided['high']:.4f}]"
         share = f"{explained['mean']:.1%} [{explained['low']:.1%}, {explained['high']:.1%}]"
-        lines.append(f"{signal:<17}{roles}  {variance:<29}{share}")
+        more = f"{beyond['mean']:+.1%} [{beyond['low']:+.1%}, {beyond['high']:+.1%}]" if beyond else "–"
+        lines.append(f"{signal:<17}{roles}  {variance:<29}{share:<23}{more}")
     return "\n".join(lines) + "\n"
 
 

@@ -32,6 +32,10 @@ def branch_scores(
         ValueError: the branching score without a policy that has moved, or the energy without annotation.
     """
     sampled = trajectories.sampled
+    if signal == "action_start":
+        sampled = action_starts(trajectories)
+    elif signal in ("action_energy", "action_random"):
+        sampled = sampled & (trajectories.role == Role.ACTION)
     if signal == "branching_score":
         if moved is None:
             raise ValueError("branching_score needs log-probabilities under a policy that has moved")
@@ -40,13 +44,10 @@ def branch_scores(
         if trajectories.energy is None:
             raise ValueError("trajectories are not annotated")
         values = trajectories.energy.astype(np.float64)
-        if signal == "action_energy":
-            sampled = sampled & (trajectories.role == Role.ACTION)
     elif signal == "entropy":
         values = trajectories.entropy.astype(np.float64)
     else:
         values = draws.random(len(sampled))
-        sampled = action_starts(trajectories) if signal == "action_start" else sampled
     return np.where(sampled, values, -np.inf)
 
 
