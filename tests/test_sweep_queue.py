@@ -225,6 +225,24 @@ def test_kills_at_any_moment_lose_nothing(tmp_path: Path, storage: str | None, s
     check(plan, toy.log)
 
 
+@pytest.mark.parametrize("written", [1, 60, -1])
+def test_a_record_that_a_kill_has_cut_short_costs_no_other(tmp_path: Path, written: int) -> None:
+    """Its last byte is the newline; a record that lacks it is none."""
+    journal = tmp_path / "journal.log"
+    names = [f"study {number}" for number in range(4)]
+    first, cut, *later = names
+    for name in (first, cut):
+        optuna.create_study(storage=open_storage(None, journal), study_name=name)
+    whole = journal.read_bytes()
+    last = whole[:-1].rfind(b"\n") + 1
+    journal.write_bytes(whole[:last] + whole[last:][:written])
+    watching = open_storage(None, journal)
+    for name in later:
+        optuna.create_study(storage=open_storage(None, journal), study_name=name)
+    for storage in (watching, open_storage(None, journal)):
+        assert [study.study_name for study in storage.get_all_studies()] == [first, *later]
+
+
 def test_a_lock_that_a_killed_worker_held_delays_nobody(tmp_path: Path) -> None:
     plan, toy = toy_plan(tmp_path, trials=4), Toy(tmp_path / "log")
     CACHE.mkdir(parents=True)

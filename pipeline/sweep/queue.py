@@ -65,15 +65,24 @@ def _database(url: str) -> RDBStorage:
 
 
 class _Lock(BaseJournalFileLock):
-    """A lock on the journal that ends with its holder; of Optuna's own, a killed worker's stops all others for 30 s."""
+    """A lock on the journal that ends with its holder; of Optuna's own, a killed worker's stops all others for 30 s.
+
+    It is taken to append. What a worker that was killed while it appended has left unfinished is removed first: readers
+    pass over an unfinished last line, but cannot read the journal any more once there is another behind it.
+    """
 
     def __init__(self, journal: Path) -> None:
-        self._path = journal.with_suffix(".lock")
+        self._journal, self._path = journal, journal.with_suffix(".lock")
         self._held: int | None = None
 
     def acquire(self) -> bool:
         descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT)
         fcntl.flock(descriptor, fcntl.LOCK_EX)
+        try:
+            _drop_unfinished_line(self._journal)
+        except BaseException:
+            os.close(descriptor)
+            raise
         self._held = descriptor
         return True
 
@@ -82,6 +91,16 @@ class _Lock(BaseJournalFileLock):
         descriptor, self._held = self._held, None
         fcntl.flock(descriptor, fcntl.LOCK_UN)
         os.close(descriptor)
+
+
+def _drop_unfinished_line(journal: Path) -> None:
+    with journal.open("r+b") as file:
+        size = file.seek(0, os.SEEK_END)
+        file.seek(max(0, size - 1))
+        if file.read(1) in (b"", b"\n"):
+            return
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 class Queue:
