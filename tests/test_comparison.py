@@ -416,6 +416,7 @@ def test_tables_print_sizes_intervals_and_common_terms_once() -> None:
     assert shown in markdown
     assert shown in text
     assert f"{row['difference_to_uniform']:+.3f} (4 seeds, " in text
+    assert "success [95 % bootstrap interval over seeds and initial states]; differences [95 % t-interval" in text
     assert "4 × 8 × 3" in text
     lines = [line for line in markdown.split("\n") if line.startswith("|")]
     assert {line.count("|") for line in lines} == {15, 10}

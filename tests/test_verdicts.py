@@ -12,7 +12,7 @@ import pytest
 from pipeline.config import Config
 from pipeline.report.charts import difference_charts
 from pipeline.report.comparison import compare
-from pipeline.report.comparison_tables import READING, comparison_markdown, comparison_text, places, rows_at
+from pipeline.report.comparison_tables import BRACKETS, READING, comparison_markdown, comparison_text, places, rows_at
 from pipeline.report.differences import difference_of, difference_text
 from pipeline.report.html import report_html
 from pipeline.report.revisions import Revision, revisions_text
@@ -39,7 +39,7 @@ def texts_of(config: Config) -> dict[str, str]:
     ]
     return {
         "markdown": comparison_markdown(found).replace(READING, ""),
-        "text": comparison_text(found),
+        "text": comparison_text(found).replace(BRACKETS, ""),
         "cells of the page": cells,
         "charts": "\n".join(charts),
         "confirmation": verdict(found),

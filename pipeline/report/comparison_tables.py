@@ -24,6 +24,12 @@ READING = (
 )
 """How to read the results, for the head of a report."""
 
+BRACKETS = (
+    "success [95 % bootstrap interval over seeds and initial states]; differences [95 % t-interval over paired seeds], "
+    f"below {VERDICT_SEEDS} seeds (range over them)"
+)
+"""What stands in brackets, for a terminal."""
+
 ENDS = {"goal", "failed", *CUT_OFF}
 """How episodes end unless their environment has outcomes of its own."""
 
@@ -175,7 +181,8 @@ def comparison_text(comparison: Mapping[str, Any]) -> str:
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
         parts += [table.title, *lines, ""]
-    return "\n".join(parts + [f"warning: {warning}" for warning in comparison["warnings"]]).rstrip() + "\n"
+    warnings = [f"warning: {warning}" for warning in comparison["warnings"]]
+    return "\n".join([*parts, BRACKETS, "", *warnings]).rstrip() + "\n"
 
 
 def _markdown(table: Table) -> str:
