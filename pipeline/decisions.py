@@ -92,8 +92,9 @@ def decisions(config: Config, policy: Path, name: str, method: str, plan: Plan, 
 
     Returns:
         Per signal that has found a token ``positions``, ``roles`` (shares), ``between`` (mean variance that a token
-        decides), ``explained`` (its share of all variance at these tokens) and ``beyond_chance`` (that share less the one of
-        the signal's control, None for a control), each of these three with a 95 % percentile bootstrap over states.
+        decides), ``explained`` (its share of all variance at these tokens) and ``minus_control`` (that share less the one of
+        the signal's control, None for a control), each of these three with a 95 % percentile bootstrap over states. The
+        reference policy plays all of them: nothing here is about trainings.
 
     Raises:
         ConfigError: the method branches itself, or the plan is too small.
@@ -231,7 +232,7 @@ def summarised(positions: Sequence[Position]) -> dict[str, Any]:
             "roles": {role: roles.count(role) / len(roles) for role in ("reasoning", "action", "tag", "other")},
             "between": _interval(own, draws, lambda total: total[..., 0] / np.maximum(total[..., 2], 1.0)),
             "explained": _interval(own, draws, _share),
-            "beyond_chance": _interval(paired, draws, lambda total: _share(total) - _share(total[..., 3:]))
+            "minus_control": _interval(paired, draws, lambda total: _share(total) - _share(total[..., 3:]))
             if compared
             else None,
         }

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import os
 import subprocess
 import sys
@@ -14,12 +13,11 @@ from stages.command import configured, out_folder, parse_arguments, run
 def main() -> str:
     arguments = parse_arguments(__doc__, "study")
     config = configured(arguments)
-    from ruamel.yaml import YAML
-
     from pipeline.config import ConfigError
     from pipeline.files import read_json, write_text
     from pipeline.sweep.confirm import confirmation, verdict
     from pipeline.sweep.plan import plans
+    from pipeline.yaml_files import yaml_text
 
     study, out = arguments.study, out_folder(config)
     found = plans(arguments.params, study, out / "models" / "policy")
@@ -28,12 +26,7 @@ def main() -> str:
         raise ConfigError(f"{summary}: no such file; `make sweep STUDY={study}` makes it")
     folder = out / "sweeps" / f"confirm_{study}"
     raw = confirmation(found, read_json(summary)["searches"], folder.as_posix(), os.path.relpath(".", folder))
-    stream = io.StringIO()
-    yaml = YAML()
-    yaml.default_flow_style = False
-    yaml.representer.ignore_aliases = lambda _: True
-    yaml.dump(raw, stream)
-    write_text(folder / "params.yaml", f"# Made by `make sweep-confirm STUDY={study}`.\n{stream.getvalue()}")
+    write_text(folder / "params.yaml", f"# Made by `make sweep-confirm STUDY={study}`.\n{yaml_text(raw)}")
     pipeline = folder / "dvc.yaml"
     write_text(pipeline, Path("dvc.yaml").read_text(encoding="utf-8"))
     done = subprocess.run(["dvc", "repro", str(pipeline)])

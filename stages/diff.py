@@ -27,7 +27,7 @@ def main() -> str:
     a, b = read_revision("A", arguments.a, arguments.params), read_revision("B", arguments.b, arguments.params)
     target = arguments.params.removesuffix("params.yaml")
     return (
-        f"{revisions_text(a, b, b.comparison['resamples'])}\n"
+        f"{revisions_text(a, b)}\n"
         f"Next: dvc plots diff {' '.join(r for r in (arguments.a, arguments.b) if r != WORKSPACE)} --targets {target}dvc.yaml::"
     )
 

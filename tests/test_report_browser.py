@@ -221,6 +221,18 @@ def test_the_page_is_one_small_file_that_opens_without_errors(written: Path, bro
         print(f"\n{written.stat().st_size / MEGABYTE:.2f} MB, opened in {visit.seconds:.2f} s")
 
 
+def test_no_chart_has_a_button_that_sends_it_anywhere(written: Path, browser: Any) -> None:
+    """Plotly's own offer to upload a chart is among those that are missing."""
+    with Visit(browser, written) as visit:
+        visit.draw_all()
+        buttons = visit.page.locator("figure.chart .modebar-btn")
+        titles = {buttons.nth(i).get_attribute("data-title") for i in range(buttons.count())}
+        assert titles == {"Download plot as a PNG", "Zoom", "Pan", "Zoom in", "Zoom out", "Reset axes"}
+        server = "[...document.querySelectorAll('.js-plotly-plot')].map((plot) => plot._context.plotlyServerURL)"
+        assert set(visit.page.evaluate(server)) == {""}
+        assert visit.wrong == []
+
+
 def test_views_of_a_chart_change_by_mouse_and_keyboard(written: Path, browser: Any) -> None:
     with Visit(browser, written) as visit:
         figure = visit.page.locator('figure[data-chart="lake-learning"]')

@@ -68,7 +68,7 @@ def test_the_objective_knows_tensors_and_settings_alone() -> None:
 
 LAYERS = (
     {"section"},
-    {"slots", "studies"},
+    {"slots", "studies", "yaml_files"},
     {"config", "trajectory", "randomness", "files"},
     {"environments", "prompting", "policy", "processes", "presets", "contracts", "episodes"},
     {"rollout", "energy", "objective"},

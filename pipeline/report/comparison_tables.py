@@ -6,19 +6,29 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.report.comparison import REFERENCE, VERDICT_SEEDS, verdict
+from pipeline.evaluation.statistics import VERDICT_SEEDS
+from pipeline.report.comparison import REFERENCE
+from pipeline.report.differences import difference_of, difference_text
 from pipeline.trajectory import CUT_OFF
 
 Row = Mapping[str, Any]
 
 READING = (
     "Success on held-out initial states at the final step, as mean [95 % interval]: bootstrap over seeds and initial "
-    "states together. The t-interval is over seed means alone and treats the states as fixed. Differences are paired "
-    f"over common seeds and states; they are put in words from {VERDICT_SEEDS} seeds on. P(> uniform) is the chance "
-    "that a new training scores above one of the uniform counterpart. No interval is corrected for the number of "
-    "comparisons."
+    "states together. The t-interval is over seed means alone and treats the states as fixed. IQM is the mean of the "
+    "middle half of the successes of single seeds on single states. Differences are paired over common seeds and states, "
+    "as mean [95 % t-interval over paired seed means]: a method is called higher or lower if that interval excludes "
+    f"zero, else not told apart. Below {VERDICT_SEEDS} paired seeds there is neither interval nor verdict, and the range "
+    "over the seeds is given. P(> uniform) is the share of pairs of trainings in which the method scores above its "
+    "uniform counterpart. No interval is corrected for the number of comparisons."
 )
 """How to read the results, for the head of a report."""
+
+BRACKETS = (
+    "success [95 % bootstrap interval over seeds and initial states]; differences [95 % t-interval over paired seeds], "
+    f"below {VERDICT_SEEDS} seeds (range over them)"
+)
+"""What stands in brackets, for a terminal."""
 
 ENDS = {"goal", "failed", *CUT_OFF}
 """How episodes end unless their environment has outcomes of its own."""
@@ -72,7 +82,7 @@ def result_table(comparison: Mapping[str, Any], environment: str, temperature: f
                 _number(row["success_iqm"]),
                 _difference(row, "reference"),
                 _difference(row, "uniform"),
-                _improvement(row),
+                _number(row["probability_of_improvement"]),
                 _difference(row, "control"),
                 _number(row["return_mean"]),
                 *([_number(row["score_mean"])] if outcomes else []),
@@ -171,7 +181,8 @@ def comparison_text(comparison: Mapping[str, Any]) -> str:
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
         parts += [table.title, *lines, ""]
-    return "\n".join(parts + [f"warning: {warning}" for warning in comparison["warnings"]]).rstrip() + "\n"
+    warnings = [f"warning: {warning}" for warning in comparison["warnings"]]
+    return "\n".join([*parts, BRACKETS, "", *warnings]).rstrip() + "\n"
 
 
 def _markdown(table: Table) -> str:
@@ -184,27 +195,16 @@ def _size(row: Row) -> str:
 
 
 def _difference(row: Row, other: str) -> str:
-    name = f"difference_to_{other}"
-    if row[name] is None:
-        return "–"
-    words = verdict(row, other)
-    against = "" if other == REFERENCE else f" vs {row[other]}"
-    return _estimate(row[name], row[f"{name}_ci_low"], row[f"{name}_ci_high"], "+") + against + (words and f": {words}")
+    found = difference_of(row, other)
+    return "–" if found is None else difference_text(found, "" if other == REFERENCE else f" vs {row[other]}")
 
 
-def _improvement(row: Row) -> str:
-    name = "probability_of_improvement"
-    if row[name] is None:
-        return "–"
-    return _estimate(row[name], row[f"{name}_ci_low"], row[f"{name}_ci_high"])
+def _estimate(value: float, low: float, high: float) -> str:
+    return f"{value:.3f} {_bounds(low, high)}"
 
 
-def _estimate(value: float, low: float | None, high: float | None, sign: str = "") -> str:
-    return f"{value:{sign}.3f} {_bounds(low, high, sign)}" if low is not None else f"{value:{sign}.3f}"
-
-
-def _bounds(low: float | None, high: float | None, sign: str = "") -> str:
-    return "–" if low is None or high is None else f"[{low:{sign}.3f}, {high:{sign}.3f}]"
+def _bounds(low: float | None, high: float | None) -> str:
+    return "–" if low is None or high is None else f"[{low:.3f}, {high:.3f}]"
 
 
 def _number(value: float | None) -> str:

@@ -7,12 +7,10 @@ import logging
 import os
 import subprocess
 import sys
-from io import StringIO
 from pathlib import Path
 
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from ruamel.yaml import YAML
 
 from pipeline.config import Config, ConfigError
 from pipeline.tracking.away import Away, readable
@@ -22,6 +20,7 @@ from pipeline.tracking.send import PATIENT, patient, refusal, send_waiting
 from pipeline.tracking.spool import waiting
 from pipeline.tracking.study import StudyRun
 from pipeline.tracking.training import RunSettings, Store, flatten
+from pipeline.yaml_files import yaml_text
 
 
 def store_of(config: Config, root: Path) -> Store:
@@ -109,10 +108,8 @@ def resolved_params(config: Config) -> str:
 
     Addresses of stores are left out: they may hold passwords, and decide no result.
     """
-    stream = StringIO()
     resolved = config.model_dump(mode="json", exclude={"tracking": {"uri"}, "sweep": {"storage"}})
-    YAML(typ="safe", pure=True).dump(resolved, stream)
-    return stream.getvalue()
+    return yaml_text(resolved)
 
 
 def provenance(config: Config, root: Path) -> dict[str, str]:
