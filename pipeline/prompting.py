@@ -55,7 +55,7 @@ _REGIONS = {
     "answer_end": Role.ANSWER_TAG,
 }
 _OPENED = re.compile(r"<think>(?:\s*</think>)?\s*\Z")
-"""What the templates of reasoning models write behind the assistant's header: an open, or an empty, part of reasoning."""
+"""What templates of reasoning models write behind the assistant's header: an open, or an empty, part of reasoning."""
 _PRIORITY = {Role.ACTION: 4, Role.ANSWER_TAG: 3, Role.THINK_TAG: 2, Role.REASONING: 1, Role.OTHER: 0}
 
 
@@ -184,8 +184,7 @@ class Dialogue:
                 f"rollout.prefill: {prefill!r} does not go with the policy's chat template, which opens and closes the "
                 "reasoning itself; leave it empty"
             )
-        forced = self._opened or prefill
-        self.prefill_ids = self.encode(forced) if forced else []
+        self.prefill_ids = self._forced(probe.opening.removesuffix(self._opened), self._opened or prefill)
         self._marker = _beginning_of(_markers(tokenizer, probe.whole))
 
     def opening(self, instructions: str, observation: str, actions_left: int | None = None) -> list[int]:
@@ -221,6 +220,11 @@ class Dialogue:
 
     def _user(self, turn: int, observation: str, actions_left: int | None) -> str:
         return user_message(self.layout, turn, self.carried(observation), actions_left, self.response_tokens)
+
+    def _forced(self, prompt: str, text: str) -> list[int]:
+        """Token ids of a text behind a prompt, where the two have no token in common; else of the text alone."""
+        before, whole = self.encode(prompt), self.encode(prompt + text)
+        return whole[len(before) :] if whole[: len(before)] == before else self.encode(text)
 
     def _messages(self, instructions: str, shown: list[str], reply: bool = False) -> list[dict[str, str]]:
         """A conversation in which every message of the user but the last, or every one, has been replied to."""

@@ -93,7 +93,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "narrow window": (
         "mistral",
         {**GROUPED, "sliding_window": 399},
-        "has a window of 399 tokens, which is not supported",
+        "has a window of 399 tokens, and sequences may have 400 (context_tokens); windows are not",
     ),
     "some narrow layers": ("gemma3_text", {**GROUPED, "sliding_window": 16}, "has a window of 16 tokens"),
     "long rope": (
@@ -105,7 +105,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     "soft cap in attention": (
         "gemma2",
         {**GROUPED, **UNCAPPED, "attn_logit_softcapping": 50.0},
-        "cannot run on packed sequences: its attention is given softcap, which is not supported",
+        "cannot be used: its attention is given softcap, which is not supported",
     ),
     "scaled logits": ("cohere", {**GROUPED, "logit_scale": 0.06}, "computes its logits from more than its output head"),
     "sinks": (
@@ -120,7 +120,7 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "values of another size": ("deepseek_v3", {**LATENT, "v_head_dim": 8}, "keys of 16 numbers and values of 8"),
     "attention of its own": ("bloom", {}, "0 of its 2 layers let their attention be exchanged"),
-    "no attention": ("mamba", {}, "cannot run on packed sequences: "),
+    "no attention": ("mamba", {}, "cannot be used: "),
     "convolutions": ("lfm2", {**GROUPED, "layer_types": ["conv", "full_attention"]}, "1 of its 2 layers"),
 }
 
@@ -315,11 +315,14 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda d: (d / "generation_config.json").write_text('{"eos_token_id": [0,'),
         "generation_config.json: not JSON, or no mapping",
     ),
-    "no tokenizer's files": (lambda d: [file.unlink() for file in d.glob("tokenizer*")], "tokenizer"),
+    "no tokenizer's files": (
+        lambda d: [file.unlink() for file in d.glob("tokenizer*")],
+        "no tokenizer.json, nor another",
+    ),
     "no tokenizer": (lambda d: (d / "tokenizer.json").write_text("{"), "cannot be loaded: "),
     "an end that is no token": (
         lambda d: settings_of(d, "generation_config.json", eos_token_id=[0, 999]),
-        f"generation_config.json: eos_token_id: 999 is not among the {len(TOKENIZER)} tokens of its tokenizer",
+        f"generation_config.json: eos_token_id: 999 is not among its tokenizer's {len(TOKENIZER)} tokens",
     ),
 }
 
@@ -354,7 +357,7 @@ def test_a_tokenizer_must_fit_the_embedding_and_write_the_tags(damaged: Path, so
     parts["normalizer"] = {"type": "Replace", "pattern": {"String": "<"}, "content": " "}
     parts["added_tokens"] = [token for token in parts["added_tokens"] if "think" not in token["content"]]
     (damaged / "tokenizer.json").write_text(json.dumps(parts))
-    assert "cannot write <think>a</think><answer>b</answer>: " in refusal(damaged)
+    assert "cannot write <think>a</think><answer>b</answer>, but " in refusal(damaged)
 
 
 @cache
@@ -368,5 +371,7 @@ def test_a_window_matters_if_an_episode_can_outgrow_it(tmp_path: Path, context: 
     if works:
         load_policy(tmp_path, context=context)
     else:
-        with pytest.raises(ConfigError, match=r"has a window of 50 tokens, .* of up to \d+ \(context_tokens\)$"):
+        with pytest.raises(
+            ConfigError, match=r"has a window of 50 tokens, and sequences may have \d+ \(context_tokens\); "
+        ):
             load_policy(tmp_path, context=context)

@@ -98,7 +98,7 @@ def load_policy(
         if kind.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not trust_remote_code:
             raise ValueError(f"a model of type {kind.model_type} is no causal language model")
         tokenizer = _load_tokenizer(source, options)
-        model, loading = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             source,
             dtype=getattr(torch, dtype),
             use_safetensors=True,
@@ -108,10 +108,16 @@ def load_policy(
         )
     except Exception as error:  # of any kind: files, the library, and code that came with the model
         raise ConfigError(f"{name} cannot be loaded: {_short(error)}") from None
+    model, loading = loaded
     policy = Policy(model.eval(), tokenizer)
-    _check_weights(policy, loading, name)
-    _check_tokenizer(policy, name)
-    _check_forward(policy, name, context)
+    try:
+        _check_weights(policy, loading, name)
+        _check_tokenizer(policy, name)
+        _check_forward(policy, name, context)
+    except ConfigError:
+        raise
+    except Exception as error:  # of any kind: the model's code meets what it was not written for
+        raise ConfigError(f"{name} cannot be used: {_short(error)}") from None
     return policy
 
 
@@ -162,6 +168,9 @@ def _check_files(directory: Path) -> None:
             with file.open("rb") as opened:
                 if opened.read(23) == b"version https://git-lfs":
                     raise ConfigError(f"policy: {file}: only a git-LFS pointer to the file; run `git lfs pull`")
+    vocabularies = ("tokenizer.json", "*.model", "vocab.*", "*.tiktoken", "tekken.json")
+    if not any(file for pattern in vocabularies for file in directory.glob(pattern)):
+        raise ConfigError(f"policy: {directory}: no tokenizer.json, nor another tokenizer's files")
     settings = directory / "generation_config.json"
     if settings.is_file() and not _is_mapping(settings):  # the library would go on without the end tokens
         raise ConfigError(f"policy: {settings}: not JSON, or no mapping")
@@ -222,8 +231,7 @@ def _check_tokenizer(policy: Policy, name: str) -> None:
     )
     if written.strip() != text:
         raise ConfigError(
-            f"{name}: its tokenizer, of {len(tokenizer)} tokens, cannot write {text}: {shorten(written, 60)!r}; is its "
-            "tokenizer.json there?"
+            f"{name}: its tokenizer, of {len(tokenizer)} tokens, cannot write {text}, but {shorten(written, 60)!r}"
         )
     rows, last = policy.model.get_input_embeddings().weight.shape[0], max(tokenizer.get_vocab().values())
     if last >= rows:
@@ -231,8 +239,8 @@ def _check_tokenizer(policy: Policy, name: str) -> None:
     unknown = sorted(end for end in policy.ends if end not in range(len(tokenizer)))
     if unknown:
         raise ConfigError(
-            f"{name}: generation_config.json: eos_token_id: {unknown[0]} is not among the {len(tokenizer)} tokens of its "
-            "tokenizer"
+            f"{name}: generation_config.json: eos_token_id: {unknown[0]} is not among its tokenizer's "
+            f"{len(tokenizer)} tokens"
         )
 
 
@@ -249,8 +257,8 @@ def _check_forward(policy: Policy, name: str, context: int | None) -> None:
     window = _window(config)
     if window is not None and window < last:
         raise ConfigError(
-            f"{name}: its attention has a window of {window} tokens, which is not supported for sequences of up to {last} "
-            "(context_tokens)"
+            f"{name}: its attention has a window of {window} tokens, and sequences may have {last} (context_tokens); "
+            "windows are not supported"
         )
     if policy.head is None:
         raise ConfigError(f"{name} has no output head")
@@ -260,13 +268,10 @@ def _check_forward(policy: Policy, name: str, context: int | None) -> None:
         )
     beginning = [(0, 4), (0, 3)]
     for spans in (beginning, [*beginning, (max(0, last - 4), last)]):
-        try:
-            ours, theirs = _logits(policy, spans, config.num_hidden_layers)
-        except Exception as error:  # of any kind: the model's own code meets sequences that it was not written for
-            raise ConfigError(f"{name} cannot run on packed sequences: {_short(error)}") from None
+        ours, theirs = _logits(policy, spans, config.num_hidden_layers)
         if not bool(torch.isfinite(theirs).all()):
             raise ConfigError(f"{name} computes logits that are not finite in {str(model.dtype)[6:]}")
-        if float((ours - theirs).abs().max()) > rounding(model.dtype) * float(theirs.abs().max()):
+        if not float((ours - theirs).abs().max()) <= rounding(model.dtype) * float(theirs.abs().max()):
             raise ConfigError(
                 f"{name} computes other logits on packed sequences; "
                 + (
@@ -314,8 +319,6 @@ def _ends_with_head(policy: Policy) -> bool:
     hook = policy.head.register_forward_hook(enlarge)
     try:
         logits = policy.model(input_ids=torch.arange(4, device=policy.device)[None], use_cache=False).logits
-    except Exception:  # says nothing about the head; the model is tried again, and refused, by ``_check_forward``
-        return True
     finally:
         hook.remove()
     return len(given) == 1 and torch.equal(logits.float(), given[0].float())

@@ -188,7 +188,7 @@ def _transformers_forward(backbone: Any, ids: Tensor, positions: Tensor, attend:
 
 
 _NO_PART = ("dropout", "sliding_window", "position_ids", "cache_position")
-"""What models give their attention, and it does not need: policies have no dropout, and ``load_policy`` refuses windows."""
+"""What models tell their attention in vain: policies have no dropout, and ``load_policy`` refuses windows."""
 
 
 def _attend_in_transformers(

@@ -1,6 +1,8 @@
-"""Whether a policy can do what every later stage asks of it: talk over several turns, and be scored as it was sampled."""
+"""Whether a policy can do what every later stage asks of it: talk over turns, and be scored as it was sampled."""
 
 from __future__ import annotations
+
+from textwrap import shorten
 
 import numpy as np
 import torch
@@ -34,11 +36,12 @@ def accept(policy: Policy, source: str, config: Config) -> None:
         Dialogue(policy.tokenizer, section.layout, config.rollout.prefill, section.response_tokens)
     try:
         worst = _worst_difference(policy)
-    except (TypeError, AttributeError, ValueError, RuntimeError, IndexError) as error:
-        raise ConfigError(f"policy: {source!r} cannot be sampled from: {str(error).splitlines()[0]}") from None
+    except Exception as error:  # of any kind, as in ``load_policy``
+        reason = shorten(str(error) or type(error).__name__, 160, placeholder=" …")
+        raise ConfigError(f"policy: {source!r} cannot be sampled from: {reason}") from None
     if not worst <= 1:
         raise ConfigError(
-            f"policy: {source!r} gives sampled tokens other log-probabilities over the engine's cache than transformers does"
+            f"policy: {source!r} gives tokens other log-probabilities over the engine's cache than by transformers alone"
         )
 
 
