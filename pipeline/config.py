@@ -124,8 +124,7 @@ class Rollout(Section):
     temperature: Positive = 1.0
     """Sampling temperature; log-probabilities, ratio and entropy are those of the tempered policy."""
     prefill: Literal["", "<think>"] = ""
-    """Text that the protocol forces at the start of each response; recorded as not sampled, never trained on. A chat
-    template that itself opens the response with it does so either way, and once."""
+    """Text that the protocol forces at the start of each response; recorded as not sampled, never trained on."""
     batch_episodes: Count = 128
     """Episodes that an engine decodes together."""
 

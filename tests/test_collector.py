@@ -384,19 +384,6 @@ def test_actions_after_the_end_of_the_episode_are_not_executed() -> None:
     assert (np.diff(made.turn_offsets) == 1).all()
 
 
-def test_end_of_sequence_is_recorded_and_is_no_part_of_the_answer() -> None:
-    for text, valid in ((says("Up") + EOS, True), (f"<think>so</think><answer>Up{EOS}", False), (EOS, False)):
-        made, _ = play(config(settings={"frozen": 1.0, "least_distance": 3}, max_turns=2), always(text))
-        assert set(made.turns["valid"]) == {valid}
-        assert (np.diff(made.turn_offsets) == 2).all()
-        for episode in range(len(made)):
-            for turn in episode_turns(made, episode):
-                last = made.offsets[episode] + turn["end"] - 1
-                assert made.input_ids[last] == TOKENIZER.eos_token_id
-                assert made.sampled[last]
-            assert episode_text(made, episode).count(EOS) == 2
-
-
 def test_a_turn_that_another_end_token_has_ended_gets_no_second_end() -> None:
     """Generation settings may name several; the tokenizer knows one."""
     tokenizer = copy.deepcopy(TOKENIZER)
@@ -412,6 +399,19 @@ def test_a_turn_that_another_end_token_has_ended_gets_no_second_end() -> None:
         text = tokenizer.decode(episode.builder.ids)
         assert text.count(EOS) + text.count(other) == 1
         assert text.split(says("Up"))[1].startswith(f"{other if other in said else EOS}<|user|>")
+
+
+def test_end_of_sequence_is_recorded_and_is_no_part_of_the_answer() -> None:
+    for text, valid in ((says("Up") + EOS, True), (f"<think>so</think><answer>Up{EOS}", False), (EOS, False)):
+        made, _ = play(config(settings={"frozen": 1.0, "least_distance": 3}, max_turns=2), always(text))
+        assert set(made.turns["valid"]) == {valid}
+        assert (np.diff(made.turn_offsets) == 2).all()
+        for episode in range(len(made)):
+            for turn in episode_turns(made, episode):
+                last = made.offsets[episode] + turn["end"] - 1
+                assert made.input_ids[last] == TOKENIZER.eos_token_id
+                assert made.sampled[last]
+            assert episode_text(made, episode).count(EOS) == 2
 
 
 @pytest.mark.parametrize("prefill", ["", "<think>"])
