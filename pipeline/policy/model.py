@@ -164,7 +164,7 @@ def _load_tokenizer(source: str | Path, options: dict[str, Any]) -> Any:
 def _check_files(directory: Path) -> None:
     """Refuse placeholders, and files of weights that are cut, before a library reads them."""
     for file in sorted(directory.iterdir()):
-        if file.suffix in (".json", ".safetensors", ".model") and file.is_file():
+        if file.is_file():
             with file.open("rb") as opened:
                 if opened.read(23) == b"version https://git-lfs":
                     raise ConfigError(f"policy: {file}: only a git-LFS pointer to the file; run `git lfs pull`")
