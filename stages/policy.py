@@ -15,7 +15,8 @@ def main() -> str:
     from pipeline.environments import make
     from pipeline.environments.registry import reset
     from pipeline.policy.bootstrap import bootstrap, expert_of
-    from pipeline.policy.model import load_policy, save_replacing
+    from pipeline.policy.model import load_policy, longest_context, save_replacing
+    from pipeline.rollout.acceptance import accept
 
     torch.set_num_threads(config.workers)
     target = out_folder(config) / "models" / "policy"
@@ -31,6 +32,7 @@ def main() -> str:
             revision=settings.revision,
             dtype=settings.dtype,
             trust_remote_code=settings.trust_remote_code,
+            context=longest_context(config),
         )
     else:
         with Progress() as progress:
@@ -49,6 +51,8 @@ def main() -> str:
                 f"{arguments.params}: environments.{name}.context_tokens: {section.context_tokens} is more than the "
                 f"model's {longest} positions"
             )
+    if settings.kind == "pretrained":
+        accept(policy, settings.model, config)
     save_replacing(policy, target)
     size = sum(p.numel() for p in policy.model.parameters())
     following = next_command(arguments, "rollout", environment=next(iter(config.environments)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from pipeline.policy.model import Policy
 from pipeline.policy.tokenizer import train_tokenizer
 from pipeline.prompting import END_OF_RESPONSE, Dialogue
 from pipeline.randomness import generator
-from pipeline.rollout.collector import INVALID, EpisodeSpec, collect, group_specs, iteration_specs
+from pipeline.rollout.collector import INVALID, EpisodeSpec, Setup, collect, group_specs, iteration_specs
 from pipeline.rollout.engine import Continuation, Follow, Request, Sampling
 from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.timing import Phases
@@ -381,6 +382,23 @@ def test_actions_after_the_end_of_the_episode_are_not_executed() -> None:
     made, _ = play(settings, always(says(f"{move}||{move}")), specs_of(settings, [state]))
     assert set(made.episodes["end_reason"]) == {"failed"}
     assert (np.diff(made.turn_offsets) == 1).all()
+
+
+def test_a_turn_that_another_end_token_has_ended_gets_no_second_end() -> None:
+    """Generation settings may name several; the tokenizer knows one."""
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + m.content + '<|end|>' if m.role == 'assistant' else '<|user|>' + m.content }}"
+        "{% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
+    )
+    settings, other = config(), "<|assistant|>"
+    for said, finish in ((says("Up") + EOS, "eos"), (says("Up") + other, "eos"), (says("Up"), "stop")):
+        episode = Setup(tokenizer, settings, NAME).begin(specs_of(settings, [0])[0])
+        ids = tokenizer(said, add_special_tokens=False)["input_ids"]
+        episode.take(Continuation(ids, [0.0] * len(ids), [0.0] * len(ids), finish, 0))
+        text = tokenizer.decode(episode.builder.ids)
+        assert text.count(EOS) + text.count(other) == 1
+        assert text.split(says("Up"))[1].startswith(f"{other if other in said else EOS}<|user|>")
 
 
 def test_end_of_sequence_is_recorded_and_is_no_part_of_the_answer() -> None:

@@ -259,7 +259,7 @@ class Episode:
         elif self.turn == self.section.max_turns:
             self._finish("turns")
         else:
-            self._next_turn(reward, answer.ids[-1] == self.dialogue.tokenizer.eos_token_id)
+            self._next_turn(reward, answer.finish == "eos")
 
     def _allowed(self, actions: list[str] | None) -> list[str] | None:
         """Canonical actions, or None as soon as one is not allowed."""

@@ -37,10 +37,7 @@ class TransformersEngine:
 
     def __init__(self, policy: Policy, slots: int = 128, policy_version: int = 0) -> None:
         self.policy, self.slots, self.policy_version = policy, slots, policy_version
-        configured = getattr(policy.model.generation_config, "eos_token_id", None)
-        if configured is None:
-            configured = policy.tokenizer.eos_token_id
-        self._eos = set(configured if isinstance(configured, list) else [configured]) - {None}
+        self._eos = policy.ends
         self._ends: dict[str, frozenset[int]] = {}
         self._cache: SlotCache | None = None
         self.forget()
