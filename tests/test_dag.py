@@ -111,6 +111,8 @@ def stage_by_stage(folder: Path) -> None:
     ]
     for done in forked_stages(folder, environment(), *commands):
         assert done.returncode == 0, f"{done.args}\n{done.stderr[-3000:]}"
+        if done.args[0] == "rollout":
+            assert re.search(r", of \d+ turns \d+ valid, \d+ disallowed, \d+ malformed, \d+ cut\. ", done.stdout)
 
 
 def test_a_fresh_clone_ends_with_table_report_and_runs(runs: tuple[Path, Path]) -> None:

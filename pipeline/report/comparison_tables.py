@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from pipeline.report.comparison import REFERENCE, VERDICT_SEEDS, verdict
-from pipeline.trajectory import CUT_OFF
+from pipeline.trajectory import CUT_OFF, RESPONSES
 
 Row = Mapping[str, Any]
 
@@ -16,12 +16,16 @@ READING = (
     "states together. The t-interval is over seed means alone and treats the states as fixed. Differences are paired "
     f"over common seeds and states; they are put in words from {VERDICT_SEEDS} seeds on. P(> uniform) is the chance "
     "that a new training scores above one of the uniform counterpart. No interval is corrected for the number of "
-    "comparisons."
+    "comparisons. Of all turns, valid ones did what their response says; a disallowed one names an action that may not be "
+    "done; a malformed one holds no action to be read; a cut one was ended by response_tokens or context_tokens."
 )
 """How to read the results, for the head of a report."""
 
 ENDS = {"goal", "failed", *CUT_OFF}
 """How episodes end unless their environment has outcomes of its own."""
+
+UNDONE = [kind for kind in RESPONSES if kind != "valid"]
+"""What a response was that no action was executed of; a comparison that was made when this was not counted lacks it."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +65,7 @@ def result_table(comparison: Mapping[str, Any], environment: str, temperature: f
         [
             "method", "seeds × states × episodes", "success", "t-interval", "IQM", "− reference", "− uniform",
             "P(> uniform)", "− control", "return", *(["score", *outcomes] if outcomes else []), "valid actions",
-            "action tokens", "truncated", "collapsed seeds",
+            *UNDONE, "action tokens", "truncated", "collapsed seeds",
         ],
         [
             [
@@ -78,6 +82,7 @@ def result_table(comparison: Mapping[str, Any], environment: str, temperature: f
                 *([_number(row["score_mean"])] if outcomes else []),
                 *(_number(row["ends"].get(outcome, 0.0)) for outcome in outcomes),
                 _number(row["valid_action_rate"]),
+                *(_number(row.get(f"{kind}_rate")) for kind in UNDONE),
                 _number(row["action_token_share"]),
                 _number(row["truncated_rate"]),
                 "–" if row["collapsed_seeds"] is None else f"{row['collapsed_seeds']} of {row['seeds']}",
