@@ -8,7 +8,7 @@ from typing import Any
 
 from pipeline.config import Config, ConfigError, Environment
 from pipeline.environments import environment_label, initial_states, make
-from pipeline.environments.registry import outcome_of, parse_action, reset, step, text_of
+from pipeline.environments.registry import actions_left_of, outcome_of, parse_action, reset, step, success_of, text_of
 from pipeline.prompting import END_OF_RESPONSE, Dialogue, decode, parse_response, token_roles
 from pipeline.randomness import generator
 from pipeline.rollout.engine import Continuation, Request, RolloutEngine, Sampling
@@ -190,7 +190,7 @@ class Episode:
             seed=spec.seed,
             iteration=spec.iteration,
         )
-        opening = dialogue.opening(instructions, self.observation, self._actions_left())
+        opening = dialogue.opening(instructions, self.observation, actions_left_of(self.environment))
         self.builder.append_text(opening, Role.PROMPT)
         self.prompt = list(self.builder.ids)
         if len(opening) + len(dialogue.prefill_ids) >= section.context_tokens:
@@ -304,7 +304,8 @@ class Episode:
 
     def _next_turn(self, reward: float, ended_by_eos: bool) -> None:
         self.turn += 1
-        following = self.dialogue.following(self.turn, self.observation, reward, ended_by_eos, self._actions_left())
+        left = actions_left_of(self.environment)
+        following = self.dialogue.following(self.turn, self.observation, reward, ended_by_eos, left)
         if len(self.builder) + len(following) + len(self.dialogue.prefill_ids) >= self.section.context_tokens:
             self._finish("context")
         else:
@@ -318,10 +319,7 @@ class Episode:
 
     def _finish(self, reason: str) -> None:
         self.done = True
-        self.builder.finish(bool(self.environment.success), reason)
-
-    def _actions_left(self) -> int | None:
-        return getattr(self.environment, "actions_left", None)
+        self.builder.finish(success_of(self.environment), reason)
 
     def _state_key(self) -> str:
         return _storable(text_of(self.environment, "state_key"))
