@@ -96,5 +96,5 @@ ui: install ## MLflow's pages on http://127.0.0.1:5000
 	mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
 
 clean: ## delete outputs, caches and MLflow's store; keeps .venv
-	rm -rf data models reports presets/*/data presets/*/models presets/*/reports presets/*/sweeps sweeps/confirm_* .cache .dvc/cache .dvc/tmp mlflow.db mlruns
+	rm -rf data models reports presets/*/data presets/*/models presets/*/reports presets/*/sweeps sweeps/confirm_* .cache .dvc/cache .dvc/tmp mlflow.db mlflow.db.partial mlflow.db.unfinished mlruns
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

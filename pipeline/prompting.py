@@ -83,23 +83,29 @@ def decode(tokenizer: Any, ids: Sequence[int]) -> DecodedResponse:
     return DecodedResponse(text, spans)
 
 
-def token_roles(response: DecodedResponse) -> list[Role]:
+def token_roles(response: DecodedResponse, ended: bool = False) -> list[Role]:
     """The role of each token of a response, from character offsets.
 
     The format is ``<think>`` reasoning ``</think><answer>`` action ``</answer>``. What follows it has its region's role;
     from the first deviation on everything is other: text between or after the parts, a tag where it does not belong, an
-    answer that is never closed. A token across a border has the most consequential role it touches: action, then answer
-    tag, think tag, reasoning, other.
+    answer that is never closed. What is thought is other as well if the response ends itself without ever having closed
+    it; where a limit of tokens cuts the response, it is reasoning. A token across a border has the most consequential
+    role it touches: action, then answer tag, think tag, reasoning, other.
+
+    Args:
+        response: what was written, an end-of-sequence token included.
+        ended: the policy has ended the response itself, by the stop text or its end-of-sequence token.
     """
     roles: list[Role] = [Role.OTHER] * len(response.text)
     followed = _PREFIX.match(response.text)
     inside = Role.OTHER
     if followed is not None:
+        thinking = followed["think_end"] is None
         for region, role in _REGIONS.items():
             start, end = followed.span(region)
-            if start >= 0:
+            if start >= 0 and not (role == Role.REASONING and thinking and ended):
                 roles[start:end] = [role] * (end - start)
-        if followed["think_end"] is None and followed.end() == len(response.text):
+        if thinking and not ended and followed.end() == len(response.text):
             inside = Role.REASONING
     result = []
     for start, end in response.spans:

@@ -68,8 +68,9 @@ def show(episode: Any, tokenizer: Any) -> None:
             if action:
                 line.append(f"[E {episode.energy[token]:.2f}]", style="yellow")
         console.print(line)
-        reward, valid = episode.turns["reward"][turn - 1], episode.turns["valid"][turn - 1]
-        console.print(Text(f"reward {reward:g}{'' if valid else ' (invalid)'}", style="magenta"))
+        reward, kind = episode.turns["reward"][turn - 1], episode.responses[turn - 1]
+        why = f"cut by {episode.turns['ended'][turn - 1]}" if kind == "cut" else kind
+        console.print(Text(f"reward {reward:g}{'' if kind == 'valid' else f' ({why})'}", style="magenta"))
         if console.is_terminal:
             time.sleep(0.6)
         position = end

@@ -13,7 +13,7 @@ def main() -> str:
 
     from pipeline.processes import run_in_processes
     from pipeline.rollout.table import sample_slice
-    from pipeline.trajectory import concatenate
+    from pipeline.trajectory import RESPONSES, concatenate
 
     out = out_folder(config)
     slices = range(config.bottleneck.groups // config.rollout.groups)
@@ -27,9 +27,12 @@ def main() -> str:
     target = out / "data" / "trajectories" / f"{name}.parquet"
     table.write(target)
     success = sum(table.episodes["success"]) / len(table)
+    responses = table.responses
+    turns = ", ".join(f"{responses.count(kind)} {kind}" for kind in RESPONSES)
     return (
         f"{target}: {len(table)} episodes, {int(table.sampled.sum())} sampled tokens, success {success:.3f} at "
-        f"temperature {config.rollout.temperature:g}. {next_command(arguments, 'annotate', environment=name)}"
+        f"temperature {config.rollout.temperature:g}, of {len(responses)} turns {turns}. "
+        f"{next_command(arguments, 'annotate', environment=name)}"
     )
 
 

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import os
+import re
 import subprocess
 import sys
 from collections.abc import Callable
@@ -20,11 +22,12 @@ from benchmarks.flops import forward_flops, sampling_flops
 from benchmarks.report import bench_text, summary
 from benchmarks.workload import workload
 from pipeline.config import load
+from pipeline.files import write_json
 from pipeline.policy.model import Policy
 from pipeline.policy.scoring import predicting_hidden, score_tokens
 from pipeline.policy.tokenizer import train_tokenizer
 from pipeline.rollout.collector import collect, iteration_specs
-from stages.publish import MARKS, fenced, replace_block
+from stages.publish import MARKS, blocks_of, fenced, name_commits, publish_block, replace_block
 
 ROOT = Path(__file__).parents[1]
 
@@ -189,6 +192,61 @@ def test_publishing_replaces_its_own_block_and_nothing_else(tmp_path: Path) -> N
         assert text == f"before\n{marks[0]}\n```text\n{content}```\n{marks[1]}\nafter\n"
     with pytest.raises(ValueError, match="no-such"):
         replace_block(document, "no-such", "lost")
+
+
+def committed(folder: Path, date: str) -> str:
+    """Commit everything in a git repository at a date; returns the hash."""
+    who = ["-c", "user.name=test", "-c", "user.email=test@example.invalid"]
+    dated = {**os.environ, "GIT_AUTHOR_DATE": f"{date}T12:00:00Z", "GIT_COMMITTER_DATE": f"{date}T12:00:00Z"}
+    subprocess.run(["git", "add", "-A"], cwd=folder, check=True)
+    subprocess.run(["git", *who, "commit", "-qm", date], cwd=folder, env=dated, check=True)
+    return subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=folder, text=True).strip()
+
+
+def test_a_table_says_which_commit_it_is_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that its trainings have noted; without such a note, the one in which the table last changed."""
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(["git", "init", "-q"], check=True)
+    document, runs = Path("page.md"), tmp_path / "data" / "runs"
+    names = ("sokoban", "bandit", "bandit sweep rates")
+    marks = {name: [mark.format(name) for mark in MARKS] for name in names}
+    document.write_text("".join(f"{begin}\nold\n\ntable\n{end}\nwords\n" for begin, end in marks.values()))
+    first = committed(tmp_path, "2026-11-20")
+    replace_block(document, "bandit", "newer\n\ntable")
+    second = committed(tmp_path, "2026-11-21")
+    document.write_text(f"a line above\n{document.read_text()}")
+    last = committed(tmp_path, "2026-11-22")
+
+    publish_block(document, "bandit sweep rates", "old\n\ntable", [runs])  # nothing new, and nothing noted
+    name_commits(document)
+    changed = "in which this table last changed."
+    expected = {
+        "sokoban": f"old\n\ntable\n\nMade by commit {first[:7]} (2026-11-20), {changed}",
+        "bandit": f"newer\n\ntable\n\nMade by commit {second[:7]} (2026-11-21), {changed}",
+        "bandit sweep rates": f"old\n\ntable\n\nMade by commit {first[:7]} (2026-11-20), {changed}",
+    }
+    assert blocks_of(document.read_text()) == expected
+    committed(tmp_path, "2026-11-23")
+
+    noted = {"seeds": {"0": {"revision": last}, "1": {"revision": f"{second}+changes"}}}
+    write_json(runs / "lake-grpo.json", noted)
+    publish_block(document, "sokoban", "new", [runs])
+    by = f"{second[:7]} and uncommitted changes (2026-11-21), {last[:7]} (2026-11-22)"
+    expected["sokoban"] = f"new\n\nMade by commits {by}."
+    name_commits(document)  # what is said already stays
+    assert blocks_of(document.read_text()) == expected
+
+    write_json(runs / "lake-ppo.json", {"seeds": {"0": {"run_id": None}}})  # made before commits were noted
+    publish_block(document, "sokoban", "new", [runs])
+    publish_block(document, "bandit", "other", [runs])
+    expected["bandit"] = "other\n\nMade by an unknown commit."
+    assert blocks_of(document.read_text()) == expected
+
+
+def test_every_published_table_says_which_commit_it_is_from() -> None:
+    blocks = blocks_of((ROOT / "docs" / "results.md").read_text(encoding="utf-8"))
+    assert len(blocks) > 10
+    assert [name for name, content in blocks.items() if not re.search(r"\nMade by commits? [0-9a-f]{7}", content)] == []
 
 
 def test_the_shops_benchmark_loads_without_and_with_an_index() -> None:

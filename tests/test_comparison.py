@@ -32,6 +32,7 @@ from pipeline.report.comparison_tables import (
     result_table,
 )
 from pipeline.report.curve_charts import training_charts
+from pipeline.report.flat import headline_metrics
 from pipeline.report.html import embedded, report_html
 
 ROOT = Path(__file__).parents[1]
@@ -43,7 +44,7 @@ KEYS = """environment method temperature headline seeds states episodes success_
     difference_to_uniform_ci_low difference_to_uniform_ci_high probability_of_improvement
     difference_to_reference_by_seed difference_to_uniform_by_seed difference_to_control_by_seed control difference_to_control
     difference_to_control_ci_low difference_to_control_ci_high return_mean action_token_share valid_action_rate
-    truncated_rate iterations kl_update_action_first3 learning_rate regulariser collapsed_seeds non_finite_losses
+    disallowed_rate malformed_rate cut_rate truncated_rate iterations kl_update_action_first3 learning_rate regulariser collapsed_seeds non_finite_losses
     gradient_share_action status source training_episodes training_tokens paths_per_state"""
 
 
@@ -94,6 +95,9 @@ def episodes(config: Config, method: str, rate: float) -> pa.Table:
             "end_reason": ["goal" if won else "turns" for won in table["success"]],
             "turns": [4] * count,
             "valid_turns": [3] * count,
+            "disallowed_turns": [0] * count,
+            "malformed_turns": [0] * count,
+            "cut_turns": [1] * count,
             "tokens": [50] * count,
             "action_tokens": [5] * count,
         }
@@ -229,6 +233,28 @@ def test_an_environments_own_outcomes_are_columns_and_its_score_is_without_penal
     assert shown.header[place : place + 2] == ["score", "bought"]
     assert {len(row) for row in shown.rows} == {len(shown.header)}
     assert shown.rows[-1][place + 1] == "0.000"
+
+
+def test_malformed_cut_and_disallowed_turns_are_columns_of_their_own() -> None:
+    config = configuration()
+    given = inputs(config)
+    table = given.episodes["lake", "grpo"]
+    counts = {"turns": 10, "valid_turns": 4, "disallowed_turns": 1, "malformed_turns": 2, "cut_turns": 3}
+    for name, count in counts.items():
+        table = table.set_column(table.schema.get_field_index(name), name, pa.array([count] * len(table)))
+    given.episodes["lake", "grpo"] = table
+    earlier = ["disallowed_turns", "malformed_turns", "cut_turns"]
+    given.episodes["lake", REFERENCE] = given.episodes["lake", REFERENCE].drop_columns(earlier)
+    found = compare(config, given)
+    shown = result_table(found, "lake", config.evaluation.temperatures[0])
+    place = shown.header.index("valid actions")
+    assert shown.header[place : place + 4] == ["valid actions", "disallowed", "malformed", "cut"]
+    cells = {row[0]: row[place : place + 4] for row in shown.rows}
+    assert cells["grpo"] == ["0.400", "0.100", "0.200", "0.300"]
+    assert cells[REFERENCE] == ["0.750", "–", "–", "–"]  # evaluated when only valid turns were counted
+    metrics = headline_metrics(found)["lake"]
+    assert [metrics["grpo"][f"{kind}_rate"] for kind in ("disallowed", "malformed", "cut")] == [0.1, 0.2, 0.3]
+    assert "cut_rate" not in metrics[REFERENCE]
 
 
 def test_same_inputs_give_the_same_bytes(tmp_path: Path) -> None:
@@ -419,7 +445,7 @@ def test_tables_print_sizes_intervals_and_common_terms_once() -> None:
     assert "success [95 % bootstrap interval over seeds and initial states]; differences [95 % t-interval" in text
     assert "4 × 8 × 3" in text
     lines = [line for line in markdown.split("\n") if line.startswith("|")]
-    assert {line.count("|") for line in lines} == {15, 10}
+    assert {line.count("|") for line in lines} == {18, 10}
     table = result_table(found, "lake", 1.0)
     assert all(len(cells) == len(table.header) for cells in table.rows)
     assert [cells[0] for cells in table.rows] == [*config.methods, REFERENCE]

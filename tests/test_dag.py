@@ -111,6 +111,8 @@ def stage_by_stage(folder: Path) -> None:
     ]
     for done in forked_stages(folder, environment(), *commands):
         assert done.returncode == 0, f"{done.args}\n{done.stderr[-3000:]}"
+        if done.args[0] == "rollout":
+            assert re.search(r", of \d+ turns \d+ valid, \d+ disallowed, \d+ malformed, \d+ cut\. ", done.stdout)
 
 
 def test_a_fresh_clone_ends_with_table_report_and_runs(runs: tuple[Path, Path]) -> None:
@@ -164,6 +166,7 @@ def test_mlflow_holds_one_run_per_training_with_a_curve_over_iterations(runs: tu
             assert [m.step for m in client.get_metric_history(run.info.run_id, metric)] == [0, 1, 2]
     noted = json.loads((runs[0] / OUT / "data/runs/frozen_lake-grpo.json").read_text())
     assert noted["seeds"]["0"]["run_id"] in {run.info.run_id for run in trainings}
+    assert noted["seeds"]["0"]["revision"] == trainings[0].data.tags["git.revision"]
     traces = client.search_traces(locations=[experiment.experiment_id])
     assert len(traces) == len(trainings)
     spans = [span.name for span in traces[0].data.spans]

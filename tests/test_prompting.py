@@ -64,7 +64,7 @@ IMPORTANCE = [Role.OTHER, Role.REASONING, Role.THINK_TAG, Role.ANSWER_TAG, Role.
 # -------------------------------------------------------------------------------------------------------- roles
 
 
-def character_roles(text: str) -> list[Role]:
+def character_roles(text: str, ended: bool = True) -> list[Role]:
     """The format, read part by part from the left; what is left over when a part does not come is other."""
     roles: list[Role] = []
 
@@ -84,7 +84,9 @@ def character_roles(text: str) -> list[Role]:
     if text[start:].startswith("<think>"):
         take(start, Role.OTHER)
         take(len("<think>"), Role.THINK_TAG)
-        take(until_tag(), Role.REASONING)
+        thought = until_tag()
+        closed = rest()[thought:].startswith("</think>")
+        take(thought, Role.REASONING if closed or not ended else Role.OTHER)
         if rest().startswith("</think>"):
             take(len("</think>"), Role.THINK_TAG)
             if rest()[blank() :].startswith("<answer>"):
@@ -110,31 +112,31 @@ def segmented(draw: st.DrawFn) -> DecodedResponse:
 
 
 @properties
-@given(RESPONSES)
-def test_roles_of_single_characters_equal_reference(text: str) -> None:
+@given(RESPONSES, st.booleans())
+def test_roles_of_single_characters_equal_reference(text: str, ended: bool) -> None:
     spans = [(i, i + 1) for i in range(len(text))]
-    assert token_roles(DecodedResponse(text, spans)) == character_roles(text)
+    assert token_roles(DecodedResponse(text, spans), ended) == character_roles(text, ended)
 
 
 @properties
-@given(segmented())
-def test_roles_do_not_depend_on_the_segmentation(response: DecodedResponse) -> None:
+@given(segmented(), st.booleans())
+def test_roles_do_not_depend_on_the_segmentation(response: DecodedResponse, ended: bool) -> None:
     """A token has the most consequential role of its characters, whatever the other tokens are."""
-    characters = character_roles(response.text)
+    characters = character_roles(response.text, ended)
     expected = [max(characters[start:end], key=IMPORTANCE.index) for start, end in response.spans]
-    assert token_roles(response) == expected
+    assert token_roles(response, ended) == expected
 
 
 @TOKENIZERS
-@given(RESPONSES)
+@given(RESPONSES, st.booleans())
 @properties
-def test_roles_of_real_tokens_follow_their_characters(tokenizer: Any, text: str) -> None:
+def test_roles_of_real_tokens_follow_their_characters(tokenizer: Any, text: str, ended: bool) -> None:
     """Tags are one token each in the project's tokenizer and several in the others."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     response = decode(tokenizer, ids)
     assert response.text == text
-    characters = character_roles(text)
-    for role, (start, end) in zip(token_roles(response), response.spans, strict=True):
+    characters = character_roles(text, ended)
+    for role, (start, end) in zip(token_roles(response, ended), response.spans, strict=True):
         assert role == max(characters[start:end], key=IMPORTANCE.index)
 
 
@@ -180,10 +182,31 @@ def test_golden_roles(pieces: list[str], expected: list[Role]) -> None:
     assert token_roles(DecodedResponse("".join(pieces), spans)) == expected
 
 
+@pytest.mark.parametrize(
+    ("pieces", "expected"),
+    [
+        (["<think>", "never", " closed", "<|end|>"], [T, X, X, X]),
+        (["<think>", "never", " closed", "</answer>"], [T, X, X, X]),
+        (["<think>", "a", "<answer>", "Up", "</answer>"], [T, X, X, X, X]),
+        (["<think>", "a", "<think>", "b", "</think>", "<answer>", "Up", "</answer>"], [T, X, X, X, X, X, X, X]),
+        (["<think>", "a", "</think>", "<|end|>"], [T, R, T, X]),
+        (["<think>", "a", "</think>", "<answer>", "Up", "<answer>", "Up", "</answer>"], [T, R, T, G, X, X, X, X]),
+        (["<think>", "a", "</think>", "<answer>", "</answer>"], [T, R, T, G, G]),
+        (["<think>", "a", "</think>", "<answer>", "Fly", "</answer>!"], [T, R, T, G, A, G]),
+    ],
+)
+def test_thoughts_that_a_response_ends_without_closing_them_are_no_reasoning(
+    pieces: list[str], expected: list[Role]
+) -> None:
+    spans = list(itertools.pairwise(itertools.accumulate(map(len, pieces), initial=0)))
+    assert token_roles(DecodedResponse("".join(pieces), spans), ended=True) == expected
+
+
 def test_tokens_without_characters_get_the_role_of_their_place() -> None:
     assert token_roles(DecodedResponse("<think>", [(0, 7), (7, 7)])) == [T, R]
     assert token_roles(DecodedResponse("<think>a", [(0, 7), (7, 7), (7, 8)])) == [T, R, R]
     assert token_roles(DecodedResponse("", [(0, 0)])) == [X]
+    assert token_roles(DecodedResponse("<think>a", [(0, 7), (7, 8), (8, 8)]), ended=True) == [T, X, X]
 
 
 def test_bytes_of_one_character_share_its_role() -> None:

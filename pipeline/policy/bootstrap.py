@@ -18,7 +18,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from pipeline.config import ConfigError, Environment, Phase, ScratchPolicy
 from pipeline.environments import initial_states, make
-from pipeline.environments.registry import id_of, parse_action, reset, step, text_of
+from pipeline.environments.registry import actions_left_of, id_of, parse_action, reset, step, text_of
 from pipeline.policy.model import Policy
 from pipeline.policy.scoring import predicting_hidden, score_tokens
 from pipeline.policy.tokenizer import train_tokenizer
@@ -118,7 +118,7 @@ def demonstrate(
     while not over and len(demonstration.turns) < section.max_turns:
         words = int(draws.integers(phase.reasoning_words[0], phase.reasoning_words[1] + 1))
         reasoning = expert.reason(environment, words, draws)
-        shown = (plain_text(observation), reward, getattr(environment, "actions_left", None), plain_text(reasoning))
+        shown = (plain_text(observation), reward, actions_left_of(environment), plain_text(reasoning))
         beginning = copy.deepcopy(environment) if section.actions_per_turn > 1 else environment
         actions, reward = list[str](), 0.0
         while not over and len(actions) < section.actions_per_turn:

@@ -20,7 +20,7 @@ from pipeline.evaluation.statistics import VERDICT_SEEDS, Difference, Interval
 from pipeline.files import read_json
 from pipeline.randomness import generator
 from pipeline.report.differences import NO_VERDICT
-from pipeline.trajectory import CUT_OFF
+from pipeline.trajectory import CUT_OFF, RESPONSES
 
 REFERENCE = "reference"
 """What the reference policy is called where methods have their names."""
@@ -172,6 +172,11 @@ def _behaviour(episodes: pa.Table, format_penalty: float) -> dict[str, Any]:
     def total(column: str) -> float:
         return float(pc.sum(episodes[column]).as_py())
 
+    def rate(kind: str) -> float | None:
+        """Share of the turns; None for an evaluation that was made when this was not counted."""
+        column = f"{kind}_turns"
+        return _round(total(column) / max(1.0, total("turns"))) if column in episodes.column_names else None
+
     ends = episodes["end_reason"].to_pylist()
     penalties = format_penalty * (total("turns") - total("valid_turns"))
     return {
@@ -179,7 +184,8 @@ def _behaviour(episodes: pa.Table, format_penalty: float) -> dict[str, Any]:
         "score_mean": _round((total("return") - penalties) / len(episodes)),
         "ends": {reason: _round(ends.count(reason) / len(ends)) for reason in sorted(set(ends))},
         "action_token_share": _round(total("action_tokens") / max(1.0, total("tokens"))),
-        "valid_action_rate": _round(total("valid_turns") / max(1.0, total("turns"))),
+        "valid_action_rate": rate("valid"),
+        **{f"{kind}_rate": rate(kind) for kind in RESPONSES if kind != "valid"},
         "truncated_rate": _round(sum(map(ends.count, CUT_OFF)) / len(ends)),
     }
 

@@ -9,7 +9,7 @@ from typing import Any
 from pipeline.evaluation.statistics import VERDICT_SEEDS
 from pipeline.report.comparison import REFERENCE
 from pipeline.report.differences import difference_of, difference_text
-from pipeline.trajectory import CUT_OFF
+from pipeline.trajectory import CUT_OFF, RESPONSES
 
 Row = Mapping[str, Any]
 
@@ -20,7 +20,9 @@ READING = (
     "as mean [95 % t-interval over paired seed means]: a method is called higher or lower if that interval excludes "
     f"zero, else not told apart. Below {VERDICT_SEEDS} paired seeds there is neither interval nor verdict, and the range "
     "over the seeds is given. P(> uniform) is the share of pairs of trainings in which the method scores above its "
-    "uniform counterpart. No interval is corrected for the number of comparisons."
+    "uniform counterpart. No interval is corrected for the number of comparisons. Of all turns, valid ones did what their "
+    "response says; a disallowed one names an action that may not be done; a malformed one holds no action to be read; a "
+    "cut one was ended by response_tokens or context_tokens."
 )
 """How to read the results, for the head of a report."""
 
@@ -32,6 +34,9 @@ BRACKETS = (
 
 ENDS = {"goal", "failed", *CUT_OFF}
 """How episodes end unless their environment has outcomes of its own."""
+
+UNDONE = [kind for kind in RESPONSES if kind != "valid"]
+"""What a response was that no action was executed of; a comparison that was made when this was not counted lacks it."""
 
 
 @dataclass(frozen=True)
@@ -71,7 +76,7 @@ def result_table(comparison: Mapping[str, Any], environment: str, temperature: f
         [
             "method", "seeds × states × episodes", "success", "t-interval", "IQM", "− reference", "− uniform",
             "P(> uniform)", "− control", "return", *(["score", *outcomes] if outcomes else []), "valid actions",
-            "action tokens", "truncated", "collapsed seeds",
+            *UNDONE, "action tokens", "truncated", "collapsed seeds",
         ],
         [
             [
@@ -88,6 +93,7 @@ def result_table(comparison: Mapping[str, Any], environment: str, temperature: f
                 *([_number(row["score_mean"])] if outcomes else []),
                 *(_number(row["ends"].get(outcome, 0.0)) for outcome in outcomes),
                 _number(row["valid_action_rate"]),
+                *(_number(row.get(f"{kind}_rate")) for kind in UNDONE),
                 _number(row["action_token_share"]),
                 _number(row["truncated_rate"]),
                 "–" if row["collapsed_seeds"] is None else f"{row['collapsed_seeds']} of {row['seeds']}",

@@ -8,12 +8,12 @@ from typing import Any
 
 from pipeline.config import Config, ConfigError, Environment
 from pipeline.environments import environment_label, initial_states, make
-from pipeline.environments.registry import outcome_of, parse_action, reset, step, text_of
+from pipeline.environments.registry import actions_left_of, outcome_of, parse_action, reset, step, success_of, text_of
 from pipeline.prompting import END_OF_RESPONSE, Dialogue, decode, parse_response, token_roles
 from pipeline.randomness import generator
 from pipeline.rollout.engine import Continuation, Request, RolloutEngine, Sampling
 from pipeline.timing import Phases
-from pipeline.trajectory import EpisodeBuilder, Role, Trajectories, build
+from pipeline.trajectory import CUT, EpisodeBuilder, Role, Trajectories, build
 
 INVALID = "Invalid response: the state is unchanged."
 """Opens the observation after a turn without a parsable, allowed action."""
@@ -190,7 +190,7 @@ class Episode:
             seed=spec.seed,
             iteration=spec.iteration,
         )
-        opening = dialogue.opening(instructions, self.observation, self._actions_left())
+        opening = dialogue.opening(instructions, self.observation, actions_left_of(self.environment))
         self.builder.append_text(opening, Role.PROMPT)
         self.prompt = list(self.builder.ids)
         if len(opening) + len(dialogue.prefill_ids) >= section.context_tokens:
@@ -240,7 +240,8 @@ class Episode:
         """Record a response, act on it and prepare the next turn."""
         prefill, begun = self.dialogue.prefill_ids, self._begun
         response = decode(self.dialogue.tokenizer, [*prefill, *begun, *answer.ids])
-        roles = token_roles(response)[len(prefill) :]
+        ended = self._ended(answer)
+        roles = token_roles(response, ended not in CUT)[len(prefill) :]
         self.builder.identity["policy_version"] = answer.policy_version
         self.builder.change_roles(roles[: len(begun)])  # what a response turns out to be decides on its beginning too
         self.builder.append_sampled(answer.ids, roles[len(begun) :], answer.logprob, answer.entropy)
@@ -253,13 +254,22 @@ class Episode:
             state_key = self._state_key()
             actions = self._allowed(written)
             executed, reward, over = self._act(actions)
-        self.builder.close_turn(self._start, reward, _storable("||".join(executed)), actions is not None, state_key)
+        action, valid = _storable("||".join(executed)), actions is not None
+        self.builder.close_turn(self._start, reward, action, valid, state_key, written is not None, ended)
         if over:
             self._finish(_storable(outcome_of(self.environment)))
         elif self.turn == self.section.max_turns:
             self._finish("turns")
         else:
             self._next_turn(reward, answer.finish == "eos")
+
+    def _ended(self, answer: Continuation) -> str:
+        """How a response that is about to be recorded ended, as ``Trajectories.turns`` has it."""
+        if answer.finish in ("stop", "eos"):
+            return answer.finish
+        whole = len(self._begun) + len(answer.ids) >= self.section.response_tokens
+        full = len(self.builder) + len(answer.ids) >= self.section.context_tokens
+        return "context_tokens" if full and not whole else "response_tokens"
 
     def _allowed(self, actions: list[str] | None) -> list[str] | None:
         """Canonical actions, or None as soon as one is not allowed."""
@@ -294,7 +304,8 @@ class Episode:
 
     def _next_turn(self, reward: float, ended_by_eos: bool) -> None:
         self.turn += 1
-        following = self.dialogue.following(self.turn, self.observation, reward, ended_by_eos, self._actions_left())
+        left = actions_left_of(self.environment)
+        following = self.dialogue.following(self.turn, self.observation, reward, ended_by_eos, left)
         if len(self.builder) + len(following) + len(self.dialogue.prefill_ids) >= self.section.context_tokens:
             self._finish("context")
         else:
@@ -308,10 +319,7 @@ class Episode:
 
     def _finish(self, reason: str) -> None:
         self.done = True
-        self.builder.finish(bool(self.environment.success), reason)
-
-    def _actions_left(self) -> int | None:
-        return getattr(self.environment, "actions_left", None)
+        self.builder.finish(success_of(self.environment), reason)
 
     def _state_key(self) -> str:
         return _storable(text_of(self.environment, "state_key"))

@@ -9,11 +9,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+from alembic.util import CommandError
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
+from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.config import Config, ConfigError
 from pipeline.tracking.away import Away, readable
+from pipeline.tracking.database import ready
 from pipeline.tracking.datasets import dataset_inputs
 from pipeline.tracking.remote import experiment_id
 from pipeline.tracking.send import PATIENT, patient, refusal, send_waiting
@@ -44,8 +47,9 @@ def open_store(store: Store, experiment: str) -> tuple[int, int]:
     quiet()
     try:
         with patient(PATIENT):
+            ready(store.uri)
             experiment_id(MlflowClient(store.uri), experiment)
-    except (MlflowException, OSError) as error:
+    except (MlflowException, SQLAlchemyError, CommandError, OSError) as error:
         if refusal(error) or not store.uri.startswith("http"):
             raise ConfigError(f"tracking.uri: {readable(store.uri)}: cannot be used: {readable(str(error))}") from None
         Away(store.cache / "tracking" / "away", store.uri).note(str(error))

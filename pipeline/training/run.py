@@ -130,6 +130,10 @@ class _Clock(Callback):
         row |= {f"seconds_{name}": seconds for name, seconds in pl_module.phases.take().items()}
 
 
+VALIDATED = ("success", "return", "valid_action_rate", "malformed_rate", "cut_rate")
+"""Keys of ``summary`` that a validation leaves in its iteration's row, as ``validation_<key>``."""
+
+
 class _Validation(Callback):
     """Validates before training, every ``validate_every`` iterations and after the last."""
 
@@ -143,7 +147,7 @@ class _Validation(Callback):
         done = int(row["iteration"]) + 1
         if done % plan.validate_every == 0 or training_over(pl_module.curve, plan):
             result = self._validate(pl_module)
-            row |= {f"validation_{k}": result[k] for k in ("success", "return", "valid_action_rate")}
+            row |= {f"validation_{k}": result[k] for k in VALIDATED}
 
     def _validate(self, module: PolicyGradient) -> dict[str, float]:
         with module.phases.phase("validation"):
