@@ -11,7 +11,7 @@ import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -115,14 +115,15 @@ def score(vocabulary: int, rows: int) -> Pair:
     slopes = tuple(torch.randn(3, rows))
 
     def step(forward: Any, backward: Any) -> Callable[[], Any]:
-        def both() -> None:
+        def both() -> Tensor:
             raw, normaliser, _, entropy = forward(logits.clone(), tokens, 1.0)
-            backward(logits.clone(), tokens, 1.0, raw, normaliser, entropy, slopes)
+            slope: Tensor = backward(logits.clone(), tokens, 1.0, raw, normaliser, entropy, slopes)
+            return slope
 
         return both
 
     ours, theirs = (native.score, native.score_slope), (scoring._score, scoring._score_slope)
-    return Pair("score, gradients", f"{rows} x {vocabulary}", step(*ours), step(*theirs))
+    return Pair("score", f"{rows} x {vocabulary}", step(*ours), step(*theirs))
 
 
 def sample(vocabulary: int, rows: int) -> Pair:
@@ -133,20 +134,25 @@ def sample(vocabulary: int, rows: int) -> Pair:
     return Pair("sample", f"{rows} x {vocabulary}", ours, theirs)
 
 
-def pairs() -> Iterator[Pair]:
-    for gradients in (True, False):
-        for size in native.HEAD_SIZES:
-            for length in LENGTHS:
+def pairs(
+    lengths: Sequence[int] = LENGTHS,
+    sizes: Sequence[int] = native.HEAD_SIZES,
+    widths: Sequence[int] = (64, 256, 1024, 4096),
+    vocabularies: Sequence[int] = (420, 5000, 32000, 150000),
+) -> Iterator[Pair]:
+    """Every kernel at every shape."""
+    for size in sizes:
+        for length in lengths:
+            for gradients in (True, False):
                 yield attention(size, length, gradients)
-    for size in native.HEAD_SIZES:
-        for length in (160, 640, 2048):
-            yield cached(size, length, 1, 64)
-            yield cached(size, length, length, max(1, 2048 // length))
-    for gradients in (True, False):
-        for width in (64, 256, 1024, 4096):
+            if length <= 2048:
+                yield cached(size, length, 1, 64)
+                yield cached(size, length, length, max(1, 2048 // length))
+    for width in widths:
+        for gradients in (True, False):
             yield rms_norm(width, 2**18 // width, gradients)
             yield swiglu(width, 2**18 // width, gradients)
-    for vocabulary in (420, 5000, 32000, 150000):
+    for vocabulary in vocabularies:
         yield score(vocabulary, 2**19 // vocabulary)
         yield sample(vocabulary, 2**19 // vocabulary)
 
