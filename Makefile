@@ -77,9 +77,10 @@ decisions: preset ## which signal finds the tokens that decide? (PRESET=branchin
 	@dvc repro --quiet $(PIPELINE):policy
 	@python -m stages.decisions --params $(PARAMS) $(ARGS)
 
-bench: install .venv-trl/.installed ## measure speed against the machine's floor, plain transformers and TRL (DEVICE=cuda)
+bench: install .venv-trl/.installed ## measure speed against the machine's floor, plain transformers and TRL (DEVICE=cuda, ISA=avx2)
 	dvc repro --quiet annotate
-	python -m benchmarks.bench --params $(PARAMS) --trl .venv-trl/bin/python $(if $(DEVICE),--device $(DEVICE))
+	$(if $(ISA),ACTFOCUS_KERNELS=$(ISA)) python -m benchmarks.bench --params $(PARAMS) --trl .venv-trl/bin/python \
+	  $(if $(DEVICE),--device $(DEVICE)) $(if $(ISA),--out reports/bench-$(ISA).json)
 
 .venv-trl/.installed: benchmarks/trl_requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv-trl

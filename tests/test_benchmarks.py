@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
 import os
 import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -17,11 +19,12 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.baselines import GenerateEngine, padded_scores
-from benchmarks.bench import Large, Setup, on_gpu, update
+from benchmarks.bench import Large, Setup, Unmeasured, on_gpu, run_sections, update
 from benchmarks.flops import forward_flops, sampling_flops
+from benchmarks.kernels import least, pairs
 from benchmarks.report import bench_text, summary
 from benchmarks.workload import workload
-from pipeline.config import load
+from pipeline.config import ConfigError, load
 from pipeline.files import write_json
 from pipeline.policy.model import Policy
 from pipeline.policy.scoring import predicting_hidden, score_tokens
@@ -128,6 +131,95 @@ def test_what_a_gpu_runs_also_runs_tiny_on_a_cpu_and_is_reported() -> None:
     assert names[0] == "cpu, bfloat16 matrix peak"
     assert names[3].endswith("3 at once")
     assert "of the matrix peak" in values[2]
+
+
+def waits(seconds: float, report: Any) -> None:
+    time.sleep(seconds)
+
+
+def test_what_cannot_be_measured_is_skipped_with_a_word_and_within_the_time(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also what waits for worker processes."""
+    from pipeline.processes import run_in_processes
+
+    def broken() -> None:
+        raise ValueError("no such thing\nat all")
+
+    def missing() -> None:
+        raise Unmeasured("no --trl was given")
+
+    found: dict[str, Any] = {"seconds": {}, "skipped": {"first": "before"}, "training": "of another time"}
+    sections: dict[str, Callable[[], Any]] = {
+        "first": lambda: {"value": 1},
+        "broken": broken,
+        "trl": missing,
+        "training": lambda: run_in_processes(waits, {"a": 60.0, "b": 60.0}, 2, "train"),
+        "never": lambda: {"value": 2},
+    }
+    kept, began = [], time.monotonic()
+    run_sections(found, sections, 2.0, lambda: kept.append(len(found["seconds"])))
+    assert time.monotonic() - began < 30
+    assert kept == [1, 2, 3, 4, 5]
+    assert found["first"] == {"value": 1}
+    assert found["skipped"] == {
+        "broken": "ValueError: no such thing",
+        "trl": "no --trl was given",
+        "training": "not done in the 2 seconds that were left",
+        "never": "no time was left",
+    }
+    assert "training" not in found
+    assert not multiprocessing.active_children()
+    lines = capsys.readouterr().err.splitlines()  # no terminal
+    assert lines[:3] == ["bench 1/5 first", "bench 2/5 broken", "bench 2/5 broken: skipped, ValueError: no such thing"]
+    assert "bench 4/5 training" in lines
+    assert ("never", "skipped: no time was left") in summary(found)
+
+
+def test_a_benchmark_with_nothing_to_measure_on_is_refused() -> None:
+    def section() -> None:
+        raise ConfigError("models/policy: no such policy")
+
+    with pytest.raises(ConfigError, match="no such policy"):
+        run_sections({"seconds": {}, "skipped": {}}, {"headline": section}, 10.0, lambda: None)
+
+
+PEAKS = """
+import json, torch
+from benchmarks import bench
+bench.PRODUCTS = ((64, 64, 64),)
+torch.set_num_threads(1)
+print(json.dumps(bench.peaks()))
+"""
+
+
+def test_peaks_of_a_precision_that_the_processor_does_not_multiply_are_skipped() -> None:
+    """As on a processor without AVX-512, where PyTorch multiplies bfloat16 number by number."""
+    lesser = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", PEAKS], cwd=ROOT, env=lesser, capture_output=True, text=True, check=True, timeout=120
+    )
+    found = json.loads(done.stdout)
+    assert found["float32, 1 thread"]["peak"] > 1e8
+    for threads in ("1 thread", "2 threads"):
+        assert "times as long as in float32" in found[f"bfloat16, {threads}"]["skipped"]
+    words = dict(summary({"peaks": found}))
+    assert words["matrix peak, bfloat16, 1 thread"].startswith("skipped: a product takes ")
+
+
+def test_the_benchmark_of_kernels_holds_each_against_pytorch() -> None:
+    """At one shape each: both sides compute the same."""
+    chosen = {pair.name: pair for pair in pairs((40,), (16,), (64,), (420,))}
+    assert set(chosen) == {
+        "attention", "attention, gradients", "attention, one token", "attention, prompt",
+        "rms_norm", "rms_norm, gradients", "swiglu", "swiglu, gradients", "score", "sample",
+    }  # fmt: skip
+    for pair in chosen.values():
+        for ours, theirs in zip(flat(pair.kernel()), flat(pair.pytorch()), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-3)
+        assert all(0 < value < 1e9 for value in least([pair.kernel, pair.pytorch], 0.0, rounds=1))
+
+
+def flat(found: Any) -> list[torch.Tensor]:
+    return [found] if isinstance(found, torch.Tensor) else list(found)
 
 
 def measured(*values: float) -> dict[str, float]:

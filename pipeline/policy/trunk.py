@@ -79,11 +79,11 @@ def hidden_states(
 
 def packed_attention(lengths: Sequence[int] | np.ndarray, device: torch.device) -> Attend:
     """Causal attention within each of the sequences that are packed one after another."""
-    everyone = native.layout(lengths)
+    everyone, shortest = native.layout(lengths), int(np.min(lengths))
     padded = lru_cache(maxsize=1)(lambda: padded_attention(np.asarray(lengths), device))
 
     def attend(layer: int, heads: Heads) -> Tensor:
-        if not native.attends(heads.query):
+        if not native.attends(heads.query, shortest):
             return padded()(layer, heads)
         asking = heads.asking
         layout = everyone if asking is None else native.layout(lengths, asking.numpy())

@@ -276,6 +276,11 @@ def sample(logits: Tensor, temperature: float, draws: Tensor) -> tuple[Tensor, T
     """
     if native.scores(logits):
         return native.sample(logits, temperature, draws)
+    return sample_by_torch(logits, temperature, draws)
+
+
+def sample_by_torch(logits: Tensor, temperature: float, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for any device and precision."""
     scaled = logits.float() / temperature
     normaliser = torch.logsumexp(scaled, dim=-1)
     probability = (scaled - normaliser.unsqueeze(-1)).exp_()
