@@ -1,7 +1,8 @@
-"""Find the learning rate at which a method moves action tokens as far per update as another one does.
+"""Find the learning rate at which a method moves action tokens as far per iteration as another one does.
 
-What is matched is the mean KL(behaviour || policy) on action tokens over the first three iterations and all seeds
-(``kl_update_action``). The result is printed, to be written into params.yaml by hand.
+What is matched is the mean KL(behaviour || policy) on action tokens over the first three iterations and all seeds, after
+all of an iteration's updates, on its last minibatch (``kl_iteration_action``). The result is printed, to be written into
+params.yaml by hand.
 """
 
 from __future__ import annotations
@@ -47,8 +48,8 @@ def main() -> str:
         jobs = {f"seed {t.seed}": TrainingJob(t, None, runs[t.seed]) for t in tasks if not t.finished}
         run_in_processes(train_one, jobs, config.workers, f"{method} at {rate:.3g}")
         rows = [row for task in tasks for row in read_json(task.result / "curves.json")]
-        kl: float = sum(row["kl_update_action"] for row in rows) / len(rows)
-        print(f"{method} at {rate:.4g}: KL per update on action tokens {kl:.4g}", flush=True)
+        kl: float = sum(row["kl_iteration_action"] for row in rows) / len(rows)
+        print(f"{method} at {rate:.4g}: KL per iteration on action tokens {kl:.4g}", flush=True)
         return kl
 
     wanted = moved(arguments.to, config.methods[arguments.to].learning_rate)

@@ -276,7 +276,7 @@ class PolicyGradient(lightning.LightningModule):
         before, role = (torch.cat([getattr(e, key) for e in examples]) for key in ("logprob", "role"))
         moved = kl_penalty(before, now, "k3")
         shares = {"action": Role.ACTION, "reasoning": Role.REASONING}
-        return {f"kl_update_{k}": float(moved[role == r].mean()) for k, r in shares.items() if bool((role == r).any())}
+        return {f"kl_iteration_{k}": float(moved[role == r].mean()) for k, r in shares.items() if bool((role == r).any())}
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         checkpoint["curve"], checkpoint["memory"] = self.curve, self.memory
