@@ -2,21 +2,35 @@
 
 from __future__ import annotations
 
+import copy
+import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor
 
+from pipeline import files
 from pipeline.config import ConfigError
-from pipeline.policy.model import load_policy
+from pipeline.energy.annotate import annotate
+from pipeline.finite import NumericsError
+from pipeline.policy.model import Policy, load_policy
 from pipeline.presets import overlay
+from pipeline.randomness import generator
+from pipeline.rollout.collector import collect, iteration_specs
+from pipeline.rollout.transformers_engine import TransformersEngine, sample
+from pipeline.training.checks import recomputed
 from pipeline.training.iteration import Example
 from pipeline.training.module import PolicyGradient, _Averages
-from tests.trainings import LAKE, configured, fit, standing
+from pipeline.training.result import training_task
+from pipeline.training.run import TrainingJob, train_one, train_until
+from stages.command import run
+from tests.trainings import LAKE, configured, fit, left, quiet, standing, weights
 
 PRECISIONS = ("float32", "bfloat16")
 ROWS: dict[str, Any] = {
@@ -126,3 +140,208 @@ def test_a_step_without_a_gradient_is_no_vanished_one(directory: Path) -> None:
     module._update([replace(e, advantage=torch.zeros_like(e.advantage)) for e in own], 0, _Averages())
     with pytest.raises(ConfigError, match=r"methods\.grpo\.learning_rate"):
         module._update([replace(e, advantage=torch.linspace(-1, 1, len(e.advantage))) for e in own], 0, _Averages())
+
+
+# ------------------------------------------------------------------------------------------------------------ not finite
+
+
+def job(directory: Path, cache: Path, method: str = "critic", dtype: str = "float32") -> TrainingJob:
+    policy = {"kind": "pretrained", "model": str(directory), "dtype": dtype}
+    config = at_rate(1e-4, train={"iterations": 3}, policy=policy)
+    return TrainingJob(training_task(config, LAKE, method, 0, directory, cache), None, None)
+
+
+Fault = Callable[[PolicyGradient, torch.optim.Optimizer], None]
+
+
+@torch.no_grad()
+def spoil_weight(module: PolicyGradient, optimizer: torch.optim.Optimizer) -> None:
+    module.model.model.layers[0].mlp.up_proj.weight[3, 5] = torch.nan
+
+
+@torch.no_grad()
+def spoil_head(module: PolicyGradient, optimizer: torch.optim.Optimizer) -> None:
+    module.heads[0].head.bias[0] = -torch.inf
+
+
+@torch.no_grad()
+def spoil_state(module: PolicyGradient, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.state[module.heads[0].head.weight]["exp_avg_sq"][0, 0] = torch.inf
+
+
+@pytest.mark.parametrize(
+    ("fault", "dtype", "named"),
+    [
+        (spoil_weight, "bfloat16", "model.model.layers.0.mlp.up_proj.weight is nan"),
+        (spoil_head, "float32", "heads.0.head.bias is -inf"),
+        (spoil_state, "bfloat16", "the optimizer's exp_avg_sq of heads.0.head.weight is inf"),
+    ],
+    ids=["weight", "head", "state"],
+)
+def test_a_training_stops_in_the_iteration_in_which_a_number_is_not_finite_and_goes_on_from_the_last_good_one(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault, dtype: str, named: str
+) -> None:
+    """Which is that of before, also below float32: it ends in the bytes of one that nothing has happened to."""
+    spoilt = job(directory, tmp_path / "spoilt", dtype=dtype)
+    moved = PolicyGradient._moved
+
+    def spoiling(self: PolicyGradient, minibatch: list[Example]) -> dict[str, float]:
+        found = moved(self, minibatch)
+        if self.current_epoch == 1:
+            fault(self, self.optimizers().optimizer)  # type: ignore[union-attr]
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PolicyGradient, "_moved", spoiling)
+        for _ in range(2):
+            with pytest.raises(NumericsError) as raised:
+                train_one(spoilt, quiet)
+            assert str(raised.value) == f"frozen_lake-critic, seed 0: iteration 1: {named}"
+    checkpoint = torch.load(spoilt.task.cache / "checkpoint.ckpt", weights_only=True)
+    assert [row["iteration"] for row in checkpoint["curve"]] == [0]
+    assert all(bool(value.isfinite().all()) for value in checkpoint["state_dict"].values())
+    good = job(directory, tmp_path / "good", dtype=dtype)
+    assert left(train_one(spoilt, quiet)) == left(train_one(good, quiet))
+
+
+def test_a_metric_that_is_not_finite_ends_a_training(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PolicyGradient, "_moved", lambda self, minibatch: {"distance": float("nan")})
+    with pytest.raises(NumericsError, match="iteration 0: distance is nan"):
+        train_until(job(directory, tmp_path, "grpo"), 1, quiet)
+
+
+def test_float16_trains_with_finite_numbers(directory: Path) -> None:
+    """Adam's small denominator is 0 in float16."""
+    module = fit(PolicyGradient(at_rate(1e-3), LAKE, "critic", 0, load_policy(directory, dtype="float16")), 4)
+    assert all(bool(value.isfinite().all()) for value in weights(module).values())
+    assert len(module.curve) == 4
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize(("bad", "many"), [("nan", 1), ("nan", 7), ("inf", 1), ("-inf", 7)])
+def test_nothing_is_sampled_from_logits_that_are_no_numbers(bad: str, many: int, dtype: str) -> None:
+    logits = torch.linspace(0, 1, 21).reshape(3, 7).to(getattr(torch, dtype))
+    logits[1, :many] = float(bad)
+    with pytest.raises(NumericsError, match="logit"):
+        sample(logits, 0.7, torch.full((3,), 0.5, dtype=torch.float64))
+
+
+def test_a_reference_policy_that_gives_no_numbers_annotates_nothing(policy: Policy) -> None:
+    config = configured()
+    played = collect(
+        TransformersEngine(policy), policy.tokenizer, config, LAKE, iteration_specs(config, LAKE, 0, 0), 1.0
+    )
+    with torch.no_grad():
+        policy.model.model.norm.weight[0] = torch.nan
+    with pytest.raises(NumericsError, match="is nan"):
+        annotate(played, policy, 1.0, 4096)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), np.float64("-inf")])
+def test_json_with_a_number_that_is_none_is_refused_by_its_key_and_leaves_the_old(value: float, tmp_path: Path) -> None:
+    files.write_json(tmp_path / "x.json", {"rows": [1.0]})
+    with pytest.raises(NumericsError, match=r"x\.json: rows: 1: loss is"):
+        files.write_json(tmp_path / "x.json", {"rows": [{"loss": 1.0}, {"loss": value}]})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"rows": [1.0]}
+
+
+def test_a_stage_says_it_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> str:
+        raise NumericsError("frozen_lake-grpo, seed 0: iteration 3: a weight is nan")
+
+    with pytest.raises(SystemExit) as ended:
+        run(main)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "frozen_lake-grpo, seed 0: iteration 3: a weight is nan\n"
+
+
+# ------------------------------------------------------------------------------------------- an engine unlike the policy
+
+
+def training_at(directory: Path, dtype: str, rate: float = 1e-3, method: str = "grpo") -> PolicyGradient:
+    config = at_rate(rate, methods={**ROWS, "grpo": {"learning_rate": rate}})
+    return PolicyGradient(config, LAKE, method, 0, load_policy(directory, dtype=dtype))
+
+
+def forgotten(module: PolicyGradient) -> None:
+    """The cache is kept from one iteration to the next."""
+    module.engine.forget = lambda: None  # type: ignore[method-assign]
+
+
+def kept(module: PolicyGradient) -> None:
+    """The engine says that it has forgotten, and has not."""
+    engine, stored = module.engine, ("_stored", "_idle", "_prompt_logits")
+    forget = engine.forget
+
+    def pretend() -> None:
+        held = {name: getattr(engine, name) for name in stored}
+        forget()
+        for name, value in held.items():
+            setattr(engine, name, value)
+
+    engine.forget = pretend  # type: ignore[method-assign]
+
+
+def warmer(module: PolicyGradient) -> None:
+    """It samples at another temperature, from the second iteration on."""
+    engine = module.engine
+    generate = engine.generate
+
+    def generate_warm(requests: Any, sampling: Any, follow: Any = None) -> Any:
+        factor = 0.9 if module.current_epoch else 1.0
+        return generate(requests, replace(sampling, temperature=sampling.temperature * factor), follow)
+
+    engine.generate = generate_warm  # type: ignore[method-assign]
+
+
+def left_behind(module: PolicyGradient) -> None:
+    """Updates do not reach the head that the engine samples with."""
+    policy = Policy(copy.copy(module.policy.model), module.policy.tokenizer)
+    own = copy.deepcopy(module.policy.head)
+    policy.model.get_output_embeddings = lambda: own
+    module.engine.policy = policy
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize(
+    ("fault", "rate"),
+    [(forgotten, 1e-6), (kept, 3e-2), (warmer, 1e-4), (left_behind, 1e-2)],
+    ids=["forgotten", "kept", "warmer", "left behind"],
+)
+def test_an_engine_that_is_not_the_policy_is_noticed_after_the_first_update(
+    directory: Path, dtype: str, fault: Callable[[PolicyGradient], None], rate: float
+) -> None:
+    module = training_at(directory, dtype, rate)
+    fault(module)
+    with pytest.raises(NumericsError, match=r"^iteration 1: "):
+        fit(module, 2)
+    assert len(module.curve) == 1
+
+
+@pytest.mark.parametrize("dtype", [*PRECISIONS, "float16"])
+def test_rounding_is_no_fault(directory: Path, dtype: str) -> None:
+    """Not in any of some iterations at a rate that changes the policy."""
+    module = fit(training_at(directory, dtype, 1e-3), 4)
+    assert all(0 < row["sampling_error"] < 0.03 for row in module.curve)
+
+
+def test_the_check_looks_at_the_longest_episode_and_at_drawn_ones(policy: Policy) -> None:
+    config = configured({"rollout": {"groups": 8, "group_size": 16}, "bottleneck": {"groups": 8}})
+    specs = iteration_specs(config, LAKE, 0, 0)
+    played = collect(TransformersEngine(policy), policy.tokenizer, config, LAKE, specs, 1.0)
+    seen: list[str] = []
+
+    def score(some: Any, temperature: float) -> list[np.ndarray]:
+        seen.extend(some.episodes["episode_id"])
+        return [some.logprob, some.entropy]
+
+    for number in range(4):
+        assert recomputed(played, score, generator(0, "recomputed", number)) == (0.0, 0.0)
+    longest = played.episodes["episode_id"][int(played.lengths.argmax())]
+    assert seen.count(longest) == 4
+    assert len(seen) <= 4 * 3
+    assert len(set(seen)) > 4
+    recomputed(played, score, generator(0, "recomputed", 0), everything=True)
+    assert set(seen) == set(played.episodes["episode_id"])

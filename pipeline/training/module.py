@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pipeline.config import Config, Method
+from pipeline.finite import located, require_finite
 from pipeline.objective.methods import coefficients, policy_loss, surrogate_loss, surrogate_plan
 from pipeline.objective.regularisers import kl_penalty
 from pipeline.objective.surrogates import UpdateTokens
@@ -23,6 +24,7 @@ from pipeline.randomness import generator
 from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.timing import Phases
 from pipeline.training.budget import progress, training_over
+from pipeline.training.checks import recomputed, require_finite_training, require_recomputed
 from pipeline.training.collection import Collection
 from pipeline.training.episodes import update_columns
 from pipeline.training.gradients import gradient_share
@@ -30,9 +32,6 @@ from pipeline.training.heads import Head, Scene, make_heads
 from pipeline.training.iteration import Example, Iteration, Memory, minibatches, prepare_iteration
 from pipeline.training.masters import ADAM_EPS, Masters, Rate, take_step
 from pipeline.trajectory import RESPONSE_ROLES, Role, Trajectories
-
-RECOMPUTE_TOLERANCE = 1e-3
-"""Largest difference between sampled and recomputed float32 log-probabilities that a training starts with."""
 
 
 class PolicyGradient(lightning.LightningModule):
@@ -111,7 +110,14 @@ class PolicyGradient(lightning.LightningModule):
         self.engine.forget()
         self.engine.policy_version = self.current_epoch
         estimate = self._estimate if len(self.heads) else None
+        before: set[str] = set()
+        """Sampled in an earlier round, by a policy that has been updated since."""
         for episodes in self.collection.rounds(self.current_epoch):
+            names = episodes.episodes["episode_id"]
+            fresh = episodes.select([row for row, name in enumerate(names) if name not in before])
+            before |= set(names)
+            draws = generator(self.seed, "recomputed", self.current_epoch)
+            found = recomputed(fresh, self.collection.now, draws, everything=not self.curve)
             iteration = prepare_iteration(
                 self.config,
                 self.method,
@@ -122,11 +128,23 @@ class PolicyGradient(lightning.LightningModule):
                 self.phases,
                 self.memory,
             )
-            self._check_recomputed(iteration)
-            yield replace(iteration, trajectories=episodes)
+            first = self.curve[0]["sampling_error"] if self.curve else None
+            require_recomputed(found, self.model.dtype, first, iteration.metrics.get("recompute_error", 0.0))
+            metrics = iteration.metrics | {"sampling_error": found.error}
+            yield replace(iteration, trajectories=episodes, metrics=metrics)
 
     def training_step(self, *_: Any) -> None:
-        """One iteration: collect, then update minibatch by minibatch."""
+        """One iteration: collect, then update minibatch by minibatch.
+
+        Raises:
+            NumericsError: a weight, a log-probability or a metric is not finite, or not what it should be.
+        """
+        with located(f"iteration {self.current_epoch}"):
+            self._iterate()
+        scheduler: Any = self.lr_schedulers()
+        scheduler.step()  # after the curve: the schedule is over what it says has been spent
+
+    def _iterate(self) -> None:
         record, updates, number, passes = _Averages(), 0, self.current_epoch, self.config.train.passes
         for iteration in self.phases.each("prepare", self.rounds()):
             # Where branches are placed by how the policy has moved, one pass over the initial episodes makes it move.
@@ -145,18 +163,12 @@ class PolicyGradient(lightning.LightningModule):
                 metrics |= self._moved(batches[-1])
         if len(self.heads):  # what they cost in memory
             metrics["head_parameters"] = float(sum(p.numel() for p in self.heads.parameters()))
+        optimizer: Any = self.optimizers()
+        require_finite_training(self, optimizer, metrics)
         self.last_episodes, self.memory = iteration.trajectories, iteration.memory
         self.curve.append({"iteration": float(number), **metrics})
         if training_over(self.curve, self.config.train):
             self.last_update = update_columns(iteration, [(m, self.factors(m)) for m in batches])
-        scheduler: Any = self.lr_schedulers()
-        scheduler.step()  # after the curve: the schedule is over what it says has been spent
-
-    def _check_recomputed(self, iteration: Iteration) -> None:
-        """Invariant 1: before the first update, scoring the stored ids gives the log-probabilities they were sampled with."""
-        error = iteration.metrics.get("recompute_error", 0.0)
-        if self.model.dtype == torch.float32 and error > RECOMPUTE_TOLERANCE:
-            raise RuntimeError(f"recomputed log-probabilities differ from the sampled ones by {error:.2g}")
 
     def _update(self, minibatch: list[Example], iteration: int, record: _Averages) -> None:
         """One optimizer step; gradients of the pieces add up to the minibatch's exactly."""
@@ -180,7 +192,7 @@ class PolicyGradient(lightning.LightningModule):
             totals[key] = masters.clip(self.config.train.gradient_clip)
         finite = all(map(math.isfinite, totals.values()))
         limit = self.method.regulariser.skip_above_kl
-        skipped = limit is not None and totals["kl_behaviour"] > limit
+        skipped = limit is not None and not totals["kl_behaviour"] <= limit
         if skipped:  # the policy stands still, heads go on
             self._masters()[0].stand_still()
         if finite:
@@ -273,7 +285,9 @@ class PolicyGradient(lightning.LightningModule):
         wanted = [e.trainable for e in examples]
         hidden = predicting_hidden(self.policy, [e.ids for e in examples], wanted)
         chosen = torch.cat([torch.from_numpy(e.ids[e.trainable].astype("int64")) for e in examples]).to(hidden.device)
-        return hidden, score_tokens(hidden, chosen, self.policy.head, self.config.rollout.temperature)
+        scores = score_tokens(hidden, chosen, self.policy.head, self.config.rollout.temperature)
+        require_finite("a log-probability in the update", scores.logprob)
+        return hidden, scores
 
     @torch.no_grad()
     def _moved(self, minibatch: list[Example]) -> dict[str, float]:
