@@ -18,6 +18,7 @@ from torch import Tensor
 from pipeline import files
 from pipeline.config import ConfigError
 from pipeline.energy.annotate import annotate
+from pipeline.evaluation import evaluate as evaluation
 from pipeline.finite import NumericsError
 from pipeline.policy.model import Policy, load_policy
 from pipeline.presets import overlay
@@ -30,7 +31,7 @@ from pipeline.training.module import PolicyGradient, _Averages
 from pipeline.training.result import training_task
 from pipeline.training.run import TrainingJob, train_one, train_until
 from stages.command import run
-from tests.trainings import LAKE, configured, fit, left, quiet, standing, weights
+from tests.trainings import LAKE, configured, fit, left, quiet, standing, supervised, weights
 
 PRECISIONS = ("float32", "bfloat16")
 ROWS: dict[str, Any] = {
@@ -237,6 +238,21 @@ def test_a_reference_policy_that_gives_no_numbers_annotates_nothing(policy: Poli
         policy.model.model.norm.weight[0] = torch.nan
     with pytest.raises(NumericsError, match="is nan"):
         annotate(played, policy, 1.0, 4096)
+
+
+def test_a_reference_policy_is_not_made_of_what_diverges() -> None:
+    phases = [{"steps": 60, "reasoning_words": [0, 2], "action_noise": 0.2}]
+    with pytest.raises(NumericsError, match=r"policy\.demonstrations: the loss of step \d+ is (nan|inf)"):
+        supervised(configured({"policy": {"demonstrations": {"phases": phases, "learning_rate": 1e30}}}))
+
+
+def test_an_evaluation_names_the_policy_that_gives_no_numbers(
+    directory: Path, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.nn.init.constant_(policy.model.model.norm.weight, torch.nan)
+    monkeypatch.setattr(evaluation, "load_trained", lambda *_: policy)
+    with pytest.raises(NumericsError, match=r"policy: the policy's largest logit is nan"):
+        evaluation.evaluate_policy(evaluation.EvaluationTask(configured(), LAKE, "grpo", 0, directory, 0.5), quiet)
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), np.float64("-inf")])

@@ -120,7 +120,7 @@ def require_finite_training(
     """
     for name, weight in module.state_dict().items():
         require_finite(name, weight)
-    names = {parameter: name for name, parameter in module.named_parameters()}
+    names: dict[torch.Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
             require_finite(f"the optimizer's {key} of {names[parameter]}", value)
