@@ -108,7 +108,8 @@ class PretrainedPolicy(Section):
     revision: str | None = None
     """Branch, tag or commit on the hub; give a commit to make runs repeatable."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the weights; anything below float32 changes numbers."""
+    """Precision in which the policy computes, and in which it is saved; anything below float32 changes numbers. Weights that
+    are trained have float32 masters, on which the optimizer works."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave it off unless you have read that code."""
 

@@ -7,10 +7,16 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import ConfigError
+from pipeline.finite import require_finite
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Sorted keys, one trailing newline, no NaN; an existing file is replaced at once."""
+    """Sorted keys, one trailing newline; an existing file is replaced at once.
+
+    Raises:
+        NumericsError: a number is NaN or infinite; the file is left as it was.
+    """
+    _refuse_non_finite(str(path), value)
     write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
@@ -32,3 +38,11 @@ def write_text(path: Path, text: str) -> None:
     partial = path.with_name(path.name + ".partial")
     partial.write_text(text, encoding="utf-8")
     partial.replace(path)
+
+
+def _refuse_non_finite(name: str, value: Any) -> None:
+    if isinstance(value, float):
+        require_finite(name, value)
+    elif isinstance(value, dict | list | tuple):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            _refuse_non_finite(f"{name}: {key}", part)

@@ -10,6 +10,7 @@ from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 
 from pipeline.config import Config, ConfigError, load
+from pipeline.finite import NumericsError
 from pipeline.trajectory import TrajectoryError
 
 
@@ -57,7 +58,7 @@ def run(main: Callable[[], str]) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     try:
         print(main())
-    except (ConfigError, TrajectoryError) as error:
+    except (ConfigError, TrajectoryError, NumericsError) as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None
     except BrokenProcessPool:

@@ -1,8 +1,8 @@
-"""Find the learning rate at which a method moves action tokens as far per update as another one does.
+"""Find the learning rate at which a method moves action tokens as far per iteration as another one does.
 
-What is matched is the mean KL(behaviour || policy) on action tokens over the first three iterations and all seeds
-(``kl_update_action``). The result is printed, to be written into params.yaml by hand. Means that are close are all that
-is claimed: it is no test of two methods.
+What is matched is the mean KL(behaviour || policy) on action tokens over the first three iterations and all seeds, after
+all of an iteration's updates, on its last minibatch (``kl_iteration_action``). The result is printed, to be written into
+params.yaml by hand. Means that are close are all that is claimed: it is no test of two methods.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ ITERATIONS, STEPS, CLOSE = 3, 5, 0.05
 
 
 class Match(NamedTuple):
-    """A learning rate and the KL per update that was measured at it."""
+    """A learning rate and the KL per iteration that was measured at it."""
 
     rate: float
     kl: float
@@ -33,7 +33,7 @@ def nearest(moved: Callable[[float], float], wanted: float, rate: float) -> Matc
     """The learning rate, of at most ``STEPS`` that are tried, at which the KL comes nearest to the one wanted.
 
     Args:
-        moved: learning rate -> mean KL per update there.
+        moved: learning rate -> mean KL per iteration there.
         wanted: the KL that is sought; the search ends within a share ``CLOSE`` of it.
         rate: the first learning rate.
     """
@@ -79,15 +79,15 @@ def main() -> str:
         jobs = {f"seed {t.seed}": TrainingJob(t, None, runs[t.seed]) for t in tasks if not t.finished}
         run_in_processes(train_one, jobs, config.workers, f"{method} at {rate:.3g}")
         rows = [row for task in tasks for row in read_json(task.result / "curves.json")]
-        kl: float = sum(row["kl_update_action"] for row in rows) / len(rows)
-        print(f"{method} at {rate:.4g}: KL per update on action tokens {kl:.4g}", flush=True)
+        kl: float = sum(row["kl_iteration_action"] for row in rows) / len(rows)
+        print(f"{method} at {rate:.4g}: KL per iteration on action tokens {kl:.4g}", flush=True)
         return kl
 
     wanted = moved(arguments.to, config.methods[arguments.to].learning_rate)
     found = nearest(lambda rate: moved(arguments.method, rate), wanted, config.methods[arguments.method].learning_rate)
     close, seeds = found.off(wanted) < CLOSE, len(config.seeds)
     return (
-        f"methods.{arguments.method}.learning_rate: {found.rate:g}  # mean KL per update {found.kl:.4g}, {arguments.to}'s "
+        f"methods.{arguments.method}.learning_rate: {found.rate:g}  # mean KL per iteration {found.kl:.4g}, {arguments.to}'s "
         f"{wanted:.4g}: {found.off(wanted):.1%} apart over {seeds} seed{'s' * (seeds > 1)}"
         f"{'' if close else f', not within {CLOSE:.0%} after {STEPS} steps'}\n"
         f"Next: write it into params.yaml or the preset's overlay, then {'`make repro`' if close else 'run this again'}"

@@ -44,7 +44,7 @@ KEYS = """environment method temperature headline seeds states episodes success_
     difference_to_uniform_ci_low difference_to_uniform_ci_high probability_of_improvement
     difference_to_reference_by_seed difference_to_uniform_by_seed difference_to_control_by_seed control difference_to_control
     difference_to_control_ci_low difference_to_control_ci_high return_mean action_token_share valid_action_rate
-    disallowed_rate malformed_rate cut_rate truncated_rate iterations kl_update_action_first3 learning_rate regulariser collapsed_seeds non_finite_losses
+    disallowed_rate malformed_rate cut_rate truncated_rate iterations kl_iteration_action_first3 learning_rate regulariser collapsed_seeds non_finite_losses
     gradient_share_action status source training_episodes training_tokens paths_per_state"""
 
 
@@ -118,7 +118,7 @@ def curve(seed: int, rate: float, kl: float) -> list[dict[str, float]]:
             "clip_fraction": 0.02 + 0.05 * rate * done,
             "gradient_norm": 1 + noise.random(),
             "gradient_share_action": rate / 2,
-            "kl_update_action": kl * (1.0 + number),
+            "kl_iteration_action": kl * (1.0 + number),
             "non_finite_losses": 0.0,
             "episodes": 128.0,
             "tokens": 4000.0 + 10 * seed,
@@ -189,7 +189,7 @@ def test_rows_hold_what_can_be_worked_out_by_hand() -> None:
     assert row["probability_of_improvement"] == (1 + 1 + 1 + 0.5) / 4  # 1, 0.5 against 0.25, 0.5
     assert (row["control"], row["difference_to_control"]) == ("grpo_lr_matched", 0.375)
     assert (row["action_token_share"], row["valid_action_rate"]) == (0.1, 0.75)
-    assert row["kl_update_action_first3"] == pytest.approx(0.02)  # 0.01 * (1 + 2 + 3) / 3
+    assert row["kl_iteration_action_first3"] == pytest.approx(0.02)  # 0.01 * (1 + 2 + 3) / 3
     assert (row["iterations"], row["collapsed_seeds"], row["non_finite_losses"]) == (ITERATIONS, 0, 0)
     assert row_of(found, "grpo")["collapsed_seeds"] == 1  # seed 0 has 0.25, below 0.5
     assert row_of(found, "grpo_lr_matched")["learning_rate"] == 3e-7
@@ -291,10 +291,10 @@ def test_files_are_read_and_timings_may_be_absent(tmp_path: Path) -> None:
 
 def test_drift_of_a_control_is_warned_of_beyond_a_fifth() -> None:
     config = configuration()
-    assert not any("KL per update" in warning for warning in compare(config, inputs(config, 0.0119))["warnings"])
+    assert not any("KL per iteration" in warning for warning in compare(config, inputs(config, 0.0119))["warnings"])
     for drifted in (0.0121, 0.0079):
-        (warning,) = [w for w in compare(config, inputs(config, drifted))["warnings"] if "KL per update" in w]
-        assert "lake: grpo_actfocus: KL per update on action tokens" in warning
+        (warning,) = [w for w in compare(config, inputs(config, drifted))["warnings"] if "KL per iteration" in w]
+        assert "lake: grpo_actfocus: KL per iteration on action tokens" in warning
         assert "methods.grpo_lr_matched.learning_rate" in warning
 
 

@@ -10,6 +10,7 @@ import numpy as np
 import torch
 
 from pipeline.config import Config
+from pipeline.finite import require_finite
 from pipeline.policy.model import Policy, load_trained
 from pipeline.policy.scoring import TokenScores, length_batches, predicting_hidden, score_tokens
 from pipeline.processes import Report
@@ -28,6 +29,9 @@ def score_trajectories(
 
     Returns:
         Three float32 arrays (N,), 0 where not sampled.
+
+    Raises:
+        NumericsError: one of these numbers is not finite.
     """
     result = [np.zeros(len(trajectories.input_ids), dtype=np.float32) for _ in TokenScores._fields]
     for batch in length_batches(trajectories.lengths, tokens_per_forward):
@@ -39,6 +43,8 @@ def score_trajectories(
         for values, scored in zip(result, score_tokens(hidden, tokens, policy.head, temperature), strict=True):
             values[flat] = scored.float().cpu().numpy()
         progress(len(batch))
+    for name, values in zip(TokenScores._fields, result, strict=True):
+        require_finite(f"{name} of a token under the policy that scores it", values)
     return result
 
 

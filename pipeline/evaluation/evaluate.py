@@ -12,6 +12,7 @@ import pyarrow as pa
 
 from pipeline.config import Config
 from pipeline.environments import initial_states, make
+from pipeline.finite import located
 from pipeline.policy.model import load_trained
 from pipeline.processes import Report
 from pipeline.randomness import generator
@@ -70,15 +71,11 @@ def evaluate_policy(task: EvaluationTask, report: Report) -> pa.Table:
         done += episodes
         report(done, total)
 
-    played = evaluate(
-        TransformersEngine(policy, task.config.rollout.batch_episodes),
-        policy.tokenizer,
-        task.config,
-        task.environment,
-        task.seed,
-        task.temperature,
-        progress,
-    )
+    engine = TransformersEngine(policy, task.config.rollout.batch_episodes)
+    with located(str(task.policy)):
+        played = evaluate(
+            engine, policy.tokenizer, task.config, task.environment, task.seed, task.temperature, progress
+        )
     labels = {"environment": task.environment, "method": task.method, "seed": task.seed}
     return episode_results(played, **labels, temperature=task.temperature)
 

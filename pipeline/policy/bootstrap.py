@@ -19,6 +19,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from pipeline.config import ConfigError, Environment, Phase, ScratchPolicy
 from pipeline.environments import initial_states, make
 from pipeline.environments.registry import actions_left_of, id_of, parse_action, reset, step, text_of
+from pipeline.finite import require_finite
 from pipeline.policy.model import Policy
 from pipeline.policy.scoring import predicting_hidden, score_tokens
 from pipeline.policy.tokenizer import train_tokenizer
@@ -197,7 +198,9 @@ def _supervise(
             optimizer.step()
             schedule.step()
             step += 1
-            report(step, total, float(loss.detach()))
+            value = float(loss.detach())
+            require_finite(f"policy.demonstrations: the loss of step {step}", value)
+            report(step, total, value)
 
 
 def _encode(dialogue: Dialogue, demonstration: Demonstration) -> tuple[np.ndarray, np.ndarray]:

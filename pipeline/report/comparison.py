@@ -25,7 +25,8 @@ from pipeline.trajectory import CUT_OFF, RESPONSES
 REFERENCE = "reference"
 """What the reference policy is called where methods have their names."""
 KL_DRIFT = 0.2
-"""Largest relative difference of a control's KL per update from its method's that passes without a warning."""
+"""Largest relative difference of a control's KL per iteration from its method's that passes without a warning. It is
+KL(behaviour || policy) on action tokens, after all of an iteration's updates, on its last minibatch."""
 SHORTFALL = 0.05
 """Largest share of ``train.tokens`` that may be left at a training's end without a warning."""
 SPENT = ("training_episodes", "training_tokens", "paths_per_state")
@@ -85,7 +86,7 @@ def read_timings(config: Config, data: Path) -> dict[tuple[str, str], Curves]:
 def compare(config: Config, inputs: Inputs) -> dict[str, Any]:
     """All rows and warnings, ready to be written as JSON: no NaN, and the same for the same inputs.
 
-    Rates are in [0, 1]. Measured numbers are rounded to 6 digits (KL per update: 6 significant ones), settings are as
+    Rates are in [0, 1]. Measured numbers are rounded to 6 digits (KL per iteration: 6 significant ones), settings are as
     in params.yaml, and what does not apply is null. ``difference_to_*`` is paired over common seeds and states, and has an
     interval (``_ci_low``, ``_ci_high``) from ``VERDICT_SEEDS`` paired seeds on, which is its verdict.
     ``probability_of_improvement`` is over the uniform counterpart. The reference policy has rows of its own. ``tokens`` is
@@ -193,14 +194,14 @@ def _behaviour(episodes: pa.Table, format_penalty: float) -> dict[str, Any]:
 def _training(config: Config, method: str, curves: Curves | None) -> dict[str, Any]:
     """How the method was trained: settings from params.yaml, the rest from its learning curves; all null without them."""
     if curves is None:
-        keys = ("iterations", "kl_update_action_first3", "gradient_share_action", "learning_rate", "regulariser")
+        keys = ("iterations", "kl_iteration_action_first3", "gradient_share_action", "learning_rate", "regulariser")
         return dict.fromkeys((*keys, "non_finite_losses", "status", "source", *SPENT))
-    first = [row["kl_update_action"] for rows in curves.values() for row in rows[:3] if "kl_update_action" in row]
+    first = [row["kl_iteration_action"] for rows in curves.values() for row in rows[:3] if "kl_iteration_action" in row]
     shares = [r[SHARE] for rows in curves.values() for r in rows if SHARE in r]
     settings = config.methods[method]
     return {
         "iterations": mean(len(rows) for rows in curves.values()),
-        "kl_update_action_first3": _finite(float(f"{np.mean(first):.6g}")) if first else None,
+        "kl_iteration_action_first3": _finite(float(f"{np.mean(first):.6g}")) if first else None,
         "gradient_share_action": _round(float(np.mean(shares))) if shares else None,
         "learning_rate": settings.learning_rate,
         "regulariser": settings.regulariser.model_dump(mode="json"),
@@ -271,19 +272,19 @@ def _method_warnings(config: Config, rows: Mapping[str, Mapping[str, Any]], meth
             unpaired = f"only {paired} of {row['seeds']} seeds are paired with {row.get(kind, kind)}"
             found.append(unpaired + (f": {NO_VERDICT}" if paired < VERDICT_SEEDS <= row["seeds"] else ""))
     if control:
-        mine, theirs = (rows[name]["kl_update_action_first3"] for name in (method, control))
+        mine, theirs = (rows[name]["kl_iteration_action_first3"] for name in (method, control))
         if mine is None or theirs is None:
-            found.append(f"KL per update on action tokens is not known for it and its control {control}")
+            found.append(f"KL per iteration on action tokens is not known for it and its control {control}")
         elif abs(theirs - mine) > KL_DRIFT * mine:
             found.append(
-                f"KL per update on action tokens over the first 3 iterations is {mine:.3g}, its control's {theirs:.3g} "
+                f"KL per iteration on action tokens over the first 3 iterations is {mine:.3g}, its control's {theirs:.3g} "
                 f"({control}, off by more than {KL_DRIFT:.0%}): {_advice(config, method, control)}"
             )
     return found
 
 
 def _advice(config: Config, method: str, control: str) -> str:
-    """What a drift of the KL per update means: a matched control's learning rate is there to be adjusted."""
+    """What a drift of the KL per iteration means: a matched control's learning rate is there to be adjusted."""
     if config.methods[method].learning_rate == config.methods[control].learning_rate:
         return "a difference may be one of step size"
     return f"adjust methods.{control}.learning_rate"

@@ -114,7 +114,7 @@ def training_table(comparison: Mapping[str, Any], environment: str) -> Table:
         f"{environment}, training" + (f" to {comparison['tokens']} sampled tokens" if comparison["tokens"] else ""),
         ["method", *(["status", "source"] if sourced else []), "iterations", "episodes per training",
          "sampled tokens per training", "paths per initial state", "learning rate",
-         "KL per update on action tokens, first 3 iterations", "action tokens' share of the gradient, measured",
+         "KL per iteration on action tokens, first 3 iterations", "action tokens' share of the gradient, measured",
          "skipped non-finite updates", *(["entropy and KL terms"] if differ else [])],
         [
             [
@@ -125,7 +125,7 @@ def training_table(comparison: Mapping[str, Any], environment: str) -> Table:
                 f"{row['training_tokens']:.0f}",
                 f"{row['paths_per_state']:g}",
                 f"{row['learning_rate']:g}",
-                "–" if row["kl_update_action_first3"] is None else f"{row['kl_update_action_first3']:.3g}",
+                "–" if row["kl_iteration_action_first3"] is None else f"{row['kl_iteration_action_first3']:.3g}",
                 "–" if row["gradient_share_action"] is None else f"{row['gradient_share_action']:.2f}",
                 str(row["non_finite_losses"]),
                 *([_terms(row["regulariser"])] if differ else []),

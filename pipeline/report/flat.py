@@ -41,7 +41,7 @@ CURVES = (
     "entropy_action",
     "entropy_reasoning",
     "kl_reference",
-    "kl_update_action",
+    "kl_iteration_action",
     "gradient_norm",
     "clip_fraction",
     "gradient_share_action",

@@ -92,7 +92,7 @@ class Collection:
             )
 
     def _scores(self, section: Positions, initial: Trajectories) -> np.ndarray:
-        moved = self._now(initial)[0] - initial.logprob if section.moved else np.zeros(len(initial.input_ids))
+        moved = self.now(initial)[0] - initial.logprob if section.moved else np.zeros(len(initial.input_ids))
         scores = np.zeros(len(initial.input_ids))
         for group in dict.fromkeys(initial.episodes["group_id"]):  # each with draws of its own
             rows = [row for row, own in enumerate(initial.episodes["group_id"]) if own == group]
@@ -110,15 +110,16 @@ class Collection:
         others = [e for e, own in enumerate(trajectories.episodes["temperature"]) if own != temperature]
         if not others:
             return trajectories
-        scored = self._now(trajectories.select(others))
+        scored = self.now(trajectories.select(others))
         tokens = np.isin(trajectories.token_episode, others)
         columns = [trajectories.logprob.copy(), trajectories.entropy.copy()]
         for column, values in zip(columns, scored, strict=True):
             column[tokens] = values
         return replace(trajectories, logprob=columns[0], entropy=columns[1])
 
-    def _now(self, trajectories: Trajectories) -> list[np.ndarray]:
-        """Log-probability and entropy of every sampled token under the policy as it is."""
+    def now(self, trajectories: Trajectories, temperature: float | None = None) -> list[np.ndarray]:
+        """Log-probability and entropy of every sampled token under the policy as it is, at ``rollout.temperature`` or
+        another one."""
         was_training = self.policy.model.training
         self.policy.model.eval()
         try:
@@ -126,7 +127,7 @@ class Collection:
                 return score_trajectories(
                     self.policy,
                     trajectories,
-                    self.config.rollout.temperature,
+                    temperature or self.config.rollout.temperature,
                     self.config.train.tokens_per_forward,
                 )[:2]
         finally:

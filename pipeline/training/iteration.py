@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.config import Config, Method
 from pipeline.evaluation.evaluate import summary
+from pipeline.finite import require_finite
 from pipeline.objective.batch import TokenBatch, token_batch
 from pipeline.objective.filters import group_deviation
 from pipeline.objective.methods import (
@@ -173,6 +174,9 @@ def _examples(
         "noise": batch.noise,
     }
     result, everywhere = [], trajectories.trainable
+    for name, values in {**columns, **heads}.items():
+        if name != "entropy_terms":  # bounds of an entropy may be infinite
+            require_finite(f"{name} of a token", values[torch.from_numpy(everywhere)])
     for episode in range(len(trajectories)):
         span = slice(int(trajectories.offsets[episode]), int(trajectories.offsets[episode + 1]))
         trainable = everywhere[span]

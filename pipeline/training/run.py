@@ -17,6 +17,7 @@ from lightning.pytorch.callbacks import Callback
 
 from pipeline.evaluation.evaluate import summary, validate
 from pipeline.files import read_json, write_json
+from pipeline.finite import located, require_finite
 from pipeline.policy.model import load_trained
 from pipeline.processes import Report
 from pipeline.tracking.training import RunSettings, TrainingRun
@@ -90,7 +91,8 @@ def train_until(job: TrainingJob, iterations: int, report: Report) -> Curve:
         use_distributed_sampler=False,
         default_root_dir=task.cache,
     )
-    trainer.fit(module, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
+    with located(f"{task.environment}-{task.method}, seed {task.seed}"):
+        trainer.fit(module, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
     if not training_over(module.curve, config.train):
         return module.curve
 
@@ -148,9 +150,11 @@ class _Validation(Callback):
         if done % plan.validate_every == 0 or training_over(pl_module.curve, plan):
             result = self._validate(pl_module)
             row |= {f"validation_{k}": result[k] for k in VALIDATED}
+        for name, value in row.items():
+            require_finite(f"iteration {done - 1}: {name}", value)
 
     def _validate(self, module: PolicyGradient) -> dict[str, float]:
-        with module.phases.phase("validation"):
+        with module.phases.phase("validation"), located(f"validation after {len(module.curve)} iterations"):
             played = validate(module.engine, module.policy.tokenizer, module.config, module.name, module.seed)
         return summary(played)
 
