@@ -15,6 +15,7 @@ def main() -> str:
     from pipeline.energy.diagnostics import bottleneck
     from pipeline.files import write_json
     from pipeline.processes import run_in_processes
+    from pipeline.progress import doing
     from pipeline.report.bottleneck_figures import draw_bottleneck
     from pipeline.trajectory import concatenate, read
 
@@ -31,11 +32,13 @@ def main() -> str:
         for start in range(0, len(table), size)
     }
     annotated = concatenate(list(run_in_processes(annotate_part, tasks, config.workers, f"annotate {name}").values()))
+    doing("measuring the Action Bottleneck")
     diagnostics = bottleneck(annotated, config.bottleneck.resamples)
     target = out / "data" / "annotated" / f"{name}.parquet"
     annotated.write(target)
     folder = out / "reports" / "bottleneck" / name
     write_json(folder / "bottleneck.json", diagnostics)
+    doing("drawing the Action Bottleneck")
     draw_bottleneck(annotated, diagnostics, folder)
     rho = {key: diagnostics[key]["spearman"] for key in ("action", "reasoning", "response")}
     shown = ", ".join(f"{key} {value:+.3f}" if value is not None else f"{key} undefined" for key, value in rho.items())

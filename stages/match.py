@@ -39,6 +39,8 @@ def main() -> str:
     train = config.train.model_copy(update={"iterations": ITERATIONS, "tokens": None, "validate_every": ITERATIONS})
     short = config.model_copy(update={"train": train, "comparison": "match"})
 
+    found: list[str] = []
+
     def moved(method: str, rate: float) -> float:
         slots = short.methods[method].model_copy(update={"learning_rate": rate})
         at_rate: Config = short.model_copy(update={"methods": {**short.methods, method: slots}})
@@ -48,7 +50,7 @@ def main() -> str:
         run_in_processes(train_one, jobs, config.workers, f"{method} at {rate:.3g}")
         rows = [row for task in tasks for row in read_json(task.result / "curves.json")]
         kl: float = sum(row["kl_update_action"] for row in rows) / len(rows)
-        print(f"{method} at {rate:.4g}: KL per update on action tokens {kl:.4g}", flush=True)
+        found.append(f"{method} at {rate:.4g}: KL per update on action tokens {kl:.4g}")
         return kl
 
     wanted = moved(arguments.to, config.methods[arguments.to].learning_rate)
@@ -59,8 +61,8 @@ def main() -> str:
             break
         # Small steps move the policy by a KL of about the square of the step.
         rate = float(f"{rate * math.sqrt(wanted / got):.3g}")
-    return (
-        f"methods.{arguments.method}.learning_rate: {rate:g}  # moves action tokens as {arguments.to} does\n"
+    return "\n".join(found) + (
+        f"\nmethods.{arguments.method}.learning_rate: {rate:g}  # moves action tokens as {arguments.to} does\n"
         "Next: write it into params.yaml or the preset's overlay, then `make repro`"
     )
 

@@ -24,6 +24,7 @@ def main() -> str:
     config = configured(parse_arguments(__doc__))
     from pipeline.config import load
     from pipeline.files import read_json
+    from pipeline.progress import doing
     from pipeline.report.comparison_tables import comparison_text, overview_markdown
 
     reports, results, figures = out_folder(config) / "reports", Path("docs/results.md"), Path("docs/figures")
@@ -43,6 +44,7 @@ def main() -> str:
             published.append(f"replay {name}")
     published += publish_sweeps(config, results, figures, "")
     for preset in PRESETS:
+        doing(preset)
         own = Path("presets") / preset / "reports"
         if (own / "comparison.md").exists():
             replace_block(results, preset, comparison_block(load(f"presets/{preset}/params.yaml")))
