@@ -56,8 +56,9 @@ def library() -> ctypes.CDLL | None:
     version = subprocess.run([compiler, "--version"], capture_output=True, check=False).stdout
     processor = platform.machine().encode() + _processor_flags()
     key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), version, processor, *map(str.encode, FLAGS)])).hexdigest()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "actfocus"
-    for folder in (SOURCE.parent / "__pycache__", cache):
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folders = [SOURCE.parent / "__pycache__", Path(cache) / "actfocus"]
+    for folder in folders[: 1 + os.path.isabs(cache)]:  # a user may have no home
         target = folder / f"kernels-{key[:16]}.so"
         try:
             if not target.exists():
