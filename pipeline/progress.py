@@ -15,9 +15,9 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-FIRST, EVERY = 7.0, 20.0
-"""Seconds until the first line of a process, and between two lines. Importing what a stage needs takes about ten, and a
-mistake that is found earlier is to be the only line."""
+FIRST, EVERY = 8.0, 20.0
+"""Seconds until the first line of a process, and between two lines. A mistake that is found earlier is to be the only line;
+to import what a stage needs may take longer."""
 PAUSE = 1.0
 """Seconds between two words about the inside of a unit of work."""
 SILENCE = 60.0
@@ -170,7 +170,10 @@ class Display:
         self._title, self._tasks = title, {label: _Task() for label in labels}
         self._whole: tuple[float, float] | None = None
         self._whole_before = 0.0
-        self._bars, self._ids = _bars(title, labels) if bars and _terminal() else (None, {})
+        self._bars: Any = None
+        self._ids: dict[str, Any] = {}
+        if bars and _terminal():
+            self._bars, self._ids = _bars(title, labels)
         self._thread: threading.Thread | None = None
         self._ended = threading.Event()
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from pipeline.trajectory import concatenate, read
 from stages.command import configured, next_command, out_folder, parse_arguments, run
 
 
 def main() -> str:
     arguments = parse_arguments(__doc__, "environment")
     config = configured(arguments)
-    name = arguments.environment
+    name, out = arguments.environment, out_folder(config)
+    table = read(out / "data" / "trajectories" / f"{name}.parquet")
     import transformers.models.auto.modeling_auto  # noqa: F401  (imported before the processes fork)
 
     from pipeline.energy.annotate import annotate_part
@@ -17,10 +19,7 @@ def main() -> str:
     from pipeline.processes import run_in_processes
     from pipeline.progress import doing
     from pipeline.report.bottleneck_figures import draw_bottleneck
-    from pipeline.trajectory import concatenate, read
 
-    out = out_folder(config)
-    table = read(out / "data" / "trajectories" / f"{name}.parquet")
     slice_size = config.rollout.groups * config.rollout.group_size
     size = -(-len(table) // (slice_size * config.workers)) * slice_size
     tasks = {

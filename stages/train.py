@@ -8,6 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
+from pipeline.files import lock, read_json, write_json
+from pipeline.trajectory import TrajectoryError, read
 from stages.command import configured, next_command, out_folder, parse_arguments, run
 
 if TYPE_CHECKING:
@@ -19,9 +21,12 @@ if TYPE_CHECKING:
 def main() -> str:
     arguments = parse_arguments(__doc__, "environment", "method")
     config = configured(arguments)
-    from pipeline.files import lock
-
     name, out = f"{arguments.environment}-{arguments.method}", out_folder(config)
+    table = out / "data" / "annotated" / f"{arguments.environment}.parquet"
+    if not read(table).annotated:
+        raise TrajectoryError(
+            f"{table}: not annotated; run `python -m stages.annotate --environment {arguments.environment}`"
+        )
 
     def waiting() -> None:
         print(f"train {name}: another command makes the same; this one waits for its end", file=sys.stderr, flush=True)
@@ -37,12 +42,9 @@ def train(arguments: Namespace, config: Config, out: Path) -> str:
     from pipeline.tracking.store import open_store, run_settings, store_of
     from pipeline.training.result import training_task
     from pipeline.training.run import TrainingJob, train_one
-    from pipeline.trajectory import TrajectoryError, read
 
     environment, method = arguments.environment, arguments.method
     policy, table = out / "models" / "policy", out / "data" / "annotated" / f"{environment}.parquet"
-    if not read(table).annotated:
-        raise TrajectoryError(f"{table}: not annotated; run `python -m stages.annotate --environment {environment}`")
     tasks = [training_task(config, environment, method, seed, policy, Path(".cache")) for seed in config.seeds]
     made_from = {"annotated episodes": table, "reference policy": policy}
     runs = run_settings(config, Path("."), environment, method, made_from)
@@ -71,8 +73,6 @@ def train(arguments: Namespace, config: Config, out: Path) -> str:
 
 def collect_results(target: Path, kind: str, results: dict[int, Path]) -> None:
     """Gather one file of each seed's result under ``seeds``."""
-    from pipeline.files import read_json, write_json
-
     write_json(target, {"seeds": {str(seed): read_json(folder / f"{kind}.json") for seed, folder in results.items()}})
 
 
