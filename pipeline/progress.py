@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-FIRST, EVERY = 8.0, 20.0
+FIRST, EVERY = 9.0, 20.0
 """Seconds until the first line of a process, and between two lines. A mistake that is found earlier is to be the only line;
 to import what a stage needs may take longer."""
 PAUSE = 1.0
@@ -164,9 +164,11 @@ class Display:
         title: what they are.
         labels: their names; an empty one stands for the title alone.
         bars: whether a terminal shows them.
+        age: seconds that the work has been going on.
     """
 
-    def __init__(self, title: str, labels: Sequence[str], bars: bool = True) -> None:
+    def __init__(self, title: str, labels: Sequence[str], bars: bool = True, age: float = 0.0) -> None:
+        self._age = age
         self._title, self._tasks = title, {label: _Task() for label in labels}
         self._whole: tuple[float, float] | None = None
         self._whole_before = 0.0
@@ -179,7 +181,7 @@ class Display:
 
     def __enter__(self) -> Display:
         global _next
-        self._began = time.monotonic()
+        self._began = time.monotonic() - self._age
         if _shown:
             _shown[-1]._rest()
         else:

@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import getpass
 import itertools
 import os
 import signal
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any
+
+import psutil
 
 from pipeline.config import Config, ConfigError, load, read_yaml
 from pipeline.processes import end_with_parent
 from pipeline.progress import Display
 from pipeline.trajectory import TrajectoryError
 
-CALLED_FROM = Path.cwd()
+_elsewhere = False
+"""Whether the stage was called from another folder than it works in."""
 
 
 def parse_arguments(description: str | None, *names: str) -> argparse.Namespace:
@@ -71,7 +76,9 @@ def go_to_root(arguments: argparse.Namespace, root: str) -> None:
     folder = (Path(arguments.params).parent / root).resolve()
     if not folder.is_dir():
         raise ConfigError(f"{arguments.params}: root: {root!r} is not a folder, from this file's folder")
-    if folder != Path.cwd():
+    global _elsewhere
+    _elsewhere = folder != Path.cwd()
+    if _elsewhere:
         arguments.params = os.path.abspath(arguments.params)
         os.chdir(folder)
         sys.path.insert(0, str(folder))
@@ -81,7 +88,7 @@ def go_to_root(arguments: argparse.Namespace, root: str) -> None:
 
 def out_folder(config: Config) -> Path:
     """Folder that receives data/, models/ and reports/, as seen from where the stage was called or as a full path."""
-    return Path(config.out) if Path.cwd() == CALLED_FROM else Path.cwd() / config.out
+    return Path.cwd() / config.out if _elsewhere else Path(config.out)
 
 
 def next_command(arguments: argparse.Namespace, stage: str, **options: str) -> str:
@@ -109,7 +116,7 @@ def run(main: Callable[[], str]) -> None:
     if "DVC_STAGE" in os.environ:  # a killed `dvc repro` leaves nothing behind that writes beside the next one
         end_with_parent(signal.SIGTERM)
     try:
-        with Display(_title(), [""], bars=False) as display:
+        with Display(_title(), [""], bars=False, age=_age()) as display:
             display.report("")(0, 0, "starting")
             result = main()
         print(result)
@@ -138,6 +145,14 @@ def name_the_user() -> None:
 
 def _stop(*_: Any) -> None:
     raise Stopped
+
+
+def _age() -> float:
+    """Seconds that this process has spent on getting here; 0 if it has done something else before."""
+    with contextlib.suppress(psutil.Error, OSError):
+        age: float = time.time() - psutil.Process().create_time()
+        return age if 0 < age < 3 else 0.0
+    return 0.0
 
 
 def _title() -> str:

@@ -17,6 +17,7 @@ import pytest
 from pipeline.config import read_yaml
 from pipeline.files import lock
 from pipeline.presets import overlay
+from tests.commands import complaints
 from tests.trainings import LAKE, ROOT, TINY
 
 pytestmark = [pytest.mark.dag, pytest.mark.xdist_group("dag")]
@@ -218,7 +219,7 @@ def test_a_stopped_stage_takes_its_workers_with_it_and_says_one_line(found: dict
         assert output == ""
         assert code == {"SIGKILL": -9, "SIGTERM": 143, "SIGINT": 130}[name]
         said = {"SIGTERM": ["stopped"], "SIGINT": ["interrupted"], "SIGKILL": []}[name]
-        assert error.splitlines() == [f"{word}; run the same command again to go on" for word in said]
+        assert complaints(error) == [f"{word}; run the same command again to go on" for word in said]
 
 
 def test_equal_trainings_at_once_are_made_once_and_all_end_well(project: Path, found: dict[str, Any]) -> None:

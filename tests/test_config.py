@@ -21,6 +21,7 @@ from pipeline.config import Config, ConfigError, load, parse, read_yaml
 from pipeline.presets import overlay, preset_text, resolve_preset
 from pipeline.section import Section
 from pipeline.slots import Method
+from tests.commands import complaints
 
 ROOT = Path(__file__).parents[1]
 PRESETS = sorted(path.parent.name for path in (ROOT / "presets").glob("*/overlay.yaml"))
@@ -424,7 +425,7 @@ def refusal(
     with pytest.raises(SystemExit) as end:
         run(main)
     assert end.value.code == 2
-    (line,) = capfd.readouterr().err.splitlines()
+    (line,) = complaints(capfd.readouterr().err)
     assert contents(project) == before
     return line
 

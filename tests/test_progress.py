@@ -81,13 +81,13 @@ def test_the_first_line_comes_within_ten_seconds_and_another_every_twenty(
             clock.now += 1
             display.look()
             printed += [clock.now - 1000 for _ in capfd.readouterr().err.splitlines()]
-    assert printed == [8, 28, 48]
+    assert printed == [9, 29, 49]
 
 
 def test_a_display_inside_another_goes_on_with_its_lines(clock: Clock, capfd: pytest.CaptureFixture[str]) -> None:
     lines = []
     with Display("train", [""], bars=False) as outer:
-        clock.now += 8
+        clock.now += 9
         outer.look()
         with Display("train lake", ["seed 0", "seed 1"]) as inner:
             inner.update("seed 0", 3, 36, "success 0.5")
@@ -95,8 +95,8 @@ def test_a_display_inside_another_goes_on_with_its_lines(clock: Clock, capfd: py
                 clock.now += 1
                 inner.look()
                 lines += capfd.readouterr().err.splitlines()
-    assert lines[0] == "train: starting; 8 s so far"
-    assert lines[1] == "train lake: 0 of 2 done; seed 0: 3/36 success 0.5; 28 s so far"
+    assert lines[0] == "train: starting; 9 s so far"
+    assert lines[1] == "train lake: 0 of 2 done; seed 0: 3/36 success 0.5; 29 s so far"
     assert len(lines) == 2
 
 
