@@ -162,7 +162,8 @@ class _Validation(Callback):
             row |= {f"validation_{k}": result[k] for k in ("success", "return", "valid_action_rate")}
 
     def _validate(self, module: PolicyGradient) -> dict[str, float]:
-        with module.phases.phase("validation"), span("validation:", 0.0, 0.0):
+        after = float(len(module.curve) > module.current_epoch)
+        with module.phases.phase("validation"), span("validation:", after, after):
             played = validate(module.engine, module.policy.tokenizer, module.config, module.name, module.seed)
         return summary(played)
 
