@@ -112,7 +112,7 @@ def run(main: Callable[[], str]) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     name_the_user()
-    signal.signal(signal.SIGTERM, _stop)
+    before = signal.signal(signal.SIGTERM, _stop)
     if "DVC_STAGE" in os.environ:  # a killed `dvc repro` leaves nothing behind that writes beside the next one
         end_with_parent(signal.SIGTERM)
     try:
@@ -130,6 +130,8 @@ def run(main: Callable[[], str]) -> None:
         word, code = ("stopped", 143) if isinstance(stopped, Stopped) else ("interrupted", 130)
         print(f"{word}; run the same command again to go on", file=sys.stderr)
         raise SystemExit(code) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
 
 
 def name_the_user() -> None:
