@@ -8,11 +8,13 @@ import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from pipeline.config import ConfigError
 from pipeline.processes import Report, _watch, begin_worker, run_in_processes
+from pipeline.tracking.system import SystemMetrics
 
 
 def slower_first(task: int, report: Report) -> int:
@@ -97,3 +99,13 @@ def test_where_the_kernel_does_not_tell_of_a_parents_end_a_worker_looks_itself()
     os.waitpid(parent, 0)
     with os.fdopen(reading, "rb") as pipe:
         assert pipe.read() == b"!"  # to its end: nobody holds the other one any more
+
+
+def test_what_a_machine_does_not_tell_of_its_load_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused() -> None:
+        raise PermissionError("/proc/meminfo")
+
+    monkeypatch.setattr(psutil, "virtual_memory", refused)
+    measured = SystemMetrics().measure()
+    assert "system/process_memory_usage_megabytes" in measured
+    assert "system/system_memory_usage_percentage" not in measured
