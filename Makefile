@@ -5,6 +5,11 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 # Large blocks of memory stay with the process, in huge pages. glibc reads it, others ignore it.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=4000000000
+# Containers run under ids that have neither a name nor a home; DVC asks for both.
+ifeq ($(shell whoami 2>/dev/null),)
+export USER ?= $(shell id -u)
+export HOME ?= $(CURDIR)/.cache/home
+endif
 PIPELINE = $(if $(PRESET),presets/$(PRESET)/dvc.yaml,dvc.yaml)
 PARAMS = $(if $(PRESET),presets/$(PRESET)/params.yaml,params.yaml)
 OUT = $(if $(PRESET),presets/$(PRESET),.)

@@ -211,7 +211,7 @@ class Config(Section):
     """All of ``params.yaml``."""
 
     root: str = "."
-    """Path from the params file's folder to the project's root (dvc.yaml works from there)."""
+    """Path from the params file's folder to the project's root; every other relative path is meant from there."""
     out: str = "."
     """Folder under the root that receives data/, models/ and reports/."""
     params_file: str = "params.yaml"

@@ -71,6 +71,8 @@ def main() -> str:
     train = config.train.model_copy(update={"iterations": ITERATIONS, "tokens": None, "validate_every": ITERATIONS})
     short = config.model_copy(update={"train": train, "comparison": "match"})
 
+    measured: list[str] = []
+
     def moved(method: str, rate: float) -> float:
         slots = short.methods[method].model_copy(update={"learning_rate": rate})
         at_rate: Config = short.model_copy(update={"methods": {**short.methods, method: slots}})
@@ -80,14 +82,14 @@ def main() -> str:
         run_in_processes(train_one, jobs, config.workers, f"{method} at {rate:.3g}")
         rows = [row for task in tasks for row in read_json(task.result / "curves.json")]
         kl: float = sum(row["kl_iteration_action"] for row in rows) / len(rows)
-        print(f"{method} at {rate:.4g}: KL per iteration on action tokens {kl:.4g}", flush=True)
+        measured.append(f"{method} at {rate:.4g}: KL per iteration on action tokens {kl:.4g}")
         return kl
 
     wanted = moved(arguments.to, config.methods[arguments.to].learning_rate)
     found = nearest(lambda rate: moved(arguments.method, rate), wanted, config.methods[arguments.method].learning_rate)
     close, seeds = found.off(wanted) < CLOSE, len(config.seeds)
-    return (
-        f"methods.{arguments.method}.learning_rate: {found.rate:g}  # mean KL per iteration {found.kl:.4g}, {arguments.to}'s "
+    return "\n".join(measured) + (
+        f"\nmethods.{arguments.method}.learning_rate: {found.rate:g}  # mean KL per iteration {found.kl:.4g}, {arguments.to}'s "
         f"{wanted:.4g}: {found.off(wanted):.1%} apart over {seeds} seed{'s' * (seeds > 1)}"
         f"{'' if close else f', not within {CLOSE:.0%} after {STEPS} steps'}\n"
         f"Next: write it into params.yaml or the preset's overlay, then {'`make repro`' if close else 'run this again'}"

@@ -23,6 +23,7 @@ def main() -> str:
     from pipeline.energy.annotate import annotate
     from pipeline.evaluation.evaluate import evaluation_specs
     from pipeline.policy.model import load_trained
+    from pipeline.progress import doing
     from pipeline.rollout.collector import collect
     from pipeline.rollout.transformers_engine import TransformersEngine
 
@@ -32,6 +33,7 @@ def main() -> str:
     out = out_folder(config)
     trained = out / "models" / "trained" / f"{name}-{arguments.method}" / f"seed-{seed}"
     directory = out / "models" / "policy" if arguments.method == "reference" else trained
+    doing("loading the policies")
     if not directory.is_dir():
         raise ConfigError(f"{directory}: no such policy; run `make repro` first")
     policy, reference = load_trained(directory, config), load_trained(out / "models" / "policy", config)

@@ -25,6 +25,7 @@ def main() -> str:
     config = configured(parse_arguments(__doc__))
     from pipeline.config import load
     from pipeline.files import read_json
+    from pipeline.progress import doing
     from pipeline.report.comparison_tables import comparison_text, overview_markdown
 
     reports, results, figures = out_folder(config) / "reports", Path("docs/results.md"), Path("docs/figures")
@@ -47,6 +48,7 @@ def main() -> str:
             published.append(f"replay {name}")
     published += publish_sweeps(config, results, figures, "")
     for preset in PRESETS:
+        doing(preset)
         own, runs = Path("presets") / preset / "reports", [Path("presets") / preset / "data" / "runs"]
         if (own / "comparison.md").exists():
             publish_block(results, preset, comparison_block(load(f"presets/{preset}/params.yaml")), runs)

@@ -12,6 +12,7 @@ def main() -> str:
     import transformers.models.auto.modeling_auto  # noqa: F401  (imported before the processes fork)
 
     from pipeline.processes import run_in_processes
+    from pipeline.progress import doing
     from pipeline.rollout.table import sample_slice
     from pipeline.trajectory import RESPONSES, concatenate
 
@@ -23,6 +24,7 @@ def main() -> str:
     }
     parts = run_in_processes(sample_slice, tasks, config.workers, f"rollout {name}")
     by_seed = {seed: part for result in parts.values() for seed, part in result.items()}
+    doing("writing the table")
     table = concatenate([by_seed[seed] for seed in slices])
     target = out / "data" / "trajectories" / f"{name}.parquet"
     table.write(target)

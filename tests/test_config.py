@@ -22,6 +22,7 @@ from pipeline.presets import overlay, preset_text, resolve_preset
 from pipeline.section import Section
 from pipeline.slots import Method
 from pipeline.yaml_files import yaml_text
+from tests.commands import complaints
 
 ROOT = Path(__file__).parents[1]
 PRESETS = sorted(path.parent.name for path in (ROOT / "presets").glob("*/overlay.yaml"))
@@ -491,7 +492,7 @@ def refusal(
     with pytest.raises(SystemExit) as end:
         run(main)
     assert end.value.code == 2
-    (line,) = capfd.readouterr().err.splitlines()
+    (line,) = complaints(capfd.readouterr().err)
     assert contents(project) == before
     return line
 

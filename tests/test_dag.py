@@ -18,7 +18,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from pipeline.config import read_yaml
-from tests.commands import forked_stages
+from tests.commands import complaints, forked_stages
 from tests.trainings import left
 
 pytestmark = [pytest.mark.dag, pytest.mark.xdist_group("dag")]
@@ -226,7 +226,7 @@ def test_two_revisions_are_compared_at_the_terminal(runs: tuple[Path, Path]) -> 
     assert rows["ppo"].endswith("–")
     assert "methods.ppo.advantage.kind" in rows
     wrong = subprocess.run([*command, "nothing"], cwd=folder, env=environment(), capture_output=True, text=True)
-    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+    assert (wrong.returncode, len(complaints(wrong.stderr))) == (2, 1)
     assert "A=nothing: unknown Git revision" in wrong.stderr
     unlocked = subprocess.run(
         [*command[:3], "--a", "before"], cwd=folder, env=environment(), capture_output=True, text=True

@@ -15,6 +15,7 @@ from pipeline.environments import initial_states, make
 from pipeline.finite import located
 from pipeline.policy.model import load_trained
 from pipeline.processes import Report
+from pipeline.progress import span, within
 from pipeline.randomness import generator
 from pipeline.rollout.collector import EpisodeSpec, collect, group_specs
 from pipeline.rollout.engine import RolloutEngine
@@ -63,16 +64,18 @@ class EvaluationTask:
 
 def evaluate_policy(task: EvaluationTask, report: Report) -> pa.Table:
     """Load a policy in a process of its own and play the test split; returns ``episode_results``."""
+    within(0.0, "loading the policy", insist=True)
     policy = load_trained(task.policy, task.config)
     total, done = task.config.evaluation.states * task.config.evaluation.rollouts, 0
 
     def progress(episodes: int) -> None:
         nonlocal done
         done += episodes
-        report(done, total)
+        report(done, total, "episodes")
 
     engine = TransformersEngine(policy, task.config.rollout.batch_episodes)
-    with located(str(task.policy)):
+    progress(0)
+    with span("", 0, total), located(str(task.policy)):
         played = evaluate(
             engine, policy.tokenizer, task.config, task.environment, task.seed, task.temperature, progress
         )

@@ -125,8 +125,9 @@ def _load(name: str) -> ctypes.CDLL | None:
     assert compiler is not None
     machine = (_macros(compiler), platform.machine().encode(), _processor_flags())
     key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), *machine, *map(str.encode, flags)])).hexdigest()
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "actfocus"
-    for folder in (SOURCE.parent / "__pycache__", cache):
+    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
+    folders = [SOURCE.parent / "__pycache__", Path(cache) / "actfocus"]
+    for folder in folders[: 1 + os.path.isabs(cache)]:  # a user may have no home
         target = folder / f"kernels-{name}-{key[:16]}.so"
         try:
             if not target.exists():

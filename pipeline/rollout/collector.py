@@ -9,6 +9,7 @@ from typing import Any
 from pipeline.config import Config, ConfigError, Environment
 from pipeline.environments import environment_label, initial_states, make
 from pipeline.environments.registry import actions_left_of, outcome_of, parse_action, reset, step, success_of, text_of
+from pipeline.progress import beat, on_beat, within
 from pipeline.prompting import END_OF_RESPONSE, Dialogue, decode, parse_response, token_roles
 from pipeline.randomness import generator
 from pipeline.rollout.engine import Continuation, Request, RolloutEngine, Sampling
@@ -97,7 +98,7 @@ def collect(
     """
     setup = Setup(tokenizer, config, name, phases)
     engine.forget()
-    episodes = play(engine, (setup.begin(spec) for spec in specs), temperature, progress)
+    episodes = play(engine, (setup.begin(spec) for spec in specs), temperature, progress, len(specs))
     return build([episode.builder for episode in episodes])
 
 
@@ -106,12 +107,15 @@ def play(
     episodes: Iterable[Episode],
     temperature: float,
     progress: Callable[[int], None] = lambda episodes: None,
+    count: int = 0,
 ) -> list[Episode]:
     """Play episodes to their end, each begun when the engine has room for it; returns them in order.
 
-    What the engine has computed for their beginnings, in this call or an earlier one, is not computed again.
+    What the engine has computed for their beginnings, in this call or an earlier one, is not computed again. ``count`` is
+    how many there are, if it is known; it is for telling how far it is.
     """
     played: list[Episode] = []
+    sampled = unfinished = 0
 
     def requests() -> Iterator[Request]:
         for episode in episodes:
@@ -120,15 +124,35 @@ def play(
             yield episode.request()
 
     def follow(number: int, answer: Continuation) -> Request | None:
+        nonlocal sampled, unfinished
         episode = played[number]
         episode.take(answer)
+        sampled, unfinished = sampled + len(answer.ids), max(0, unfinished - len(answer.ids))
+        beat(unfinished)
         if not episode.done:
             return episode.request()
         progress(1)
         return None
 
-    engine.generate(requests(), Sampling(temperature, END_OF_RESPONSE), follow)
+    def said(tokens: int) -> None:
+        nonlocal unfinished
+        unfinished = tokens
+        within(*_course(played, max(count, len(played)), sampled, unfinished))
+
+    with on_beat(said):
+        engine.generate(requests(), Sampling(temperature, END_OF_RESPONSE), follow)
     return played
+
+
+def _course(played: Sequence[Episode], count: int, sampled: int, unfinished: int) -> tuple[float, str]:
+    """How far episodes are: a fraction, in which one that goes on counts by its turns and tokens; and in words."""
+    section = played[0].section
+    turns = [len(episode.builder.turns) for episode in played]
+    ended = sum(episode.done for episode in played)
+    going = sum(own for own, episode in zip(turns, played, strict=True) if not episode.done)
+    part = ended + going / section.max_turns + unfinished / (section.max_turns * section.response_tokens)
+    words = f"{ended} of {count} episodes ended, {sum(turns)} turns, {sampled + unfinished} tokens"
+    return min(part / count, 1.0), words
 
 
 class Setup:

@@ -19,6 +19,7 @@ from pipeline.finite import NumericsError, require_finite
 from pipeline.kernels import native
 from pipeline.policy.model import Policy
 from pipeline.policy.trunk import hidden_states
+from pipeline.progress import beat, due
 from pipeline.rollout.cache import SlotCache
 from pipeline.rollout.engine import Continuation, Follow, Request, Sampling
 
@@ -86,6 +87,8 @@ class TransformersEngine:
                 if not active:
                     break
                 speaking, logits = self._step(active)
+                if due():
+                    beat(sum(len(row.ids) for row in active))
                 for row in self._sample(speaking, logits, sampling):
                     last[row.number] = row.continuation(self.policy_version)
                     request = None if follow is None else follow(row.number, last[row.number])

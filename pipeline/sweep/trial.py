@@ -11,6 +11,7 @@ from optuna.exceptions import TrialPruned
 from optuna.trial import Trial
 
 from pipeline.config import Train
+from pipeline.files import lock
 from pipeline.finite import NotFiniteError
 from pipeline.processes import Report
 from pipeline.studies import Value
@@ -64,7 +65,8 @@ class TrainingObjective:
                 trial.report(success(curves, sweep.score), max(map(len, curves.values())))
             if rung < config.train.iterations and trial.should_prune():
                 for task in tasks:
-                    (task.cache / "checkpoint.ckpt").unlink(missing_ok=True)
+                    with lock(task.cache / "lock"):  # another trial may have the same settings
+                        (task.cache / "checkpoint.ckpt").unlink(missing_ok=True)
                 raise TrialPruned(f"stopped after {rung} iterations")
         for task in tasks:  # a sweep leaves settings and curves, not policies
             shutil.rmtree(task.result / "policy", ignore_errors=True)

@@ -117,7 +117,10 @@ def resolved_params(config: Config) -> str:
 
 
 def provenance(config: Config, root: Path) -> dict[str, str]:
-    """Tags that say which code and which command a run came from: git revision, DVC stage and experiment."""
+    """Tags that say which code and which command a run came from: git revision, DVC stage and experiment.
+
+    They are for the record: what cannot be found out is left open.
+    """
     revision = _git_revision(root)
     tags = {
         "comparison": config.comparison,
@@ -125,9 +128,17 @@ def provenance(config: Config, root: Path) -> dict[str, str]:
         "mlflow.source.git.commit": revision.removesuffix("+changes"),
         "mlflow.source.name": "/".join(Path(sys.argv[0]).parts[-2:]),
         "mlflow.source.type": "LOCAL",
-        "mlflow.user": getpass.getuser(),
+        "mlflow.user": user(),
     }
     return tags | {key.lower(): os.environ[key] for key in ("DVC_STAGE", "DVC_EXP_NAME") if os.environ.get(key)}
+
+
+def user() -> str:
+    """The name of whoever runs this, or the number if the machine knows no name for it, as in many containers."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        return str(os.getuid())
 
 
 def _git_revision(root: Path) -> str:
@@ -137,5 +148,5 @@ def _git_revision(root: Path) -> str:
     try:
         changed = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "HEAD") + ("+changes" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, ValueError, subprocess.SubprocessError):  # no git, no repository, or somebody else's
         return "unknown"

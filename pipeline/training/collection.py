@@ -11,6 +11,7 @@ import torch
 from pipeline.config import Config
 from pipeline.energy.annotate import annotate, score_trajectories
 from pipeline.policy.model import Policy
+from pipeline.progress import span
 from pipeline.randomness import generator
 from pipeline.rollout.branching import Forest
 from pipeline.rollout.collector import EpisodeSpec, Setup, collect, iteration_specs
@@ -19,6 +20,9 @@ from pipeline.rollout.scores import branch_scores
 from pipeline.slots import BranchingSection, Independent, Positions
 from pipeline.timing import Phases
 from pipeline.trajectory import Trajectories, concatenate
+
+SAMPLING, SCORING = (0.0, 0.6), (0.6, 0.7)
+"""About which parts of an iteration these are; it is only for telling how far it is."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +57,7 @@ class Collection:
             yield self.first
         else:
             specs = self._specs(number)
-            with self.phases.phase("collect"):
+            with self.phases.phase("collect"), span("sampling", *SAMPLING):
                 temperature = self.config.rollout.temperature
                 sampled = collect(
                     self.engine, self.policy.tokenizer, self.config, self.name, specs, temperature, phases=self.phases
@@ -82,11 +86,11 @@ class Collection:
             return iteration_specs(self.config, self.name, self.seed, number)
 
     def _wave(self, forest: Forest) -> Trajectories | None:
-        with self.phases.phase("collect"):
+        with self.phases.phase("collect"), span("sampling", *SAMPLING):
             return forest.wave()
 
     def _annotated(self, sampled: Trajectories) -> Trajectories:
-        with self.phases.phase("annotate"):
+        with self.phases.phase("annotate"), span("reference scores", *SCORING):
             return annotate(
                 sampled, self.reference, self.config.rollout.temperature, self.config.train.tokens_per_forward
             )

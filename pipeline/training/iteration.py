@@ -22,6 +22,7 @@ from pipeline.objective.methods import (
     token_weights,
 )
 from pipeline.policy.scoring import length_batches
+from pipeline.progress import span
 from pipeline.randomness import generator
 from pipeline.rollout.branching import branches_by_role
 from pipeline.timing import Phases
@@ -105,7 +106,7 @@ def prepare_iteration(
 
     selected = collected.select(torch.nonzero(kept).squeeze(-1).numpy())
     batch = shape_rewards(method, token_batch(selected, generator(seed, "slots", number), number, temperature))
-    with phases.phase("values"):
+    with phases.phase("values"), span("values", 0.7, 0.7):
         estimates = {} if estimate is None else _estimates(selected, estimate, config.train.tokens_per_forward)
     with phases.phase("advantages"):
         advantages = token_advantages(method, batch, estimates, memory.get("advantage"))

@@ -20,6 +20,7 @@ from pipeline.objective.regularisers import kl_penalty
 from pipeline.objective.surrogates import UpdateTokens
 from pipeline.policy.model import Policy
 from pipeline.policy.scoring import TokenScores, length_batches, predicting_hidden, score_tokens
+from pipeline.progress import span, within
 from pipeline.randomness import generator
 from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.timing import Phases
@@ -32,6 +33,9 @@ from pipeline.training.heads import Head, Scene, make_heads
 from pipeline.training.iteration import Example, Iteration, Memory, minibatches, prepare_iteration
 from pipeline.training.masters import ADAM_EPS, Masters, Rate, take_step
 from pipeline.trajectory import RESPONSE_ROLES, Role, Trajectories
+
+UPDATES = 0.7, 1.0
+"""About which part of an iteration they are; it is only for telling how far it is."""
 
 
 class PolicyGradient(lightning.LightningModule):
@@ -151,11 +155,12 @@ class PolicyGradient(lightning.LightningModule):
             numbers = range(passes) if iteration.whole else [passes]
             batches = minibatches(iteration.examples, self.config, self.seed, number, numbers)
             if batches and iteration.whole and number % self.config.train.validate_every == 0:
-                with self.phases.phase("gradients"):
+                with self.phases.phase("gradients"), span("measuring gradients", UPDATES[0], UPDATES[0]):
                     record.add(gradient_share(self, batches[0], generator(self.seed, "gradients", number)))
-            with self.phases.phase("update"):
-                for minibatch in batches:
-                    self._update(minibatch, number, record)
+            with self.phases.phase("update"), span("updates:", *UPDATES):
+                for index, minibatch in enumerate(batches):
+                    with span(f"{index} of {len(batches)} done,", index / len(batches), (index + 1) / len(batches)):
+                        self._update(minibatch, number, record)
             updates += len(batches)
         metrics = {**iteration.metrics, **record.means(), "updates": float(updates)}
         if batches:
@@ -179,7 +184,10 @@ class PolicyGradient(lightning.LightningModule):
         rows = self.plan(minibatch, factors)
         sizes = _Sizes.of(minibatch)
         totals: dict[str, float] = {}
+        done = 0
         for piece in self._pieces(minibatch):
+            within(done / len(minibatch), f"{done} of {len(minibatch)} episodes of the next")
+            done += len(piece)
             chosen = None if rows is None else torch.cat([rows[i] for i in piece])
             loss, terms = self._loss([minibatch[i] for i in piece], [factors[i] for i in piece], chosen, sizes, warming)
             self.manual_backward(loss)

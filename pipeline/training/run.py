@@ -16,10 +16,11 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from pipeline.evaluation.evaluate import summary, validate
-from pipeline.files import read_json, write_json
+from pipeline.files import lock, read_json, write_json
 from pipeline.finite import located, require_finite
 from pipeline.policy.model import load_trained
 from pipeline.processes import Report
+from pipeline.progress import begin, span, within
 from pipeline.tracking.training import RunSettings, TrainingRun
 from pipeline.training.budget import progress, training_over
 from pipeline.training.episodes import write_episodes
@@ -51,8 +52,21 @@ def train_one(job: TrainingJob, report: Report) -> Path:
 def train_until(job: TrainingJob, iterations: int, report: Report) -> Curve:
     """Train one seed for so many of its iterations, or go on where it stopped; returns its learning curve so far.
 
-    It stops with a checkpoint; the result appears with the training's last iteration (see ``training_over``).
+    It stops with a checkpoint; the result appears with the training's last iteration (see ``training_over``). Where another
+    process does the same training, this one waits and goes on from there.
     """
+    if not job.task.finished:
+        with lock(job.task.cache / "lock", waiting=_waiting):
+            return _train_until(job, iterations, report)
+    return _train_until(job, iterations, report)
+
+
+def _waiting() -> None:
+    within(0.0, "waiting for another command, which does this training", insist=True)
+
+
+def _train_until(job: TrainingJob, iterations: int, report: Report) -> Curve:
+    """See ``train_until``; nobody else works on this training."""
     task, table = job.task, job.table
     if task.finished:
         curve: Curve = read_json(task.result / "curves.json")
@@ -62,6 +76,8 @@ def train_until(job: TrainingJob, iterations: int, report: Report) -> Curve:
     over = training_over(saved, config.train)
     if len(saved) >= iterations and not over:
         return saved[:iterations]
+    begin(*progress(saved, config.train))
+    within(0.0, "loading the policy", insist=True)
     _quiet()
     policy = load_trained(task.policy, config)
     first = None
@@ -154,7 +170,11 @@ class _Validation(Callback):
             require_finite(f"iteration {done - 1}: {name}", value)
 
     def _validate(self, module: PolicyGradient) -> dict[str, float]:
-        with module.phases.phase("validation"), located(f"validation after {len(module.curve)} iterations"):
+        after, place = (
+            float(len(module.curve) > module.current_epoch),
+            f"validation after {len(module.curve)} iterations",
+        )
+        with module.phases.phase("validation"), span("validation:", after, after), located(place):
             played = validate(module.engine, module.policy.tokenizer, module.config, module.name, module.seed)
         return summary(played)
 
