@@ -47,7 +47,7 @@ def attention(size: int, length: int, gradients: bool, tokens: int = 4096, heads
     query, key, value, slope = torch.randn(4, count * length, heads, size).unbind()
     angle = torch.randn(count * length, size)
     inputs = [x.contiguous().requires_grad_(gradients) for x in (query, key, value)]
-    heads_of = Heads(*inputs, (angle.cos(), angle.sin()), size**-0.5)
+    heads_of = Heads(inputs[0], inputs[1], inputs[2], (angle.cos(), angle.sin()), size**-0.5)
 
     def step(attend: Callable[[int, Heads], Tensor]) -> Callable[[], Any]:
         if gradients:
@@ -70,8 +70,8 @@ def cached(size: int, length: int, new: int, slots: int, heads: int = 4) -> Pair
     )
     places, rows = np.tile(np.arange(length - new, length), slots), np.repeat(np.arange(slots), new)
     angle = torch.randn(len(rows), size)
-    tensors = torch.randn(3, len(rows), heads, size).unbind()
-    asked = Heads(*tensors, (angle.cos(), angle.sin()), size**-0.5)
+    query, key, value = torch.randn(3, len(rows), heads, size)
+    asked = Heads(query, key, value, (angle.cos(), angle.sin()), size**-0.5)
 
     def step(tiled: bool) -> Callable[[], Any]:
         cache = SlotCache(config, slots, CPU, torch.float32)
