@@ -95,9 +95,7 @@ def dvc_params(params: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Stage, params file and dotted key of every ``params:`` entry of dvc.yaml, for all environments and methods."""
     for stage, entry in read_yaml(ROOT / "dvc.yaml")["stages"].items():
         axes: dict[str, list[str]] = {}
-        if "foreach" in entry:
-            axes, entry = {"key": names(entry["foreach"], params)}, entry["do"]
-        elif "matrix" in entry:
+        if "matrix" in entry:
             axes = {f"item.{axis}": names(source, params) for axis, source in entry["matrix"].items()}
         for values in itertools.product(*axes.values()):
             fixed = dict(zip(axes, values, strict=True))

@@ -73,6 +73,11 @@ def library() -> ctypes.CDLL | None:
     return None
 
 
+def build() -> str:
+    """Which kernels compute, in a word: builds agree to float tolerance only, so that it belongs to what decides results."""
+    return "off" if library() is None else "native"
+
+
 def _processor_flags() -> bytes:
     """What -march=native depends on: a library is not to be used on another processor."""
     try:
