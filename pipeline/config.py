@@ -15,8 +15,8 @@ from pydantic import Field, ValidationError, model_validator
 from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 
+from pipeline.section import PATTERNS, Above, Count, Folder, Name, Positive, Probability, Section
 from pipeline.section import ConfigError as ConfigError
-from pipeline.section import Count, Name, Positive, Probability, Section
 from pipeline.slots import Method as Method
 from pipeline.studies import Sweep
 
@@ -210,11 +210,11 @@ class Tracking(Section):
 class Config(Section):
     """All of ``params.yaml``."""
 
-    root: str = "."
+    root: Above = "."
     """Path from the params file's folder to the project's root (dvc.yaml works from there)."""
-    out: str = "."
+    out: Folder = "."
     """Folder under the root that receives data/, models/ and reports/."""
-    params_file: str = "params.yaml"
+    params_file: Folder = "params.yaml"
     """This file, relative to the root."""
     comparison: Name
     """Name that groups the comparison's runs in MLflow."""
@@ -352,7 +352,7 @@ def _inherited(location: tuple[Any, ...], raw: dict[str, Any]) -> bool:
 
 
 def _explain(source: str, error: Any) -> str:
-    path = _dotted(error["loc"])
+    path = _dotted(error["loc"]).removesuffix(".[key]")
     value = error["input"]
     kind = error["type"]
     where = f"{source}: {path}" if path else source
@@ -368,6 +368,8 @@ def _explain(source: str, error: Any) -> str:
         return (
             f"{where}.kind: {tag!r} is not known{_nearest(str(tag), allowed)}" if allowed else f"{where}.kind: missing"
         )
+    if kind == "string_pattern_mismatch":
+        return f"{where}: {value!r} is not allowed; allowed: {PATTERNS[error['ctx']['pattern']]}"
     if kind == "value_error":
         return f"{where}: {error['ctx']['error']}"
     if kind == "literal_error":
