@@ -2,15 +2,47 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-Probability = Annotated[float, Field(ge=0.0, le=1.0)]
-Share = Annotated[float, Field(gt=0.0, le=1.0)]
-Positive = Annotated[float, Field(gt=0.0)]
-NonNegative = Annotated[float, Field(ge=0.0)]
-Count = Annotated[int, Field(ge=1)]
+MOST = 1e9
+"""Largest size of a number: float32 sums and products of several such are still finite."""
+
+
+def at_least(least: float) -> AfterValidator:
+    """A lower bound where the arithmetic of smaller positive numbers ends; zero and below are refused as such."""
+
+    def check(value: float) -> float:
+        if value < least:
+            raise ValueError(f"must be at least {least:g}, got {value:g}")
+        return value
+
+    return AfterValidator(check)
+
+
+def _number(value: Any) -> Any:
+    """YAML's true and false are no numbers, though Python's are."""
+    if isinstance(value, bool):
+        raise ValueError(f"input should be a number, got {str(value).lower()}")
+    return value
+
+
+Float = Annotated[float, BeforeValidator(_number)]
+Int = Annotated[int, BeforeValidator(_number)]
+Probability = Annotated[Float, Field(ge=0.0, le=1.0)]
+Share = Annotated[Float, Field(gt=0.0, le=1.0)]
+Positive = Annotated[Float, Field(gt=0.0, le=MOST)]
+NonNegative = Annotated[Float, Field(ge=0.0, le=MOST)]
+Number = Annotated[Float, Field(ge=-MOST, le=MOST)]
+Temperature = Annotated[Float, Field(gt=0.0, le=1000.0), at_least(1e-3)]
+"""What logits or scores are divided by."""
+Epsilon = Annotated[Float, Field(gt=0.0, le=1.0), at_least(1e-12)]
+"""Added to a divisor that may be zero."""
+LearningRate = Annotated[Float, Field(gt=0.0, le=1.0)]
+Count = Annotated[Int, Field(ge=1, le=1_000_000)]
+Seed = Annotated[Int, Field(ge=0, le=2**32 - 1)]
+"""What every library's generator takes."""
 _NAME = r"^[a-z][a-z0-9_]*$"
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 _FOLDER = rf"^(\.|{_PART}(/{_PART})*)$"
