@@ -21,15 +21,15 @@ def at_least(least: float) -> AfterValidator:
     return AfterValidator(check)
 
 
-def _number(value: Any) -> Any:
+def number(value: Any) -> Any:
     """YAML's true and false are no numbers, though Python's are."""
     if isinstance(value, bool):
         raise ValueError(f"input should be a number, got {str(value).lower()}")
     return value
 
 
-Float = Annotated[float, BeforeValidator(_number)]
-Int = Annotated[int, BeforeValidator(_number)]
+Float = Annotated[float, BeforeValidator(number)]
+Int = Annotated[int, BeforeValidator(number)]
 Probability = Annotated[Float, Field(ge=0.0, le=1.0)]
 Share = Annotated[Float, Field(gt=0.0, le=1.0)]
 Positive = Annotated[Float, Field(gt=0.0, le=MOST)]

@@ -601,7 +601,7 @@ class PivotWeight(Section):
     """S4: more weight on tokens whose entropy stands out within their part of the trajectory (after ERPO, 2603.28204)."""
 
     kind: Literal["pivots"]
-    buckets: Count = 4
+    buckets: Annotated[Int, Field(ge=1, le=1000)] = 4
     """Equal parts into which each trajectory's sampled tokens are cut by progress. Ours."""
     quantile: Probability = 0.8
     """A pivot's entropy is at least this quantile over the batch's tokens of the same part. Ours."""
