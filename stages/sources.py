@@ -15,9 +15,14 @@ def main() -> str:
     arguments = parse_arguments(__doc__)
     arguments.params = os.path.normpath(arguments.params)
     config = configured(arguments)
+    from pipeline.config import ConfigError
     from pipeline.files import write_json
     from pipeline.sources import of_environment, of_machine, of_policy
 
+    if config.params_file != arguments.params:  # commands have what stands there, and it would not have been checked
+        raise ConfigError(
+            f"{arguments.params}: params_file: {config.params_file!r} is another file; allowed: {arguments.params}"
+        )
     folder = out_folder(config) / "data" / "sources"
     for name, section in config.environments.items():
         write_json(folder / "environments" / f"{name}.json", of_environment(section))

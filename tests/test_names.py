@@ -105,6 +105,15 @@ def test_dvc_quotes_the_names_of_a_stage_that_is_started_alone(folder: Path) -> 
     assert "touch PWNED ; '\"'\"''" in done.stdout
 
 
+def test_a_params_file_that_says_it_is_another_one_is_refused(folder: Path) -> None:
+    """DVC reads names from the file beside dvc.yaml, and would have commands for the other one."""
+    with (folder / "params.yaml").open("w", encoding="utf-8") as file:
+        YAML(typ="safe").dump({**read_yaml(ROOT / "params.yaml"), "params_file": "other.yaml"}, file)
+    done = started(folder, "python", "-m", "stages.sources")
+    assert (done.returncode, done.stdout) == (2, "")
+    assert done.stderr == "params.yaml: params_file: 'other.yaml' is another file; allowed: params.yaml\n"
+
+
 def test_a_presets_params_file_is_checked_from_the_root(folder: Path) -> None:
     with (folder / "params.yaml").open("wb") as file:
         file.write((ROOT / "params.yaml").read_bytes())
