@@ -10,6 +10,11 @@ ifeq ($(shell whoami 2>/dev/null),)
 export USER ?= $(shell id -u)
 export HOME ?= $(CURDIR)/.cache/home
 endif
+# Checked before it is part of any command; what else is given by name reaches commands in the environment, in quotes.
+PRESETS = $(notdir $(patsubst %/overlay.yaml,%,$(wildcard presets/*/overlay.yaml)))
+ifneq ($(PRESET),$(filter $(PRESETS),$(PRESET)))
+$(error PRESET: '$(PRESET)' is not there; allowed: $(PRESETS))
+endif
 PIPELINE = $(if $(PRESET),presets/$(PRESET)/dvc.yaml,dvc.yaml)
 PARAMS = $(if $(PRESET),presets/$(PRESET)/params.yaml,params.yaml)
 OUT = $(if $(PRESET),presets/$(PRESET),.)
@@ -39,17 +44,18 @@ repro: preset ## the whole pipeline: policy, rollouts, energies, training, evalu
 	dvc repro $(PIPELINE)
 	@cat $(OUT)/reports/comparison.txt
 
-STUDY ?= $(if $(filter all,$(METHODS)),learning_rates,actfocus)
+export STUDY ?= $(if $(filter all,$(METHODS)),learning_rates,actfocus)
+export METHOD TO SEED TEMPERATURE EPISODE A B
 SWEEPS = $(if $(PRESET),presets/$(PRESET)/sweeps,sweeps)
 
 sweep: preset ## search settings on validation states (STUDY=actfocus, METHODS=all for every method's learning rate)
 	@$(if $(PRESET),mkdir -p $(SWEEPS) && cp sweeps/dvc.yaml $(SWEEPS)/dvc.yaml,true)
-	dvc repro $(SWEEPS)/dvc.yaml:sweep@$(STUDY)
+	dvc repro "$(SWEEPS)/dvc.yaml:sweep@$$STUDY"
 	@if [ -f $(OUT)/reports/comparison.json ]; then dvc repro --quiet --single-item --force $(PIPELINE):compare; fi
-	@cat $(OUT)/reports/sweep/$(STUDY)/sweep.txt
+	@cat "$(OUT)/reports/sweep/$$STUDY/sweep.txt"
 
 sweep-confirm: preset ## train a sweep's best and its baselines on fresh seeds, compare them on test states
-	@python -m stages.confirm --params $(PARAMS) --study $(STUDY)
+	@python -m stages.confirm --params $(PARAMS) --study "$$STUDY"
 	@if [ -f $(OUT)/reports/comparison.json ]; then dvc repro --quiet --single-item --force $(PIPELINE):compare; fi
 
 smoke: ## the whole pipeline at toy size, in under two minutes
@@ -62,17 +68,17 @@ test: install .venv/.extras ## ruff, mypy and pytest
 	pytest -n 2 --dist loadgroup
 
 play: install ## watch one episode (METHOD=grpo SEED=0 TEMPERATURE=0.5 EPISODE=0)
-	@python -m stages.play --params $(PARAMS) $(if $(METHOD),--method $(METHOD)) $(if $(SEED),--seed $(SEED)) \
-	  $(if $(TEMPERATURE),--temperature $(TEMPERATURE)) $(if $(EPISODE),--episode $(EPISODE))
+	@python -m stages.play --params $(PARAMS) $(if $(METHOD),--method "$$METHOD") $(if $(SEED),--seed "$$SEED") \
+	  $(if $(TEMPERATURE),--temperature "$$TEMPERATURE") $(if $(EPISODE),--episode "$$EPISODE")
 
 compare: install ## two revisions beside each other (A=<commit, tag or DVC experiment> B=<another>; HEAD and the workspace)
-	@python -m stages.diff --params $(PARAMS) $(if $(A),--a $(A)) $(if $(B),--b $(B))
+	@python -m stages.diff --params $(PARAMS) $(if $(A),--a "$$A") $(if $(B),--b "$$B")
 
 sync: install ## send to MLflow what was kept in .cache while its server was away
 	@python -m stages.sync --params $(PARAMS)
 
 match: install ## find the learning rate of METHOD=grpo_lr_matched that moves action tokens as TO=grpo_actfocus does
-	@python -m stages.match --params $(PARAMS) --method $(METHOD) --to $(TO)
+	@python -m stages.match --params $(PARAMS) --method "$$METHOD" --to "$$TO"
 
 replay: install ## what would reweighting change? (ARGS="--groups 256 --alpha 0 0.1 1 --signal reference_energy")
 	@dvc repro --quiet $(PIPELINE):annotate

@@ -13,11 +13,29 @@ from typing import Annotated, Any, Literal, Union, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
+from pipeline.section import (
+    PATTERNS,
+    Above,
+    Count,
+    Float,
+    Folder,
+    Int,
+    LearningRate,
+    Name,
+    Number,
+    Positive,
+    Probability,
+    Section,
+    Seed,
+    Temperature,
+)
 from pipeline.section import ConfigError as ConfigError
-from pipeline.section import Count, Name, Positive, Probability, Section
 from pipeline.slots import Method as Method
 from pipeline.studies import Sweep
 from pipeline.yaml_files import read_yaml as read_yaml
+
+Words = Annotated[Int, Field(ge=0, le=1000)]
+Decay = Annotated[Float, Field(ge=0.0, lt=1.0)]
 
 
 class Environment(Section):
@@ -37,7 +55,7 @@ class Environment(Section):
     """Longest response of a turn, in tokens."""
     context_tokens: Count = 1024
     """Longest episode, in tokens; an episode that would outgrow it ends as ``context``."""
-    format_penalty: float = -0.1
+    format_penalty: Number = -0.1
     """Reward of a turn without a parsable, allowed action."""
 
 
@@ -52,7 +70,7 @@ class Demonstrations(Section):
     """Demonstrated episodes per phase."""
     batch_episodes: Count = 32
     """Episodes per supervised step."""
-    learning_rate: Positive = 3e-3
+    learning_rate: LearningRate = 3e-3
     """Peak learning rate of the supervision (AdamW, linear warm-up then cosine to zero over all phases)."""
 
 
@@ -61,7 +79,7 @@ class Phase(Section):
 
     steps: Count
     """Optimizer steps."""
-    reasoning_words: tuple[int, int]
+    reasoning_words: tuple[Words, Words]
     """Least and greatest number of words in a turn's reasoning."""
     action_noise: Probability
     """Share of the expert's actions that are replaced by random ones (its ``random_action``)."""
@@ -77,18 +95,18 @@ class ScratchPolicy(Section):
     """A small Qwen2-architecture model and tokenizer, made on the spot; needs no download."""
 
     kind: Literal["scratch"]
-    hidden_size: Count = 64
+    hidden_size: Annotated[Int, Field(ge=2, le=16_384)] = 64
     """Width of the residual stream."""
-    layers: Count = 2
+    layers: Annotated[Int, Field(ge=1, le=1024)] = 2
     """Number of transformer blocks."""
-    heads: Count = 4
+    heads: Annotated[Int, Field(ge=1, le=1024)] = 4
     """Number of attention heads; divides hidden_size."""
-    rope_theta: Annotated[float, Field(ge=100.0)] = 10_000.0
+    rope_theta: Annotated[Float, Field(ge=100.0, le=1e12)] = 10_000.0
     """Base of rotary positions (arXiv 2104.09864). The greater, the more of a head can match by content what stands hundreds
     of tokens back: the slower pairs of dimensions hardly turn over such a distance."""
-    vocabulary: Annotated[int, Field(ge=300)] = 420
+    vocabulary: Annotated[Int, Field(ge=300, le=1_000_000)] = 420
     """Tokenizer entries (byte-level BPE: 256 bytes, markers, the rest merges)."""
-    seed: int = 0
+    seed: Seed = 0
     """Seed of initial weights, demonstrations and their order."""
     demonstrations: Demonstrations
 
@@ -119,13 +137,13 @@ class Rollout(Section):
 
     groups: Count = 8
     """Initial states per iteration."""
-    group_size: Annotated[int, Field(ge=2)] = 16
+    group_size: Annotated[Int, Field(ge=2, le=1_000_000)] = 16
     """Episodes per initial state (G)."""
-    temperature: Positive = 1.0
+    temperature: Temperature = 1.0
     """Sampling temperature; log-probabilities, ratio and entropy are those of the tempered policy."""
     prefill: Literal["", "<think>"] = ""
     """Text that the protocol forces at the start of each response; recorded as not sampled, never trained on."""
-    batch_episodes: Count = 128
+    batch_episodes: Annotated[Int, Field(ge=1, le=4096)] = 128
     """Episodes that an engine decodes together."""
 
 
@@ -134,7 +152,7 @@ class Bottleneck(Section):
 
     groups: Count = 256
     """Groups in the annotated table, sampled by the reference policy; a multiple of rollout.groups."""
-    resamples: Annotated[int, Field(ge=100)] = 2000
+    resamples: Annotated[Int, Field(ge=100, le=1_000_000)] = 2000
     """Bootstrap resamples of its intervals."""
 
 
@@ -143,7 +161,7 @@ class Train(Section):
 
     iterations: Count = 40
     """Collect, annotate, update: how many times, at most."""
-    tokens: Count | None = None
+    tokens: Annotated[Int, Field(ge=1, le=10**15)] | None = None
     """Sampled tokens after which a training ends, at the iteration that comes nearest; null: after ``iterations``."""
     passes: Count = 2
     """Passes over an iteration's episodes."""
@@ -151,7 +169,7 @@ class Train(Section):
     """Trajectories per optimizer step."""
     gradient_clip: Positive = 1.0
     """Largest norm of the gradient."""
-    betas: tuple[Probability, Probability] = (0.9, 0.999)
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Adam's two decay rates."""
     schedule: Literal["constant", "linear"] = "constant"
     """Learning rate over the iterations, or over ``tokens`` where they are set; ``linear`` falls to zero."""
@@ -168,12 +186,18 @@ class Evaluation(Section):
     """Distinct initial states of the test split."""
     rollouts: Count = 4
     """Episodes per state, seed and temperature."""
-    temperatures: list[Positive] = Field(default=[0.5, 1.0], min_length=1)
+    temperatures: list[Temperature] = Field(default=[0.5, 1.0], min_length=1)
     """Sampling temperatures; the first one is the headline."""
     validation_states: Count = 32
     """Initial states of the validation split, used during training."""
     validation_rollouts: Count = 4
     """Episodes per validation state."""
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Evaluation:
+        if len({f"{temperature:g}" for temperature in self.temperatures}) != len(self.temperatures):
+            raise ValueError(f"temperatures must differ in their first six digits, got {self.temperatures}")
+        return self
 
 
 class Compare(Section):
@@ -183,14 +207,14 @@ class Compare(Section):
     """Method -> its uniform counterpart, for paired differences."""
     control: dict[str, str] = Field(default={})
     """Method -> its matched control, for paired differences."""
-    resamples: Annotated[int, Field(ge=100)] = 5000
+    resamples: Annotated[Int, Field(ge=100, le=1_000_000)] = 5000
     """Bootstrap resamples of the intervals of each method's success."""
 
 
 class Report(Section):
     """Episodes of the report's trajectory viewer, from the first seed's last iteration of every method."""
 
-    states: Annotated[int, Field(ge=0)] = 2
+    states: Annotated[Int, Field(ge=0, le=1_000_000)] = 2
     """Initial states: those whose returns vary most over the methods. 0 leaves the viewer out."""
     episodes: Count = 4
     """Episodes of each: half of them those with the highest returns, half those with the lowest."""
@@ -201,24 +225,24 @@ class Tracking(Section):
 
     uri: str | None = None
     """Tracking URI; null is MLFLOW_TRACKING_URI or else mlflow.db in the project's root."""
-    traces: Annotated[int, Field(ge=0)] = 4
+    traces: Annotated[Int, Field(ge=0, le=1_000_000)] = 4
     """Episodes of a training's last iteration that are stored as traces, with a span per turn and every token's energy."""
-    episodes: Annotated[int, Field(ge=0)] = 16
+    episodes: Annotated[Int, Field(ge=0, le=1_000_000)] = 16
     """Episodes of it that are stored as a table of texts, ``episodes.json``."""
 
 
 class Config(Section):
     """All of ``params.yaml``."""
 
-    root: str = "."
+    root: Above = "."
     """Path from the params file's folder to the project's root; every other relative path is meant from there."""
-    out: str = "."
+    out: Folder = "."
     """Folder under the root that receives data/, models/ and reports/."""
-    params_file: str = "params.yaml"
+    params_file: Folder = "params.yaml"
     """This file, relative to the root."""
     comparison: Name
     """Name that groups the comparison's runs in MLflow."""
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(min_length=1)
+    seeds: list[Seed] = Field(min_length=1)
     """Training seeds; every method is trained once per seed."""
     environments: dict[Name, Environment] = Field(min_length=1)
     """What is compared on."""
@@ -264,6 +288,8 @@ class Config(Section):
             raise ValueError(f"train.minibatch ({self.train.minibatch}) exceeds an iteration's {episodes} episodes")
         for field in ("uniform", "control"):
             for method, baseline in getattr(self.compare, field).items():
+                if method == baseline:
+                    raise ValueError(f"compare.{field}: {method} is compared with itself; name another method")
                 for name in (method, baseline):
                     if name not in self.methods:
                         raise ValueError(f"compare.{field}: unknown method {name!r}{_nearest(name, self.methods)}")
@@ -336,7 +362,7 @@ def _inherited(location: tuple[Any, ...], raw: dict[str, Any]) -> bool:
 
 
 def _explain(source: str, error: Any) -> str:
-    path = _dotted(error["loc"])
+    path = _dotted(error["loc"]).removesuffix(".[key]")
     value = error["input"]
     kind = error["type"]
     where = f"{source}: {path}" if path else source
@@ -352,6 +378,8 @@ def _explain(source: str, error: Any) -> str:
         return (
             f"{where}.kind: {tag!r} is not known{_nearest(str(tag), allowed)}" if allowed else f"{where}.kind: missing"
         )
+    if kind == "string_pattern_mismatch":
+        return f"{where}: {value!r} is not allowed; allowed: {PATTERNS[error['ctx']['pattern']]}"
     if kind == "value_error":
         return f"{where}: {error['ctx']['error']}"
     if kind == "literal_error":
@@ -364,6 +392,8 @@ def _dotted(location: tuple[Any, ...]) -> str:
     parts: list[str] = []
     section: Any = Config
     for part in location:
+        if isinstance(part, str) and part.startswith(("function-", "constrained-", "literal[", "list[")):
+            continue  # the member of a union of values
         chosen = _member(section, part)
         if chosen is not None:
             section = chosen

@@ -10,7 +10,22 @@ from typing import Annotated, ClassVar, Literal, Union
 
 from pydantic import Field, model_validator
 
-from pipeline.section import Count, NonNegative, Positive, Probability, Section, Share, refuse_ignored
+from pipeline.section import (
+    MOST,
+    Count,
+    Epsilon,
+    Float,
+    Int,
+    LearningRate,
+    NonNegative,
+    Number,
+    Positive,
+    Probability,
+    Section,
+    Share,
+    Temperature,
+    refuse_ignored,
+)
 
 # ------------------------------------------------------------------------------------------------------- heads
 
@@ -20,11 +35,11 @@ class Critic(Section):
 
     kind: Literal["trunk", "model"] = "trunk"
     """``trunk``: a linear head on the policy's last hidden state; ``model``: a copy of the reference policy's trunk."""
-    learning_rate: Positive = 1e-3
+    learning_rate: LearningRate = 1e-3
     """Learning rate of the head (trunk) or of the whole critic (model)."""
     coefficient: Positive = 0.5
     """Weight of the value loss beside the policy loss."""
-    warmup_iterations: Annotated[int, Field(ge=0)] = 0
+    warmup_iterations: Annotated[Int, Field(ge=0, le=1_000_000)] = 0
     """First iterations in which only the critic is updated."""
     clip: Positive | None = None
     """Value clipping: largest change of a value per iteration; null for none."""
@@ -35,11 +50,11 @@ class QFunction(Section):
 
     kind: Literal["trunk", "model"] = "trunk"
     """``trunk``: a linear head on the policy's last hidden state; ``model``: with a copy of the reference policy's trunk."""
-    learning_rate: Positive = 1e-3
+    learning_rate: LearningRate = 1e-3
     """Learning rate of the head (trunk) or of the whole Q network (model)."""
     coefficient: Positive = 0.5
     """Weight of the Q loss beside the policy loss."""
-    warmup_iterations: Annotated[int, Field(ge=0)] = 0
+    warmup_iterations: Annotated[Int, Field(ge=0, le=1_000_000)] = 0
     """First iterations in which only Q is updated."""
     kl_weight: Positive = 0.01
     """b: weight of the KL to the reference policy, in the targets and in the policy's loss."""
@@ -155,7 +170,7 @@ class TreeSearch(BranchingSection):
     """S1: Monte-Carlo tree search over turns, with whole episodes as simulations (after SEEA-R1, arXiv 2506.21669)."""
 
     kind: Literal["tree_search"]
-    width: Annotated[int, Field(ge=2)] = 4
+    width: Annotated[Int, Field(ge=2, le=1_000_000)] = 4
     """Children of a state that is expanded. Ours."""
     exploration: NonNegative = 1.0
     """c of ``Q + c * sqrt(ln N / n)``, with Q in [0, 1]. Ours."""
@@ -169,9 +184,9 @@ class TemperatureSwitch(BranchingSection):
     """Episodes at ``rollout.temperature``; the budget beyond them is sampled at one of the other two."""
     target: Positive = 1.0
     """Nats per token: mean entropy that the initial episodes are held against. Ours."""
-    high: Positive = 1.2
+    high: Temperature = 1.2
     """Temperature where entropy is below the target."""
-    low: Positive = 0.8
+    low: Temperature = 0.8
     """Temperature where it is not."""
 
 
@@ -274,7 +289,7 @@ class StandardisedAdvantage(AdvantageSection):
     """Divide by the group's standard deviation."""
     ddof: Literal[0, 1] = 1
     """Delta degrees of freedom of that standard deviation; libraries differ."""
-    eps: Positive = 1e-6
+    eps: Epsilon = 1e-6
     """Added to that standard deviation."""
 
     @model_validator(mode="after")
@@ -296,7 +311,7 @@ class TokenGroupAdvantage(AdvantageSection):
     kind: Literal["token_group"]
     ddof: Literal[0, 1] = 1
     """Delta degrees of freedom of the standard deviation."""
-    eps: Positive = 1e-6
+    eps: Epsilon = 1e-6
     """Added to that standard deviation."""
 
 
@@ -386,7 +401,7 @@ class EntropyGAE(AdvantageSection):
     """Discount of reward per sampled token."""
     lam: Probability = 1.0
     """Lambda of the reward's GAE."""
-    entropy_gamma: Annotated[float, Field(ge=0.0, lt=1.0)] = 0.95
+    entropy_gamma: Annotated[Float, Field(ge=0.0, lt=1.0)] = 0.95
     """Discount of entropy per sampled token. Ours."""
     entropy_lam: Probability = 0.95
     """Lambda of the entropy's GAE. Ours."""
@@ -504,7 +519,7 @@ class ActFocusWeight(Section):
     """alpha: weight of reasoning tokens."""
     redistribution_strength: NonNegative = 0.5
     """beta: how much weight the signal adds to action tokens."""
-    redistribution_temperature: Positive = 1.0
+    redistribution_temperature: Temperature = 1.0
     """tau: 1 is the paper; large is flat, small is a threshold at the mean."""
     form: Literal["sigmoid", "softmax"] = "sigmoid"
     """``sigmoid`` is the paper's; ``softmax`` keeps the total weight of a trajectory's action tokens (needs beta <= 1)."""
@@ -586,7 +601,7 @@ class PivotWeight(Section):
     """S4: more weight on tokens whose entropy stands out within their part of the trajectory (after ERPO, 2603.28204)."""
 
     kind: Literal["pivots"]
-    buckets: Annotated[int, Field(ge=1)] = 4
+    buckets: Annotated[Int, Field(ge=1, le=1000)] = 4
     """Equal parts into which each trajectory's sampled tokens are cut by progress. Ours."""
     quantile: Probability = 0.8
     """A pivot's entropy is at least this quantile over the batch's tokens of the same part. Ours."""
@@ -646,7 +661,7 @@ Aggregation = Annotated[Union[WeightSum, TokenMean, SequenceMean, ConstantNormal
 
 # ------------------------------------------------------------------------------------------------- S5: surrogate
 
-Low = Annotated[float, Field(gt=0.0, lt=1.0)]
+Low = Annotated[Float, Field(gt=0.0, lt=1.0)]
 
 
 class SurrogateSection(Section):
@@ -680,7 +695,7 @@ class DetachedClip(SurrogateSection):
     """S5: ``-sg(clip(r)) A log pi``: no token loses its gradient (CISPO, arXiv 2506.13585)."""
 
     kind: Literal["detached_clip"]
-    low: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
+    low: Annotated[Float, Field(gt=0.0, le=1.0)] = 1.0
     """The weight is at least 1 - low; 1 for no lower bound, as published."""
     high: Positive = 0.28
     """The weight is at most 1 + high. Ours: the published value is not known to us."""
@@ -706,7 +721,7 @@ class CovarianceClip(SurrogateSection):
     """The ratio is not pushed above 1 + high."""
     share: Share = 2e-4
     """Share of the minibatch's tokens that loses its loss; at least one token, if any is in the band."""
-    band: tuple[float, float] = (1.0, 5.0)
+    band: tuple[Number, Number] = (1.0, 5.0)
     """Covariance of the tokens among which these are drawn."""
 
     @model_validator(mode="after")
@@ -762,7 +777,7 @@ class ProcedureClip(SurrogateSection):
     """The ratio is not pushed below 1 - low."""
     high: Positive = 0.28
     """The ratio is not pushed above 1 + high."""
-    dual: Annotated[float, Field(gt=1.0)] = 3.0
+    dual: Annotated[Float, Field(gt=1.0, le=MOST)] = 3.0
     """Where A < 0 a ratio above this counts as this; a trajectory with more than one such token leaves the mean."""
     strength: Positive = 1.0
     """b of the scaling."""
@@ -772,7 +787,7 @@ class ProcedureClip(SurrogateSection):
     """Tokens after which a later token counts half in FutureKL."""
     largest_shift: Positive = 1.0986
     """Tokens whose ``log pi - log pi_old`` is above this (log 3) are left out of FutureKL."""
-    bound: Annotated[float, Field(gt=1.0)] = 1.2
+    bound: Annotated[Float, Field(gt=1.0, le=MOST)] = 1.2
     """f_t is clipped to [1, this]; to [0.8, 1] where A < 0 and the token's ratio is above 1 + high."""
 
 
@@ -894,7 +909,7 @@ class Method(Section):
     """S5: how ratio and advantage become a per-token loss."""
     regulariser: Regulariser
     """S6: entropy and KL terms."""
-    learning_rate: Positive
+    learning_rate: LearningRate
     """Adam's learning rate of the policy."""
 
     @model_validator(mode="after")

@@ -6,15 +6,17 @@ from typing import Annotated, Any, Literal, TypeVar, Union
 
 from pydantic import Field, model_validator
 
-from pipeline.section import Count, Name, NonNegative, Positive, Section
+from pipeline.section import Count, Int, Name, NonNegative, Number, Positive, Section, Seed, at_least
+
+Whole = Annotated[Int, Field(ge=-(10**12), le=10**12)]
 
 
 class Uniform(Section):
     """Any number of a range, each as likely as another."""
 
     kind: Literal["uniform"]
-    low: float
-    high: float
+    low: Number
+    high: Number
 
     @model_validator(mode="after")
     def _ordered(self) -> Uniform:
@@ -41,7 +43,7 @@ class LogarithmicFromZero(Section):
 
     kind: Literal["log_from_zero"]
     high: Positive
-    scale: Positive = 0.01
+    scale: Annotated[Positive, at_least(1e-9)] = 0.01
     """Where linear goes over into logarithmic."""
 
 
@@ -49,8 +51,8 @@ class Integer(Section):
     """Any whole number of a range, both ends included."""
 
     kind: Literal["integer"]
-    low: int
-    high: int
+    low: Whole
+    high: Whole
 
     @model_validator(mode="after")
     def _ordered(self) -> Integer:
@@ -62,6 +64,12 @@ class Choice(Section):
 
     kind: Literal["choice"]
     values: list[str | int | float | bool] = Field(min_length=2)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Choice:
+        if len(set(self.values)) != len(self.values):
+            raise ValueError(f"values must be distinct, got {self.values}")
+        return self
 
 
 Space = Annotated[
@@ -77,7 +85,7 @@ class Study(Section):
 
     environment: Name | None = None
     """Key in ``environments``; null is the first one."""
-    methods: list[Name] | Literal["all"]
+    methods: Annotated[list[Name], Field(min_length=1)] | Literal["all"]
     """Keys in ``methods``; each has a search of its own."""
     trials: Count | None = None
     """Finished trials of each method; null is ``sweep.trials``."""
@@ -87,6 +95,12 @@ class Study(Section):
     baselines: dict[Name, dict[str, Any]] = Field(min_length=1)
     """Tried first: points of the space, by name. A key that is not named keeps the value it has in params.yaml."""
 
+    @model_validator(mode="after")
+    def _distinct(self) -> Study:
+        if self.methods != "all" and len(set(self.methods)) != len(self.methods):
+            raise ValueError(f"methods must be distinct, got {self.methods}")
+        return self
+
 
 class MedianPruner(Section):
     """Stop a trial whose best result so far is below the median of the other trials' results at the same iteration."""
@@ -94,7 +108,7 @@ class MedianPruner(Section):
     kind: Literal["median"]
     after_trials: Count = 8
     """Finished trials before any is stopped."""
-    after_iterations: Annotated[int, Field(ge=0)] = 10
+    after_iterations: Annotated[Int, Field(ge=0, le=1_000_000)] = 10
     """Iterations that every trial is given."""
 
 
@@ -118,9 +132,9 @@ class Sweep(Section):
 
     trials: Count = 32
     """Finished trials (complete or stopped early) of each method."""
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[100, 101], min_length=1)
+    seeds: list[Seed] = Field(default=[100, 101], min_length=1)
     """A trial is a training per seed; they are stopped or kept together."""
-    confirm_seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[200, 201, 202, 203, 204, 205], min_length=1)
+    confirm_seeds: list[Seed] = Field(default=[200, 201, 202, 203, 204, 205], min_length=1)
     """Fresh seeds on which the best and the baselines are compared afterwards; below six there is no verdict."""
     score: Literal["final", "area"] = "final"
     """Mean over seeds of validation success: at the end, or averaged over training (area under the curve)."""
@@ -130,9 +144,9 @@ class Sweep(Section):
     pruner: Annotated[Union[MedianPruner, NoPruner], Field(discriminator="kind")] = MedianPruner(kind="median")
     startup_trials: Count = 10
     """Trials drawn at random before the sampler (TPE) makes use of what it has seen."""
-    seed: int = 0
+    seed: Seed = 0
     """Of the sampler's draws."""
-    retries: Annotated[int, Field(ge=0)] = 2
+    retries: Annotated[Int, Field(ge=0, le=1_000_000)] = 2
     """How often a trial whose worker was killed is tried again with the same settings."""
     heartbeat: Positive = 15.0
     """Seconds between a worker's signs of life; after six without one it is taken for dead by workers elsewhere."""
@@ -146,6 +160,9 @@ class Sweep(Section):
     def _effective(self) -> Sweep:
         if self.fewer_tokens and self.pruner.kind != "none":
             raise ValueError("fewer_tokens has two objectives, which no pruner can rank; set pruner: {kind: none}")
+        for name in ("seeds", "confirm_seeds"):
+            if len(set(getattr(self, name))) != len(getattr(self, name)):
+                raise ValueError(f"{name} must be distinct, got {getattr(self, name)}")
         both = set(self.seeds) & set(self.confirm_seeds)
         if both:
             raise ValueError(f"confirm_seeds must be fresh, {sorted(both)} are among seeds too")

@@ -10,7 +10,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,8 +19,18 @@ from ruamel.yaml import YAML
 
 from pipeline.config import Config, ConfigError, load, parse, read_yaml
 from pipeline.presets import overlay, preset_text, resolve_preset
-from pipeline.section import Section
+from pipeline.section import Section, number
 from pipeline.slots import Method
+from pipeline.studies import (
+    Constraints,
+    Integer,
+    Logarithmic,
+    LogarithmicFromZero,
+    MedianPruner,
+    Study,
+    Sweep,
+    Uniform,
+)
 from pipeline.yaml_files import yaml_text
 from tests.commands import complaints
 
@@ -92,9 +102,7 @@ def dvc_params(params: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
     """Stage, params file and dotted key of every ``params:`` entry of dvc.yaml, for all environments and methods."""
     for stage, entry in read_yaml(ROOT / "dvc.yaml")["stages"].items():
         axes: dict[str, list[str]] = {}
-        if "foreach" in entry:
-            axes, entry = {"key": names(entry["foreach"], params)}, entry["do"]
-        elif "matrix" in entry:
+        if "matrix" in entry:
             axes = {f"item.{axis}": names(source, params) for axis, source in entry["matrix"].items()}
         for values in itertools.product(*axes.values()):
             fixed = dict(zip(axes, values, strict=True))
@@ -229,6 +237,36 @@ def test_a_misspelt_key_is_named_with_its_nearest_neighbour(raw: dict[str, Any],
             "compare.uniform: unknown method 'grpo_actfocsu'; did you mean 'grpo_actfocus'?",
         ),
         ("environments.Lake", {"id": "actfocus/FrozenLake-v1"}, "environments.Lake"),
+        ("method_defaults.learning_rate", True, "method_defaults.learning_rate: input should be a number, got true"),
+        ("method_defaults.learning_rate", 2.0, "input should be less than or equal to 1, got 2.0"),
+        ("method_defaults.learning_rate", "nan", "input should be a finite number, got 'nan'"),
+        ("method_defaults.advantage.eps", 1e-300, "method_defaults.advantage.eps: must be at least 1e-12, got 1e-300"),
+        ("rollout.temperature", 1e-30, "rollout.temperature: must be at least 0.001, got 1e-30"),
+        ("rollout.batch_episodes", 10**6, "rollout.batch_episodes: input should be less than or equal to 4096"),
+        ("train.betas", [0.9, 1.0], "train.betas.1: input should be less than 1, got 1.0"),
+        ("train.minibatch", False, "train.minibatch: input should be a number, got false"),
+        ("seeds", [True], "seeds.0: input should be a number, got true"),
+        ("seeds", [-1], "seeds.0: input should be greater than or equal to 0, got -1"),
+        ("seeds", [2**63], "seeds.0: input should be less than or equal to 4294967295, got 9223372036854775808"),
+        ("policy.seed", -1, "policy.seed: input should be greater than or equal to 0, got -1"),
+        ("policy.hidden_size", 60, "policy: hidden_size 60 must be divisible by 2 * heads (8)"),
+        ("policy.demonstrations.phases.0.reasoning_words", [0, True], "reasoning_words.1: input should be a number"),
+        ("evaluation.temperatures", [0.5, 0.5], "evaluation: temperatures must differ in their first six digits"),
+        ("compare.control", {"grpo": "grpo"}, "compare.control: grpo is compared with itself; name another method"),
+        ("sweep.seeds", [100, 100], "sweep: seeds must be distinct, got [100, 100]"),
+        ("sweep.confirm_seeds", [100], "sweep: confirm_seeds must be fresh, [100] are among seeds too"),
+        ("sweep.seed", 2**33, "sweep.seed: input should be less than or equal to 4294967295"),
+        ("sweep.studies.actfocus.methods", ["grpo", "grpo"], "studies.actfocus: methods must be distinct"),
+        (
+            "sweep.studies.learning_rates.space",
+            {"method.weight.kind": {"kind": "choice", "values": [1, True]}},
+            "values must be distinct, got [1, True]",
+        ),
+        (
+            "sweep.studies.learning_rates.space",
+            {"method.learning_rate": {"kind": "uniform", "low": False, "high": 1.0}},
+            "space.method.learning_rate.low: input should be a number, got false",
+        ),
     ],
 )
 def test_a_wrong_value_is_reported_with_its_key_and_what_is_allowed(
@@ -237,6 +275,37 @@ def test_a_wrong_value_is_reported_with_its_key_and_what_is_allowed(
     (found,) = mistakes(put(raw, key, value))
     assert found.startswith("params.yaml: ")
     assert line in found
+
+
+def test_a_number_may_be_written_as_text_but_not_as_what_is_none(raw: dict[str, Any]) -> None:
+    assert parse(put(raw, "method_defaults.learning_rate", "1e-4")).method_defaults.learning_rate == 1e-4
+    for text in ("nan", "inf", "-inf", "Infinity"):
+        (found,) = mistakes(put(raw, "method_defaults.learning_rate", text))
+        assert "input should be a finite number" in found
+
+
+def numbers(annotation: Any, notes: tuple[Any, ...] = ()) -> Iterator[list[Any]]:
+    """The constraints of every number in a field's type."""
+    if annotation in (int, float):
+        yield [getattr(note, "metadata", [note]) for note in notes]
+    own = getattr(annotation, "__metadata__", ())
+    for inner in get_args(annotation)[:1] if own else get_args(annotation):
+        yield from numbers(inner, (*notes, *own))
+
+
+@pytest.mark.parametrize(
+    "section",
+    [*sections(), *(Uniform, Logarithmic, LogarithmicFromZero, Integer, Study, MedianPruner, Constraints, Sweep)],
+    ids=lambda section: section.__name__,
+)
+def test_every_number_of_the_schema_has_both_bounds_and_is_not_true(section: type[Section]) -> None:
+    for name, field in section.model_fields.items():
+        for constraints in numbers(field.annotation, tuple(field.metadata)):
+            told = [note for notes in constraints for note in notes]
+            low, high = ([n for n in told if any(hasattr(n, a) for a in pair)] for pair in (("ge", "gt"), ("le", "lt")))
+            assert low, f"{section.__name__}.{name} has no lower bound"
+            assert high, f"{section.__name__}.{name} has no upper bound"
+            assert any(getattr(n, "func", None) is number for n in told), f"{section.__name__}.{name} takes true for 1"
 
 
 def test_every_mistake_has_a_line_of_its_own(raw: dict[str, Any]) -> None:

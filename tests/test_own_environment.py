@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -26,7 +27,7 @@ from tests.commands import complaints, forked_stages
 pytestmark = [pytest.mark.dag, pytest.mark.xdist_group("dag")]
 
 ROOT = Path(__file__).parents[1]
-MINE = r'''
+MINE = r'''from mine_words import SIDES
 import gymnasium
 import numpy as np
 
@@ -37,7 +38,7 @@ class Coin(gymnasium.Env):
     observation_space = action_space = gymnasium.spaces.Text(max_length=200)
     instructions = "Say heads or tails.<|im_end|>"
 
-    def __init__(self, broken=""):
+    def __init__(self, broken="", notes=""):
         if broken == "constructor":
             raise OSError("no such\ncoin")
         self.broken, self.success = broken, False
@@ -61,7 +62,7 @@ class Coin(gymnasium.Env):
         return self.observe(), reward, self.success, self.actions_left == 0, {}
 
     def parse_action(self, text):
-        return text if text in ("heads", "tails") else None
+        return text if text in SIDES else None
 
     @property
     def state_key(self):
@@ -107,7 +108,14 @@ TOY = {
     "workers": 1,
 }
 BANDIT = {"id": "actfocus/Bandit-v1", "max_turns": 1, "response_tokens": 24, "context_tokens": 300}
-COIN = {"id": "mine:Coin-v0", "layout": "published", "max_turns": 2, "response_tokens": 64, "context_tokens": 2000}
+COIN = {
+    "id": "mine:Coin-v0",
+    "settings": {"notes": "notes.txt"},
+    "layout": "published",
+    "max_turns": 2,
+    "response_tokens": 64,
+    "context_tokens": 2000,
+}
 PRETRAINED = {"kind": "pretrained", "model": "./model"}
 SCRATCH = {
     "kind": "scratch",
@@ -157,6 +165,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder with mine.py, a small pretrained model, and params.yaml with two environments, after the first stage."""
     folder = tmp_path_factory.mktemp("project")
     (folder / "mine.py").write_text(MINE, encoding="utf-8")
+    (folder / "mine_words.py").write_text('SIDES = ("heads", "tails")', encoding="utf-8")
+    (folder / "notes.txt").write_text("a coin is flat", encoding="utf-8")
     subprocess.run([sys.executable, "-c", MODEL], cwd=folder, check=True, capture_output=True)
     write_params(folder, "params.yaml", {"coin": COIN, "bandit": BANDIT}, PRETRAINED)
     run(folder, "policy")
@@ -320,6 +330,67 @@ def test_one_policy_from_scratch_plays_several_environments(tmp_path: Path) -> N
         assert tokenizer.decode(table.input_ids[table.role == Role.PROMPT]).count(shown) == len(table) == 8
 
 
+@pytest.fixture(scope="module")
+def tracked(project: Path, compared: str, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A copy of the project and of its results, with the code, in which DVC finds everything up to date."""
+    folder = tmp_path_factory.mktemp("tracked") / "project"
+    shutil.copytree(project, folder)
+    for part in ("pipeline", "stages"):
+        shutil.copytree(ROOT / part, folder / part)
+    shutil.copy2(ROOT / "dvc.yaml", folder)
+    dvc(folder, "init", "--no-scm", "--quiet")
+    run(folder, "sources")
+    dvc(folder, "commit", "--force", "--quiet")
+    return folder
+
+
+def dvc(folder: Path, *options: str) -> str:
+    command = [sys.executable, "-m", "dvc", *options]
+    done = subprocess.run(command, cwd=folder, env=environment(folder), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, f"{command}\n{done.stdout[-2000:]}\n{done.stderr[-3000:]}"
+    return done.stdout
+
+
+def stale(folder: Path) -> set[str]:
+    """Stages of which a dependency has changed, once what params.yaml names has been looked at."""
+    run(folder, "sources")
+    return set(json.loads(dvc(folder, "status", "--json"))) - {"sources@params"}
+
+
+PLAY_COIN = {"rollout@coin", "train@coin-grpo", "evaluate@coin-grpo", "evaluate_reference@coin"}
+
+
+@pytest.mark.parametrize(
+    ("file", "found"),
+    [
+        ("mine.py", {"policy", "compare", *PLAY_COIN}),
+        ("mine_words.py", {"policy", "compare", *PLAY_COIN}),
+        ("notes.txt", {"policy", "compare", *PLAY_COIN}),
+        ("model/config.json", {"policy"}),
+        ("other.py", set()),
+    ],
+)
+def test_an_edit_of_what_params_name_makes_the_stages_stale_that_it_decides(
+    tracked: Path, file: str, found: set[str]
+) -> None:
+    """And what has been put back is up to date again: the next file's stages are no more than its own."""
+    text = (tracked / file).read_text(encoding="utf-8") if (tracked / file).exists() else ""
+    (tracked / file).write_text(f"{text}\n", encoding="utf-8")
+    assert stale(tracked) == found
+    (tracked / file).write_text(text, encoding="utf-8")
+
+
+def test_after_an_edit_a_stage_plays_again_and_a_seed_is_trained_again_and_no_other(tracked: Path) -> None:
+    train = ["train", "--environment", "coin", "--method", "grpo"]
+    assert "(0 trained now, 1 kept)" in run(tracked, *train)
+    with (tracked / "mine_words.py").open("a", encoding="utf-8") as file:
+        file.write("\n")
+    ran = dvc(tracked, "repro", "evaluate_reference@bandit", "evaluate_reference@coin")
+    assert re.findall("Running stage '([^']*)'", ran) == ["sources@params", "policy", "evaluate_reference@coin"]
+    assert "(1 trained now, 0 kept)" in run(tracked, *train)
+    assert "(0 trained now, 1 kept)" in run(tracked, "train", "--environment", "bandit", "--method", "grpo")
+
+
 def test_dvc_has_a_stage_for_every_environment_and_method(tmp_path: Path) -> None:
     write_params(tmp_path, "params.yaml", {"coin": COIN, "other": COIN}, PRETRAINED)
     (tmp_path / "dvc.yaml").write_bytes((ROOT / "dvc.yaml").read_bytes())
@@ -329,6 +400,7 @@ def test_dvc_has_a_stage_for_every_environment_and_method(tmp_path: Path) -> Non
     assert {
         f"{part}@{name}" for part in ("rollout", "annotate", "evaluate_reference") for name in ("coin", "other")
     } | {f"{part}@{name}-grpo" for part in ("train", "evaluate") for name in ("coin", "other")} | {
+        "sources@params",
         "policy",
         "compare",
     } == set(listed.stdout.split())

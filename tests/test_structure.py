@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import ast
+import os
 import re
+import shutil
 import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline.config import parse, read_yaml
+from pipeline.config import load, parse, read_yaml
 from pipeline.presets import overlay
-from pipeline.training.result import SOURCES
+from pipeline.sources import closure
+from pipeline.training.result import ASIDE, RESOLVED, training_key
 
 ROOT = Path(__file__).parents[1]
 PIPELINE = ROOT / "pipeline"
@@ -70,7 +74,8 @@ LAYERS = (
     {"section"},
     {"slots", "studies", "yaml_files"},
     {"config", "trajectory", "randomness", "files", "progress", "finite"},
-    {"environments", "prompting", "policy", "processes", "presets", "contracts", "episodes"},
+    {"kernels"},
+    {"environments", "prompting", "policy", "processes", "presets", "contracts", "episodes", "sources"},
     {"rollout", "energy", "objective"},
     {"tracking"},
     {"training", "evaluation", "report", "replay", "decisions"},
@@ -90,9 +95,132 @@ def test_imports_point_one_way() -> None:
                 assert level[parts[1]] <= level[own], f"{file.relative_to(ROOT)} imports {name}"
 
 
-def test_a_seeds_key_and_the_train_stage_depend_on_the_same_code() -> None:
-    deps = read_yaml(ROOT / "dvc.yaml")["stages"]["train"]["deps"]
-    assert {dep for dep in deps if dep.startswith("pipeline/")} == {f"pipeline/{source}" for source in SOURCES}
+# ------------------------------------------------------------------------------------------- code that decides results
+
+UNDECIDING = {
+    "stages.command": "arguments, messages and exit codes",
+    "pipeline.tracking": "tells MLflow; ids of runs are in data/runs, which nobody depends on",
+    "pipeline.progress": "tells how far work is",
+    "pipeline.sources": "its results are outputs of the stage sources, and dependencies as such",
+    "pipeline.yaml_files": "what is read is in the dependencies on params.yaml",
+}
+"""Modules and packages of the project that stages import and do not depend on, and why."""
+SCHEMAS = {"pipeline.slots": {"methods"}, "pipeline.studies": {"sweep"}}
+"""Imported by every stage with the schema; parts of params.yaml without which they decide nothing."""
+PIPELINES = ("dvc.yaml", "sweeps/dvc.yaml")
+STAGES = {
+    name: entry.get("do", entry)
+    for file in PIPELINES
+    for name, entry in read_yaml(ROOT / file)["stages"].items()
+    if name != "sources"  # runs always
+}
+
+
+def deciding(stage: dict[str, Any]) -> dict[str, Path]:
+    """Files of the project that decide what a stage writes, by module: what its script imports, at whatever depth."""
+    (script,) = re.findall(r"python -m ([a-z._]+)", stage["cmd"])
+    read = {key.split(".")[0] for keys in stage["params"] for key in next(iter(keys.values()))}
+    aside = [*UNDECIDING, *(schema for schema, parts in SCHEMAS.items() if not parts & read)]
+    own = ("pipeline.", "stages.")
+    found, _ = closure(
+        script, lambda name: f"{name}.".startswith(own) and not any(f"{name}.".startswith(f"{a}.") for a in aside)
+    )
+    return {name: file for name, file in found.items() if not says_nothing(file)}
+
+
+def says_nothing(file: Path) -> bool:
+    """Whether a module is a docstring alone, as packages are."""
+    return file.suffix == ".py" and all(
+        isinstance(node, ast.Expr) and isinstance(node.value, ast.Constant)
+        for node in ast.parse(file.read_text(encoding="utf-8")).body
+    )
+
+
+def held(path: Path) -> set[Path]:
+    """A file, or what is in a folder and says something."""
+    inside = path.rglob("*") if path.is_dir() else [path]
+    return {file for file in inside if file.is_file() and "__pycache__" not in file.parts and not says_nothing(file)}
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_a_stage_depends_on_exactly_the_code_that_decides_what_it_writes(name: str) -> None:
+    """A folder stands for all that is in it; then all of it must decide."""
+    needed = {file.relative_to(ROOT) for file in deciding(STAGES[name]).values()}
+    listed = {dep for dep in STAGES[name]["deps"] if dep.startswith(("pipeline", "stages"))}
+    covered = {file.relative_to(ROOT) for dep in listed for file in held(ROOT / dep)}
+    assert sorted(map(str, needed - covered)) == [], "missing in deps"
+    assert sorted(map(str, covered - needed)) == [], "superfluous in deps"
+
+
+@pytest.mark.parametrize("name", STAGES)
+def test_every_stage_waits_for_the_params_file_to_be_checked(name: str) -> None:
+    assert any(dep.startswith("${out}/data/sources/") for dep in STAGES[name]["deps"])
+
+
+def test_what_is_left_out_of_a_seeds_key_is_in_it_resolved_or_decides_nothing() -> None:
+    """Everything else that the train stage depends on is in the key, its script aside."""
+    found, _ = closure("pipeline.training.run", lambda name: not name.startswith((*RESOLVED, *ASIDE)))
+    assert set(deciding(STAGES["train"])) - set(found) == {"stages.train", *RESOLVED[:2]}
+    assert RESOLVED == ("pipeline.config", "pipeline.section", "pipeline.studies", "pipeline.yaml_files")
+    assert ASIDE == ("pipeline.progress", "pipeline.sources", "pipeline.tracking")
+
+
+@pytest.fixture
+def copied(tmp_path: Path) -> Path:
+    """The project's code, to be edited, with a reference policy."""
+    for folder in ("pipeline", "stages"):
+        shutil.copytree(ROOT / folder, tmp_path / folder, ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy2(ROOT / "params.yaml", tmp_path / "params.yaml")
+    (tmp_path / "policy").write_text("weights")
+    return tmp_path
+
+
+KEY = """
+import json, sys
+from pathlib import Path
+from pipeline.config import load
+from pipeline.training.result import training_key
+print(training_key(load("params.yaml"), "frozen_lake", "grpo", 0, Path("policy")))
+"""
+
+
+def key(folder: Path, **variables: str) -> str:
+    done = subprocess.run(
+        [sys.executable, "-c", KEY],
+        cwd=folder,
+        env={**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", **variables},
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    return done.stdout
+
+
+def test_a_seeds_key_changes_with_code_and_build_that_decide_and_with_nothing_else(copied: Path) -> None:
+    variables = {"CC": "no-such-compiler"}  # quick, and the same as switched off
+    before = key(copied, **variables)
+    for file in (
+        "pipeline/report/comparison_figures.py",
+        "pipeline/tracking/store.py",
+        "pipeline/config.py",
+        "stages/train.py",
+    ):
+        (copied / file).write_text(f"{(copied / file).read_text()}\n# an edit\n")
+    assert key(copied, **variables) == key(copied, ACTFOCUS_KERNELS="off") == before
+    keys = [before]
+    for file in ("pipeline/slots.py", "pipeline/kernels/kernels.c", "pipeline/processes.py", "pipeline/randomness.py"):
+        (copied / file).write_text(f"{(copied / file).read_text()}\n")
+        keys.append(key(copied, **variables))
+    assert len(set(keys)) == len(keys)
+
+
+def test_a_seeds_key_changes_with_what_the_kernels_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    config = load(ROOT / "params.yaml")
+    arguments = (config, "frozen_lake", "grpo", 0, ROOT / "params.yaml")
+    before = training_key(*arguments)
+    assert training_key(*arguments) == before
+    monkeypatch.setattr("pipeline.sources.build", lambda: "another instruction set")
+    assert training_key(*arguments) != before
 
 
 def test_every_yaml_block_of_the_readme_is_valid_on_top_of_params() -> None:

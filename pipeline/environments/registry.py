@@ -5,7 +5,9 @@ from __future__ import annotations
 import difflib
 import hashlib
 import importlib.util
+import inspect
 import math
+import re
 import reprlib
 import sys
 import traceback
@@ -17,6 +19,7 @@ import gymnasium
 import numpy as np
 
 from pipeline.config import ConfigError, Environment
+from pipeline.section import MOST
 from pipeline.trajectory import CUT_OFF
 
 SPLITS = {"demonstrations": 30, "train": 50, "validation": 10, "test": 10}
@@ -107,8 +110,25 @@ def make(environment: Environment) -> TextEnvironment:
     missing = [n for n in needed if not hasattr(type(bare), n) and n not in vars(bare)]
     if missing:
         raise ConfigError(f"environments: {name!r} lacks {', '.join(missing)} (see TextEnvironment)")
+    _check_numbers(bare, environment.settings)
     bare.spec.id = name  # gymnasium leaves the module out
     return cast(TextEnvironment, bare)
+
+
+def _check_numbers(environment: Any, settings: dict[str, Any]) -> None:
+    """What a constructor annotates as a number is one: YAML's true passes for 1 in Python, and 4.0 for 4."""
+    for name, parameter in inspect.signature(type(environment).__init__).parameters.items():
+        kinds = set(re.findall(r"\w+", getattr(parameter.annotation, "__name__", str(parameter.annotation))))
+        value = settings.get(name)
+        if value is None or not {"int", "float"} & kinds or not kinds <= {"int", "float", "None"}:
+            continue
+        whole = "float" not in kinds
+        number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+        if not number or not (whole or abs(value) <= MOST):
+            said, allowed = str(value).lower(), "a whole number" if whole else f"a number from {-MOST:g} to {MOST:g}"
+            raise ConfigError(
+                f"environments: {environment.spec.id!r} refuses its settings: {name}: {said}; allowed: {allowed}"
+            )
 
 
 def reset(environment: TextEnvironment, seed: int, state_seed: int | None) -> str:

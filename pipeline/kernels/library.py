@@ -143,6 +143,11 @@ def _load(name: str) -> ctypes.CDLL | None:
     return None
 
 
+def build() -> str:
+    """Which kernels compute, in a word: builds agree to float tolerance only, so that it belongs to what decides results."""
+    return "off" if library() is None else "native"
+
+
 def _processor_flags() -> bytes:
     """What the kernel says that the processor can do."""
     try:

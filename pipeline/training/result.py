@@ -11,26 +11,13 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.config import Config
+from pipeline.sources import of_code, of_environment, of_machine
 from pipeline.trajectory import Trajectories
 
-SOURCES = (
-    "trajectory.py",
-    "randomness.py",
-    "prompting.py",
-    "timing.py",
-    "environments",
-    "kernels",
-    "policy/model.py",
-    "policy/scoring.py",
-    "policy/trunk.py",
-    "rollout",
-    "energy/annotate.py",
-    "objective",
-    "evaluation/evaluate.py",
-    "training",
-)
-"""Code under pipeline/ that decides a training's bytes, as dvc.yaml lists it for the train stage. Not config.py: what it
-decides is in the resolved settings."""
+RESOLVED = ("pipeline.config", "pipeline.section", "pipeline.studies", "pipeline.yaml_files")
+"""The schema of what is in the key already: resolved settings."""
+ASIDE = ("pipeline.progress", "pipeline.sources", "pipeline.tracking")
+"""What tells of a training and does not take part in it."""
 
 
 @dataclass(frozen=True)
@@ -66,9 +53,10 @@ def training_task(config: Config, environment: str, method: str, seed: int, poli
 
 
 def training_key(config: Config, environment: str, method: str, seed: int, policy: Path) -> str:
-    """Hash of all that decides a training's bytes: settings, reference policy, code and seed.
+    """Hash of all that decides a training's bytes: settings, what they name, reference policy, code, build and seed.
 
-    The annotated table is not among them: its slices are what the training would sample itself (invariant 4).
+    Code is ``pipeline.training.run`` and what it imports. The annotated table is not among them: its slices are what the
+    training would sample itself (invariant 4).
     """
     resolved: dict[str, Any] = {
         "environment": {environment: config.environments[environment].model_dump(mode="json")},
@@ -80,7 +68,9 @@ def training_key(config: Config, environment: str, method: str, seed: int, polic
         },
         "seed": seed,
         "policy": tree_hash([policy]),
-        "code": tree_hash(Path(__file__).parents[1] / source for source in SOURCES),
+        "sources": of_environment(config.environments[environment]),
+        "machine": of_machine(),
+        "code": of_code("pipeline.training.run", (*RESOLVED, *ASIDE)),
     }
     return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:24]
 

@@ -1,0 +1,37 @@
+"""Note what decides results without standing in params.yaml (code, files, builds), and refuse a wrong params file.
+
+DVC runs this first and always: every other stage depends on what it writes, and goes on only where that has changed.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from stages.command import configured, next_command, out_folder, parse_arguments, run
+
+
+def main() -> str:
+    arguments = parse_arguments(__doc__)
+    arguments.params = os.path.normpath(arguments.params)
+    config = configured(arguments)
+    from pipeline.config import ConfigError
+    from pipeline.files import write_json
+    from pipeline.sources import of_environment, of_machine, of_policy
+
+    if config.params_file != arguments.params:  # commands have what stands there, and it would not have been checked
+        raise ConfigError(
+            f"{arguments.params}: params_file: {config.params_file!r} is another file; allowed: {arguments.params}"
+        )
+    folder = out_folder(config) / "data" / "sources"
+    for name, section in config.environments.items():
+        write_json(folder / "environments" / f"{name}.json", of_environment(section))
+    write_json(folder / "policy.json", of_policy(config.policy))
+    write_json(folder / "machine.json", of_machine())
+    for stale in {file.stem for file in Path(folder, "environments").glob("*.json")} - set(config.environments):
+        (folder / "environments" / f"{stale}.json").unlink()
+    return f"{folder}: what params.yaml only names. {next_command(arguments, 'policy')}"
+
+
+if __name__ == "__main__":
+    run(main)
