@@ -207,7 +207,8 @@ class Display:
         if task.base is None and total:
             task.base = task.share
         if self._bars is not None:
-            left = "" if (seconds := self._left()) is None else f"about {duration(seconds)} left"
+            seconds = None if task.over else self._left()
+            left = "" if seconds is None else f"about {duration(seconds)} left"
             self._bars.start_task(self._ids[label])
             self._bars.update(self._ids[label], completed=done, total=total or None, text=text, left=left)
 

@@ -96,6 +96,7 @@ def project(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
         "methods": None,
         "compare": None,
         "train": {"iterations": 3},
+        "evaluation": {"validation_states": 2, "validation_rollouts": 2},
         "environments": {LAKE: {"id": "mine:Mine-v0"}},
     }
     raw = overlay(overlay(read_yaml(ROOT / "params.yaml"), TINY), toy)
@@ -132,7 +133,7 @@ STOPPED = """
 shutil.copytree("models/policy", "other/models/policy")
 shutil.copytree("data/annotated", "other/data/annotated")
 for name in ("SIGKILL", "SIGTERM", "SIGINT"):
-    command = Command("rollout", *other, *lake, SLOW="0.2")
+    command = Command("rollout", *other, *lake, SLOW="30")
     awaited(lambda: len(command.workers()) >= 2)
     time.sleep(0.5)
     workers = command.workers()
@@ -146,7 +147,7 @@ equal = [Command("train", *grpo), Command("train", *grpo), Command("train", *oth
 found["equal"] = [command.end() for command in equal]
 found["begun"] = [log.read_text().split() for log in Path(".cache/train").glob("*/begun.log")]
 
-killed, before = Command("train", *actfocus, SLOW="0.05"), set(Path(".cache/train").iterdir())
+killed, before = Command("train", *actfocus, SLOW="0.2"), set(Path(".cache/train").iterdir())
 awaited(lambda: any(log.parent not in before and "1" in log.read_text() for log in Path(".cache/train").glob("*/begun.log")))
 second = Command("train", *actfocus)
 time.sleep(1)
