@@ -616,25 +616,33 @@ Weight = Annotated[
 # ----------------------------------------------------------------------------------------- S4, second half: divisor
 
 
-class WeightSum(Section):
+class AggregationSection(Section):
+    """What every choice of the divisor has."""
+
+    count: Literal["all", "with_advantage"] = "all"
+    """Tokens that the surrogate's divisor counts: all trainable ones, or only those whose advantage is not 0. A group of
+    equal returns has none: counted, it makes the surrogate smaller beside the entropy and KL terms."""
+
+
+class WeightSum(AggregationSection):
     """S4: divide by the minibatch's total weight (ActFocus; with uniform weights the token mean)."""
 
     kind: Literal["weight_sum"]
 
 
-class TokenMean(Section):
+class TokenMean(AggregationSection):
     """S4: divide by the minibatch's number of trainable tokens."""
 
     kind: Literal["token_mean"]
 
 
-class SequenceMean(Section):
+class SequenceMean(AggregationSection):
     """S4: each trajectory's weighted mean, then the mean over trajectories (GRPO, arXiv 2402.03300)."""
 
     kind: Literal["sequence_mean"]
 
 
-class ConstantNormaliser(Section):
+class ConstantNormaliser(AggregationSection):
     """S4: divide by a constant per trajectory (Dr. GRPO, arXiv 2503.20783)."""
 
     kind: Literal["constant"]
@@ -904,6 +912,11 @@ class Method(Section):
         if (self.reward.kind == "token_entropy") != (self.advantage.kind == "token_group"):
             raise ValueError(
                 "reward token_entropy and advantage token_group go together: such a reward stands on every token"
+            )
+        if self.aggregation.count == "with_advantage" and self.advantage.heads():
+            raise ValueError(
+                f"aggregation.count with_advantage has no effect with advantage {self.advantage.kind}: one that comes "
+                "from a critic is 0 nowhere; it needs one that compares within groups"
             )
         self._legal_trees()
         return self

@@ -642,6 +642,18 @@ def test_a_reward_on_an_untrainable_token_is_refused(kind: str, place: int) -> N
             {"advantage": {"kind": "soft_q", "entropy_scale": 0.2}, "surrogate": {"kind": "soft_q"}},
             ".advantage: entropy_scale has no effect while the policy learns from Q itself",
         ),
+        *(
+            (
+                {
+                    "advantage": {"kind": kind},
+                    "surrogate": {"kind": "soft_q" if kind == "soft_q" else "ppo_clip"},
+                    "aggregation": {"kind": "weight_sum", "count": "with_advantage"},
+                },
+                f": aggregation.count with_advantage has no effect with advantage {kind}: one that comes from a critic is "
+                "0 nowhere; it needs one that compares within groups",
+            )
+            for kind in WITH_HEADS
+        ),
     ],
 )
 def test_slots_that_do_nothing_together_are_refused_in_one_line(slots: dict[str, Any], line: str) -> None:

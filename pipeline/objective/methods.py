@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -132,10 +133,27 @@ def coefficients(
     weight: Float[Tensor, " n"],
     trainable: Bool[Tensor, " n"],
     trajectory: Int[Tensor, " n"],
+    advantage: Float[Tensor, " n"] | None = None,
 ) -> Float[Tensor, " n"]:
-    """S4: the factors c_t of a minibatch."""
+    """S4: the factors c_t of a minibatch.
+
+    Args:
+        method: the row of slots.
+        weight: token weights of the whole minibatch, 0 where not trainable.
+        trainable: the policy chose this token.
+        trajectory: index of its trajectory.
+        advantage: A_t, if ``count`` is ``with_advantage``: tokens without one then have factor 0 and are not counted.
+
+    Raises:
+        ValueError: they are needed and missing.
+    """
     section = method.aggregation
-    return AGGREGATIONS[type(section)](weight, trainable, trajectory, **settings(section))
+    if section.count == "with_advantage":
+        if advantage is None:
+            raise ValueError("aggregation.count with_advantage needs the advantages")
+        trainable = trainable & (advantage != 0)
+        weight = torch.where(trainable, weight, 0.0)
+    return AGGREGATIONS[type(section)](weight, trainable, trajectory, **settings(section, "count"))
 
 
 def surrogate_plan(method: slots.Method) -> Callable[[UpdateTokens], Plan] | None:
