@@ -266,6 +266,21 @@ class AdvantageSection(Section):
         """What these networks must say of every token before the update."""
         return tuple(self.heads())
 
+    def behind(self) -> tuple[str, ...]:
+        """Which of these are also asked of the state behind the last token of episodes that were cut off."""
+        return ()
+
+
+class CriticAdvantage(AdvantageSection):
+    """What every choice has that learns values."""
+
+    cut_off: Literal["end", "bootstrap"] = "end"
+    """What is behind an episode that no turn or no room was left for (end_reason ``turns`` or ``context``): nothing, as
+    behind one that the environment has ended; or what the networks say where the next response would have begun."""
+
+    def behind(self) -> tuple[str, ...]:
+        return self.estimates() if self.cut_off == "bootstrap" else ()
+
 
 class StandardisedAdvantage(AdvantageSection):
     """What every choice has that standardises values within a group: of trajectories, or of what competes at one place."""
@@ -318,7 +333,7 @@ class StepGroupAdvantage(AdvantageSection):
         return self
 
 
-class GAE(AdvantageSection):
+class GAE(CriticAdvantage):
     """S3: token-level generalised advantage estimation over sampled tokens only (arXiv 1506.02438)."""
 
     kind: Literal["gae"]
@@ -342,7 +357,7 @@ class GAE(AdvantageSection):
         return {"value": self.critic}
 
 
-class TurnGAE(AdvantageSection):
+class TurnGAE(CriticAdvantage):
     """S3: GAE over turns; a response's tokens share its advantage (turn-level PPO). The value is that of its first token."""
 
     kind: Literal["turn_gae"]
@@ -358,7 +373,7 @@ class TurnGAE(AdvantageSection):
         return {"value": self.critic}
 
 
-class BilevelGAE(AdvantageSection):
+class BilevelGAE(CriticAdvantage):
     """S3: GAE over turns, then over the tokens within a turn (bi-level GAE, arXiv 2510.16907)."""
 
     kind: Literal["bilevel_gae"]
@@ -378,7 +393,7 @@ class BilevelGAE(AdvantageSection):
         return {"value": self.critic}
 
 
-class EntropyGAE(AdvantageSection):
+class EntropyGAE(CriticAdvantage):
     """S3: separate values of reward and entropy; entropy counts while it is below its budget (after TECRL, 2511.11592)."""
 
     kind: Literal["entropy_gae"]
@@ -405,7 +420,7 @@ class EntropyGAE(AdvantageSection):
         return {"value": self.critic, "entropy_value": self.entropy_critic}
 
 
-class SoftQ(AdvantageSection):
+class SoftQ(CriticAdvantage):
     """S3: token-level soft Bellman targets of Q over the vocabulary (ETPO, arXiv 2402.06700); goes with surrogate soft_q."""
 
     kind: Literal["soft_q"]
@@ -423,6 +438,9 @@ class SoftQ(AdvantageSection):
 
     def estimates(self) -> tuple[str, ...]:
         return ("soft_value", "taken")
+
+    def behind(self) -> tuple[str, ...]:
+        return ("soft_value",) if self.cut_off == "bootstrap" else ()
 
 
 class SharedPrefixAdvantage(StandardisedAdvantage):

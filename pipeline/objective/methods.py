@@ -106,19 +106,20 @@ def token_advantages(
     Args:
         method: the row of slots.
         batch: the trajectories that passed the filter, rewards reshaped.
-        estimates: what the heads say of each token.
+        estimates: what the heads say of each token, and behind the last ones (see ``advantages.Estimates``).
         state: what the advantage remembers.
 
     Raises:
         ValueError: an estimate is missing, or a reward stands on a token that the policy did not choose.
     """
     section = method.advantage
-    missing = [name for name in section.estimates() if name not in estimates]
+    wanted = (*section.estimates(), *(f"{name}_behind" for name in section.behind()))
+    missing = [name for name in wanted if name not in estimates]
     if missing:
         raise ValueError(f"advantage {section.kind} needs the estimates of its heads: {', '.join(missing)}")
     if bool((batch.reward[~batch.trainable] != 0).any()):
         raise ValueError("a reward stands on a token that the policy did not choose")
-    elsewhere = (*(name for name, field in section if isinstance(field, slots.Head)), "entropy_scale")
+    elsewhere = (*(name for name, field in section if isinstance(field, slots.Head)), "entropy_scale", "cut_off")
     estimate = ADVANTAGES[type(section)](batch, estimates, state or {}, **settings(section, *elsewhere))
     return estimate._replace(advantage=advantages.scaled_by_entropy(batch, estimate.advantage, section.entropy_scale))
 

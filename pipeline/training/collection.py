@@ -39,7 +39,10 @@ class Collection:
     phases: Phases
     """Told how long everything takes."""
     first: Trajectories | None = None
-    """The annotated episodes of iteration 0 if the rollout stage has already sampled them; trees begin anew."""
+    """The annotated episodes of iteration 0 if the rollout stage has already sampled them; trees begin anew, and so does
+    what is to be ``closing``."""
+    closing: bool = False
+    """Episodes that are cut off end with the observation after their last response, of which a critic is asked."""
 
     def rounds(self, number: int) -> Iterator[Trajectories]:
         """The annotated episodes of an iteration, to be trained on.
@@ -49,19 +52,25 @@ class Collection:
         """
         if not isinstance(self.branching, Independent):
             yield from self._grown(number)
-        elif number == 0 and self.first is not None:
+        elif number == 0 and self.first is not None and not self.closing:
             yield self.first
         else:
             specs = self._specs(number)
             with self.phases.phase("collect"):
-                temperature = self.config.rollout.temperature
                 sampled = collect(
-                    self.engine, self.policy.tokenizer, self.config, self.name, specs, temperature, phases=self.phases
+                    self.engine,
+                    self.policy.tokenizer,
+                    self.config,
+                    self.name,
+                    specs,
+                    self.config.rollout.temperature,
+                    phases=self.phases,
+                    closing=self.closing,
                 )
             yield self._annotated(sampled)
 
     def _grown(self, number: int) -> Iterator[Trajectories]:
-        setup = Setup(self.policy.tokenizer, self.config, self.name, self.phases)
+        setup = Setup(self.policy.tokenizer, self.config, self.name, self.phases, self.closing)
         temperature = self.config.rollout.temperature
         forest = Forest(self.engine, setup, self._specs(number), self.branching, temperature)
         self.engine.forget()

@@ -63,7 +63,16 @@ class PolicyGradient(lightning.LightningModule):
         self.engine = TransformersEngine(policy, config.rollout.batch_episodes)
         self.phases = Phases()
         self.collection = Collection(
-            config, name, seed, self.method.branching, self.engine, policy, self.reference, self.phases, first
+            config,
+            name,
+            seed,
+            self.method.branching,
+            self.engine,
+            policy,
+            self.reference,
+            self.phases,
+            first,
+            closing=bool(self.method.advantage.behind()),
         )
         self.curve: list[dict[str, float]] = []
         """One row of metrics per finished iteration."""
