@@ -93,7 +93,8 @@ class EntropyRise(BranchingSection):
     penalty: Probability = 0.05
     """Taken per consecutive branching l (AEPO); 0 for none (ARPO)."""
     penalty_per: Literal["path", "prompt"] = "path"
-    """Whose consecutive branchings count: a path's (paper), or all of the initial state's (released code)."""
+    """What counts as branching in a row: decisions of one path (paper), or rounds, a turn of all of the initial state's
+    paths each, in which any of them branches (released code)."""
     tokens: Count = 10
     """First tokens of a response over which entropy is averaged. Ours."""
     width: Count = 1
@@ -123,8 +124,8 @@ class Positions(BranchingSection):
     signal: Literal[
         "branching_score", "entropy", "reference_energy", "action_energy", "action_random", "action_start", "random"
     ] = "branching_score"
-    """The score: APPO's ``z(H) * z(Omega)`` under the policy after the iteration's first updates; the behaviour policy's
-    entropy; the reference policy's energy, of all tokens or of action tokens; a draw for any action token, or for the
+    """The score: APPO's ``z(H) * z(Omega)`` under the policy after the iteration's first updates, z over an episode's
+    tokens, those first in which both are positive, and none on whitespace; the behaviour policy's entropy; the reference policy's energy, of all tokens or of action tokens; a draw for any action token, or for the
     first one of each response; a draw for any token."""
     side: Literal["before", "after"] = "after"
     """Sample the scored token again, or only what comes after it (APPO)."""
@@ -132,8 +133,8 @@ class Positions(BranchingSection):
     """Whether the episodes that succeeded are branched from too, where others failed."""
     width: Count = 1
     """Branches at a position."""
-    discount: Probability = 0.99
-    """gamma of ``Omega_t = exp(sum_{k >= t} gamma^(k-t) (log pi - log pi_old))``. Ours."""
+    discount: Probability = 1.0
+    """gamma of ``Omega_t = exp(sum_{k >= t} gamma^(k-t) (log pi - log pi_old))``."""
     bounds: tuple[Positive, Positive] = (0.8, 1.2)
     """Omega is clipped to these."""
 
@@ -321,10 +322,13 @@ class StepGroupAdvantage(AdvantageSection):
     kind: Literal["step_group"]
     step_weight: NonNegative = 1.0
     """Weight of the turn's advantage beside the episode's."""
+    episodes_by: Literal["trajectory", "turn"] = "trajectory"
+    """How often an episode counts in the mean (and standard deviation) of its group: once, as in the authors' DrMAS, or once
+    per turn, as in verl-agent by default, where longer episodes weigh more."""
     gamma: Probability = 0.95
     """Discount per turn of the return that scores a turn."""
     std: bool = False
-    """Divide both advantages by their group's standard deviation; the published default only centres."""
+    """Divide both advantages by their group's standard deviation; the authors' scripts only centre."""
 
     @model_validator(mode="after")
     def _effective(self) -> StepGroupAdvantage:
@@ -459,8 +463,10 @@ class PrefixCreditAdvantage(StandardisedAdvantage):
     """
 
     kind: Literal["prefix_credit"]
+    ddof: Literal[0, 1] = 0
+    """Delta degrees of freedom of that standard deviation."""
     credit: Positive = 1.0
-    """Factor of that mean. Ours."""
+    """Factor of that mean."""
 
 
 class SiblingAdvantage(StandardisedAdvantage):
@@ -673,6 +679,7 @@ Aggregation = Annotated[Union[WeightSum, TokenMean, SequenceMean, ConstantNormal
 # ------------------------------------------------------------------------------------------------- S5: surrogate
 
 Low = Annotated[float, Field(gt=0.0, lt=1.0)]
+Dual = Annotated[float, Field(gt=1.0)]
 
 
 class SurrogateSection(Section):
@@ -690,6 +697,9 @@ class PPOClip(SurrogateSection):
     """The ratio is not pushed below 1 - low."""
     high: Positive = 0.28
     """The ratio is not pushed above 1 + high."""
+    dual: Dual | None = None
+    """Where A < 0 a ratio above this counts as this, without a gradient (dual clip, arXiv 1912.09729): 3 in verl; null: no
+    bound, as in PPO's paper and in TRL."""
 
 
 class SequenceClip(SurrogateSection):
@@ -720,6 +730,8 @@ class StraightThroughClip(SurrogateSection):
     """The ratio is not pushed below 1 - low where A < 0."""
     high: Positive = 0.2
     """Where A > 0 a ratio above 1 + high counts as 1 + high."""
+    dual: Dual | None = None
+    """Where A < 0 a ratio above this counts as this, without a gradient: 3 in the released code; null: no bound."""
 
 
 class CovarianceClip(SurrogateSection):
@@ -788,7 +800,7 @@ class ProcedureClip(SurrogateSection):
     """The ratio is not pushed below 1 - low."""
     high: Positive = 0.28
     """The ratio is not pushed above 1 + high."""
-    dual: Annotated[float, Field(gt=1.0)] = 3.0
+    dual: Dual = 3.0
     """Where A < 0 a ratio above this counts as this; a trajectory with more than one such token leaves the mean."""
     strength: Positive = 1.0
     """b of the scaling."""
@@ -799,7 +811,10 @@ class ProcedureClip(SurrogateSection):
     largest_shift: Positive = 1.0986
     """Tokens whose ``log pi - log pi_old`` is above this (log 3) are left out of FutureKL."""
     bound: Annotated[float, Field(gt=1.0)] = 1.2
-    """f_t is clipped to [1, this]; to [0.8, 1] where A < 0 and the token's ratio is above 1 + high."""
+    """f_t is clipped to [1, this]."""
+    safety: Annotated[float, Field(gt=1.0)] = 6.0
+    """Where A < 0 and the ratio is above this f_t is 1. From ``dual`` on it changes the loss's value alone, as with the
+    source's 6 beside 3: such a token has no gradient by then."""
 
 
 class SoftQSurrogate(SurrogateSection):
@@ -835,7 +850,8 @@ class RegulariserSection(Section):
     kl: NonNegative = 0.0
     """Coefficient of the KL to the reference policy."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """How the KL is estimated from sampled tokens. As a loss, k1 has zero expected gradient on-policy."""
+    """How the KL is estimated from sampled tokens, and so which KL the loss pulls by: its expected gradient on-policy is that
+    of KL(pi || ref) with k2, that of KL(ref || pi) with k3, and zero with k1."""
     skip_above_kl: Positive | None = None
     """The policy's step is skipped while its KL from the behaviour policy is above this (POAD: 0.02); null for never."""
 

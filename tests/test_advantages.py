@@ -252,7 +252,9 @@ def test_token_group_equals_reference(batch: TokenBatch, ddof: int, eps: float) 
     close(from_token_group(shaped, {}, {}, ddof=ddof, eps=eps).advantage, expected)
 
 
-def reference_step_group(batch: TokenBatch, step_weight: float, gamma: float, std: bool) -> list[float]:
+def reference_step_group(
+    batch: TokenBatch, step_weight: float, gamma: float, std: bool, episodes_by: str = "trajectory"
+) -> list[float]:
     owner, state, turns = batch.turn_trajectory.tolist(), batch.turn_state.tolist(), range(len(batch.turn_trajectory))
     reward = [
         math.fsum(r for r, own in zip(batch.reward.tolist(), batch.turn.tolist(), strict=True) if own == k)
@@ -260,6 +262,10 @@ def reference_step_group(batch: TokenBatch, step_weight: float, gamma: float, st
     ]
     score = [math.fsum(gamma ** (j - k) * reward[j] for j in turns if j >= k and owner[j] == owner[k]) for k in turns]
     episode = reference_group(batch.returns.tolist(), batch.group.tolist(), std, 1, 1e-6)
+    if episodes_by == "turn":  # a row per turn, as verl-agent has them
+        returns, group = ([values.tolist()[own] for own in owner] for values in (batch.returns, batch.group))
+        rows = reference_group(returns, group, std, 1, 1e-6)
+        episode = [next((a for a, own in zip(rows, owner, strict=True) if own == e), 0.0) for e in range(len(episode))]
     step = reference_group(score, state, std, 1, 1e-6)
     result = []
     for t in range(len(batch.role)):
@@ -269,10 +275,27 @@ def reference_step_group(batch: TokenBatch, step_weight: float, gamma: float, st
 
 
 @properties
-@given(batches(), st.sampled_from([0.0, 1.0, 0.7]), DISCOUNTS, st.booleans())
-def test_step_group_equals_reference(batch: TokenBatch, step_weight: float, gamma: float, std: bool) -> None:
-    actual = from_step_group(batch, {}, {}, step_weight=step_weight, gamma=gamma, std=std).advantage
-    close(actual, reference_step_group(batch, step_weight, gamma, std))
+@given(batches(), st.sampled_from([0.0, 1.0, 0.7]), DISCOUNTS, st.booleans(), st.sampled_from(["trajectory", "turn"]))
+def test_step_group_equals_reference(
+    batch: TokenBatch, step_weight: float, gamma: float, std: bool, episodes_by: str
+) -> None:
+    settings = {"step_weight": step_weight, "gamma": gamma, "std": std, "episodes_by": episodes_by}
+    actual = from_step_group(batch, {}, {}, **settings).advantage
+    close(actual, reference_step_group(batch, **settings))
+
+
+def test_an_episode_may_count_once_per_turn() -> None:
+    """Returns 4 of three turns and 0 of one: of mean 2 by trajectory, and of mean 3 by turn; sample deviation 2 then."""
+    batch = small_batch([[1, 1, 1], [1]], [[0, 0, 4], [0]], [[0, 1, 2], [3]])
+    for episodes_by, std, expected in (
+        ("trajectory", False, [2, 2, 2, -2]),
+        ("turn", False, [1, 1, 1, -3]),
+        ("turn", True, [0.5, 0.5, 0.5, -1.5]),
+    ):
+        estimate = token_advantages(
+            row("step_group", episodes_by=episodes_by, std=std, step_weight=0.0, gamma=0.95), batch, {}
+        )
+        assert estimate.advantage[batch.trainable].tolist() == pytest.approx(expected, abs=1e-5)
 
 
 @properties

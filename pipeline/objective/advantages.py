@@ -152,15 +152,31 @@ def from_token_group(
 
 
 def from_step_group(
-    batch: TokenBatch, estimates: Estimates, state: State, *, step_weight: float, gamma: float, std: bool
+    batch: TokenBatch,
+    estimates: Estimates,
+    state: State,
+    *,
+    step_weight: float,
+    gamma: float,
+    std: bool,
+    episodes_by: str = "trajectory",
 ) -> AdvantageEstimate:
     """GiGPO (arXiv 2505.10978): ``A_episode + step_weight * A_step``.
+
+    ``A_episode`` is ``group_advantage`` of the returns, of an episode once, or (``episodes_by`` "turn") once per turn.
 
     A turn is scored by the discounted return from it on, ``R_k = sum_j gamma^(j-k) r_j``, and compared with all turns of
     its group that began in the same state; alone in its state it has ``A_step = 0``.
     """
-    episode = group_advantage(batch.returns, batch.group, std=std, ddof=1, eps=1e-6)
-    advantage = to_tokens(episode, batch.trajectory, batch.trainable)
+    if episodes_by == "trajectory":
+        episode = group_advantage(batch.returns, batch.group, std=std, ddof=1, eps=1e-6)
+        advantage = to_tokens(episode, batch.trajectory, batch.trainable)
+    elif len(batch.turn_trajectory):
+        owner = batch.turn_trajectory
+        episode = group_advantage(batch.returns[owner], batch.group[owner], std=std, ddof=1, eps=1e-6)
+        advantage = torch.where(batch.trainable, episode[batch.turn.clamp_min(0)], 0.0)
+    else:
+        advantage = torch.zeros_like(batch.reward)
     if len(batch.turn_state):
         score = discounted_returns(turn_rewards(batch), batch.turn_trajectory, gamma)
         step = group_advantage(score, batch.turn_state, std=std, ddof=1, eps=1e-6)

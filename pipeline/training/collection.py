@@ -15,7 +15,7 @@ from pipeline.randomness import generator
 from pipeline.rollout.branching import Forest
 from pipeline.rollout.collector import EpisodeSpec, Setup, collect, iteration_specs
 from pipeline.rollout.engine import RolloutEngine
-from pipeline.rollout.scores import branch_scores
+from pipeline.rollout.scores import blank_tokens, branch_scores
 from pipeline.slots import BranchingSection, Independent, Positions
 from pipeline.timing import Phases
 from pipeline.trajectory import Trajectories, concatenate
@@ -102,13 +102,19 @@ class Collection:
 
     def _scores(self, section: Positions, initial: Trajectories) -> np.ndarray:
         moved = self._now(initial)[0] - initial.logprob if section.moved else np.zeros(len(initial.input_ids))
-        scores = np.zeros(len(initial.input_ids))
+        scores, blank = np.zeros(len(initial.input_ids)), blank_tokens(self.policy.tokenizer, initial.input_ids)
         for group in dict.fromkeys(initial.episodes["group_id"]):  # each with draws of its own
             rows = [row for row, own in enumerate(initial.episodes["group_id"]) if own == group]
             tokens = np.isin(initial.token_episode, rows)
             draws = generator(self.seed, "branch scores", group)
             scores[tokens] = branch_scores(
-                section.signal, initial.select(rows), draws, moved[tokens], section.discount, section.bounds
+                section.signal,
+                initial.select(rows),
+                draws,
+                moved[tokens],
+                section.discount,
+                section.bounds,
+                blank[tokens],
             )
         return scores
 
