@@ -193,20 +193,20 @@ class TokenEntropyReward(Section):
     """S7: successful trajectories share reward by token entropy (GTPO, arXiv 2508.04349)."""
 
     kind: Literal["token_entropy"]
-    base: NonNegative = 0.5
-    """Factor of the return on every token of a successful trajectory. Ours: the paper's is not known to us."""
-    bonus: NonNegative = 0.5
-    """Factor of the entropy share, whose mean over the successful trajectories alive at a position is 1. Ours."""
+    base: NonNegative = 1.0
+    """Factor of the return on every token of a successful trajectory."""
+    bonus: NonNegative = 0.1
+    """Factor of the entropy share, whose mean over the successful trajectories alive at a position is 1."""
 
 
 class SequenceEntropyReward(Section):
     """S7: successful trajectories share reward by their mean entropy (GRPO-S, arXiv 2508.04349)."""
 
     kind: Literal["sequence_entropy"]
-    base: NonNegative = 0.5
-    """Factor of the return of a successful trajectory. Ours: the paper's is not known to us."""
-    bonus: NonNegative = 0.5
-    """Factor of the entropy share, whose mean over a group's successful trajectories is 1. Ours."""
+    base: NonNegative = 1.0
+    """Factor of the return of a successful trajectory."""
+    bonus: NonNegative = 0.1
+    """Factor of the entropy share, whose mean over a group's successful trajectories is 1."""
 
 
 class EntropyRateReward(Section):
@@ -738,9 +738,9 @@ class CovarianceClip(SurrogateSection):
     """S5: PPO's clip, and no loss on random tokens of high covariance (Clip-Cov, arXiv 2505.22617)."""
 
     kind: Literal["covariance_clip"]
-    low: Low = 0.2
+    low: Annotated[float, Field(gt=0.0, le=1.0)] = 1.0
     """The ratio is not pushed below 1 - low."""
-    high: Positive = 0.2
+    high: Positive = 1.0
     """The ratio is not pushed above 1 + high."""
     share: Share = 2e-4
     """Share of the minibatch's tokens that loses its loss; at least one token, if any is in the band."""

@@ -85,7 +85,7 @@ CHANGED: dict[str, Any] = {
 }
 # Where a setting has something to act on: other settings of its section, changed in the baseline too.
 WHERE: dict[str, dict[str, Any]] = {
-    "surrogate.covariance_clip": {"band": [0.0, 5.0]},
+    "surrogate.covariance_clip": {"band": [0.0, 5.0], "low": 0.2, "high": 0.2},
     "surrogate.balanced_clip": {"low": [0.5, 1.0], "high": [1.0, 3.0], "step": 0.02},
     "surrogate.sequence_clip": {"low": 0.01, "high": 0.01},
     "regulariser.entropy_target": {"target": 1.5},
@@ -189,7 +189,7 @@ def trained(preset: str, method: str, changes: str) -> dict[str, torch.Tensor]:
     config = parse(raw)
     policy = Policy(copy.deepcopy(reference().model), reference().tokenizer)
     module = fit(PolicyGradient(config, LAKE, method, 0, policy), 3)
-    assert sum(row["non_finite_losses"] for row in module.curve) == 0
+    assert sum(row.get("non_finite_losses", 0) for row in module.curve) == 0  # none where no group is kept
     assert sum(row["success"] for row in module.curve) > 0
     return weights(module.model)
 
