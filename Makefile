@@ -5,6 +5,11 @@ export PATH := $(CURDIR)/.venv/bin:$(PATH)
 export VIRTUAL_ENV := $(CURDIR)/.venv
 # Large blocks of memory stay with the process, in huge pages. glibc reads it, others ignore it.
 export GLIBC_TUNABLES ?= glibc.malloc.hugetlb=1:glibc.malloc.mmap_threshold=33554432:glibc.malloc.trim_threshold=4000000000
+# Containers run under ids that have neither a name nor a home; DVC asks for both.
+ifeq ($(shell whoami 2>/dev/null),)
+export USER ?= $(shell id -u)
+export HOME ?= $(CURDIR)/.cache/home
+endif
 PIPELINE = $(if $(PRESET),presets/$(PRESET)/dvc.yaml,dvc.yaml)
 PARAMS = $(if $(PRESET),presets/$(PRESET)/params.yaml,params.yaml)
 OUT = $(if $(PRESET),presets/$(PRESET),.)
@@ -77,9 +82,10 @@ decisions: preset ## which signal finds the tokens that decide? (PRESET=branchin
 	@dvc repro --quiet $(PIPELINE):policy
 	@python -m stages.decisions --params $(PARAMS) $(ARGS)
 
-bench: install .venv-trl/.installed ## measure speed against the machine's floor, plain transformers and TRL (DEVICE=cuda)
+bench: install .venv-trl/.installed ## measure speed against the machine's floor, plain transformers and TRL (DEVICE=cuda, ISA=avx2)
 	dvc repro --quiet annotate
-	python -m benchmarks.bench --params $(PARAMS) --trl .venv-trl/bin/python $(if $(DEVICE),--device $(DEVICE))
+	$(if $(ISA),ACTFOCUS_KERNELS=$(ISA)) python -m benchmarks.bench --params $(PARAMS) --trl .venv-trl/bin/python \
+	  $(if $(DEVICE),--device $(DEVICE)) $(if $(ISA),--out reports/bench-$(ISA).json)
 
 .venv-trl/.installed: benchmarks/trl_requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv-trl
@@ -96,5 +102,5 @@ ui: install ## MLflow's pages on http://127.0.0.1:5000
 	mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
 
 clean: ## delete outputs, caches and MLflow's store; keeps .venv
-	rm -rf data models reports presets/*/data presets/*/models presets/*/reports presets/*/sweeps sweeps/confirm_* .cache .dvc/cache .dvc/tmp mlflow.db mlruns
+	rm -rf data models reports presets/*/data presets/*/models presets/*/reports presets/*/sweeps sweeps/confirm_* .cache .dvc/cache .dvc/tmp mlflow.db mlflow.db.partial mlflow.db.unfinished mlruns
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

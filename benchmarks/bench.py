@@ -7,27 +7,29 @@ one process per core. Repeated figures are medians with their extremes.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import multiprocessing
 import os
 import platform
+import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from rich.progress import Progress
 from transformers import Qwen2Config, Qwen2ForCausalLM
 from transformers.utils import logging
 
 from benchmarks.baselines import GenerateEngine, padded_scores
 from benchmarks.flops import forward_flops, sampling_flops
-from pipeline.config import Config, load, read_yaml
+from pipeline.config import Config, ConfigError, load, read_yaml
 from pipeline.energy.annotate import annotate
 from pipeline.files import write_json
 from pipeline.kernels.library import library
@@ -39,7 +41,7 @@ from pipeline.rollout.collector import collect, iteration_specs
 from pipeline.rollout.engine import Continuation, Request, Sampling
 from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.training.result import table_slice
-from pipeline.trajectory import Trajectories, read
+from pipeline.trajectory import Trajectories, TrajectoryError, read
 
 REPEATS = 5
 ENVIRONMENT = "frozen_lake"
@@ -86,6 +88,39 @@ class Setup:
         return found
 
 
+class Unmeasured(Exception):
+    """A section cannot be measured here; the text says why."""
+
+
+def say(text: str) -> None:
+    """Where the benchmark is, also when its output is a file."""
+    print(f"bench {text}", file=sys.stderr, flush=True)
+
+
+@contextlib.contextmanager
+def limited(seconds: float) -> Iterator[None]:
+    """Stop what runs longer, with its worker processes.
+
+    Raises:
+        Unmeasured: it did, or there was no time to begin with.
+    """
+
+    def stop(*_: Any) -> None:
+        for child in multiprocessing.active_children():
+            child.terminate()
+        raise Unmeasured(f"not done in the {seconds:.0f} seconds that were left")
+
+    if seconds <= 0:
+        raise Unmeasured("no time was left")
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
+    try:
+        yield
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, before)
+
+
 def repeated(work: Callable[[], Any], repeats: int = REPEATS, warm: int = 1) -> list[float]:
     """Seconds of each repetition, after ``warm`` that do not count."""
     seconds = []
@@ -125,6 +160,29 @@ def matrix_peak(
         best[f"{m} x {k} x {n}"] = 2.0 * m * k * n * calls / min(seconds)
     torch.set_num_threads(1)
     return {"peak": max(best.values()), "by_shape": best}
+
+
+def peaks() -> dict[str, Any]:
+    """Of one and two threads of the CPU; ``skipped`` says why where the processor does not multiply a precision.
+
+    A product in bfloat16 that PyTorch has to do number by number takes hundreds of times as long as in float32.
+    """
+    cpu, found = torch.device("cpu"), dict[str, Any]()
+    small = {dtype: min(_product_seconds(dtype)) for dtype in (torch.float32, torch.bfloat16)}
+    for dtype, seconds in small.items():
+        slower, name = seconds / small[torch.float32], str(dtype).removeprefix("torch.")
+        for threads in (1, 2):
+            key = f"{name}, {threads} thread{'s' * (threads > 1)}"
+            if slower > 8:
+                found[key] = {"skipped": f"a product takes {slower:,.0f} times as long as in float32"}
+            else:
+                found[key] = matrix_peak(threads, dtype, cpu)
+    return found
+
+
+def _product_seconds(dtype: torch.dtype, size: int = 256) -> list[float]:
+    a, b = (torch.randn(size, size).to(dtype) for _ in range(2))
+    return repeated(lambda: a @ b, 3)
 
 
 def pieces(episodes: Trajectories) -> tuple[list[np.ndarray], list[np.ndarray]]:
@@ -359,7 +417,9 @@ def trl(setup: Setup, python: Path, params: Path) -> dict[str, Any]:
             out,
         ]
         environment = {**os.environ, "PYTHONPATH": ".", "OMP_NUM_THREADS": str(threads)}
-        return subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.DEVNULL)
+        process = subprocess.Popen(list(map(str, command)), env=environment, stderr=subprocess.DEVNULL)
+        begun.callback(process.kill)
+        return process
 
     def rates_of(out: Path) -> dict[str, Any]:
         found = json.loads(out.read_text())
@@ -373,12 +433,14 @@ def trl(setup: Setup, python: Path, params: Path) -> dict[str, Any]:
             "trained_tokens_per_second_of_update": spread([r["trained_tokens"] / r["update_seconds"] for r in rows]),
         }
 
-    with tempfile.TemporaryDirectory() as scratch:
+    with tempfile.TemporaryDirectory() as scratch, contextlib.ExitStack() as begun:
         result = {}
         for configuration, warm in (("plain", 1), ("cached", 1), ("compiled", 2)):
             out = Path(scratch) / f"{configuration}.json"
             if start(configuration, 1, REPEATS + warm, out).wait() == 0:
                 result[configuration] = rates_of(out)
+        if not result:
+            raise Unmeasured("none of TRL's configurations ran")
         best = max(result, key=lambda name: result[name]["generated_tokens_per_second"]["median"])
         out = Path(scratch) / "threads.json"
         start(best, 2, REPEATS + 2, out).wait()
@@ -421,20 +483,25 @@ def headline(setup: Setup) -> dict[str, Any]:
     seconds = repeated(lambda: annotate(episodes, policy, 1.0, budget), REPEATS)
     flops = forward_flops(policy.model.config, episodes.lengths, wanted)
     bigger = setup.scratch(*SHAPES["1.1 M"])
-    return {
-        "rollout": rollout_rates(setup, 128, 128, REPEATS),
-        "rollout_5_turns": rollout_rates(setup, 128, 128, REPEATS, turns=5),
-        "rollout_5_turns_generate": rollout_rates(setup, 128, 128, REPEATS, GenerateEngine, turns=5),
-        "annotation": {
+    parts: dict[str, Callable[[], Any]] = {
+        "rollout": lambda: rollout_rates(setup, 128, 128, REPEATS),
+        "rollout_5_turns": lambda: rollout_rates(setup, 128, 128, REPEATS, turns=5),
+        "rollout_5_turns_generate": lambda: rollout_rates(setup, 128, 128, REPEATS, GenerateEngine, turns=5),
+        "annotation": lambda: {
             "tokens_per_second": rates(len(episodes.input_ids), seconds),
             "flops_per_second": rates(flops, seconds),
         },
-        "update": update_rates(policy, ids, wanted, budget),
-        "update_padded_transformers": {"tokens_per_second": rates(len(episodes.input_ids), baseline)},
-        "update_1M": update_rates(bigger, ids, wanted, budget),
-        "by_turn": by_turn(setup),
-        "attention": attention(setup),
+        "update": lambda: update_rates(policy, ids, wanted, budget),
+        "update_padded_transformers": lambda: {"tokens_per_second": rates(len(episodes.input_ids), baseline)},
+        "update_1M": lambda: update_rates(bigger, ids, wanted, budget),
+        "by_turn": lambda: by_turn(setup),
+        "attention": lambda: attention(setup),
     }
+    found = {}
+    for name, part in parts.items():
+        say(f"headline: {name}")
+        found[name] = part()
+    return found
 
 
 def scaling(setup: Setup) -> dict[str, Any]:
@@ -540,55 +607,100 @@ def default_setup(params: Path, out: Path, device: str) -> Setup:
     return Setup(load(params), out / "models" / "policy", table, torch.device(device), dtype)
 
 
+def machine() -> dict[str, Any]:
+    """What figures are of."""
+    loaded = library()
+    return {
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "torch": torch.__version__,
+        "kernels": "off" if loaded is None else loaded.instruction_set,
+    }
+
+
+def processor() -> str:
+    """As Linux calls it, with family and model, which a virtual machine's name leaves out."""
+    try:
+        lines = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()]
+    except OSError:
+        lines = []
+    words = {line[0].strip(): line[1].strip() for line in lines if len(line) == 2}
+    name = words.get("model name") or platform.processor() or platform.machine()
+    return f"{name} (family {words['cpu family']}, model {words['model']})" if "cpu family" in words else name
+
+
+def run_sections(
+    found: dict[str, Any], sections: Mapping[str, Callable[[], Any]], seconds: float, keep: Callable[[], None]
+) -> None:
+    """Measure one section after another into ``found``; what cannot be measured is left out with a word in ``skipped``.
+
+    Args:
+        found: sections by name, ``seconds`` that each took, ``skipped`` ones with the reason.
+        sections: by name.
+        seconds: for all of them.
+        keep: called after each.
+
+    Raises:
+        ConfigError: there is nothing to measure on.
+        TrajectoryError: likewise.
+    """
+    deadline = time.monotonic() + seconds
+    for number, (name, section) in enumerate(sections.items(), 1):
+        at, began = f"{number}/{len(sections)} {name}", time.monotonic()
+        say(at)
+        found.pop(name, None)
+        found["skipped"].pop(name, None)
+        try:
+            with limited(deadline - began):
+                found[name] = section()
+        except (ConfigError, TrajectoryError):
+            raise
+        except Exception as error:
+            reason = str(error) if isinstance(error, Unmeasured) else f"{type(error).__name__}: {error}"
+            found["skipped"][name] = reason.split("\n")[0]
+            say(f"{at}: skipped, {found['skipped'][name]}")
+        found["seconds"][name] = time.monotonic() - began
+        keep()
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--params", type=Path, default=Path("params.yaml"))
     parser.add_argument("--device", default="cpu", help="cpu or cuda; on cuda only the large model is measured")
     parser.add_argument("--trl", type=Path, help="python of TRL's environment; without it TRL is left out")
     parser.add_argument("--only", help="comma-separated sections")
+    parser.add_argument("--minutes", type=float, default=20.0, help="what is not measured by then is skipped")
     parser.add_argument("--out", type=Path, default=Path("reports/bench.json"))
     arguments = parser.parse_args()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
     setup = default_setup(arguments.params, Path("."), arguments.device)
-    cpu = torch.device("cpu")
+
+    def trl_section() -> dict[str, Any]:
+        if arguments.trl is None:
+            raise Unmeasured("no --trl was given")
+        return trl(setup, arguments.trl, arguments.params)
+
     sections: dict[str, Callable[[], Any]] = {
-        "peaks": lambda: {
-            f"{str(dtype).removeprefix('torch.')}, {threads} thread{'s' * (threads > 1)}": matrix_peak(
-                threads, dtype, cpu
-            )
-            for dtype in (torch.float32, torch.bfloat16)
-            for threads in (1, 2)
-        },
+        "peaks": peaks,
         "headline": lambda: headline(setup),
         "training": lambda: whole_training(setup, ["grpo"]),
         "training_two_at_once": lambda: whole_training(setup, ["grpo", "grpo_actfocus"]),
-        "trl": lambda: trl(setup, arguments.trl, arguments.params) if arguments.trl else None,
+        "trl": trl_section,
         "scaling": lambda: scaling(setup),
         "memory_megabytes": lambda: memory(setup),
         "dvc": dvc_cost,
     }
     if arguments.device != "cpu":
         sections = {"gpu": lambda: on_gpu(setup)}
-    chosen = arguments.only.split(",") if arguments.only else list(sections)
-    kept = arguments.out.exists() and (arguments.only or arguments.device != "cpu")
-    found: dict[str, Any] = json.loads(arguments.out.read_text()) if kept else {}
-    found["machine"] = {
-        "processor": platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "torch": torch.__version__,
-        "kernels": library() is not None,
-    }
-    found.setdefault("seconds", {})
-    with Progress() as progress:
-        bar = progress.add_task("bench", total=len(chosen))
-        for name in chosen:
-            progress.update(bar, description=name)
-            began = time.perf_counter()
-            found[name] = sections[name]()
-            found["seconds"][name] = time.perf_counter() - began
-            write_json(arguments.out, found)
-            progress.advance(bar)
+    if arguments.only:
+        sections = {name: sections[name] for name in arguments.only.split(",")}
+    found: dict[str, Any] = {"machine": machine(), "seconds": {}, "skipped": {}}
+    if arguments.out.exists() and (arguments.only or arguments.device != "cpu"):
+        before = json.loads(arguments.out.read_text())
+        if before["machine"] == found["machine"]:  # figures of two machines or builds do not stand in one table
+            found |= before
+    run_sections(found, sections, 60 * arguments.minutes, lambda: write_json(arguments.out, found))
     from benchmarks.report import bench_figure, bench_text
 
     text = bench_text(found)
@@ -599,4 +711,8 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    try:
+        main()
+    except (ConfigError, TrajectoryError) as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None

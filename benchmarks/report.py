@@ -37,6 +37,8 @@ def together(runs: list[dict[str, Any]]) -> dict[str, float]:
 def summary(found: dict[str, Any]) -> list[tuple[str, str]]:
     """Lines of name and value: medians, ratios and shares of the floor, of those sections that were measured."""
     lines = []
+    if found.get("machine"):
+        lines.append(("processor", f"{found['machine']['processor']}; kernels: {found['machine']['kernels']}"))
     if found.get("headline") and found.get("peaks"):
         lines += _headline_lines(found["headline"], found["peaks"]["float32, 1 thread"]["peak"])
     threads = {int(key): value for key, value in found.get("scaling", {}).get("threads", {}).items()}
@@ -60,6 +62,9 @@ def summary(found: dict[str, Any]) -> list[tuple[str, str]]:
         )
     if found.get("gpu"):
         lines += _gpu_lines(found["gpu"])
+    peaks = {f"matrix peak, {name}": peak.get("skipped") for name, peak in (found.get("peaks") or {}).items()}
+    skipped = {name.replace("_", " "): reason for name, reason in found.get("skipped", {}).items()}
+    lines += [(name, f"skipped: {reason}") for name, reason in (peaks | skipped).items() if reason]
     return lines
 
 

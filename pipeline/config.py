@@ -12,13 +12,12 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, Union, get_args
 
 from pydantic import Field, ValidationError, model_validator
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from pipeline.section import ConfigError as ConfigError
 from pipeline.section import Count, Name, Positive, Probability, Section
 from pipeline.slots import Method as Method
 from pipeline.studies import Sweep
+from pipeline.yaml_files import read_yaml as read_yaml
 
 
 class Environment(Section):
@@ -109,7 +108,8 @@ class PretrainedPolicy(Section):
     revision: str | None = None
     """Branch, tag or commit on the hub; give a commit to make runs repeatable."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision of the weights; anything below float32 changes numbers."""
+    """Precision in which the policy computes, and in which it is saved; anything below float32 changes numbers. Weights that
+    are trained have float32 masters, on which the optimizer works."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave it off unless you have read that code."""
 
@@ -184,7 +184,7 @@ class Compare(Section):
     control: dict[str, str] = Field(default={})
     """Method -> its matched control, for paired differences."""
     resamples: Annotated[int, Field(ge=100)] = 5000
-    """Bootstrap resamples."""
+    """Bootstrap resamples of the intervals of each method's success."""
 
 
 class Report(Section):
@@ -211,7 +211,7 @@ class Config(Section):
     """All of ``params.yaml``."""
 
     root: str = "."
-    """Path from the params file's folder to the project's root (dvc.yaml works from there)."""
+    """Path from the params file's folder to the project's root; every other relative path is meant from there."""
     out: str = "."
     """Folder under the root that receives data/, models/ and reports/."""
     params_file: str = "params.yaml"
@@ -305,22 +305,6 @@ Demonstrations.model_rebuild()
 def _nearest(name: str, allowed: Any) -> str:
     close = difflib.get_close_matches(str(name), [str(a) for a in allowed], n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; allowed: {', '.join(sorted(map(str, allowed)))}"
-
-
-def read_yaml(path: str | Path) -> Any:
-    """Parse a YAML 1.2 file (``1e-4`` is a number).
-
-    Raises:
-        ConfigError: the file is missing or not YAML.
-    """
-    try:
-        return YAML(typ="safe", pure=True).load(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file") from None
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be read: {error.strerror}") from None
-    except (YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
 
 
 def load(path: str | Path = "params.yaml") -> Config:

@@ -11,21 +11,36 @@ from __future__ import annotations
 import argparse
 import copy
 import importlib
+import itertools
 import json
 import math
 import os
+import pickle
+import random
 import re
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import FunctionType, ModuleType
 from typing import Any
 
 import gymnasium
 import numpy as np
 
 from pipeline.config import ConfigError, Environment, load
-from pipeline.environments.registry import make
+from pipeline.environments.registry import (
+    actions_left_of,
+    board_of,
+    make,
+    outcome_of,
+    parse_action,
+    reset,
+    success_of,
+    text_of,
+    transition,
+)
 
 PLOTTING = ("matplotlib", "pygame", "plotly", "seaborn", "bokeh")
 REFUSED = ("", " ", "\n", "||", "<think>", "</answer>", "\x00\x01")
@@ -75,6 +90,8 @@ def check_environment(environment: Environment, expert: Any = None, bounds: Boun
         suite.place = ""
         try:
             seen = next(contract(suite), None)
+        except ConfigError as error:  # the pipeline's own words
+            seen = str(error).removeprefix("environments: ")
         except Exception as error:
             seen = f"raised {type(error).__name__}: {error}"
         if seen is not None:
@@ -99,17 +116,18 @@ class _Suite:
     def fresh(self) -> Any:
         return make(self.section)
 
-    def reset(self, environment: Any, seed: int, state_seed: int | None) -> Any:
-        """Start an episode, and remember its seeds for the report."""
+    def reset(self, environment: Any, seed: int, state_seed: int | None) -> str:
+        """Start an episode as the pipeline does, and remember its seeds for the report."""
         self.place = f"(seed {seed})" if state_seed is None else f"(state_seed {state_seed}, seed {seed})"
-        return environment.reset(seed=seed, options=None if state_seed is None else {"state_seed": state_seed})
+        return reset(environment, seed, state_seed)
 
     def opening(self, environment: Any, seed: int, state_seed: int | None) -> Seen:
-        observation, _ = self.reset(environment, seed, state_seed)
+        observation = self.reset(environment, seed, state_seed)
         return {
             "observation": observation,
             "instructions": environment.instructions,
             "state_key": environment.state_key,
+            "actions_left": actions_left_of(environment),
         }
 
     def states(self) -> Iterator[tuple[int, int]]:
@@ -120,32 +138,32 @@ class _Suite:
         """An action that is allowed now: the expert's random ones, or else what the texts name."""
         random_action = getattr(self.expert, "random_action", None)
         if random_action is not None:
-            return environment.parse_action(random_action(environment, self.draws))
+            return parse_action(environment, random_action(environment, self.draws))
         for text in (environment.instructions, observation):
             if text in self._texts:
                 continue
             self._texts.add(text)
-            self._pieces |= {piece: None for piece in _pieces(text) if environment.parse_action(piece) is not None}
+            self._pieces |= {piece: None for piece in _pieces(text) if parse_action(environment, piece) is not None}
         known = list(self._pieces)
-        drawn = (environment.parse_action(known[index]) for index in self.draws.permutation(len(known)))
+        drawn = (parse_action(environment, known[index]) for index in self.draws.permutation(len(known)))
         return next((action for action in drawn if action is not None), None)
 
     def play(
         self, environment: Any, seed: int, state_seed: int, loop: int = 0
     ) -> Iterator[tuple[str, str, float, bool, bool]]:
         """Actions and what followed: at random, or after a random beginning the same ``loop`` actions again and again."""
-        observation, _ = self.reset(environment, seed, state_seed)
+        observation = self.reset(environment, seed, state_seed)
         start, chosen = int(self.draws.integers(4)), list[str]()
         for number in range(self.bounds.longest):
             looping = loop > 0 and number >= start
             action = chosen[(number - start) % loop] if looping and len(chosen) == loop else None
-            if action is None or environment.parse_action(action) != action:
+            if action is None or parse_action(environment, action) != action:
                 action = self.action(environment, observation)
             if action is None:
                 return
             if looping and len(chosen) < loop:
                 chosen.append(action)
-            observation, reward, terminated, truncated, _ = environment.step(action)
+            observation, reward, terminated, truncated = transition(environment, action)
             yield action, observation, reward, terminated, truncated
             if terminated or truncated:
                 return
@@ -190,13 +208,13 @@ def proceed(environment: Any, actions: Sequence[str], reads: int = 1) -> list[Se
     """Step through actions up to the end; ``reads`` times a step everything is read, with 0 only the last state_key."""
     found: list[Seen] = []
     for number, action in enumerate(actions, start=1):
-        observation, reward, terminated, truncated, _ = environment.step(action)
+        observation, reward, terminated, truncated = transition(environment, action)
         found.append({"observation": observation, "reward": reward, "terminated": terminated, "truncated": truncated})
         last = terminated or truncated or number == len(actions)
         for _ in range(max(reads, int(last))):
             found[-1]["state_key"] = environment.state_key
         for _ in range(reads - 1):
-            environment.instructions, environment.success, environment.parse_action(action)
+            environment.instructions, environment.success, parse_action(environment, action)
         if last:
             break
     return found
@@ -208,10 +226,6 @@ def _pieces(text: str) -> Iterator[str]:
     words = re.findall(r"[^\s,;:.()\"'`]+", text)
     for length in range(1, 5):
         yield from (" ".join(words[i : i + length]) for i in range(len(words) - length + 1))
-
-
-def _fits(returned: Any, kinds: tuple[type, ...]) -> bool:
-    return isinstance(returned, tuple) and len(returned) == len(kinds) and all(map(isinstance, returned, kinds))
 
 
 def _misfit(name: str, text: str, space: Any) -> Iterator[str]:
@@ -262,51 +276,42 @@ def _answer() -> None:
 
 
 def form(suite: _Suite) -> Iterator[str]:
-    """Spaces are ``Text``, ``reset`` returns (str, dict), the attributes have their types."""
+    """Spaces are ``Text``, ``reset`` returns (str, dict) whatever integer the seeds are, the attributes have their types."""
     environment = suite.fresh()
     for space in ("observation_space", "action_space"):
         if not isinstance(getattr(environment, space, None), gymnasium.spaces.Text):
             yield f"{space} is not a gymnasium.spaces.Text"
-    for state, seed in suite.states():
-        returned = suite.reset(environment, seed, state)
-        if not _fits(returned, (str, dict)):
-            yield f"reset returned {_short(returned)}, not (str, dict)"
-        for name, kind in (("instructions", str), ("state_key", str), ("success", bool)):
-            if not isinstance(getattr(environment, name), kind):
-                yield f"{name} is {_short(getattr(environment, name))}, not a {kind.__name__}"
-        if environment.success:
+    for state, seed in (*suite.states(), (2**31 - 1, 2**31 - 1)):
+        suite.reset(environment, seed, state)
+        _read(environment)
+        if success_of(environment):
             yield "success is True before the first action"
+
+
+def _read(environment: Any) -> None:
+    """Read every attribute as the pipeline does, which refuses what it must not be."""
+    text_of(environment, "instructions")
+    text_of(environment, "state_key")
+    success_of(environment)
+    actions_left_of(environment)
 
 
 def actions(suite: _Suite) -> Iterator[str]:
     """After every reset an allowed action is found: the expert's, or one that the texts name."""
     environment = suite.fresh()
     for state, seed in suite.states():
-        observation, _ = suite.reset(environment, seed, state)
+        observation = suite.reset(environment, seed, state)
         if suite.action(environment, observation) is None:
             yield "parse_action allows nothing that the expert does or, without one, that the texts name"
 
 
 def step(suite: _Suite) -> Iterator[str]:
-    """``step`` returns (str, float, bool, bool, dict) with a finite reward; the attributes keep their types."""
+    """``step`` returns (str, finite number, flag, flag, dict) as the pipeline takes them; the attributes keep their types."""
     environment = suite.fresh()
     for state, seed in suite.states():
-        observation, _ = suite.reset(environment, seed, state)
-        for _ in range(30):
-            action = suite.action(environment, observation)
-            if action is None:
-                break
-            returned = environment.step(action)
-            if not _fits(returned, (str, float, bool, bool, dict)):
-                yield f"step({action!r}) returned {_short(returned)}, not (str, float, bool, bool, dict)"
-            if not math.isfinite(returned[1]):
-                yield f"step({action!r}) gave the reward {returned[1]}"
-            for name, kind in (("instructions", str), ("state_key", str), ("success", bool)):
-                if not isinstance(getattr(environment, name), kind):
-                    yield f"after step({action!r}) {name} is {_short(getattr(environment, name))}"
-            observation = returned[0]
-            if returned[2] or returned[3]:
-                break
+        for _ in zip(suite.play(environment, seed, state), range(30), strict=False):
+            _read(environment)
+    yield from ()
 
 
 def texts(suite: _Suite) -> Iterator[str]:
@@ -470,17 +475,129 @@ def actions_left(suite: _Suite) -> Iterator[str]:
     environment = suite.fresh()
     for state, seed in suite.states():
         suite.reset(environment, seed, state)
-        left = allowed = getattr(environment, "actions_left", None)
+        left = allowed = actions_left_of(environment)
         if allowed is None:
             return
-        if not isinstance(allowed, int) or allowed < 1:
-            yield f"actions_left is {_short(allowed)} before the first action"
+        if allowed < 1:
+            yield f"actions_left is {allowed} before the first action"
         for number, _ in enumerate(suite.play(environment, seed, state), start=1):
             if number > allowed:
                 yield f"{allowed} actions were left at the start, and the episode took {number}"
-            if not 0 <= environment.actions_left <= left:
-                yield f"actions_left went from {left} to {environment.actions_left}"
-            left = environment.actions_left
+            now = actions_left_of(environment)
+            if now is None or left is None or now > left:
+                yield f"actions_left went from {left} to {now}"
+            left = now
+
+
+def outcome(suite: _Suite) -> Iterator[str]:
+    """``outcome``, if there is one, is text where an episode has ended, and none of the words for being cut off."""
+    environment = suite.fresh()
+    for state, seed in suite.states():
+        for _, _, _, terminated, truncated in suite.play(environment, seed, state):
+            if terminated or truncated:
+                outcome_of(environment)
+    yield from ()
+
+
+def board(suite: _Suite) -> Iterator[str]:
+    """``board``, if the module has it, draws every state that a turn may begin in: the report calls it after training."""
+    environment = suite.fresh()
+    for state, seed in suite.states():
+        board_of(environment, suite.opening(environment, seed, state)["state_key"])
+        for _, _, _, terminated, truncated in suite.play(environment, seed, state):
+            if not (terminated or truncated):
+                board_of(environment, environment.state_key)
+    yield from ()
+
+
+def noise(suite: _Suite) -> Iterator[str]:
+    """Where something is random, members of a group that differ in seed do not all meet the same.
+
+    That something is random shows in two ways: a step draws from a generator that the environment holds (or Python's or
+    NumPy's own), or the same action in one ``state_key`` of one episode leads to different keys. Then one seed at least must give
+    other draws or another course than the others somewhere.
+    """
+    environment, blamed = suite.fresh(), ""
+    for state, seed in suite.states():
+        followed, before = dict[tuple[str, str], str](), list[list[str]]()
+        for _ in range(PLAYS):
+            played = suite.actions(seed, state)
+            before.append(played)
+            course, drawn = _rolled(suite, environment, seed, state, played)
+            found = f"step({played[drawn[0][0]]!r}) draws at random" if drawn else _forks(course, played, followed)
+            if not found:
+                continue
+            for actions, member in itertools.product(before, (0, 1, 2, 2**31 - 1)):
+                mine = _rolled(suite, environment, seed, state, actions)
+                if mine != _rolled(suite, environment, member, state, actions):
+                    return
+            blamed = blamed or f"{found}, and whatever the seed, the same happens {suite.place}"
+            break
+    suite.place = ""
+    if blamed:
+        yield blamed
+
+
+PLAYS = 3
+"""Random episodes of each initial state in which ``noise`` looks for something random."""
+
+
+def _rolled(
+    suite: _Suite, environment: Any, seed: int, state: int, actions: Sequence[str]
+) -> tuple[list[Seen], list[tuple[int, bytes]]]:
+    """A course, its opening first, and which of its steps drew from what state of a generator."""
+    course, drawn = [suite.opening(environment, seed, state)], list[tuple[int, bytes]]()
+    generators = _generators(environment)
+    for number, action in enumerate(actions):
+        before = [pickle.dumps(one()) for one in generators]
+        course += proceed(environment, [action])
+        drawn += [(number, was) for was, one in zip(before, generators, strict=True) if was != pickle.dumps(one())]
+        if course[-1]["terminated"] or course[-1]["truncated"]:
+            break
+    return course, drawn
+
+
+def _generators(environment: Any) -> list[Callable[[], Any]]:
+    """What gives the state of each generator of NumPy or Python that can be reached from the environment, or is global."""
+    found: list[Callable[[], Any]] = [random.getstate, np.random.get_state]
+    waiting = deque([environment, *map(vars, type(environment).__mro__)])
+    seen = set[int]()
+    while waiting and len(seen) < REACHED:
+        value = waiting.popleft()
+        if id(value) in seen or isinstance(value, _OPAQUE):
+            continue
+        seen.add(id(value))
+        if isinstance(value, np.random.Generator):
+            found.append(lambda bits=value.bit_generator: bits.state)  # type: ignore[misc]
+        elif isinstance(value, np.random.RandomState):
+            found.append(value.get_state)
+        elif isinstance(value, random.Random):
+            found.append(value.getstate)
+        elif isinstance(value, Mapping):
+            waiting.extend(value.values())
+        elif isinstance(value, list | tuple | set | frozenset):
+            waiting.extend(value)
+        else:
+            waiting.append(getattr(value, "__dict__", None))
+    return found
+
+
+REACHED = 20_000
+"""Objects that are looked at for generators; those nearest to the environment come first."""
+_OPAQUE = (type(None), str, bytes, int, float, type, ModuleType, FunctionType, np.ndarray)
+"""What holds no generator, or other environments' too."""
+
+
+def _forks(course: Sequence[Seen], actions: Sequence[str], followed: dict[tuple[str, str], str]) -> str:
+    """Where an action in a state leads elsewhere than it did before; what it leads to is added to ``followed``."""
+    for (start, after), action in zip(itertools.pairwise(course), actions, strict=False):
+        if after["terminated"] or after["truncated"]:
+            break  # that the actions have run out may be seen in the key of an end
+        key, arrived = start["state_key"], after["state_key"]
+        known = followed.setdefault((key, action), arrived)
+        if known != arrived:
+            return f"step({action!r}) in state_key {_short(key)} leads to {_short(known)} and to {_short(arrived)}"
+    return ""
 
 
 def after_the_end(suite: _Suite) -> Iterator[str]:
@@ -499,17 +616,17 @@ def parsing(suite: _Suite) -> Iterator[str]:
     """``parse_action`` leaves its own results as they are, and refuses what is no action."""
     environment = suite.fresh()
     for state, seed in suite.states():
-        observation, _ = suite.reset(environment, seed, state)
+        observation = suite.reset(environment, seed, state)
         for text in (*REFUSED, "x" * (environment.action_space.max_length + 1)):
-            if environment.parse_action(text) is not None:
+            if parse_action(environment, text) is not None:
                 yield f"{_short(text)} is an allowed action"
         for _ in range(10):
             action = suite.action(environment, observation) or ""
             for text in (action, action.upper(), action.lower(), f" {action}\n"):
-                parsed = action if text == action else environment.parse_action(text)
+                parsed = action if text == action else parse_action(environment, text)
                 if parsed is None:
                     continue
-                again = environment.parse_action(parsed)
+                again = parse_action(environment, parsed)
                 if again != parsed:
                     yield f"the allowed action {parsed!r} parses as {again!r}"
 
@@ -538,9 +655,9 @@ def expert(suite: _Suite) -> Iterator[str]:
             for _ in range(suite.bounds.longest):
                 for name in ("random_action", "act"):
                     action = getattr(player, name)(environment, suite.draws)
-                    if environment.parse_action(action) != action:
+                    if parse_action(environment, action) != action:
                         yield f"{name} gives {action!r}, which is not allowed or not its canonical form"
-                _, _, terminated, truncated, _ = environment.step(action)
+                _, _, terminated, truncated = transition(environment, action)
                 if terminated or truncated:
                     break
             if environment.success:
@@ -573,11 +690,14 @@ CONTRACTS: dict[str, tuple[Callable[[_Suite], Iterator[str]], tuple[str, ...]]] 
     "group": (group, ("same seed",)),
     "replay": (replay, ("same seed",)),
     "another process": (another_process, ("replay",)),
+    "noise": (noise, ("group", "another process", "reading")),
     "reading": (reading, ("replay",)),
-    "copies": (copies, ("reading",)),
+    "copies": (copies, ("reading", "noise")),
     "redoing": (redoing, ("same seed",)),
     "ends": (ends, _BASE),
     "actions_left": (actions_left, ("step", "ends")),
+    "outcome": (outcome, _BASE),
+    "board": (board, _BASE),
     "after the end": (after_the_end, _BASE),
     "parsing": (parsing, _BASE),
     "expert": (expert, _BASE),

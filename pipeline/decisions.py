@@ -18,6 +18,7 @@ from pipeline.config import Config, ConfigError
 from pipeline.energy.annotate import annotate, score_trajectories
 from pipeline.policy.model import load_trained
 from pipeline.processes import Report, run_in_processes
+from pipeline.progress import span
 from pipeline.randomness import generator
 from pipeline.rollout.branching import ranked_positions
 from pipeline.rollout.collector import Episode, EpisodeSpec, Setup, iteration_specs, play
@@ -92,8 +93,9 @@ def decisions(config: Config, policy: Path, name: str, method: str, plan: Plan, 
 
     Returns:
         Per signal that has found a token ``positions``, ``roles`` (shares), ``between`` (mean variance that a token
-        decides), ``explained`` (its share of all variance at these tokens) and ``beyond_chance`` (that share less the one of
-        the signal's control, None for a control), each of these three with a 95 % percentile bootstrap over states.
+        decides), ``explained`` (its share of all variance at these tokens) and ``minus_control`` (that share less the one of
+        the signal's control, None for a control), each of these three with a 95 % percentile bootstrap over states. The
+        reference policy plays all of them: nothing here is about trainings.
 
     Raises:
         ConfigError: the method branches itself, or the plan is too small.
@@ -117,14 +119,18 @@ def _measure(task: Task, report: Report) -> list[Position]:
     config, plan = task.config, task.plan
     once = config.model_copy(update={"train": config.train.model_copy(update={"iterations": 1, "tokens": None})})
     training = training_task(once, task.name, task.method, task.seed, task.policy, task.cache)
-    moved = load_trained(train_one(TrainingJob(training, None, None), lambda *_: None) / "policy", config)
+    report(0, config.rollout.groups, "initial states")
+    with span("one training iteration:", 0.0, 0.0):
+        moved = load_trained(train_one(TrainingJob(training, None, None), lambda *_: None) / "policy", config)
     reference = load_trained(task.policy, config)
     temperature, budget = config.rollout.temperature, config.train.tokens_per_forward
     engine = TransformersEngine(reference, config.rollout.batch_episodes)
     setup = Setup(reference.tokenizer, config, task.name)
     specs = iteration_specs(config, task.name, task.seed, 0)
-    episodes = play(engine, map(setup.begin, specs), temperature)
-    table = annotate(build([episode.builder for episode in episodes]), reference, temperature, budget)
+    with span("initial episodes:", 0.0, 0.0):
+        episodes = play(engine, map(setup.begin, specs), temperature, count=len(specs))
+    with span("reference scores:", 0.0, 0.0):
+        table = annotate(build([episode.builder for episode in episodes]), reference, temperature, budget)
     shift = score_trajectories(moved, table, temperature, budget)[0] - table.logprob
     blank = blank_tokens(reference.tokenizer, table.input_ids)
     scores = {
@@ -144,12 +150,14 @@ def _measure(task: Task, report: Report) -> list[Position]:
             for signal, own in scores.items()
         }
         places = list(dict.fromkeys(itertools.chain(*wanted.values())))
-        returns = dict(zip(places, resampled(engine, episodes, places, plan, temperature), strict=True))
+        with span("branches:"):
+            found = resampled(engine, episodes, places, plan, temperature)
+        returns = dict(zip(places, found, strict=True))
         for signal, chosen in wanted.items():
             for place in chosen:
                 role = ROLES.get(Role(int(table.role[rows[place[0]]][place[1]])), "other")
                 result.append(Position(signal, group, role, *components(returns[place])))
-        report(done + 1, config.rollout.groups)
+        report(done + 1, config.rollout.groups, "initial states")
     return result
 
 
@@ -172,15 +180,13 @@ def resampled(
     Returns:
         Per place float64 (candidates, continuations). A candidate with which an episode ends has equal returns.
     """
-    first = play(
-        engine,
-        [
-            Episode.branch(episodes[row], _named(episodes[row].spec, split, number), split)
-            for row, split in places
-            for number in range(plan.candidates)
-        ],
-        temperature,
-    )
+    candidates = [
+        Episode.branch(episodes[row], _named(episodes[row].spec, split, number), split)
+        for row, split in places
+        for number in range(plan.candidates)
+    ]
+    with span("candidates", 0.0, 1 / plan.continuations):
+        first = play(engine, candidates, temperature, count=len(candidates))
     following = [_after(episode) for episode in first]
     again = [
         Episode.branch(episode, _named(episode.spec, split, number), split)
@@ -188,7 +194,8 @@ def resampled(
         if split is not None
         for number in range(plan.continuations - 1)
     ]
-    second = iter(play(engine, again, temperature))
+    with span("continuations", 1 / plan.continuations, 1.0):
+        second = iter(play(engine, again, temperature, count=len(again)))
     rows = []
     for episode, split in zip(first, following, strict=True):
         own = _return(episode)
@@ -233,7 +240,7 @@ def summarised(positions: Sequence[Position]) -> dict[str, Any]:
             "roles": {role: roles.count(role) / len(roles) for role in ("reasoning", "action", "tag", "other")},
             "between": _interval(own, draws, lambda total: total[..., 0] / np.maximum(total[..., 2], 1.0)),
             "explained": _interval(own, draws, _share),
-            "beyond_chance": _interval(paired, draws, lambda total: _share(total) - _share(total[..., 3:]))
+            "minus_control": _interval(paired, draws, lambda total: _share(total) - _share(total[..., 3:]))
             if compared
             else None,
         }

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.prompting import decode, plain_text
-from pipeline.trajectory import Role, Trajectories
+from pipeline.trajectory import Role, Trajectories, response_kind
 
 NUMBERS = ("energy", "logprob", "shift", "advantage", "weight", "coefficient")
 """A token's numbers: energy, log-probability under the behaviour policy, its difference from the reference policy's,
@@ -30,7 +30,7 @@ def episode_records(
         Per episode ``id``, ``group``, ``parent`` and ``split`` (of a branch, else null: the episode that it branched from,
         and how many tokens it shares with that), ``seed``, ``iteration``, ``state``, ``return``, ``success``, ``end`` and
         ``turns``: ``shown`` (all text since the last response), ``state`` (before the turn), ``action``, ``valid``,
-        ``reward`` and ``tokens``, the response as columns of equal length: ``text``, ``role``, ``sampled`` and ``NUMBERS``,
+        ``response`` (one of ``RESPONSES``), ``ended`` (how it did), ``reward`` and ``tokens``, the response as columns of equal length: ``text``, ``role``, ``sampled`` and ``NUMBERS``,
         with 5 significant digits, null where a token has none. Where several tokens wrote one character, the first has it.
     """
     numbers = _numbers(trajectories) | dict(columns or {})
@@ -68,6 +68,8 @@ def _record(
                 "state": plain_text(own["state_key"]),
                 "action": plain_text(own["action"]),
                 "valid": bool(own["valid"]),
+                "response": response_kind(own["valid"], own["well_formed"], own["ended"]),
+                "ended": own["ended"],
                 "reward": rounded(own["reward"]),
                 "tokens": tokens,
             }

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
-from ruamel.yaml import YAML
-
 from pipeline.config import ConfigError, parse, read_yaml
 from pipeline.files import write_text
+from pipeline.yaml_files import yaml_text
 
 
 def resolve_preset(name: str, root: Path) -> Path:
@@ -38,11 +36,7 @@ def preset_text(name: str, root: Path) -> str:
     merged = overlay(read_yaml(root / "params.yaml"), read_yaml(root / "presets" / name / "overlay.yaml"))
     merged |= {"root": "../..", "out": f"presets/{name}", "params_file": f"presets/{name}/params.yaml"}
     parse(merged, f"presets/{name}/overlay.yaml")
-    yaml, stream = YAML(), io.StringIO()
-    yaml.width, yaml.default_flow_style = 120, False
-    yaml.representer.ignore_aliases = lambda _: True
-    yaml.dump(merged, stream)
-    return f"# Made from params.yaml and overlay.yaml by `make preset PRESET={name}`: edit those.\n" + stream.getvalue()
+    return f"# Made from params.yaml and overlay.yaml by `make preset PRESET={name}`: edit those.\n" + yaml_text(merged)
 
 
 def overlay(base: Any, changes: Any) -> Any:

@@ -28,6 +28,7 @@ from pipeline.objective.weights import signal_values, z_score
 from pipeline.policy.model import load_trained
 from pipeline.policy.scoring import length_batches, predicting_hidden, score_tokens
 from pipeline.processes import Report, run_in_processes
+from pipeline.progress import within
 from pipeline.randomness import generator
 from pipeline.slots import ActFocusWeight
 from pipeline.trajectory import Role, Trajectories
@@ -163,6 +164,7 @@ def part_factors(point: Point, pairs: Sequence[tuple[str, float]], weight: ActFo
 
 def group_gradients(task: Task, report: Report) -> np.ndarray:
     """(groups, parts, SKETCH): sketched gradients of ``sum_t part_t * A_t * log pi_t`` by the policy's parameters."""
+    report(0, len(task.groups), "groups")
     config, policy = task.config, load_trained(task.policy, task.config)
     parameters = list(policy.model.parameters())
     length = sum(p.numel() for p in parameters)
@@ -171,7 +173,9 @@ def group_gradients(task: Task, report: Report) -> np.ndarray:
     sign = torch.from_numpy(draws.integers(0, 2, length) * 2 - 1).float()
     result = np.zeros((len(task.groups), task.groups[0][1].shape[1], SKETCH), dtype=np.float32)
     for number, (episodes, parts) in enumerate(task.groups):
-        for piece in length_batches(episodes.lengths, config.train.tokens_per_forward):
+        pieces = length_batches(episodes.lengths, config.train.tokens_per_forward)
+        for done, piece in enumerate(pieces):
+            within(done / len(pieces))
             own = episodes.select(piece)
             rows = np.concatenate([np.arange(episodes.offsets[e], episodes.offsets[e + 1]) for e in piece])
             spans = [slice(own.offsets[e], own.offsets[e + 1]) for e in range(len(own))]
@@ -192,7 +196,7 @@ def group_gradients(task: Task, report: Report) -> np.ndarray:
                     ]
                 )
                 result[number, part] += torch.zeros(SKETCH).index_add_(0, bucket, flat * sign).numpy()
-        report(number + 1, len(task.groups))
+        report(number + 1, len(task.groups), "groups")
     return result
 
 

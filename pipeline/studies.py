@@ -120,10 +120,10 @@ class Sweep(Section):
     """Finished trials (complete or stopped early) of each method."""
     seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[100, 101], min_length=1)
     """A trial is a training per seed; they are stopped or kept together."""
-    confirm_seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[200, 201, 202, 203], min_length=1)
-    """Fresh seeds on which the best and the baselines are compared afterwards."""
+    confirm_seeds: list[Annotated[int, Field(ge=0)]] = Field(default=[200, 201, 202, 203, 204, 205], min_length=1)
+    """Fresh seeds on which the best and the baselines are compared afterwards; below six there is no verdict."""
     score: Literal["final", "area"] = "final"
-    """Interquartile mean over seeds of validation success: at the end, or its mean over training (area under the curve)."""
+    """Mean over seeds of validation success: at the end, or averaged over training (area under the curve)."""
     fewer_tokens: bool = False
     """A second objective, tokens per episode at the end, to be small; the sweep then leaves a front of trials."""
     constraints: Constraints = Constraints()

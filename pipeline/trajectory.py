@@ -17,7 +17,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 
 
 class Role(enum.IntEnum):
@@ -36,6 +36,14 @@ RESPONSE_ROLES = (Role.REASONING, Role.ACTION, Role.THINK_TAG, Role.ANSWER_TAG, 
 
 CUT_OFF = ("turns", "context")
 """Reasons why an episode ends that its environment has not ended: no turn is left, or no room in ``context_tokens``."""
+
+
+CUT = ("response_tokens", "context_tokens")
+"""What a response may be cut by before it has ended itself: the limits of that name in params.yaml."""
+
+RESPONSES = ("valid", "disallowed", "malformed", "cut")
+"""What a turn's response was: valid if its actions were executed. Of the others, cut if it has not ended itself, whatever
+it had said by then; malformed if it has, but no action can be read from it; disallowed if one may not be done."""
 
 
 class TrajectoryError(Exception):
@@ -64,6 +72,8 @@ _TURN = {
     "action": pa.string(),
     "valid": pa.bool_(),
     "state_key": pa.string(),
+    "well_formed": pa.bool_(),
+    "ended": pa.string(),
 }
 _TOKEN: dict[str, np.dtype[Any]] = {
     "input_ids": np.dtype(np.int32),
@@ -89,7 +99,9 @@ class Trajectories:
     turn_offsets: np.ndarray
     """int64 (E + 1,): turn offsets."""
     turns: dict[str, list[Any]]
-    """Columns of T values: start and end of the response, reward, action as executed, valid, state_key before it."""
+    """Columns of T values: start and end of the response, reward, action as executed, valid (it was executed), state_key
+    before it, well_formed (actions can be read from the response, allowed or not), and how the response ended: by the
+    ``stop`` text, by an end-of-sequence token (``eos``), or one of ``CUT``."""
     input_ids: np.ndarray
     """int32 (N,): token ids exactly as prompted or sampled."""
     role: np.ndarray
@@ -159,6 +171,12 @@ class Trajectories:
     def returns(self) -> np.ndarray:
         """float64 (E,): sum of rewards per episode."""
         return np.array(self.episodes["return"], dtype=np.float64)
+
+    @property
+    def responses(self) -> list[str]:
+        """What each turn's response was, of ``RESPONSES``: T values."""
+        columns = (self.turns[name] for name in ("valid", "well_formed", "ended"))
+        return [response_kind(*turn) for turn in zip(*columns, strict=True)]
 
     def token_rewards(self) -> np.ndarray:
         """float64 (N,): each turn's reward on the last sampled token of its response, 0 elsewhere.
@@ -230,7 +248,8 @@ class Trajectories:
         """
         version = (table.schema.metadata or {}).get(b"trajectory_schema", b"none").decode()
         if version != str(SCHEMA_VERSION):
-            raise TrajectoryError(f"trajectory schema {version} found, {SCHEMA_VERSION} expected")
+            again = "another version of this code wrote it, `dvc repro` makes it again"
+            raise TrajectoryError(f"{again}: trajectory schema {version} found, {SCHEMA_VERSION} expected")
         missing = [name for name in (*_EPISODE, "turns", *_TOKEN) if name not in table.column_names]
         if missing:
             raise TrajectoryError(f"missing columns: {', '.join(missing)}")
@@ -283,6 +302,13 @@ def read(path: str | Path) -> Trajectories:
         raise TrajectoryError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
     except TrajectoryError as error:
         raise TrajectoryError(f"{path}: {error}") from None
+
+
+def response_kind(valid: bool, well_formed: bool, ended: str) -> str:
+    """What a response was, of ``RESPONSES``, by its turn's columns."""
+    if valid:
+        return "valid"
+    return "cut" if ended in CUT else "disallowed" if well_formed else "malformed"
 
 
 def concatenate(parts: Sequence[Trajectories]) -> Trajectories:
@@ -357,7 +383,16 @@ class EpisodeBuilder:
         self.tokens["logprob"] += list(logprob)
         self.tokens["entropy"] += list(entropy)
 
-    def close_turn(self, start: int, reward: float, action: str, valid: bool, state_key: str) -> None:
+    def close_turn(
+        self,
+        start: int,
+        reward: float,
+        action: str,
+        valid: bool,
+        state_key: str,
+        well_formed: bool = True,
+        ended: str = "stop",
+    ) -> None:
         """End the turn whose response began at token ``start``."""
         self.turns.append(
             {
@@ -367,6 +402,8 @@ class EpisodeBuilder:
                 "action": action,
                 "valid": valid,
                 "state_key": state_key,
+                "well_formed": well_formed,
+                "ended": ended,
             }
         )
 

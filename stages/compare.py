@@ -11,6 +11,7 @@ def main() -> str:
     config = configured(parse_arguments(__doc__))
     from pipeline.config import ConfigError
     from pipeline.files import read_json, write_json, write_text
+    from pipeline.progress import doing
     from pipeline.report.comparison import compare, read_inputs
     from pipeline.report.comparison_figures import write_comparison_figures
     from pipeline.report.comparison_tables import comparison_markdown, comparison_text
@@ -25,10 +26,12 @@ def main() -> str:
     reports = out / "reports"
     inputs = read_inputs(config, out / "data")
     bottleneck = {name: read_json(reports / "bottleneck" / name / "bottleneck.json") for name in config.environments}
+    doing("statistics")
     try:
         comparison = compare(config, inputs)
     except ValueError as error:
         raise ConfigError(f"{out / 'data' / 'evaluations'}: {error}; `dvc repro` brings it up to date") from None
+    doing("drawing figures")
     write_comparison_figures(comparison, inputs, reports / "figures")
     first = next(iter(config.environments))
     write_json(reports / "bottleneck.json", {**bottleneck[first], "schema": 1, "environments": bottleneck})
@@ -37,11 +40,13 @@ def main() -> str:
     write_text(reports / "comparison.md", comparison_markdown(comparison))
     text = comparison_text(comparison)
     write_text(reports / "comparison.txt", text)
+    doing("writing the report")
     annotated = {name: read(out / "data" / "annotated" / f"{name}.parquet") for name in config.environments}
     played = read_all_played(config, out / "data", annotated)
     episodes = viewer_data(config, SavedTokenizer.load(out / "models" / "policy"), played)
     page = report_html(config, comparison, inputs, bottleneck, annotated, episodes, read_sweeps(out))
     write_text(reports / "index.html", page)
+    doing("logging to MLflow")
     log_comparison(config, Path("."), comparison, inputs.curves, episodes, out)
     return f"{text}\n{reports / 'index.html'}: the report. Next: open it, or `make ui` for the runs"
 

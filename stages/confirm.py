@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import io
 import os
+import signal
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 from stages.command import configured, out_folder, parse_arguments, run
@@ -14,35 +15,33 @@ from stages.command import configured, out_folder, parse_arguments, run
 def main() -> str:
     arguments = parse_arguments(__doc__, "study")
     config = configured(arguments)
-    from ruamel.yaml import YAML
-
     from pipeline.config import ConfigError
     from pipeline.files import read_json, write_text
+    from pipeline.processes import end_with_parent
+    from pipeline.progress import still
     from pipeline.sweep.confirm import confirmation, verdict
     from pipeline.sweep.plan import plans
+    from pipeline.yaml_files import yaml_text
 
-    study, out = arguments.study, out_folder(config)
+    study, out = arguments.study, Path(config.out)
     found = plans(arguments.params, study, out / "models" / "policy")
     summary = out / "reports" / "sweep" / study / "summary.json"
     if not summary.exists():
         raise ConfigError(f"{summary}: no such file; `make sweep STUDY={study}` makes it")
     folder = out / "sweeps" / f"confirm_{study}"
     raw = confirmation(found, read_json(summary)["searches"], folder.as_posix(), os.path.relpath(".", folder))
-    stream = io.StringIO()
-    yaml = YAML()
-    yaml.default_flow_style = False
-    yaml.representer.ignore_aliases = lambda _: True
-    yaml.dump(raw, stream)
-    write_text(folder / "params.yaml", f"# Made by `make sweep-confirm STUDY={study}`.\n{stream.getvalue()}")
+    write_text(folder / "params.yaml", f"# Made by `make sweep-confirm STUDY={study}`.\n{yaml_text(raw)}")
     pipeline = folder / "dvc.yaml"
     write_text(pipeline, Path("dvc.yaml").read_text(encoding="utf-8"))
-    done = subprocess.run(["dvc", "repro", str(pipeline)])
+    with still():  # the stages speak for themselves
+        done = subprocess.run(["dvc", "repro", str(pipeline)], preexec_fn=partial(end_with_parent, signal.SIGKILL))
     if done.returncode:
         sys.exit(done.returncode)
     reports = folder / "reports"
     text = verdict(read_json(reports / "comparison.json"))
     write_text(reports / "verdict.txt", text + "\n")
-    return f"{(reports / 'comparison.txt').read_text(encoding='utf-8')}\n{text}\n{reports}: verdict.txt, index.html. Next: open index.html"
+    shown = out_folder(config) / reports.relative_to(out)
+    return f"{(reports / 'comparison.txt').read_text(encoding='utf-8')}\n{text}\n{shown}: verdict.txt, index.html. Next: open index.html"
 
 
 if __name__ == "__main__":

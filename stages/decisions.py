@@ -25,6 +25,7 @@ def main() -> str:
 
     from pipeline.decisions import Plan, decisions
     from pipeline.files import write_json, write_text
+    from pipeline.progress import doing
     from pipeline.report.decisions import decisions_text, draw_decisions
 
     environments = [arguments.environment] if arguments.environment else list(config.environments)
@@ -34,6 +35,7 @@ def main() -> str:
     out, texts = out_folder(config), []
     for name in environments:
         result = decisions(config, out / "models" / "policy", name, method, plan, Path(".cache"))
+        doing(f"{name}: drawing")
         folder = out / "reports" / "decisions" / name
         folder.mkdir(parents=True, exist_ok=True)
         texts.append(decisions_text(result))

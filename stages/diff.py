@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import io
 import json
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from stages.command import run
+from stages.command import go_to_root, root_of, run
 
 if TYPE_CHECKING:
     from pipeline.report.revisions import Revision
@@ -24,10 +25,13 @@ def main() -> str:
     arguments = parser.parse_args()
     from pipeline.report.revisions import revisions_text
 
+    if Path(arguments.params).exists():  # else it may be in both revisions all the same
+        go_to_root(arguments, root_of(arguments.params))
+        arguments.params = os.path.relpath(arguments.params)
     a, b = read_revision("A", arguments.a, arguments.params), read_revision("B", arguments.b, arguments.params)
     target = arguments.params.removesuffix("params.yaml")
     return (
-        f"{revisions_text(a, b, b.comparison['resamples'])}\n"
+        f"{revisions_text(a, b)}\n"
         f"Next: dvc plots diff {' '.join(r for r in (arguments.a, arguments.b) if r != WORKSPACE)} --targets {target}dvc.yaml::"
     )
 

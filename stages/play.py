@@ -23,6 +23,7 @@ def main() -> str:
     from pipeline.energy.annotate import annotate
     from pipeline.evaluation.evaluate import evaluation_specs
     from pipeline.policy.model import load_trained
+    from pipeline.progress import doing
     from pipeline.rollout.collector import collect
     from pipeline.rollout.transformers_engine import TransformersEngine
 
@@ -32,6 +33,7 @@ def main() -> str:
     out = out_folder(config)
     trained = out / "models" / "trained" / f"{name}-{arguments.method}" / f"seed-{seed}"
     directory = out / "models" / "policy" if arguments.method == "reference" else trained
+    doing("loading the policies")
     if not directory.is_dir():
         raise ConfigError(f"{directory}: no such policy; run `make repro` first")
     policy, reference = load_trained(directory, config), load_trained(out / "models" / "policy", config)
@@ -68,8 +70,9 @@ def show(episode: Any, tokenizer: Any) -> None:
             if action:
                 line.append(f"[E {episode.energy[token]:.2f}]", style="yellow")
         console.print(line)
-        reward, valid = episode.turns["reward"][turn - 1], episode.turns["valid"][turn - 1]
-        console.print(Text(f"reward {reward:g}{'' if valid else ' (invalid)'}", style="magenta"))
+        reward, kind = episode.turns["reward"][turn - 1], episode.responses[turn - 1]
+        why = f"cut by {episode.turns['ended'][turn - 1]}" if kind == "cut" else kind
+        console.print(Text(f"reward {reward:g}{'' if kind == 'valid' else f' ({why})'}", style="magenta"))
         if console.is_terminal:
             time.sleep(0.6)
         position = end

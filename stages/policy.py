@@ -9,13 +9,14 @@ def main() -> str:
     arguments = parse_arguments(__doc__)
     config = configured(arguments)
     import torch
-    from rich.progress import Progress
 
     from pipeline.config import ConfigError
     from pipeline.environments import make
     from pipeline.environments.registry import reset
     from pipeline.policy.bootstrap import bootstrap, expert_of
-    from pipeline.policy.model import load_policy, save_replacing
+    from pipeline.policy.model import load_policy, longest_context, save_replacing
+    from pipeline.progress import Display, doing
+    from pipeline.rollout.acceptance import accept
 
     torch.set_num_threads(config.workers)
     target = out_folder(config) / "models" / "policy"
@@ -26,22 +27,21 @@ def main() -> str:
         if settings.kind == "scratch":
             expert_of(environment)
     if settings.kind == "pretrained":
+        doing(f"loading {settings.model}")
         policy = load_policy(
             settings.model,
             revision=settings.revision,
             dtype=settings.dtype,
             trust_remote_code=settings.trust_remote_code,
+            context=longest_context(config),
         )
     else:
-        with Progress() as progress:
-            bar = progress.add_task("supervising")
+        with Display("policy", ["supervising"]) as display:
+            report = display.report("supervising")
             policy = bootstrap(
-                settings,
-                config.environments,
-                lambda step, total, loss: progress.update(
-                    bar, completed=step, total=total, description=f"supervising, loss {loss:.3f}"
-                ),
+                settings, config.environments, lambda step, total, loss: report(step, total, f"loss {loss:.3f}")
             )
+        doing("saving")
     longest = getattr(policy.model.config, "max_position_embeddings", None)
     for name, section in config.environments.items():
         if longest is not None and section.context_tokens > longest:
@@ -49,6 +49,8 @@ def main() -> str:
                 f"{arguments.params}: environments.{name}.context_tokens: {section.context_tokens} is more than the "
                 f"model's {longest} positions"
             )
+    if settings.kind == "pretrained":
+        accept(policy, settings.model, config)
     save_replacing(policy, target)
     size = sum(p.numel() for p in policy.model.parameters())
     following = next_command(arguments, "rollout", environment=next(iter(config.environments)))

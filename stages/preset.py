@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stages.command import parse_arguments, run
+from stages.command import go_to_root, parse_arguments, root_of, run
 
 
 def main() -> str:
-    name = parse_arguments(__doc__, "name").name
+    arguments = parse_arguments(__doc__, "name")
+    name = arguments.name
     from pipeline.presets import resolve_preset
+
+    go_to_root(arguments, root_of(arguments.params))
 
     target = resolve_preset(name, Path("."))
     return f"{target}. Next: dvc repro presets/{name}/dvc.yaml"

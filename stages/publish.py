@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,12 +25,15 @@ def main() -> str:
     config = configured(parse_arguments(__doc__))
     from pipeline.config import load
     from pipeline.files import read_json
+    from pipeline.progress import doing
     from pipeline.report.comparison_tables import comparison_text, overview_markdown
 
     reports, results, figures = out_folder(config) / "reports", Path("docs/results.md"), Path("docs/figures")
     figures.mkdir(parents=True, exist_ok=True)
-    replace_block(Path("README.md"), "comparison", fenced(comparison_text(read_json(reports / "comparison.json"))))
-    replace_block(results, "comparison", comparison_block(config))
+    own_runs = [out_folder(config) / "data" / "runs"]
+    text = fenced(comparison_text(read_json(reports / "comparison.json")))
+    publish_block(Path("README.md"), "comparison", text, own_runs)
+    publish_block(results, "comparison", comparison_block(config), own_runs)
     for png in sorted((reports / "figures").glob("*.png")):
         shutil.copy2(png, figures / png.name)
     published = [config.comparison]
@@ -38,14 +42,16 @@ def main() -> str:
             shutil.copy2(png, figures / f"{name}-bottleneck-{png.name}")
         replayed = reports / "replay" / name
         if replayed.is_dir():
-            replace_block(results, f"replay {name}", fenced((replayed / "replay.txt").read_text(encoding="utf-8")))
+            text = fenced((replayed / "replay.txt").read_text(encoding="utf-8"))
+            publish_block(results, f"replay {name}", text, own_runs)
             shutil.copy2(replayed / "replay.png", figures / f"{name}-replay.png")
             published.append(f"replay {name}")
     published += publish_sweeps(config, results, figures, "")
     for preset in PRESETS:
-        own = Path("presets") / preset / "reports"
+        doing(preset)
+        own, runs = Path("presets") / preset / "reports", [Path("presets") / preset / "data" / "runs"]
         if (own / "comparison.md").exists():
-            replace_block(results, preset, comparison_block(load(f"presets/{preset}/params.yaml")))
+            publish_block(results, preset, comparison_block(load(f"presets/{preset}/params.yaml")), runs)
             for png in sorted((own / "figures").glob("*.png")):
                 if not png.name.endswith("-health.png"):
                     shutil.copy2(png, figures / f"{preset}-{png.name}")
@@ -53,12 +59,15 @@ def main() -> str:
         published += publish_sweeps(load(f"presets/{preset}/params.yaml"), results, figures, f"{preset} ")
         for measured in sorted((own / "decisions").glob("*/decisions.txt")):
             name = f"decisions {measured.parent.name}"
-            replace_block(results, name, fenced(measured.read_text(encoding="utf-8")))
+            publish_block(results, name, fenced(measured.read_text(encoding="utf-8")), runs)
             shutil.copy2(measured.with_suffix(".png"), figures / f"{measured.parent.name}-decisions.png")
             published.append(name)
     compared = [Path("presets") / preset / "reports" / "comparison.json" for preset in ENVIRONMENTS]
     if all(file.exists() for file in compared):
-        replace_block(Path("README.md"), "environments", overview_markdown([read_json(file) for file in compared]))
+        text, runs = overview_markdown([read_json(file) for file in compared]), [f.parents[1] for f in compared]
+        publish_block(Path("README.md"), "environments", text, [folder / "data" / "runs" for folder in runs])
+    for document, names in ((results, None), (Path("README.md"), ("environments",))):
+        name_commits(document, names)
     bench = reports / "bench.txt"
     if bench.exists():
         replace_block(Path("docs/performance.md"), "bench", fenced(bench.read_text(encoding="utf-8")))
@@ -82,7 +91,8 @@ def publish_sweeps(config: Config, results: Path, figures: Path, prefix: str) ->
         parts = [swept / "sweep.txt", confirmed / "comparison.txt", confirmed / "verdict.txt"]
         if all(part.exists() for part in parts):
             text = "\n".join(part.read_text(encoding="utf-8") for part in parts)
-            replace_block(results, f"{prefix}sweep {study}", fenced(text))
+            runs = out_folder(config) / "sweeps" / f"confirm_{study}" / "data" / "runs"
+            publish_block(results, f"{prefix}sweep {study}", fenced(text), [runs])
             for png in (*sorted(swept.glob("*-slice.png")), *sorted(swept.glob("*-contour*.png"))):
                 shutil.copy2(png, figures / f"{prefix.replace(' ', '-')}sweep-{png.name}")
             published.append(f"{prefix}sweep {study}")
@@ -113,6 +123,54 @@ def fenced(text: str) -> str:
 def demoted(markdown: str) -> str:
     """Markdown whose headings are a level lower."""
     return re.sub(r"^#", "##", markdown.rstrip(), flags=re.M)
+
+
+def publish_block(document: Path, name: str, content: str, runs: Sequence[Path]) -> None:
+    """Put text between a document's marks of that name, and under it the commit that it is from.
+
+    Args:
+        document: has such marks.
+        name: theirs.
+        content: Markdown.
+        runs: folders ``data/runs`` of the trainings that it is about. If they have noted no commit, content that has not
+            changed keeps the commit that stands there (see ``name_commits``); that of new content is unknown.
+
+    Raises:
+        ValueError: as ``replace_block``.
+    """
+    from pipeline.report.commits import MADE, made_by, noted_revisions
+
+    noted = [noted_revisions(folder) for folder in runs]
+    revisions = [revision for found in noted for revision in found] if all(noted) else []
+    old = blocks_of(document.read_text(encoding="utf-8")).get(name, "")
+    if revisions or MADE.sub("", old) != content:
+        replace_block(document, name, f"{content}\n\n{made_by(dict.fromkeys(revisions), Path('.'))}")
+
+
+def name_commits(document: Path, names: Sequence[str] | None = None) -> None:
+    """Put under every table that does not say it the commit in which it last changed: results published earlier.
+
+    Args:
+        document: its blocks are looked at.
+        names: of these alone; None is all.
+    """
+    from pipeline.report.commits import MADE, last_changed
+
+    text = document.read_text(encoding="utf-8")
+    for name, content in blocks_of(text).items():
+        if MADE.search(content) or (names is not None and name not in names):
+            continue
+        first = text[: text.index(MARKS[0].format(name))].count("\n") + 2
+        made = last_changed(document, first, first + content.count("\n"))
+        replace_block(document, name, f"{content}\n\n{made}")
+        text = document.read_text(encoding="utf-8")
+
+
+def blocks_of(text: str) -> dict[str, str]:
+    """What stands between a document's marks, by their names."""
+    start, end = (re.escape(mark).replace(r"\{0\}", "{}") for mark in MARKS)
+    pattern = f"{start.format('(?P<name>.+?)')}\n(?P<content>.*?)\n{end.format('(?P=name)')}"
+    return {found["name"]: found["content"] for found in re.finditer(pattern, text, flags=re.S)}
 
 
 def replace_block(document: Path, name: str, content: str) -> None:

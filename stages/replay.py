@@ -41,18 +41,21 @@ def main() -> str:
     import transformers.models.auto.modeling_auto  # noqa: F401  (imported before the processes fork)
 
     from pipeline.files import write_json, write_text
+    from pipeline.progress import doing
     from pipeline.replay import grid, replay
     from pipeline.report.replay import draw_replay, replay_text
     from pipeline.trajectory import TrajectoryError, read
 
     out = out_folder(config)
     table = out / "data" / "annotated" / f"{environment}.parquet"
+    doing("reading the table")
     trajectories = read(table)
     if not trajectories.annotated:
         raise TrajectoryError(f"{table}: not annotated; run `python -m stages.annotate --environment {environment}`")
     points = grid(arguments.alpha, arguments.beta, arguments.tau, arguments.signal)
     result = replay(config, out / "models" / "policy", trajectories, method, points, arguments.groups)
     folder = out / "reports" / "replay" / environment
+    doing("drawing")
     text = replay_text(result)
     write_json(folder / "replay.json", result)
     write_text(folder / "replay.txt", text)

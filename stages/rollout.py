@@ -12,8 +12,9 @@ def main() -> str:
     import transformers.models.auto.modeling_auto  # noqa: F401  (imported before the processes fork)
 
     from pipeline.processes import run_in_processes
+    from pipeline.progress import doing
     from pipeline.rollout.table import sample_slice
-    from pipeline.trajectory import concatenate
+    from pipeline.trajectory import RESPONSES, concatenate
 
     out = out_folder(config)
     slices = range(config.bottleneck.groups // config.rollout.groups)
@@ -23,13 +24,17 @@ def main() -> str:
     }
     parts = run_in_processes(sample_slice, tasks, config.workers, f"rollout {name}")
     by_seed = {seed: part for result in parts.values() for seed, part in result.items()}
+    doing("writing the table")
     table = concatenate([by_seed[seed] for seed in slices])
     target = out / "data" / "trajectories" / f"{name}.parquet"
     table.write(target)
     success = sum(table.episodes["success"]) / len(table)
+    responses = table.responses
+    turns = ", ".join(f"{responses.count(kind)} {kind}" for kind in RESPONSES)
     return (
         f"{target}: {len(table)} episodes, {int(table.sampled.sum())} sampled tokens, success {success:.3f} at "
-        f"temperature {config.rollout.temperature:g}. {next_command(arguments, 'annotate', environment=name)}"
+        f"temperature {config.rollout.temperature:g}, of {len(responses)} turns {turns}. "
+        f"{next_command(arguments, 'annotate', environment=name)}"
     )
 
 

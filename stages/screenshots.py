@@ -13,6 +13,7 @@ def main() -> str:
     config = configured(parse_arguments(__doc__))
     from pipeline.config import ConfigError
     from pipeline.files import read_json
+    from pipeline.progress import doing
     from pipeline.report.screenshots import chromium, shoot_mlflow, shoot_report
     from pipeline.tracking.store import store_of
 
@@ -26,8 +27,11 @@ def main() -> str:
     folder.mkdir(parents=True, exist_ok=True)
     prefix = "" if config.out == "." else f"{config.comparison}-"
     targets = {name: folder / f"{prefix}{name}.png" for name in PICTURES}
+    doing("starting Chromium")
     with chromium() as browser:
+        doing("the report")
         shoot_report(browser, out / "reports" / "index.html", targets["report"], targets["viewer"])
+        doing("MLflow's comparison")
         shoot_mlflow(browser, store_of(config, Path(".")).uri, environment, runs, targets["mlflow"])
     return f"{folder}: {', '.join(path.name for path in targets.values())}. Next: look at them, then `make publish`"
 

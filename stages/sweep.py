@@ -13,6 +13,7 @@ def main() -> str:
     from pipeline.config import ConfigError
     from pipeline.files import write_json, write_text
     from pipeline.processes import in_own_process
+    from pipeline.progress import doing
     from pipeline.sweep.figures import write_figures
     from pipeline.sweep.plan import plans
     from pipeline.sweep.result import Found, best_overlay, report_text, summary, trials_table
@@ -30,6 +31,7 @@ def main() -> str:
         in_own_process(open_store, store_of(config, root), plan.environment)
         search = Search(plan, TrainingObjective(plan), observer(plan, root))
         found.append(Found(plan, run_search(search, config.workers)))
+    doing("drawing figures")
     write_text(target / "trials.csv", trials_table(found).to_csv(index=False))
     write_text(target / "best.yaml", best_overlay(found))
     write_json(
@@ -37,6 +39,7 @@ def main() -> str:
     )
     write_text(target / "sweep.txt", report_text(found))
     write_figures(found, target)
+    doing("logging to MLflow")
     for search_found in found:
         log_search(search_found, root, target)
     return f"{target}: sweep.txt, trials.csv, best.yaml, figures. Next: make sweep-confirm STUDY={study}"

@@ -3,32 +3,58 @@
 from __future__ import annotations
 
 import shutil
+import sys
 from pathlib import Path
+from typing import TYPE_CHECKING
+from urllib.parse import quote
 
+from pipeline.files import lock, read_json, write_json
+from pipeline.trajectory import TrajectoryError, read
 from stages.command import configured, next_command, out_folder, parse_arguments, run
+
+if TYPE_CHECKING:
+    from argparse import Namespace
+
+    from pipeline.config import Config
 
 
 def main() -> str:
     arguments = parse_arguments(__doc__, "environment", "method")
     config = configured(arguments)
+    name, out = f"{arguments.environment}-{arguments.method}", out_folder(config)
+    table = out / "data" / "annotated" / f"{arguments.environment}.parquet"
+    if not read(table).annotated:
+        raise TrajectoryError(
+            f"{table}: not annotated; run `python -m stages.annotate --environment {arguments.environment}`"
+        )
+
+    def waiting() -> None:
+        print(f"train {name}: another command makes the same; this one waits for its end", file=sys.stderr, flush=True)
+
+    with lock(Path(".cache") / "locks" / quote(f"{config.out}/train/{name}", safe=""), waiting=waiting):
+        return train(arguments, config, out)
+
+
+def train(arguments: Namespace, config: Config, out: Path) -> str:
+    """Train what has not been trained, and put all of it where the next stages look for it."""
     from pipeline.processes import in_own_process, run_in_processes
+    from pipeline.progress import doing
     from pipeline.tracking.store import open_store, run_settings, store_of
     from pipeline.training.result import training_task
     from pipeline.training.run import TrainingJob, train_one
-    from pipeline.trajectory import TrajectoryError, read
 
-    environment, method, out = arguments.environment, arguments.method, out_folder(config)
+    environment, method = arguments.environment, arguments.method
     policy, table = out / "models" / "policy", out / "data" / "annotated" / f"{environment}.parquet"
-    if not read(table).annotated:
-        raise TrajectoryError(f"{table}: not annotated; run `python -m stages.annotate --environment {environment}`")
     tasks = [training_task(config, environment, method, seed, policy, Path(".cache")) for seed in config.seeds]
     made_from = {"annotated episodes": table, "reference policy": policy}
     runs = run_settings(config, Path("."), environment, method, made_from)
     jobs = {f"seed {t.seed}": TrainingJob(t, table, runs[t.seed]) for t in tasks if not t.finished}
     if jobs:
+        doing("opening MLflow's store")
         in_own_process(open_store, store_of(config, Path(".")), environment)
     run_in_processes(train_one, jobs, config.workers, f"train {environment}-{method}")
 
+    doing("copying the results")
     name = f"{environment}-{method}"
     target = out / "models" / "trained" / name
     shutil.rmtree(target, ignore_errors=True)
@@ -47,8 +73,6 @@ def main() -> str:
 
 def collect_results(target: Path, kind: str, results: dict[int, Path]) -> None:
     """Gather one file of each seed's result under ``seeds``."""
-    from pipeline.files import read_json, write_json
-
     write_json(target, {"seeds": {str(seed): read_json(folder / f"{kind}.json") for seed, folder in results.items()}})
 
 

@@ -30,6 +30,11 @@ print(json.dumps(results))
 """
 
 
+def complaints(stderr: str) -> list[str]:
+    """Lines on standard error but for those that tell how far a stage is: on a slow machine one comes before a mistake."""
+    return [line for line in stderr.splitlines() if " so far" not in line]
+
+
 def forked_stages(
     folder: Path, environment: Mapping[str, str], *commands: Sequence[str]
 ) -> list[subprocess.CompletedProcess[str]]:

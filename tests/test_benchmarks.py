@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import json
+import multiprocessing
+import os
+import re
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,16 +19,18 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.baselines import GenerateEngine, padded_scores
-from benchmarks.bench import Large, Setup, on_gpu, update
+from benchmarks.bench import Large, Setup, Unmeasured, on_gpu, run_sections, update
 from benchmarks.flops import forward_flops, sampling_flops
+from benchmarks.kernels import least, pairs
 from benchmarks.report import bench_text, summary
 from benchmarks.workload import workload
-from pipeline.config import load
+from pipeline.config import ConfigError, load
+from pipeline.files import write_json
 from pipeline.policy.model import Policy
 from pipeline.policy.scoring import predicting_hidden, score_tokens
 from pipeline.policy.tokenizer import train_tokenizer
 from pipeline.rollout.collector import collect, iteration_specs
-from stages.publish import MARKS, fenced, replace_block
+from stages.publish import MARKS, blocks_of, fenced, name_commits, publish_block, replace_block
 
 ROOT = Path(__file__).parents[1]
 
@@ -127,6 +133,95 @@ def test_what_a_gpu_runs_also_runs_tiny_on_a_cpu_and_is_reported() -> None:
     assert "of the matrix peak" in values[2]
 
 
+def waits(seconds: float, report: Any) -> None:
+    time.sleep(seconds)
+
+
+def test_what_cannot_be_measured_is_skipped_with_a_word_and_within_the_time(capsys: pytest.CaptureFixture[str]) -> None:
+    """Also what waits for worker processes."""
+    from pipeline.processes import run_in_processes
+
+    def broken() -> None:
+        raise ValueError("no such thing\nat all")
+
+    def missing() -> None:
+        raise Unmeasured("no --trl was given")
+
+    found: dict[str, Any] = {"seconds": {}, "skipped": {"first": "before"}, "training": "of another time"}
+    sections: dict[str, Callable[[], Any]] = {
+        "first": lambda: {"value": 1},
+        "broken": broken,
+        "trl": missing,
+        "training": lambda: run_in_processes(waits, {"a": 60.0, "b": 60.0}, 2, "train"),
+        "never": lambda: {"value": 2},
+    }
+    kept, began = [], time.monotonic()
+    run_sections(found, sections, 2.0, lambda: kept.append(len(found["seconds"])))
+    assert time.monotonic() - began < 30
+    assert kept == [1, 2, 3, 4, 5]
+    assert found["first"] == {"value": 1}
+    assert found["skipped"] == {
+        "broken": "ValueError: no such thing",
+        "trl": "no --trl was given",
+        "training": "not done in the 2 seconds that were left",
+        "never": "no time was left",
+    }
+    assert "training" not in found
+    assert not multiprocessing.active_children()
+    lines = capsys.readouterr().err.splitlines()  # no terminal
+    assert lines[:3] == ["bench 1/5 first", "bench 2/5 broken", "bench 2/5 broken: skipped, ValueError: no such thing"]
+    assert "bench 4/5 training" in lines
+    assert ("never", "skipped: no time was left") in summary(found)
+
+
+def test_a_benchmark_with_nothing_to_measure_on_is_refused() -> None:
+    def section() -> None:
+        raise ConfigError("models/policy: no such policy")
+
+    with pytest.raises(ConfigError, match="no such policy"):
+        run_sections({"seconds": {}, "skipped": {}}, {"headline": section}, 10.0, lambda: None)
+
+
+PEAKS = """
+import json, torch
+from benchmarks import bench
+bench.PRODUCTS = ((64, 64, 64),)
+torch.set_num_threads(1)
+print(json.dumps(bench.peaks()))
+"""
+
+
+def test_peaks_of_a_precision_that_the_processor_does_not_multiply_are_skipped() -> None:
+    """As on a processor without AVX-512, where PyTorch multiplies bfloat16 number by number."""
+    lesser = os.environ | {"ONEDNN_MAX_CPU_ISA": "AVX2", "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", PEAKS], cwd=ROOT, env=lesser, capture_output=True, text=True, check=True, timeout=120
+    )
+    found = json.loads(done.stdout)
+    assert found["float32, 1 thread"]["peak"] > 1e8
+    for threads in ("1 thread", "2 threads"):
+        assert "times as long as in float32" in found[f"bfloat16, {threads}"]["skipped"]
+    words = dict(summary({"peaks": found}))
+    assert words["matrix peak, bfloat16, 1 thread"].startswith("skipped: a product takes ")
+
+
+def test_the_benchmark_of_kernels_holds_each_against_pytorch() -> None:
+    """At one shape each: both sides compute the same."""
+    chosen = {pair.name: pair for pair in pairs((40,), (16,), (64,), (420,))}
+    assert set(chosen) == {
+        "attention", "attention, gradients", "attention, one token", "attention, prompt",
+        "rms_norm", "rms_norm, gradients", "swiglu", "swiglu, gradients", "score", "sample",
+    }  # fmt: skip
+    for pair in chosen.values():
+        for ours, theirs in zip(flat(pair.kernel()), flat(pair.pytorch()), strict=True):
+            torch.testing.assert_close(ours, theirs, atol=2e-4, rtol=1e-3)
+        assert all(0 < value < 1e9 for value in least([pair.kernel, pair.pytorch], 0.0, rounds=1))
+
+
+def flat(found: Any) -> list[torch.Tensor]:
+    return [found] if isinstance(found, torch.Tensor) else list(found)
+
+
 def measured(*values: float) -> dict[str, float]:
     return {"median": float(np.median(values)), "least": min(values), "most": max(values), "n": len(values)}
 
@@ -189,6 +284,61 @@ def test_publishing_replaces_its_own_block_and_nothing_else(tmp_path: Path) -> N
         assert text == f"before\n{marks[0]}\n```text\n{content}```\n{marks[1]}\nafter\n"
     with pytest.raises(ValueError, match="no-such"):
         replace_block(document, "no-such", "lost")
+
+
+def committed(folder: Path, date: str) -> str:
+    """Commit everything in a git repository at a date; returns the hash."""
+    who = ["-c", "user.name=test", "-c", "user.email=test@example.invalid"]
+    dated = {**os.environ, "GIT_AUTHOR_DATE": f"{date}T12:00:00Z", "GIT_COMMITTER_DATE": f"{date}T12:00:00Z"}
+    subprocess.run(["git", "add", "-A"], cwd=folder, check=True)
+    subprocess.run(["git", *who, "commit", "-qm", date], cwd=folder, env=dated, check=True)
+    return subprocess.check_output(["git", "rev-parse", "HEAD"], cwd=folder, text=True).strip()
+
+
+def test_a_table_says_which_commit_it_is_from(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The one that its trainings have noted; without such a note, the one in which the table last changed."""
+    monkeypatch.chdir(tmp_path)
+    subprocess.run(["git", "init", "-q"], check=True)
+    document, runs = Path("page.md"), tmp_path / "data" / "runs"
+    names = ("sokoban", "bandit", "bandit sweep rates")
+    marks = {name: [mark.format(name) for mark in MARKS] for name in names}
+    document.write_text("".join(f"{begin}\nold\n\ntable\n{end}\nwords\n" for begin, end in marks.values()))
+    first = committed(tmp_path, "2026-11-20")
+    replace_block(document, "bandit", "newer\n\ntable")
+    second = committed(tmp_path, "2026-11-21")
+    document.write_text(f"a line above\n{document.read_text()}")
+    last = committed(tmp_path, "2026-11-22")
+
+    publish_block(document, "bandit sweep rates", "old\n\ntable", [runs])  # nothing new, and nothing noted
+    name_commits(document)
+    changed = "in which this table last changed."
+    expected = {
+        "sokoban": f"old\n\ntable\n\nMade by commit {first[:7]} (2026-11-20), {changed}",
+        "bandit": f"newer\n\ntable\n\nMade by commit {second[:7]} (2026-11-21), {changed}",
+        "bandit sweep rates": f"old\n\ntable\n\nMade by commit {first[:7]} (2026-11-20), {changed}",
+    }
+    assert blocks_of(document.read_text()) == expected
+    committed(tmp_path, "2026-11-23")
+
+    noted = {"seeds": {"0": {"revision": last}, "1": {"revision": f"{second}+changes"}}}
+    write_json(runs / "lake-grpo.json", noted)
+    publish_block(document, "sokoban", "new", [runs])
+    by = f"{second[:7]} and uncommitted changes (2026-11-21), {last[:7]} (2026-11-22)"
+    expected["sokoban"] = f"new\n\nMade by commits {by}."
+    name_commits(document)  # what is said already stays
+    assert blocks_of(document.read_text()) == expected
+
+    write_json(runs / "lake-ppo.json", {"seeds": {"0": {"run_id": None}}})  # made before commits were noted
+    publish_block(document, "sokoban", "new", [runs])
+    publish_block(document, "bandit", "other", [runs])
+    expected["bandit"] = "other\n\nMade by an unknown commit."
+    assert blocks_of(document.read_text()) == expected
+
+
+def test_every_published_table_says_which_commit_it_is_from() -> None:
+    blocks = blocks_of((ROOT / "docs" / "results.md").read_text(encoding="utf-8"))
+    assert len(blocks) > 10
+    assert [name for name, content in blocks.items() if not re.search(r"\nMade by commits? [0-9a-f]{7}", content)] == []
 
 
 def test_the_shops_benchmark_loads_without_and_with_an_index() -> None:

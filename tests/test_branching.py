@@ -84,7 +84,10 @@ def assert_forest(
         for turn in row["turns"]:
             assert turn["end"] - turn["start"] <= section.response_tokens
             own = slice(turn["start"], turn["end"])
-            whole = token_roles(decode(tokenizer, row["input_ids"][own].tolist()))
+            assert turn["ended"] != "response_tokens" or turn["end"] - turn["start"] == section.response_tokens
+            assert turn["ended"] != "context_tokens" or turn["end"] == section.context_tokens
+            ended = turn["ended"] in ("stop", "eos")
+            whole = token_roles(decode(tokenizer, row["input_ids"][own].tolist()), ended)
             np.testing.assert_array_equal(row["role"][own], whole)
         if row["split"] is None:
             assert parents[e] == -1

@@ -2,31 +2,39 @@
 
 from __future__ import annotations
 
+import copy
 import itertools
 from collections.abc import Callable, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import gymnasium
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from pipeline.config import Config, ConfigError, Environment, Phase, parse
+from pipeline.config import Config, ConfigError, Environment, Phase, parse, read_yaml
 from pipeline.environments import initial_states, make, split_of
 from pipeline.environments.frozen_lake import MOVES, FrozenLakeExpert
 from pipeline.environments.registry import SPLITS
+from pipeline.episodes import episode_records
+from pipeline.evaluation.evaluate import episode_results, summary
+from pipeline.objective.batch import token_batch
+from pipeline.objective.weights import actfocus_weights
 from pipeline.policy.bootstrap import _encode, demonstrate
 from pipeline.policy.model import Policy
 from pipeline.policy.tokenizer import train_tokenizer
 from pipeline.prompting import END_OF_RESPONSE, Dialogue
 from pipeline.randomness import generator
-from pipeline.rollout.collector import INVALID, EpisodeSpec, collect, group_specs, iteration_specs
+from pipeline.rollout.collector import INVALID, EpisodeSpec, Setup, collect, group_specs, iteration_specs
 from pipeline.rollout.engine import Continuation, Follow, Request, Sampling
 from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.timing import Phases
-from pipeline.trajectory import RESPONSE_ROLES, Role, Trajectories, read
+from pipeline.trajectory import RESPONSE_ROLES, RESPONSES, Role, Trajectories, read
+from stages.play import show
 
 NAME = "lake"
 TOKENIZER = train_tokenizer(["player 0 1 goal 3 3 holes none", "let me think", "Left Right Up Down"] * 3, 320)
@@ -383,6 +391,23 @@ def test_actions_after_the_end_of_the_episode_are_not_executed() -> None:
     assert (np.diff(made.turn_offsets) == 1).all()
 
 
+def test_a_turn_that_another_end_token_has_ended_gets_no_second_end() -> None:
+    """Generation settings may name several; the tokenizer knows one."""
+    tokenizer = copy.deepcopy(TOKENIZER)
+    tokenizer.chat_template = (
+        "{% for m in messages %}{{ m.role + m.content + '<|end|>' if m.role == 'assistant' else '<|user|>' + m.content }}"
+        "{% endfor %}{% if add_generation_prompt %}assistant{% endif %}"
+    )
+    settings, other = config(), "<|assistant|>"
+    for said, finish in ((says("Up") + EOS, "eos"), (says("Up") + other, "eos"), (says("Up"), "stop")):
+        episode = Setup(tokenizer, settings, NAME).begin(specs_of(settings, [0])[0])
+        ids = tokenizer(said, add_special_tokens=False)["input_ids"]
+        episode.take(Continuation(ids, [0.0] * len(ids), [0.0] * len(ids), finish, 0))
+        text = tokenizer.decode(episode.builder.ids)
+        assert text.count(EOS) + text.count(other) == 1
+        assert text.split(says("Up"))[1].startswith(f"{other if other in said else EOS}<|user|>")
+
+
 def test_end_of_sequence_is_recorded_and_is_no_part_of_the_answer() -> None:
     for text, valid in ((says("Up") + EOS, True), (f"<think>so</think><answer>Up{EOS}", False), (EOS, False)):
         made, _ = play(config(settings={"frozen": 1.0, "least_distance": 3}, max_turns=2), always(text))
@@ -394,6 +419,93 @@ def test_end_of_sequence_is_recorded_and_is_no_part_of_the_answer() -> None:
                 assert made.input_ids[last] == TOKENIZER.eos_token_id
                 assert made.sampled[last]
             assert episode_text(made, episode).count(EOS) == 2
+
+
+THOUGHTS = " so" * 40
+"""More than a response may hold."""
+WRITTEN = {
+    says("Up"): ("valid", "stop"),
+    says("Up") + EOS: ("valid", "eos"),
+    says("Fly"): ("disallowed", "stop"),
+    says("Up||Fly") + EOS: ("disallowed", "eos"),
+    says(""): ("malformed", "stop"),
+    f"<think>so{EOS}": ("malformed", "eos"),
+    "<think>so</answer>": ("malformed", "stop"),
+    f"<think>so</think>{EOS}": ("malformed", "eos"),
+    f"<think>{THOUGHTS}": ("cut", "response_tokens"),
+    f"<think>so</think><answer>{THOUGHTS}": ("cut", "response_tokens"),
+    THOUGHTS: ("cut", "response_tokens"),
+}
+"""What is said, and what it is counted as and how it ended."""
+
+
+def count_of(results: pa.Table) -> dict[str, int]:
+    return {kind: sum(results[f"{kind}_turns"].to_pylist()) for kind in RESPONSES}
+
+
+@pytest.mark.parametrize("prefill", ["", "<think>"])
+@pytest.mark.parametrize("text", WRITTEN)
+def test_what_a_response_was_and_how_it_ended_is_recorded_and_counted(text: str, prefill: str) -> None:
+    kind, ended = WRITTEN[text]
+    settings = config({"prefill": prefill}, {"frozen": 1.0, "least_distance": 3}, max_turns=2, actions_per_turn=2)
+    said = text.removeprefix(prefill) if text.startswith("<think>") else text
+    made, _ = play(settings, always(said))
+    assert set(made.turns["ended"]) == {ended}
+    assert set(made.responses) == {kind}
+    counts = dict.fromkeys(RESPONSES, 0) | {kind: 12}
+    assert count_of(episode_results(made)) == counts
+    rates = summary(made)
+    assert [rates[f"{name}_rate"] for name in RESPONSES[1:]] == [counts[name] / 12 for name in RESPONSES[1:]]
+    assert rates["valid_action_rate"] == counts["valid"] / 12
+    (record,) = episode_records(made.select([0]), TOKENIZER)
+    assert {(turn["response"], turn["ended"]) for turn in record["turns"]} == {(kind, ended)}
+
+
+@pytest.mark.parametrize(
+    ("text", "weight"),
+    [(f"<think>so{EOS}", 1.0), ("<think>so</answer>", 1.0), (f"<think>{THOUGHTS}", 0.1), ("<think>so</think>", 0.1)],
+)
+def test_thoughts_that_are_cut_weigh_like_reasoning_and_those_that_end_unclosed_like_malformed_text(
+    text: str, weight: float
+) -> None:
+    """As params.yaml has it: reasoning 0.1, malformed text 1."""
+    made, _ = play(config(max_turns=1), always(text))
+    nothing = np.zeros(len(made.input_ids), dtype=np.float32)
+    batch = token_batch(
+        replace(made, energy=nothing, ref_logprob=nothing, ref_entropy=nothing), generator(0, "t"), 0, 1
+    )
+    settings = read_yaml(Path(__file__).parents[1] / "params.yaml")["methods"]["grpo_actfocus"]["weight"]
+    weights = actfocus_weights(batch, **{name: value for name, value in settings.items() if name != "kind"})
+    first = int(np.flatnonzero(made.sampled)[0])
+    assert made.role[first] == Role.THINK_TAG
+    thought = TOKENIZER(text, add_special_tokens=False)["input_ids"][1]
+    assert made.input_ids[first + 1] == thought
+    assert float(weights[first + 1]) == pytest.approx(weight)
+
+
+def test_play_says_of_a_turn_without_an_action_what_its_response_was(capsys: pytest.CaptureFixture[str]) -> None:
+    settings = config(settings={"frozen": 1.0, "least_distance": 3}, max_turns=4)
+    said = [f"<think>{THOUGHTS}", "<think>so</answer>", says("Fly"), says("Up")]
+    made, _ = play(settings, lambda key, turn: said[turn])
+    show(replace(made.select([0]), energy=np.zeros(len(made.input_ids))), TOKENIZER)
+    printed = [line.strip() for line in capsys.readouterr().out.splitlines() if line.startswith("reward")]
+    words = ["(cut by response_tokens)", "(malformed)", "(disallowed)"]
+    assert printed == [*(f"reward -0.1 {word}" for word in words), "reward 0"]
+
+
+def test_a_response_without_room_is_cut_by_the_context_and_one_that_fills_both_by_its_own_limit() -> None:
+    settings = config(max_turns=1)
+    specs = specs_of(settings, [1])
+    prompt = play(settings, always(THOUGHTS), specs)[0].turns["start"][0]
+    for room, ended in (
+        (24, "response_tokens"),
+        (25, "response_tokens"),
+        (23, "context_tokens"),
+        (1, "context_tokens"),
+    ):
+        made, _ = play(config(max_turns=1, context_tokens=prompt + room), always(THOUGHTS), specs)
+        assert set(made.turns["ended"]) == {ended}
+        assert set(made.responses) == {"cut"}
 
 
 @pytest.mark.parametrize("prefill", ["", "<think>"])

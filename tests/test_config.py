@@ -21,6 +21,8 @@ from pipeline.config import Config, ConfigError, load, parse, read_yaml
 from pipeline.presets import overlay, preset_text, resolve_preset
 from pipeline.section import Section
 from pipeline.slots import Method
+from pipeline.yaml_files import yaml_text
+from tests.commands import complaints
 
 ROOT = Path(__file__).parents[1]
 PRESETS = sorted(path.parent.name for path in (ROOT / "presets").glob("*/overlay.yaml"))
@@ -29,14 +31,9 @@ FILES = ["params.yaml", *(f"presets/{name}/params.yaml" for name in PRESETS)]
 
 @pytest.fixture
 def raw() -> dict[str, Any]:
-    """params.yaml, to be spoilt; parts that YAML shares by an anchor are made separate."""
-    return unshared(read_yaml(ROOT / "params.yaml"))
-
-
-def unshared(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: unshared(item) for key, item in value.items()}
-    return [unshared(item) for item in value] if isinstance(value, list) else value
+    """params.yaml, to be spoilt."""
+    raw: dict[str, Any] = read_yaml(ROOT / "params.yaml")
+    return raw
 
 
 def put(raw: dict[str, Any], dotted: str, value: Any) -> dict[str, Any]:
@@ -360,6 +357,77 @@ def test_a_file_that_is_not_a_params_file_is_one_line(tmp_path: Path, text: str,
     assert "\n" not in str(error.value)
 
 
+ALIASES = """\
+methods:
+  a: &a {weight: &w {kind: actfocus}}
+  b: *a
+  c:
+    <<: *a
+    weight: *w
+"""
+
+
+@pytest.mark.parametrize(
+    ("text", "keys"),
+    [
+        (ALIASES, ["methods.b: *a", "methods.c.<<: *a", "methods.c.weight: *w"]),
+        ("environments: {x: &x {id: y}, z: *x}\n", ["environments.z: *x"]),
+        ("sweep:\n  seeds: &s [1, &one 2]\n  confirm_seeds: *s\n  trials: *one\n", ["sweep.confirm_seeds: *s",
+         "sweep.trials: *one"]),
+        ("a: &a [*a]\n", ["a.0: *a"]),
+    ],
+)  # fmt: skip
+def test_an_alias_is_refused_by_its_key(tmp_path: Path, text: str, keys: list[str]) -> None:
+    """Whatever edits one place of it, such as `dvc exp run -S`, would change the others too."""
+    (tmp_path / "params.yaml").write_text(text, encoding="utf-8")
+    with pytest.raises(ConfigError) as error:
+        load(tmp_path / "params.yaml")
+    assert str(error.value).splitlines() == [
+        f"{tmp_path / 'params.yaml'}: {key} is an alias; an edit of its values would change every place that shares them: "
+        "write them out here"
+        for key in keys
+    ]
+
+
+def test_what_only_looks_like_an_alias_is_read(tmp_path: Path) -> None:
+    text = "a: &unused 1  # 2 * 3\nb: '*a'\nc: x*y & z\n"
+    (tmp_path / "params.yaml").write_text(text, encoding="utf-8")
+    assert read_yaml(tmp_path / "params.yaml") == {"a": 1, "b": "*a", "c": "x*y & z"}
+
+
+@pytest.mark.parametrize(
+    "key",
+    [
+        "methods.grpo_actfocus.weight.reasoning_downweight",
+        "methods.ppo_actfocus.weight.reasoning_downweight",
+        "methods.ppo.advantage.critic.coefficient",
+    ],
+)
+def test_an_override_by_dvc_changes_the_key_that_it_names_and_no_other(tmp_path: Path, key: str) -> None:
+    from dvc.utils.hydra import apply_overrides
+
+    file = tmp_path / "params.yaml"
+    file.write_bytes((ROOT / "params.yaml").read_bytes())
+    apply_overrides(file, [f"{key}=0.21"])
+    assert read_yaml(file) == put(read_yaml(ROOT / "params.yaml"), key, 0.21)
+
+
+def test_no_yaml_that_is_edited_by_hand_has_an_alias() -> None:
+    documents = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
+    blocks = [block for file in documents for block in re.findall(r"```yaml\n(.*?)```", file.read_text(), flags=re.S)]
+    files = [ROOT / name for name in FILES] + [ROOT / "presets" / name / "overlay.yaml" for name in PRESETS]
+    assert len(blocks) > 10
+    for text in (*blocks, *(file.read_text(encoding="utf-8") for file in files)):
+        assert not re.search(r"[:\-,\[{]\s+[&*]\w", re.sub("#.*", "", text)), text[:200]
+
+
+def test_yaml_that_is_written_has_no_alias_where_parts_are_shared() -> None:
+    shared = {"kind": "actfocus", "values": [1e-4, "1e-4"]}
+    text = yaml_text({"b": shared, "a": {"c": shared}})
+    assert not re.search("[&*]", text)
+    assert YAML(typ="safe", pure=True).load(text) == {"b": shared, "a": {"c": shared}}
+
+
 def test_a_config_is_frozen_and_survives_a_round_trip() -> None:
     config = load(ROOT / "params.yaml")
     with pytest.raises(ValueError, match="frozen"):
@@ -424,7 +492,7 @@ def refusal(
     with pytest.raises(SystemExit) as end:
         run(main)
     assert end.value.code == 2
-    (line,) = capfd.readouterr().err.splitlines()
+    (line,) = complaints(capfd.readouterr().err)
     assert contents(project) == before
     return line
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 import json
 import os
+import random
 import re
 import subprocess
 import sys
@@ -22,9 +23,9 @@ import pytest
 from ruamel.yaml import YAML
 
 from pipeline import contracts
-from pipeline.config import Config, Environment, parse, read_yaml
+from pipeline.config import Config, ConfigError, Environment, parse, read_yaml
 from pipeline.contracts import CONTRACTS, Bounds, Seen, check_environment, proceed
-from pipeline.environments import make
+from pipeline.environments import make, registry
 from pipeline.environments.registry import OURS
 from pipeline.presets import overlay
 
@@ -150,6 +151,12 @@ class AllowsNothing(Walk):
         return None
 
 
+@breaks("actions")
+class AllowsWhatSeparatesActions(Walk):
+    def parse_action(self, text: str) -> str | None:
+        return "left||right" if text.strip() else None
+
+
 @breaks("step")
 class FourResults(Walk):
     def step(self, action: str) -> Any:
@@ -164,9 +171,38 @@ class RewardsAreNotFinite(Walk):
 
 
 @breaks("step")
-class RewardsAreIntegers(Walk):
+class RewardsAreText(Walk):
     def reward(self, action: str) -> Any:
-        return int(self.success)
+        return str(float(self.success))
+
+
+@breaks("step")
+class FlagsAreNumbers(Walk):
+    def step(self, action: str) -> Any:
+        observation, reward, terminated, truncated, information = super().step(action)
+        return observation, reward, int(terminated), truncated, information
+
+
+@breaks("step")
+class InformationIsMissing(Walk):
+    def step(self, action: str) -> Any:
+        return *super().step(action)[:4], None
+
+
+@breaks("step")
+class SuccessIsANumber(Walk):
+    def step(self, action: str) -> Any:
+        stepped = super().step(action)
+        self.success: Any = int(self.success)
+        return stepped
+
+
+@breaks("form")
+class KnowsNoLargeSeeds(Walk):
+    """Like an index into a list of levels."""
+
+    def draw_state(self, seed: int) -> None:
+        super().draw_state(range(10**6)[seed])
 
 
 @breaks("texts")
@@ -244,12 +280,100 @@ class StartsByTheNoise(Walk):
         return self.observe(), {}
 
 
+@breaks("group")
+class LimitsByTheNoise(Walk):
+    """The published layout states in the prompt how many actions are left."""
+
+    def reset(self, **given: Any) -> Any:
+        started = super().reset(**given)
+        self.actions_left = int(self.np_random.integers(8, 13))
+        return started
+
+
 @breaks("replay")
 class SlipsByAGeneratorOfItsOwn(Walk):
     noise = np.random.default_rng(0)
 
     def slips(self) -> bool:
         return bool(self.noise.random() < 0.5)
+
+
+class Slippery(Walk):
+    """Draws whether a foot slips from a generator of its own."""
+
+    def slips(self) -> bool:
+        return bool(self.luck().random() < 0.3)
+
+    def luck(self) -> Any:
+        raise NotImplementedError
+
+
+@breaks("noise")
+class SlipsByItsState(Slippery):
+    def reset(self, **given: Any) -> Any:
+        started = super().reset(**given)
+        self.held = {"luck": [np.random.default_rng(self.cell)]}
+        return started
+
+    def luck(self) -> Any:
+        return self.held["luck"][0]
+
+
+@breaks("noise")
+class SlipsByAConstant(Slippery):
+    def reset(self, **given: Any) -> Any:
+        started = super().reset(**given)
+        self.np_random = np.random.default_rng(5)
+        return started
+
+    def luck(self) -> Any:
+        return self.np_random
+
+
+@breaks("noise")
+class SlipsByTheGlobalGeneratorOfNumPy(Slippery):
+    def reset(self, **given: Any) -> Any:
+        np.random.seed(0)
+        return super().reset(**given)
+
+    def luck(self) -> Any:
+        return np.random
+
+
+@breaks("noise")
+class SlipsByTheGlobalGeneratorOfPython(Slippery):
+    def reset(self, **given: Any) -> Any:
+        random.seed("luck")
+        return super().reset(**given)
+
+    def luck(self) -> Any:
+        return random
+
+
+@breaks("noise")
+class SlipsByTheNumberOfTheAction(Slippery):
+    """No generator lasts longer than a step."""
+
+    def luck(self) -> Any:
+        return np.random.default_rng([3, self.actions_left])
+
+
+@breaks("noise")
+class PaysByItsState(Walk):
+    """One action, as in a Bandit: nothing is ever met twice."""
+
+    limit = 1
+
+    def reset(self, **given: Any) -> Any:
+        started = super().reset(**given)
+        self.luck = np.random.RandomState(self.goal)
+        return started
+
+    def slips(self) -> bool:
+        return False
+
+    def reward(self, action: str) -> float:
+        return float(self.luck.random_sample() < 0.5)
 
 
 @breaks("reading")
@@ -330,6 +454,26 @@ class NeverEnds(Walk):
         return observation, reward, terminated, False, information
 
 
+@breaks("form")
+class CountsInHalves(Walk):
+    def reset(self, **given: Any) -> Any:
+        started = super().reset(**given)
+        self.actions_left: Any = 11.5
+        return started
+
+
+@breaks("outcome")
+class EndsAsIfItHadBeenCutOff(Walk):
+    outcome = "turns"
+
+
+@breaks("outcome")
+class EndsInANumber(Walk):
+    @property
+    def outcome(self) -> Any:
+        return "goal" if self.success else 0
+
+
 @breaks("actions_left")
 class MiscountsItsActions(Walk):
     def reset(self, **given: Any) -> Any:
@@ -388,6 +532,130 @@ WALK = Environment(id=f"{__name__}:Walk-v0")
 @pytest.mark.parametrize("expert", [None, WalkExpert()], ids=["without an expert", "with one"])
 def test_a_sound_environment_breaks_nothing(expert: Any) -> None:
     assert check_environment(WALK, expert) == []
+
+
+def registered(kind: type[Walk]) -> type[Walk]:
+    gymnasium.register(id=f"{kind.__name__}-v0", entry_point=kind, disable_env_checker=True)
+    return kind
+
+
+@registered
+class Deterministic(Walk):
+    """Draws nothing, and its key leaves out how many actions are left."""
+
+    def slips(self) -> bool:
+        return False
+
+
+@registered
+class DrawsInVain(Walk):
+    def slips(self) -> bool:
+        return bool(self.np_random.random() < 0)
+
+
+@registered
+class SlipsRarely(Walk):
+    def slips(self) -> bool:
+        return bool(self.np_random.random() < 0.01)
+
+
+@registered
+class SlipsByItsSeedAndTime(Walk):
+    """No generator lasts longer than a step."""
+
+    def reset(self, **given: Any) -> Any:
+        self.given = given["seed"]
+        return super().reset(**given)
+
+    def slips(self) -> bool:
+        return bool(np.random.default_rng([self.given, self.actions_left]).random() < 0.3)
+
+
+@pytest.mark.parametrize("kind", [Deterministic, DrawsInVain, SlipsRarely, SlipsByItsSeedAndTime])
+def test_noise_that_follows_its_seed_is_not_blamed_nor_that_there_is_none(kind: type[Walk]) -> None:
+    assert check_environment(Environment(id=f"{__name__}:{kind.__name__}-v0")) == []
+
+
+NUMBERS = {"int": int, "bool": bool, "np.bool_": np.bool_, "np.float32": np.float32}
+
+
+@registered
+class OtherNumbers(Walk):
+    """Rewards and flags of other types than Python's own."""
+
+    def __init__(self, number: str, flag: str) -> None:
+        super().__init__()
+        self.number, self.flag = NUMBERS[number], NUMBERS[flag]
+
+    def reset(self, **given: Any) -> Any:
+        started = super().reset(**given)
+        self.actions_left, self.success = np.int64(self.actions_left), self.flag(False)
+        return started
+
+    def step(self, action: str) -> Any:
+        observation, reward, terminated, truncated, _ = super().step(action)
+        self.success = self.flag(self.success)
+        return observation, self.number(reward), self.flag(terminated), self.flag(truncated), {}
+
+
+@pytest.mark.parametrize(("number", "flag"), [("int", "bool"), ("np.float32", "np.bool_"), ("np.bool_", "bool")])
+def test_the_suite_and_the_pipeline_take_the_same_numbers_and_flags(number: str, flag: str) -> None:
+    section = Environment(id=f"{__name__}:OtherNumbers-v0", settings={"number": number, "flag": flag})
+    assert check_environment(section, WalkExpert()) == []
+    environment = make(section)
+    registry.reset(environment, 0, 0)
+    _, reward, over = registry.step(environment, "left")
+    taken = (reward, over, registry.success_of(environment), registry.actions_left_of(environment))
+    assert [type(value) for value in taken] == [float, bool, bool, int]
+
+
+WRONG: list[tuple[Any, str]] = [
+    (("", np.float32("nan"), False, False, {}), r"the reward np\.float32\(nan\)"),
+    (("", float("inf"), False, False, {}), "the reward inf"),
+    (("", 10**400, False, False, {}), "the reward 10+"),
+    (("", "1", False, False, {}), "the reward '1'"),
+    (("", 1j, False, False, {}), "the reward 1j"),
+    (("", np.ones(1), False, False, {}), "the reward array"),
+    (("", 1, 0, False, {}), "terminated 0"),
+    (("", 1, False, None, {}), "truncated None"),
+    ((b"", 1, False, False, {}), "an observation of type bytes"),
+    (("", 1, False, False, None), "information of type NoneType"),
+    (["", 1, False, False, {}], "a list"),
+]
+"""What a step returns, and what is said of it."""
+
+
+@registered
+class ReturnsWrong(Walk):
+    def __init__(self, case: int) -> None:
+        super().__init__()
+        self.case = case
+
+    def step(self, action: str) -> Any:
+        return WRONG[self.case][0]
+
+
+@pytest.mark.parametrize("case", range(len(WRONG)))
+def test_the_suite_and_the_pipeline_refuse_the_same(case: int) -> None:
+    section = Environment(id=f"{__name__}:ReturnsWrong-v0", settings={"case": case})
+    (line,) = check_environment(section, WalkExpert())
+    environment = make(section)
+    registry.reset(environment, 0, 0)
+    with pytest.raises(ConfigError, match=f"returned {WRONG[case][1]}") as caught:
+        registry.step(environment, "left")
+    words = str(caught.value).removeprefix("environments: ")
+    assert line.replace("'right'", "'left'").startswith(f"step: {words} (state_seed 0, ")
+
+
+def test_a_board_that_cannot_be_drawn_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "drawn_walk.py").write_text(
+        "import gymnasium\nfrom tests.test_contracts import Walk\n"
+        "def board(key): return [['x'] * 9, ['x'] * int(key.split()[0])]\n"
+        "class Drawn(Walk): ...\ngymnasium.register(id='Drawn-v0', entry_point=Drawn)\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    (line,) = check_environment(Environment(id="drawn_walk:Drawn-v0"))
+    assert re.match(r"board: 'drawn_walk:Drawn-v0' returned .* from board\('\d \d'\); it must be rows of text", line)
 
 
 def test_a_plotting_library_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -457,7 +725,7 @@ def test_an_expert_is_asked_for_what_it_calls_solvable_and_for_no_more_than_the_
 
 
 def test_every_contract_is_broken_by_something_here() -> None:
-    assert {*BROKEN.values(), "expert", "imports"} == {"made", *CONTRACTS}
+    assert {*BROKEN.values(), "board", "expert", "imports"} == {"made", *CONTRACTS}
 
 
 # ------------------------------------------------------------------------------------------ environments that are sound

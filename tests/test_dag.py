@@ -18,7 +18,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from pipeline.config import read_yaml
-from tests.commands import forked_stages
+from tests.commands import complaints, forked_stages
 from tests.trainings import left
 
 pytestmark = [pytest.mark.dag, pytest.mark.xdist_group("dag")]
@@ -111,12 +111,14 @@ def stage_by_stage(folder: Path) -> None:
     ]
     for done in forked_stages(folder, environment(), *commands):
         assert done.returncode == 0, f"{done.args}\n{done.stderr[-3000:]}"
+        if done.args[0] == "rollout":
+            assert re.search(r", of \d+ turns \d+ valid, \d+ disallowed, \d+ malformed, \d+ cut\. ", done.stdout)
 
 
 def test_a_fresh_clone_ends_with_table_report_and_runs(runs: tuple[Path, Path]) -> None:
     reports = runs[0] / OUT / "reports"
     comparison = json.loads((reports / "comparison.json").read_text())
-    assert comparison["schema"] == 1
+    assert comparison["schema"] == 2
     rows = [(row["method"], row["temperature"]) for row in comparison["rows"]]
     assert sorted(rows) == sorted((m, t) for m in (*METHODS, "reference") for t in (0.5, 1.0))
     bottleneck = json.loads((reports / "bottleneck.json").read_text())
@@ -164,6 +166,7 @@ def test_mlflow_holds_one_run_per_training_with_a_curve_over_iterations(runs: tu
             assert [m.step for m in client.get_metric_history(run.info.run_id, metric)] == [0, 1, 2]
     noted = json.loads((runs[0] / OUT / "data/runs/frozen_lake-grpo.json").read_text())
     assert noted["seeds"]["0"]["run_id"] in {run.info.run_id for run in trainings}
+    assert noted["seeds"]["0"]["revision"] == trainings[0].data.tags["git.revision"]
     traces = client.search_traces(locations=[experiment.experiment_id])
     assert len(traces) == len(trainings)
     spans = [span.name for span in traces[0].data.spans]
@@ -223,7 +226,7 @@ def test_two_revisions_are_compared_at_the_terminal(runs: tuple[Path, Path]) -> 
     assert rows["ppo"].endswith("–")
     assert "methods.ppo.advantage.kind" in rows
     wrong = subprocess.run([*command, "nothing"], cwd=folder, env=environment(), capture_output=True, text=True)
-    assert (wrong.returncode, wrong.stderr.count("\n")) == (2, 1)
+    assert (wrong.returncode, len(complaints(wrong.stderr))) == (2, 1)
     assert "A=nothing: unknown Git revision" in wrong.stderr
     unlocked = subprocess.run(
         [*command[:3], "--a", "before"], cwd=folder, env=environment(), capture_output=True, text=True

@@ -76,7 +76,7 @@ def test_a_signal_is_summarised_over_states() -> None:
     assert row["roles"] == {"reasoning": 0.5, "action": 0.5, "tag": 0.0, "other": 0.0}
     assert row["between"] == {"mean": 0.1, "low": 0.0, "high": 0.2}
     assert row["explained"] == {"mean": 0.25, "low": 0.0, "high": 0.5}
-    assert row["beyond_chance"] is None
+    assert row["minus_control"] is None
     assert summarised([Position("entropy", "a", "action", 0.0, 0.0)])["entropy"]["explained"]["mean"] == 0.0
 
 
@@ -94,12 +94,12 @@ def test_a_signal_is_paired_by_state_with_a_draw_among_the_same_tokens() -> None
     assert list(rows) == ["entropy", "action_energy", "action_random", "random"]
     for signal, expected in gain.items():
         if expected:
-            assert rows[signal]["beyond_chance"] == pytest.approx(
+            assert rows[signal]["minus_control"] == pytest.approx(
                 dict.fromkeys(("mean", "low", "high"), expected), abs=1e-6
             )
             assert rows[signal]["explained"]["high"] - rows[signal]["explained"]["low"] > 0.5
         else:
-            assert rows[signal]["beyond_chance"] is None
+            assert rows[signal]["minus_control"] is None
 
 
 def test_a_state_without_a_token_for_a_signal_counts_for_nothing() -> None:
@@ -123,6 +123,7 @@ def test_every_signal_is_measured_and_repeatable(directory: Path, tmp_path: Path
         assert result["signals"][signal]["roles"]["action"] == 1.0
     text = decisions_text(result)
     assert all(signal in text for signal in SIGNALS)
+    assert "95 % bootstrap intervals over states of the reference policy alone, which say nothing of trainings" in text
     files = draw_decisions(result, tmp_path / "decisions")
     before = [file.read_bytes() for file in files]
     draw_decisions(result, tmp_path / "decisions")

@@ -592,6 +592,19 @@ def test_several_end_of_sequence_tokens_are_obeyed(policy: Policy) -> None:
     assert (answer.finish, answer.ids) == ("eos", [other])
 
 
+def test_the_tokenizers_own_end_is_obeyed_where_the_settings_name_another(policy: Policy) -> None:
+    prefix, (other,), own = encode(policy, "goal 3 3"), encode(policy, "U"), policy.tokenizer.eos_token_id
+    configured = policy.model.generation_config.eos_token_id
+    policy.model.generation_config.eos_token_id = other
+    try:
+        assert policy.ends == {own, other}
+        draws = np.concatenate([draws_for(policy, prefix, [own], 1.0), [0.5]])
+        answer = TransformersEngine(policy).generate([Request(prefix, draws)], Sampling(1.0, STOP))[0]
+    finally:
+        policy.model.generation_config.eos_token_id = configured
+    assert (answer.finish, answer.ids) == ("eos", [own])
+
+
 def test_weights_changed_in_place_are_used_after_forget(policy: Policy) -> None:
     changed = policy.frozen_copy()
     engine, sampling = TransformersEngine(changed), Sampling(1.0, STOP)

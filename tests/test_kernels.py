@@ -7,6 +7,7 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -16,14 +17,15 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, Qwen2Config, Qwen2ForCausalLM
 
-from pipeline.config import parse, read_yaml
+from pipeline.config import ConfigError, parse, read_yaml
 from pipeline.energy.annotate import score_trajectories
 from pipeline.kernels import library, native
 from pipeline.policy.model import Policy
 from pipeline.policy.tokenizer import train_tokenizer
-from pipeline.policy.trunk import Heads
+from pipeline.policy.trunk import Heads, packed_attention
 from pipeline.rollout.cache import SlotCache
 from pipeline.rollout.collector import collect, iteration_specs
 from pipeline.rollout.transformers_engine import TransformersEngine
@@ -31,7 +33,25 @@ from pipeline.rollout.transformers_engine import TransformersEngine
 ROOT = Path(__file__).parents[1]
 HAS_COMPILER = shutil.which(os.environ.get("CC", "cc")) is not None
 needs_compiler = pytest.mark.skipif(not HAS_COMPILER, reason="there is no C compiler")
+SETS = library.usable()
+"""Instruction sets of this machine, the widest first."""
 Rotation = tuple[Tensor, Tensor]
+
+
+@pytest.fixture(params=SETS)
+def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """Kernels that are compiled for this one, as on a machine that has no wider one; one after another."""
+    yield compiled_for(request.param, monkeypatch)
+    library.library.cache_clear()
+
+
+def compiled_for(name: str, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setenv("ACTFOCUS_KERNELS", name)
+    library.library.cache_clear()
+    loaded = library.library()
+    assert loaded is not None
+    assert loaded.instruction_set == name
+    return name
 
 
 def properties(examples: int) -> Any:
@@ -117,7 +137,7 @@ def check_causal_attention(
     assert torch.equal(alone, actual)
 
 
-@needs_compiler
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("share", [1.0, 0.2])
 @pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("size", native.HEAD_SIZES)
@@ -140,7 +160,7 @@ def test_causal_attention_of_any_lengths(
     check_causal_attention(lengths, *heads, size, rotated, share=share)
 
 
-@needs_compiler
+@pytest.mark.usefixtures("instruction_set")
 def test_causal_attention_that_is_very_sharp() -> None:
     """Scores of some hundreds: a distribution is then mostly one token."""
     check_causal_attention([40, 7], 2, 1, 16, True, spread=100.0)
@@ -229,7 +249,7 @@ def check_cache(
     return cache
 
 
-@needs_compiler
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("rotated", [False, True])
 @pytest.mark.parametrize("size", native.HEAD_SIZES)
 def test_cached_attention(size: int, rotated: bool) -> None:
@@ -253,7 +273,7 @@ def test_cached_attention_of_other_sizes_and_precisions(size: int, dtype: torch.
         assert cache.keys.shape == cache.values.shape
 
 
-@needs_compiler
+@pytest.mark.usefixtures("instruction_set")
 def test_cached_attention_is_causal_attention_bit_for_bit_in_chunks_of_any_size() -> None:
     """The kernel's result for a token does not depend on what passes with it."""
     config = LlamaConfig(num_attention_heads=4, num_key_value_heads=2, hidden_size=64, num_hidden_layers=1)
@@ -305,7 +325,7 @@ def plain_rms_norm(x: Tensor, weight: Tensor) -> Tensor:
     return weight * x / ((x * x).sum(-1, keepdim=True) / x.shape[-1] + 1e-6) ** 0.5
 
 
-@needs_compiler
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("spread", [1e-3, 1.0, 100.0])
 @pytest.mark.parametrize("shape", [(1, 16), (7, 48), (5, 160), (3, 1024), (6, 4, 32), (2, 3, 5, 16)])
 def test_rms_norm(shape: tuple[int, ...], spread: float) -> None:
@@ -330,7 +350,7 @@ def plain_swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return gate * up / (1 + torch.exp(-gate))
 
 
-@needs_compiler
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize(("rows", "width"), [(1, 16), (9, 48), (4, 176), (33, 1024)])
 @pytest.mark.parametrize("spread", [1.0, 30.0])
 def test_swiglu(rows: int, width: int, spread: float) -> None:
@@ -340,7 +360,7 @@ def test_swiglu(rows: int, width: int, spread: float) -> None:
         assert_close(ours, theirs, 1e-5 * spread)
 
 
-@needs_compiler
+@pytest.mark.usefixtures("instruction_set")
 def test_swiglu_at_its_ends() -> None:
     ends = [-1e4, -100.0, -88.0, -87.0, -20.0, -1e-7, -0.0, 0.0, 1e-7, 20.0, 87.0, 88.0, 100.0, 1e4, -5.0, 5.0]
     actual = gradients(native.swiglu, torch.tensor([ends]), torch.full((1, 16), -100.0))
@@ -360,7 +380,7 @@ def plain_scores(logits: Tensor, tokens: Tensor, temperature: float) -> list[Ten
     return [raw, tempered, chosen, -(logprobs.exp() * logprobs).sum(-1)]
 
 
-@needs_compiler
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("temperature", [1.0, 0.5, 3.0])
 @pytest.mark.parametrize(
     ("rows", "vocabulary", "spread"),
@@ -382,7 +402,7 @@ def test_scores_and_their_slopes(rows: int, vocabulary: int, spread: float, temp
     assert_close(slope, exact.grad, 1e-5 * spread)
 
 
-@needs_compiler
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("temperature", [1.0, 0.4])
 @pytest.mark.parametrize(
     ("rows", "vocabulary", "spread"),
@@ -452,7 +472,7 @@ WORK: dict[str, Callable[[], Sequence[Tensor]]] = {
 }
 
 
-@needs_compiler
+@pytest.mark.usefixtures("instruction_set")
 @pytest.mark.parametrize("name", WORK)
 def test_threads_change_nothing(name: str, threads: Callable[[int], None]) -> None:
     threads(1)
@@ -461,6 +481,97 @@ def test_threads_change_nothing(name: str, threads: Callable[[int], None]) -> No
         threads(count)
         for ours, theirs in zip(WORK[name](), alone, strict=True):
             assert torch.equal(ours, theirs)
+
+
+# ------------------------------------------------------------------------------------------------ instruction sets
+
+
+def odd_rows(width: int) -> Sequence[Tensor]:
+    inputs = [normal(37, width, seed=seed, scale=5.0) for seed in (0, 1)]
+    normed = gradients(lambda *xs: native.rms_norm(*xs, 1e-6), inputs[0], normal(width, seed=2))
+    return [*normed, *gradients(native.swiglu, *inputs)]
+
+
+def odd_logits(vocabulary: int) -> Sequence[Tensor]:
+    logits, tokens = normal(7, vocabulary, seed=0, scale=3.0), torch.arange(7) % vocabulary
+    columns = native.score(logits.clone(), tokens, 0.7)
+    raw, normaliser, _, entropy = columns
+    slopes = tuple(normal(3, 7, seed=1))
+    slope = native.score_slope(logits.clone(), tokens, 0.7, raw, normaliser, entropy, slopes)
+    return [*columns, slope, *native.sample(logits, 0.7, torch.linspace(0, 0.99, 7, dtype=torch.float64))]
+
+
+def odd_heads(size: int) -> Sequence[Tensor]:
+    lengths = [17, 1, 131, 15, 33]
+    tensors = [normal(sum(lengths), heads, size, seed=heads + i) for i, heads in enumerate((6, 3, 3))]
+    rotation, layout = codes(np.concatenate([np.arange(n) for n in lengths]), size), native.layout(lengths)
+    return gradients(lambda *qkv: native.causal_attention(*qkv, rotation, layout, size**-0.5), *tensors)
+
+
+ODD: dict[str, Callable[[], Sequence[Tensor]]] = {
+    **{f"causal, heads of {size}": partial(odd_heads, size) for size in native.HEAD_SIZES},
+    "cached": WORK["cached, one long"],
+    **{f"rows of {width}": partial(odd_rows, width) for width in (16, 48, 1040)},
+    **{f"vocabulary of {count}": partial(odd_logits, count) for count in (1, 15, 17, 421, 3001)},
+}
+
+
+@needs_compiler
+@pytest.mark.parametrize("name", ODD)
+def test_kernels_say_the_same_for_every_instruction_set(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where both have fused multiply-add to the bit: the order of sums does not depend on the length of a vector."""
+    found = {}
+    for which in SETS:
+        compiled_for(which, monkeypatch)
+        found[which] = ODD[name]()
+    library.library.cache_clear()
+    for which, results in found.items():
+        for ours, theirs in zip(results, found[SETS[0]], strict=True):
+            assert_close(ours, theirs, 2e-5)
+            if {which, SETS[0]} == {"avx2", "avx512"}:
+                assert torch.equal(ours, theirs)
+
+
+class Seen(TorchDispatchMode):
+    """Names of the operations that PyTorch runs."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.names.add(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("size", [64, 128])
+def test_attention_is_left_to_pytorch_where_pytorch_is_faster(instruction_set: str, size: int) -> None:
+    """In long sequences of wide heads; not for a short sequence beside them, which would be padded."""
+    longest = native.LONGEST[instruction_set][size]
+    for lengths, pytorch in (([longest + 1], True), ([longest], False), ([longest + 1, 3], False)):
+        tensors = [normal(sum(lengths), 1, size, seed=seed) for seed in range(3)]
+        with Seen() as seen, torch.no_grad():
+            mixed = packed_attention(lengths, torch.device("cpu"))(0, Heads(*tensors, None, size**-0.5))
+        assert any("scaled_dot_product" in name for name in seen.names) == pytorch
+        alone = native.causal_attention(*tensors, None, native.layout(lengths), size**-0.5)
+        assert_close(mixed, alone, 2e-5)
+        assert torch.equal(mixed, alone) != pytorch
+
+
+def test_every_instruction_set_has_a_longest_sequence_for_every_head_size() -> None:
+    assert set(native.LONGEST) == set(library.INSTRUCTION_SETS)
+    assert all(tuple(sizes) == native.HEAD_SIZES for sizes in native.LONGEST.values())
+
+
+@pytest.mark.parametrize("choice", ["AVX2", "avx1024", "neon" if "neon" not in SETS else "avx512"])
+def test_an_instruction_set_that_is_none_or_not_there_is_refused(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ACTFOCUS_KERNELS", choice)
+    library.library.cache_clear()
+    with pytest.raises(ConfigError) as refused:
+        library.library()
+    (line,) = str(refused.value).splitlines()
+    allowed = ", ".join(["off", *SETS])
+    assert line == f"ACTFOCUS_KERNELS: {choice!r} is not an instruction set of this machine; allowed: {allowed}"
 
 
 # -------------------------------------------------------------------------------------------------- where none are
@@ -499,6 +610,31 @@ def test_it_is_compiled_elsewhere_when_its_own_folder_cannot_be_written(fresh_li
     (fresh_library / "__pycache__").write_text("no folder")
     assert library.library() is not None
     assert len(list((tmp_path / "cache").rglob("*.so"))) == 1
+
+
+def lesser_machine(folder: Path, without: str) -> str:
+    """A compiler that works as the machine's does, but does not define macros with this in their names."""
+    path = folder / f"cc-without-{without}"
+    path.write_text(f'#!/bin/sh\ncase "$*" in\n*-dM*) cc "$@" | grep -v {without} ;;\n*) exec cc "$@" ;;\nesac\n')
+    path.chmod(0o700)
+    return str(path)
+
+
+@needs_compiler
+@pytest.mark.skipif("avx2" not in SETS, reason="no AVX2 here that could be missing")
+def test_machines_that_share_a_cache_do_not_load_what_another_has_compiled(
+    fresh_library: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    assert library.library() is not None
+    for number, (without, expected) in enumerate([("SSE4_2", SETS[0]), ("AVX512", "avx2"), ("AVX", "baseline")], 2):
+        monkeypatch.setenv("CC", lesser_machine(tmp_path, without))
+        library.library.cache_clear()
+        loaded = library.library()
+        assert loaded is not None
+        assert loaded.instruction_set == expected
+        assert len(list(fresh_library.rglob("*.so"))) == number
+        last = torch.tensor([[1.0] * 16])
+        assert_close(native.swiglu(last, last), plain_swiglu(last, last))
 
 
 def test_what_does_not_compile_is_not_used(fresh_library: Path) -> None:

@@ -1,17 +1,20 @@
-"""The pool of processes: order of results, exceptions, progress, and how many run at once."""
+"""The pool of processes: order of results, exceptions, how many run at once, and that none is left over."""
 
 from __future__ import annotations
 
 import multiprocessing
 import os
+import signal
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import torch
 
 from pipeline.config import ConfigError
-from pipeline.processes import Report, run_in_processes
+from pipeline.processes import Report, _watch, begin_worker, run_in_processes
+from pipeline.tracking.system import SystemMetrics
 
 
 def slower_first(task: int, report: Report) -> int:
@@ -30,13 +33,6 @@ def fail_at_two(task: tuple[int, Path], report: Report) -> None:
     if number == 2:
         raise ConfigError("params.yaml: two is not allowed")
     time.sleep(0.1)
-
-
-def count_to_three(task: str, report: Report) -> str:
-    for done in (1, 2, 3):
-        report(done, 3, f"{task} success 0.5")
-    time.sleep(0.6)  # the report travels through a thread of its own
-    return task
 
 
 def test_results_come_in_the_order_of_the_tasks() -> None:
@@ -67,7 +63,49 @@ def test_a_tasks_exception_arrives_and_stops_what_has_not_begun(tmp_path: Path) 
     assert len(list(tmp_path.iterdir())) < len(tasks) / 2
 
 
-def test_each_task_reports_how_far_it_came(capfd: pytest.CaptureFixture[str]) -> None:
-    run_in_processes(count_to_three, {"one": "a", "two": "b"}, 2, "count")
-    lines = capfd.readouterr().err.splitlines()
-    assert sorted(lines) == ["count one: 3/3 a success 0.5 - done", "count two: 3/3 b success 0.5 - done"]
+def sleep_at_one(task: int, report: Report) -> None:
+    if task == 1:
+        time.sleep(60)
+    raise ConfigError("params.yaml: zero is not allowed")
+
+
+def test_a_tasks_exception_does_not_wait_for_those_that_have_begun() -> None:
+    began = time.monotonic()
+    with pytest.raises(ConfigError):
+        run_in_processes(sleep_at_one, {"one": 1, "zero": 0}, 2, "fail")
+    assert time.monotonic() - began < 50
+    assert not multiprocessing.active_children()
+
+
+def test_a_worker_whose_parent_was_gone_before_it_began_ends() -> None:
+    worker = multiprocessing.get_context("fork").Process(target=begin_worker, args=(os.getpid() + 1,))
+    worker.start()
+    worker.join(20)
+    assert worker.exitcode == 1
+
+
+def test_where_the_kernel_does_not_tell_of_a_parents_end_a_worker_looks_itself() -> None:
+    reading, writing = os.pipe()
+    parent = os.fork()
+    if not parent:
+        os.close(reading)
+        own = os.getpid()
+        if not os.fork():
+            os.write(writing, b"!")
+            _watch(own, signal.SIGKILL)
+        time.sleep(0.2)
+        os._exit(0)
+    os.close(writing)
+    os.waitpid(parent, 0)
+    with os.fdopen(reading, "rb") as pipe:
+        assert pipe.read() == b"!"  # to its end: nobody holds the other one any more
+
+
+def test_what_a_machine_does_not_tell_of_its_load_is_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused() -> None:
+        raise PermissionError("/proc/meminfo")
+
+    monkeypatch.setattr(psutil, "virtual_memory", refused)
+    measured = SystemMetrics().measure()
+    assert "system/process_memory_usage_megabytes" in measured
+    assert "system/system_memory_usage_percentage" not in measured

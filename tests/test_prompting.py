@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
+from pipeline.config import ConfigError
 from pipeline.policy.tokenizer import train_tokenizer
 from pipeline.prompting import (
     PLAIN_TEMPLATE,
@@ -63,7 +64,7 @@ IMPORTANCE = [Role.OTHER, Role.REASONING, Role.THINK_TAG, Role.ANSWER_TAG, Role.
 # -------------------------------------------------------------------------------------------------------- roles
 
 
-def character_roles(text: str) -> list[Role]:
+def character_roles(text: str, ended: bool = True) -> list[Role]:
     """The format, read part by part from the left; what is left over when a part does not come is other."""
     roles: list[Role] = []
 
@@ -83,7 +84,9 @@ def character_roles(text: str) -> list[Role]:
     if text[start:].startswith("<think>"):
         take(start, Role.OTHER)
         take(len("<think>"), Role.THINK_TAG)
-        take(until_tag(), Role.REASONING)
+        thought = until_tag()
+        closed = rest()[thought:].startswith("</think>")
+        take(thought, Role.REASONING if closed or not ended else Role.OTHER)
         if rest().startswith("</think>"):
             take(len("</think>"), Role.THINK_TAG)
             if rest()[blank() :].startswith("<answer>"):
@@ -109,31 +112,31 @@ def segmented(draw: st.DrawFn) -> DecodedResponse:
 
 
 @properties
-@given(RESPONSES)
-def test_roles_of_single_characters_equal_reference(text: str) -> None:
+@given(RESPONSES, st.booleans())
+def test_roles_of_single_characters_equal_reference(text: str, ended: bool) -> None:
     spans = [(i, i + 1) for i in range(len(text))]
-    assert token_roles(DecodedResponse(text, spans)) == character_roles(text)
+    assert token_roles(DecodedResponse(text, spans), ended) == character_roles(text, ended)
 
 
 @properties
-@given(segmented())
-def test_roles_do_not_depend_on_the_segmentation(response: DecodedResponse) -> None:
+@given(segmented(), st.booleans())
+def test_roles_do_not_depend_on_the_segmentation(response: DecodedResponse, ended: bool) -> None:
     """A token has the most consequential role of its characters, whatever the other tokens are."""
-    characters = character_roles(response.text)
+    characters = character_roles(response.text, ended)
     expected = [max(characters[start:end], key=IMPORTANCE.index) for start, end in response.spans]
-    assert token_roles(response) == expected
+    assert token_roles(response, ended) == expected
 
 
 @TOKENIZERS
-@given(RESPONSES)
+@given(RESPONSES, st.booleans())
 @properties
-def test_roles_of_real_tokens_follow_their_characters(tokenizer: Any, text: str) -> None:
+def test_roles_of_real_tokens_follow_their_characters(tokenizer: Any, text: str, ended: bool) -> None:
     """Tags are one token each in the project's tokenizer and several in the others."""
     ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     response = decode(tokenizer, ids)
     assert response.text == text
-    characters = character_roles(text)
-    for role, (start, end) in zip(token_roles(response), response.spans, strict=True):
+    characters = character_roles(text, ended)
+    for role, (start, end) in zip(token_roles(response, ended), response.spans, strict=True):
         assert role == max(characters[start:end], key=IMPORTANCE.index)
 
 
@@ -179,10 +182,31 @@ def test_golden_roles(pieces: list[str], expected: list[Role]) -> None:
     assert token_roles(DecodedResponse("".join(pieces), spans)) == expected
 
 
+@pytest.mark.parametrize(
+    ("pieces", "expected"),
+    [
+        (["<think>", "never", " closed", "<|end|>"], [T, X, X, X]),
+        (["<think>", "never", " closed", "</answer>"], [T, X, X, X]),
+        (["<think>", "a", "<answer>", "Up", "</answer>"], [T, X, X, X, X]),
+        (["<think>", "a", "<think>", "b", "</think>", "<answer>", "Up", "</answer>"], [T, X, X, X, X, X, X, X]),
+        (["<think>", "a", "</think>", "<|end|>"], [T, R, T, X]),
+        (["<think>", "a", "</think>", "<answer>", "Up", "<answer>", "Up", "</answer>"], [T, R, T, G, X, X, X, X]),
+        (["<think>", "a", "</think>", "<answer>", "</answer>"], [T, R, T, G, G]),
+        (["<think>", "a", "</think>", "<answer>", "Fly", "</answer>!"], [T, R, T, G, A, G]),
+    ],
+)
+def test_thoughts_that_a_response_ends_without_closing_them_are_no_reasoning(
+    pieces: list[str], expected: list[Role]
+) -> None:
+    spans = list(itertools.pairwise(itertools.accumulate(map(len, pieces), initial=0)))
+    assert token_roles(DecodedResponse("".join(pieces), spans), ended=True) == expected
+
+
 def test_tokens_without_characters_get_the_role_of_their_place() -> None:
     assert token_roles(DecodedResponse("<think>", [(0, 7), (7, 7)])) == [T, R]
     assert token_roles(DecodedResponse("<think>a", [(0, 7), (7, 7), (7, 8)])) == [T, R, R]
     assert token_roles(DecodedResponse("", [(0, 0)])) == [X]
+    assert token_roles(DecodedResponse("<think>a", [(0, 7), (7, 8), (8, 8)]), ended=True) == [T, X, X]
 
 
 def test_bytes_of_one_character_share_its_role() -> None:
@@ -375,6 +399,152 @@ def test_following_is_not_shared_between_its_callers() -> None:
     first = dialogue.following(2, "state", 0.0, False)
     first.append(-1)
     assert dialogue.following(2, "state", 0.0, False) == first[:-1]
+
+
+# ------------------------------------------------------------------------------------------------- chat templates
+
+TURNS = "{%- for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{%- endfor %}"
+ASKED = "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{%- endif %}"
+OPENING = TURNS + "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n<think>\n' }}{%- endif %}"
+"""Ends with the tag itself, as the templates of reasoning models do."""
+CLOSING = OPENING.replace("<think>\n", "<think>\n\n</think>\n\n")
+FORGETTING = OPENING.replace("m.content +", "m.content.split('</think>')[-1] +")
+"""Drops the reasoning of earlier turns, as R1's does."""
+THINKING_HISTORY = OPENING.replace("m.content +", "('<think></think>' if m.role == 'assistant' else '') + m.content +")
+TRIMMING = TURNS.replace("m.content +", "m.content | trim +") + ASKED
+NO_SYSTEM = "{%- if messages[0].role == 'system' %}{{ raise_exception('System role not supported') }}{%- endif %}"
+ALTERNATING = (
+    "{%- for m in messages %}{%- if (m.role == 'user') != (loop.index0 % 2 == 0) %}"
+    "{{ raise_exception('Conversation roles must alternate user/assistant/user/assistant/...') }}{%- endif %}{%- endfor %}"
+)
+DEAF = "{%- set messages = messages | rejectattr('role', 'equalto', 'system') | list %}"
+LAST_SYSTEM = (
+    "{%- set system = messages[0].content if messages[0].role == 'system' else '' %}"
+    "{%- for m in messages %}{%- if m.role != 'system' %}{{ '<|im_start|>' + m.role + '\n' }}"
+    "{{- system if loop.last }}{{- m.content + '<|im_end|>\n' }}{%- endif %}{%- endfor %}"
+)
+"""The system message stands in the last message of the user, wherever that is, as in some of Mistral's."""
+DATED = "{{- '<|im_start|>system\nToday is ' + strftime_now('%d %b %Y') + '<|im_end|>\n' }}"
+FULL_STOP = (
+    TURNS + "{%- if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% else %}{{ eos_token }}{%- endif %}"
+)
+
+
+def templated(template: str | None, **options: Any) -> Any:
+    return byte_level(
+        ["<|im_start|>", "<|im_end|>", "<|endoftext|>"],
+        **{"eos_token": "<|im_end|>", "chat_template": template, **options},
+    )
+
+
+def conversation(tokenizer: Any, layout: Any, prefill: str, said: list[str], end: str = "<|im_end|>") -> str:
+    """What the policy has read and written when it has replied to every observation but the last."""
+    dialogue = Dialogue(tokenizer, layout, prefill, 32)
+    ids = [*dialogue.opening("Task.", "a", None), *dialogue.prefill_ids]
+    for turn, reply in enumerate(said, start=2):
+        ids += dialogue.encode(reply + end)
+        ids += [*dialogue.following(turn, "b", 0.0, bool(end), None), *dialogue.prefill_ids]
+    return str(tokenizer.decode(ids, skip_special_tokens=False))
+
+
+SAID = ["x</think><answer>Up</answer>", "y</think><answer>Left</answer>"]
+
+
+@pytest.mark.parametrize("template", [OPENING, FORGETTING, THINKING_HISTORY], ids=["opens", "forgets", "empties"])
+@pytest.mark.parametrize("prefill", ["", "<think>"])
+def test_a_tag_that_the_template_opens_with_is_part_of_the_response_and_stands_once(
+    template: str, prefill: str
+) -> None:
+    """And what was thought stays where it was sampled, whatever the template does with earlier turns."""
+    tokenizer = templated(template)
+    expected = "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n<think>\n" + SAID[0]
+    expected += "<|im_end|>\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n<think>\n" + SAID[1]
+    expected += "<|im_end|>\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n<think>\n"
+    assert conversation(tokenizer, "compact", prefill, SAID) == expected
+    dialogue = Dialogue(tokenizer, "compact", prefill, 32)
+    response = decode(tokenizer, [*dialogue.prefill_ids, *dialogue.encode(SAID[0])])
+    assert parse_response(response.text, 1) == ["Up"]
+    whole = tokenizer(expected.split(SAID[0])[0], add_special_tokens=False)["input_ids"]
+    assert [*dialogue.opening("", "a"), *dialogue.prefill_ids] == whole
+
+
+def test_reasoning_that_the_template_closes_is_part_of_the_response_and_cannot_be_opened_again() -> None:
+    tokenizer = templated(CLOSING)
+    dialogue = Dialogue(tokenizer, "compact", "", 32)
+    assert tokenizer.decode(dialogue.prefill_ids) == "<think>\n\n</think>\n\n"
+    assert tokenizer.decode(dialogue.opening("", "a")).endswith("<|im_start|>assistant\n")
+    with pytest.raises(ConfigError, match=r"^rollout.prefill: '<think>' does not go with .* itself; leave it empty$"):
+        Dialogue(tokenizer, "compact", "<think>", 32)
+
+
+@pytest.mark.parametrize("end", ["<|im_end|>", "<|endoftext|>"])
+@pytest.mark.parametrize("eos", ["<|im_end|>", "<|endoftext|>"])
+@pytest.mark.parametrize("template", [TURNS + ASKED, FULL_STOP], ids=["plain", "full stop"])
+def test_a_turn_has_one_end_marker_whichever_the_policy_has_sampled(template: str, eos: str, end: str) -> None:
+    """The tokenizer's own end need not be the template's: generation settings may name several."""
+    text = conversation(templated(template, eos_token=eos), "compact", "", ["x"], end)
+    assert text.endswith(f"<|im_start|>assistant\nx{end}\n<|im_start|>user\nb<|im_end|>\n<|im_start|>assistant\n")
+
+
+def test_the_space_before_an_end_marker_is_not_repeated_either() -> None:
+    template = (
+        "{%- for m in messages %}{{ m.content if m.role == 'user' else m.content + ' ' + eos_token }}{%- endfor %}"
+    )
+    assert conversation(templated(template), "compact", "", ["x"]) == "ax<|im_end|>b"
+    assert conversation(templated(template), "compact", "", ["x"], "") == "ax <|im_end|>b"
+
+
+@pytest.mark.parametrize(
+    "before", [NO_SYSTEM, ALTERNATING, DEAF, LAST_SYSTEM], ids=["refused", "alternating", "left out", "in the last"]
+)
+def test_a_task_that_no_system_message_can_state_stands_in_the_first_message(before: str) -> None:
+    tokenizer = templated(LAST_SYSTEM + ASKED if before is LAST_SYSTEM else before + TURNS + ASKED)
+    text = conversation(tokenizer, "published", "", ["x", "y"])
+    assert text.startswith("<|im_start|>user\nTask.\n\nTurn 1:\nState:\na\nAlways output")
+    assert text.count("Task.") == 1
+    assert "system" not in text
+    known = conversation(templated(TURNS + ASKED), "published", "", ["x", "y"])
+    assert known.startswith("<|im_start|>system\nTask.<|im_end|>\n<|im_start|>user\nTurn 1:\nState:\na\n")
+
+
+def test_later_messages_are_the_templates_own_too() -> None:
+    """One that trims messages trims those of every turn."""
+    dialogue = Dialogue(templated(TRIMMING), "compact", "", 32)
+    texts = [
+        dialogue.tokenizer.decode(ids)
+        for ids in (dialogue.opening("", " a \n"), dialogue.following(2, " a \n", 0, False))
+    ]
+    assert texts[0] == "<|im_start|>user\na<|im_end|>\n<|im_start|>assistant\n"
+    assert texts[1] == "<|im_end|>\n" + texts[0]
+
+
+def test_the_day_does_not_change_a_prompt() -> None:
+    text = conversation(templated(DATED + TURNS + ASKED), "compact", "", [])
+    assert text.startswith("<|im_start|>system\nToday is 26 Jul 2024<|im_end|>\n<|im_start|>user\na<|im_end|>\n")
+
+
+@pytest.mark.parametrize(
+    ("template", "said"),
+    [
+        (TURNS, "does not open the response: it leaves add_generation_prompt aside"),
+        ("{{ messages[-1].content }}", "does not write each message once, as it is"),
+        (TURNS.replace("m.content", "m.content | upper") + ASKED, "does not write each message once, as it is"),
+        ("{{ messages | length }}" + TURNS + ASKED, "writes a turn otherwise once the next one follows"),
+        (TURNS.replace("m.role +", "m.role + loop.index|string +") + ASKED, "writes the third turn otherwise"),
+        (ASKED + "{% if %}", "cannot write a conversation in turns: Expected an expression"),
+        ("{{ raise_exception('no' * 999) }}", "cannot write a conversation in turns: "),
+        ({"tools": TURNS + ASKED}, "cannot be chosen: This model has multiple chat templates"),
+    ],
+)
+@pytest.mark.parametrize("layout", ["compact", "published"])
+def test_a_template_that_a_growing_conversation_cannot_use_is_refused_in_one_line(
+    template: Any, said: str, layout: Any
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        Dialogue(templated(template), layout, "", 32)
+    assert str(caught.value).startswith(f"policy: its chat template {said}")
+    assert "\n" not in str(caught.value)
+    assert len(str(caught.value)) < 220
 
 
 # ------------------------------------------------------------------------------------------------- untrusted text

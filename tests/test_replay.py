@@ -190,7 +190,9 @@ def test_a_replay_reports_every_point_and_uniform_weights_agree_with_themselves(
     shares = {(row["alpha"], row["beta"]): row["share_action"] for row in result["rows"]}
     assert shares[0.1, 0.5] > shares[0.1, 0.0] > shares[1.0, 0.0] > 0
     assert replay(flat, directory, table, "flat", points, 8) == result
-    assert len(replay_text(result).splitlines()) == 2 + len(points)
+    lines = replay_text(result).splitlines()
+    assert len(lines) == 2 + len(points)
+    assert "jackknife standard error over groups of the reference policy alone, which says nothing of train" in lines[0]
     files = draw_replay(result, tmp_path / "replay")
     before = [file.read_bytes() for file in files]
     assert [file.read_bytes() for file in draw_replay(result, tmp_path / "replay")] == before

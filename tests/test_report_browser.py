@@ -84,7 +84,8 @@ def hostile_episodes(tokens: Any, seed: int) -> Played:
                 roles = [Role.REASONING] * (len(written) - 2) + [Role.ACTION, Role.OTHER]
                 builder.append_sampled(written, roles, [-0.5 - turn] * len(written), [0.1] * len(written))
                 key = f"SFFF/FHFF/FFFG/FFFF@{turn},{turn}"
-                builder.close_turn(start, float(member % 2 and turn == 2), HOSTILE[0], turn != 1, key)
+                reward, ended = float(member % 2 and turn == 2), "response_tokens" if turn == 1 else "stop"
+                builder.close_turn(start, reward, HOSTILE[0], turn != 1, key, ended=ended)
             builder.finish(bool(member % 2), HOSTILE[2])
             builders.append(builder)
     episodes = annotated(build(builders), seed)
@@ -221,6 +222,18 @@ def test_the_page_is_one_small_file_that_opens_without_errors(written: Path, bro
         print(f"\n{written.stat().st_size / MEGABYTE:.2f} MB, opened in {visit.seconds:.2f} s")
 
 
+def test_no_chart_has_a_button_that_sends_it_anywhere(written: Path, browser: Any) -> None:
+    """Plotly's own offer to upload a chart is among those that are missing."""
+    with Visit(browser, written) as visit:
+        visit.draw_all()
+        buttons = visit.page.locator("figure.chart .modebar-btn")
+        titles = {buttons.nth(i).get_attribute("data-title") for i in range(buttons.count())}
+        assert titles == {"Download plot as a PNG", "Zoom", "Pan", "Zoom in", "Zoom out", "Reset axes"}
+        server = "[...document.querySelectorAll('.js-plotly-plot')].map((plot) => plot._context.plotlyServerURL)"
+        assert set(visit.page.evaluate(server)) == {""}
+        assert visit.wrong == []
+
+
 def test_views_of_a_chart_change_by_mouse_and_keyboard(written: Path, browser: Any) -> None:
     with Visit(browser, written) as visit:
         figure = visit.page.locator('figure[data-chart="lake-learning"]')
@@ -271,7 +284,7 @@ def test_the_viewer_works_by_mouse(written: Path, browser: Any) -> None:
         assert sum("no success" in label for label in labels) == 4
         assert root.locator(".turn").count() == 3
         assert root.locator(".board").first.get_attribute("aria-label") == "Board: P _ _ _; _ O _ _; _ _ _ G; _ _ _ _"
-        assert "no valid action" in root.locator(".turn h4").nth(1).inner_text()
+        assert "no valid action (cut by response_tokens)" in root.locator(".turn h4").nth(1).inner_text()
 
         root.locator(".tokens .token.action").first.hover()
         shown = visit.numbers()

@@ -12,7 +12,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.report.flat import CURVES, curves_csv, headline_metrics, write_flat
-from pipeline.report.revisions import Revision, changed_settings, difference, revisions_text
+from pipeline.report.revisions import Revision, change, changed_settings, revisions_text
 
 SUCCESS = {"a": [[1, 0], [1, 1]], "b": [[0, 0], [1, 0]]}
 """Revision -> success by seed and initial state."""
@@ -59,14 +59,26 @@ def revision(name: str, table: pa.Table | None = None, **changes: Any) -> Revisi
 
 
 def test_a_difference_is_paired_over_common_seeds_and_states() -> None:
-    found = difference(revision("a"), revision("b"), "lake", "grpo", 500)
+    found = change(revision("a"), revision("b"), "lake", "grpo")
     assert found.value == pytest.approx(0.25 - 0.75)
-    assert found.interval is not None
-    assert found.interval.low <= found.value <= found.interval.high
-    assert (found.seeds, found.states) == (2, 2)
+    assert found.paired is not None
+    assert (found.paired.by_seed, found.states) == ((-0.5, -0.5), 2)
     one_seed = revision("b", episodes([SUCCESS["b"][1]], (1,)))
-    found = difference(revision("a"), one_seed, "lake", "grpo", 500)
-    assert (found.value, found.seeds) == (pytest.approx(0.5 - 1.0), 1)
+    found = change(revision("a"), one_seed, "lake", "grpo")
+    assert found.paired is not None
+    assert (found.value, len(found.paired.by_seed)) == (pytest.approx(0.5 - 1.0), 1)
+
+
+def test_a_verdict_on_two_revisions_needs_six_common_seeds() -> None:
+    worse, better = [[0, 0, 0, 1]] * 7, [[1, 1, 1, 0], *[[1, 1, 1, 1]] * 6]
+    seven = revision("a", episodes(worse, tuple(range(7))))
+    assert "+0.714 [+0.627, +0.802]: higher  7 seeds × 4 states" in revisions_text(
+        seven, revision("b", episodes(better, tuple(range(7))))
+    )
+    text = revisions_text(seven, revision("b", episodes(better, tuple(range(2, 9)))))
+    assert "+0.700 (5 seeds, +0.500 to +0.750)  5 seeds × 4 states" in text
+    assert "no verdict below 6 paired seeds: grpo; give `seeds` 6 or more in both revisions, the same ones" in text
+    assert "higher" not in text
 
 
 @pytest.mark.parametrize("what", ["no episodes", "no common seed", "another temperature"])
@@ -78,11 +90,11 @@ def test_what_cannot_be_paired_has_no_interval_and_says_so(what: str) -> None:
         b = revision("b", episodes(SUCCESS["b"], (7, 8)))
     else:
         b = revision("b", temperature=0.7)
-    found = difference(a, b, "lake", "grpo", 500)
-    assert (found.value, found.interval) == (pytest.approx(-0.5), None)
-    text = revisions_text(a, b, 500)
+    found = change(a, b, "lake", "grpo")
+    assert (found.value, found.paired) == (pytest.approx(-0.5), None)
+    text = revisions_text(a, b)
     assert "-0.500  " in text
-    assert "not paired, a difference of means without an interval: grpo" in text
+    assert "not paired, a difference of means without a verdict: grpo" in text
 
 
 def test_changed_settings_are_named_with_both_values() -> None:

@@ -68,8 +68,8 @@ def test_the_objective_knows_tensors_and_settings_alone() -> None:
 
 LAYERS = (
     {"section"},
-    {"slots", "studies"},
-    {"config", "trajectory", "randomness", "files"},
+    {"slots", "studies", "yaml_files"},
+    {"config", "trajectory", "randomness", "files", "progress", "finite"},
     {"environments", "prompting", "policy", "processes", "presets", "contracts", "episodes"},
     {"rollout", "energy", "objective"},
     {"tracking"},

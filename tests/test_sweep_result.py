@@ -181,7 +181,9 @@ def test_of_two_objectives_the_front_is_what_nothing_beats_in_both(tmp_path: Pat
 
 def test_the_overlay_gives_exactly_the_best_settings(tmp_path: Path) -> None:
     plan = searches(tmp_path / "one")[0]
-    values = YAML(typ="safe").load(best_overlay([found(plan, ROWS)]))
+    text = best_overlay([found(plan, ROWS)])
+    assert not set("&*") & set(text)
+    values = YAML(typ="safe").load(text)
     config = parse(overlay(read_yaml(ROOT / "params.yaml"), values))
     assert {key: current(config, plan.method, key) for key in BEST} == BEST
     assert config.comparison == "default_actfocus"
@@ -292,15 +294,16 @@ def test_settings_outside_methods_are_confirmed_if_they_are_all_the_same(tmp_pat
 
 
 def row(method: str, kind: str | None, difference: tuple[float, float, float], **more: Any) -> dict[str, Any]:
-    """A row of a comparison, with a difference to its control."""
+    """A row of a comparison of six seeds, with a difference to its control."""
     names = ("difference_to_control", "difference_to_control_ci_low", "difference_to_control_ci_high")
     return {
+        **{f"difference_to_uniform{part}": None for part in ("", "_ci_low", "_ci_high", "_by_seed")},
+        "difference_to_control_by_seed": [difference[0]] * 6,
         "environment": "lake",
         "method": method,
         "temperature": 0.5,
         "headline": True,
         "success_mean": 0.6,
-        "seeds": 4,
         "states": 64,
         "control": kind,
         "uniform": None,
@@ -312,9 +315,9 @@ def row(method: str, kind: str | None, difference: tuple[float, float, float], *
 @pytest.mark.parametrize(
     ("difference", "told"),
     [
-        ((0.05, 0.01, 0.09), "higher than"),
-        ((0.05, -0.01, 0.09), "not told apart from"),
-        ((-0.05, -0.09, -0.01), "lower than"),
+        ((0.05, 0.01, 0.09), "higher"),
+        ((0.05, -0.01, 0.09), "not told apart"),
+        ((-0.05, -0.09, -0.01), "lower"),
     ],
 )
 def test_a_verdict_says_whether_the_best_is_told_apart(difference: tuple[float, float, float], told: str) -> None:
@@ -325,8 +328,17 @@ def test_a_verdict_says_whether_the_best_is_told_apart(difference: tuple[float, 
     ]
     value, low, high = difference
     assert verdict({"rows": rows}) == (
-        f"lake: best (0.600) is {told} uniform on 4 fresh seeds and 64 test states at temperature 0.5: "
-        f"{value:+.3f} [{low:+.3f}, {high:+.3f}]"
+        "lake: best (0.600) − uniform, 6 fresh seeds and 64 test states at temperature 0.5: "
+        f"{value:+.3f} [{low:+.3f}, {high:+.3f}]: {told}"
+    )
+
+
+def test_below_six_fresh_seeds_there_is_no_verdict_and_the_key_to_one_is_named() -> None:
+    few = {"difference_to_control_ci_low": None, "difference_to_control_ci_high": None}
+    rows = [row("best", "uniform", (0.05, 0.0, 0.0), **few, difference_to_control_by_seed=[0.02, 0.03, 0.05, 0.1])]
+    assert verdict({"rows": rows}) == (
+        "lake: best (0.600) − uniform, 4 fresh seeds and 64 test states at temperature 0.5: +0.050 (4 seeds, +0.020 to "
+        "+0.100); no verdict below 6 paired seeds, give `sweep.confirm_seeds` 6 or more"
     )
 
 

@@ -15,6 +15,7 @@ from pipeline.config import parse, read_yaml
 from pipeline.sweep.plan import Plan, plans
 from pipeline.sweep.score import success, violations
 from pipeline.sweep.trial import CACHE, Outcome, TrainingObjective
+from pipeline.training.module import PolicyGradient
 from pipeline.training.result import training_task
 from pipeline.training.run import TrainingJob, train_one
 from tests.searches import SMOKE, awaited, begin, kill_all, params, run, trials_asked_for, trials_of
@@ -126,6 +127,16 @@ def test_seeds_of_a_trial_are_stopped_together(tmp_path: Path, policy: Path) -> 
     assert list(trial.study.trials[1].intermediate_values) == [2]
     left = {path.name for path in CACHE.glob("train/*/*")}
     assert left.isdisjoint({"result", "checkpoint.ckpt"})
+
+
+def test_a_trial_whose_training_diverges_is_stopped_and_the_search_goes_on(
+    tmp_path: Path, policy: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan, study = plan_of(tmp_path, policy), optuna.create_study(direction="maximize")
+    monkeypatch.setattr(PolicyGradient, "_moved", lambda self, minibatch: {"distance": float("nan")})
+    with pytest.raises(TrialPruned, match="iteration 0: distance is nan"):
+        ran(plan, study.ask(), plan.baselines["paper"])
+    study.tell(0, None, TrialState.PRUNED)
 
 
 def test_killed_in_the_middle_a_search_ends_with_its_trials_and_computes_next_to_nothing_twice(

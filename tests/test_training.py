@@ -472,6 +472,23 @@ def test_two_equal_trainings_are_equal_and_the_reference_stays_frozen(policy: Po
     assert [row["updates"] for row in runs[0][1]] == [4, 4]
 
 
+def test_the_kl_of_an_iteration_is_that_of_its_last_minibatch_after_all_of_its_updates(policy: Policy) -> None:
+    module = PolicyGradient(configured({"methods": {"grpo": {"learning_rate": 1e-3}}}), LAKE, "grpo", 0, policy)
+    (iteration,) = module.rounds()
+    last = minibatches(iteration.examples, module.config, 0, 0)[-1]
+    row = fit(module, 1).curve[0]
+    assert row["updates"] == 4
+    logits = [policy.model(input_ids=torch.from_numpy(e.ids.astype("int64"))[None]).logits[0] for e in last]
+    now = [
+        torch.log_softmax(x[:-1], -1)[torch.arange(len(e.ids) - 1), e.ids[1:]]
+        for x, e in zip(logits, last, strict=True)
+    ]
+    shift = torch.cat([x[e.trainable[1:]] - e.logprob for x, e in zip(now, last, strict=True)]).detach()
+    action = torch.cat([e.role for e in last]) == Role.ACTION
+    assert row["kl_iteration_action"] == pytest.approx(float((shift.exp() - 1 - shift)[action].mean()), rel=1e-3)
+    assert row["kl_iteration_action"] > 1e-6
+
+
 def letter_config(changes: dict[str, Any] | None = None, **settings: Any) -> Config:
     phases = [{"steps": 150, "reasoning_words": [0, 1], "action_noise": 0.0}]
     toy = {

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 
 from pipeline import trajectory
 from pipeline.trajectory import (
+    CUT,
     RESPONSE_ROLES,
     SCHEMA_VERSION,
     EpisodeBuilder,
@@ -64,7 +65,8 @@ def episodes(draw: st.DrawFn, number: int = 0) -> EpisodeBuilder:
         )
         builder.append_sampled(*([token[i] for token in tokens] for i in range(4)))
         reward = draw(REWARDS) if tokens else 0.0
-        builder.close_turn(start, reward, draw(STRINGS), draw(st.booleans()), draw(STRINGS))
+        ended = draw(st.sampled_from(["stop", "eos", *CUT]))
+        builder.close_turn(start, reward, draw(STRINGS), draw(st.booleans()), draw(STRINGS), draw(st.booleans()), ended)
     builder.finish(draw(st.booleans()), draw(st.sampled_from(["goal", "failed", "turns", "context"])))
     return builder
 
@@ -139,6 +141,8 @@ def test_file_states_schema_version_and_types(tmp_path: Path) -> None:
         "action",
         "valid",
         "state_key",
+        "well_formed",
+        "ended",
     ]
     columns = pq.ParquetFile(path).metadata.row_group(0)
     assert {columns.column(i).compression for i in range(columns.num_columns)} == {"ZSTD"}
@@ -220,9 +224,10 @@ def test_files_of_another_schema_are_named(tmp_path: Path) -> None:
         return refusal(path)
 
     assert "none" in message(table.replace_schema_metadata(None))
-    for version in (1, 3):
+    for version in (1, 2, 4):
         other = table.replace_schema_metadata({"trajectory_schema": str(version)})
-        assert message(other).endswith(f"trajectory schema {version} found, 2 expected")
+        found = f"trajectory schema {version} found, 3 expected"
+        assert message(other).endswith(f"another version of this code wrote it, `dvc repro` makes it again: {found}")
     assert "missing columns: temperature" in message(table.drop_columns(["temperature"]))
     assert "logprob" in message(table.drop_columns(["logprob"]))
     assert "turns" in message(table.drop_columns(["turns"]))

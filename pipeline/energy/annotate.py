@@ -10,9 +10,11 @@ import numpy as np
 import torch
 
 from pipeline.config import Config
+from pipeline.finite import require_finite
 from pipeline.policy.model import Policy, load_trained
 from pipeline.policy.scoring import TokenScores, length_batches, predicting_hidden, score_tokens
 from pipeline.processes import Report
+from pipeline.progress import due, within
 from pipeline.trajectory import Trajectories, concatenate
 
 
@@ -28,8 +30,12 @@ def score_trajectories(
 
     Returns:
         Three float32 arrays (N,), 0 where not sampled.
+
+    Raises:
+        NumericsError: one of these numbers is not finite.
     """
     result = [np.zeros(len(trajectories.input_ids), dtype=np.float32) for _ in TokenScores._fields]
+    done = 0
     for batch in length_batches(trajectories.lengths, tokens_per_forward):
         spans = [slice(trajectories.offsets[e], trajectories.offsets[e + 1]) for e in batch]
         wanted = [trajectories.sampled[span] for span in spans]
@@ -38,7 +44,12 @@ def score_trajectories(
         tokens = torch.from_numpy(trajectories.input_ids[flat].astype(np.int64)).to(policy.device)
         for values, scored in zip(result, score_tokens(hidden, tokens, policy.head, temperature), strict=True):
             values[flat] = scored.float().cpu().numpy()
+        done += len(batch)
         progress(len(batch))
+        if due():
+            within(done / len(trajectories), f"{done} of {len(trajectories)} episodes")
+    for name, values in zip(TokenScores._fields, result, strict=True):
+        require_finite(f"{name} of a token under the policy that scores it", values)
     return result
 
 
@@ -77,8 +88,9 @@ def annotate_part(task: tuple[Config, Path, Trajectories], report: Report) -> Tr
     def progress(episodes: int) -> None:
         nonlocal done
         done += episodes
-        report(done, len(part))
+        report(done, len(part), "episodes")
 
+    report(0, len(part), "loading the policy")
     reference = load_trained(directory, config)
     slices = [part.select(range(start, min(start + size, len(part)))) for start in range(0, len(part), size)]
     temperature, budget = config.rollout.temperature, config.train.tokens_per_forward

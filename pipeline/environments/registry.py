@@ -9,7 +9,7 @@ import math
 import reprlib
 import sys
 import traceback
-from numbers import Real
+from numbers import Integral, Real
 from pathlib import Path
 from typing import Any, NoReturn, Protocol, cast
 
@@ -53,7 +53,8 @@ class TextEnvironment(Protocol):
         self, *, seed: int | None = None, options: dict[str, Any] | None = None
     ) -> tuple[str, dict[str, Any]]: ...
 
-    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]: ...
+    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
+        """Also other numbers and truth values, of NumPy too: see ``transition``."""
 
     @property
     def instructions(self) -> str:
@@ -110,26 +111,36 @@ def make(environment: Environment) -> TextEnvironment:
     return cast(TextEnvironment, bare)
 
 
-def reset(environment: TextEnvironment, seed: int, state_seed: int) -> str:
-    """Start an episode; returns the observation.
+def reset(environment: TextEnvironment, seed: int, state_seed: int | None) -> str:
+    """Start an episode; returns the observation. Without a ``state_seed`` the state is drawn from ``seed`` as well.
 
     Raises:
-        ConfigError: the environment raised, or did not return (text, information).
+        ConfigError: the environment raised, or did not return (text, dict).
     """
+    options = None if state_seed is None else {"state_seed": state_seed}
     try:
-        returned: Any = environment.reset(seed=seed, options={"state_seed": state_seed})
+        returned: Any = environment.reset(seed=seed, options=options)
     except Exception as error:
         raise _failed(environment, ("reset",), error) from error
     if not isinstance(returned, tuple) or len(returned) != 2:
         _refuse(environment, _shape(returned), ("reset",), "(observation, information)")
+    _information(environment, returned[1], ("reset",))
     return _text(environment, "an observation", returned[0], ("reset",))
 
 
 def step(environment: TextEnvironment, action: str) -> tuple[str, float, bool]:
-    """Act; returns the observation, the reward and whether the episode is over.
+    """Act; returns the observation, the reward and whether the episode is over. Raises as ``transition`` does."""
+    observation, reward, terminated, truncated = transition(environment, action)
+    return observation, reward, terminated or truncated
+
+
+def transition(environment: TextEnvironment, action: str) -> tuple[str, float, bool, bool]:
+    """Act; returns observation, reward, terminated and truncated, as Python's own types.
+
+    A reward is any real number, of NumPy too, or a truth value; a flag is a truth value, Python's or NumPy's.
 
     Raises:
-        ConfigError: the environment raised, or did not return (text, finite number, bool, bool, information).
+        ConfigError: the environment raised, or did not return (text, finite number, flag, flag, dict).
     """
     place = ("step", action)
     try:
@@ -138,13 +149,13 @@ def step(environment: TextEnvironment, action: str) -> tuple[str, float, bool]:
         raise _failed(environment, place, error) from error
     if not isinstance(returned, tuple) or len(returned) != 5:
         _refuse(environment, _shape(returned), place, "(observation, reward, terminated, truncated, information)")
-    observation, reward, terminated, truncated, _ = returned
-    if (type(reward) is not float and not isinstance(reward, Real)) or not math.isfinite(reward):
-        _refuse(environment, f"the reward {reprlib.repr(reward)}", place, "a finite number")
+    observation, given, terminated, truncated, information = returned
+    reward = _reward(environment, given, place)
     for name, value in (("terminated", terminated), ("truncated", truncated)):
         if not isinstance(value, _BOOLS):
             _refuse(environment, f"{name} {reprlib.repr(value)}", place, "True or False")
-    return _text(environment, "an observation", observation, place), float(reward), bool(terminated or truncated)
+    _information(environment, information, place)
+    return _text(environment, "an observation", observation, place), reward, bool(terminated), bool(truncated)
 
 
 def parse_action(environment: TextEnvironment, text: str) -> str | None:
@@ -158,7 +169,11 @@ def parse_action(environment: TextEnvironment, text: str) -> str | None:
         parsed = environment.parse_action(text)
     except Exception as error:
         raise _failed(environment, place, error) from error
-    return None if parsed is None else _text(environment, "an action", parsed, place, "text or None")
+    if parsed is None:
+        return None
+    if "||" in _text(environment, "an action", parsed, place, "text or None"):
+        _refuse(environment, repr(parsed), place, "text without ||, which separates a turn's actions, or None")
+    return parsed
 
 
 def text_of(environment: TextEnvironment, name: str) -> str:
@@ -174,6 +189,38 @@ def text_of(environment: TextEnvironment, name: str) -> str:
     return _text(environment, "a value", value, (name,))
 
 
+def success_of(environment: TextEnvironment) -> bool:
+    """Whether the episode has reached its aim.
+
+    Raises:
+        ConfigError: reading it raised, or it is not a truth value.
+    """
+    try:
+        value: Any = environment.success
+    except Exception as error:
+        raise _failed(environment, ("success",), error) from error
+    if not isinstance(value, _BOOLS):
+        _refuse(environment, reprlib.repr(value), ("success",), "True or False")
+    return bool(value)
+
+
+def actions_left_of(environment: TextEnvironment) -> int | None:
+    """How many actions are left, if the environment says so: None if it has no ``actions_left``, or that is None.
+
+    Raises:
+        ConfigError: reading it raised, or it is not a whole number of at least 0.
+    """
+    try:
+        value: Any = getattr(environment, "actions_left", None)
+    except Exception as error:
+        raise _failed(environment, ("actions_left",), error) from error
+    if value is None:
+        return None
+    if not isinstance(value, Integral) or isinstance(value, bool) or value < 0:
+        _refuse(environment, reprlib.repr(value), ("actions_left",), "a whole number of at least 0, or None")
+    return int(value)
+
+
 def outcome_of(environment: TextEnvironment) -> str:
     """How an episode that the environment has ended went: its ``outcome`` if it has one, else goal or failed.
 
@@ -181,7 +228,7 @@ def outcome_of(environment: TextEnvironment) -> str:
         ConfigError: reading it raised, it is not text, or it is one of ``CUT_OFF``.
     """
     if not hasattr(type(environment), "outcome") and "outcome" not in vars(environment):
-        return "goal" if environment.success else "failed"
+        return "goal" if success_of(environment) else "failed"
     outcome = text_of(environment, "outcome")
     if outcome in CUT_OFF:
         meant = f"{' and '.join(CUT_OFF)} mark episodes that were cut off"
@@ -224,6 +271,23 @@ def _failed(environment: TextEnvironment, place: Place, error: Exception) -> Con
     if isinstance(error, ConfigError):
         return error
     return ConfigError(f"environments: {id_of(environment)!r}: {_said(place)} raised {_raised(error)}")
+
+
+def _information(environment: TextEnvironment, value: Any, place: Place) -> None:
+    if not isinstance(value, dict):
+        _refuse(environment, f"information of type {type(value).__name__}", place, "a dict")
+
+
+def _reward(environment: TextEnvironment, value: Any, place: Place) -> float:
+    if type(value) is float and math.isfinite(value):  # nearly always; the rest takes a microsecond
+        return value
+    try:
+        number = float(value) if isinstance(value, (Real, np.bool_)) else math.nan
+    except OverflowError:
+        number = math.inf
+    if not math.isfinite(number):
+        _refuse(environment, f"the reward {reprlib.repr(value)}", place, "a finite number")
+    return number
 
 
 def _text(environment: TextEnvironment, what: str, value: Any, place: Place, allowed: str = "text") -> str:

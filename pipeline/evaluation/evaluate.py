@@ -12,13 +12,15 @@ import pyarrow as pa
 
 from pipeline.config import Config
 from pipeline.environments import initial_states, make
+from pipeline.finite import located
 from pipeline.policy.model import load_trained
 from pipeline.processes import Report
+from pipeline.progress import span, within
 from pipeline.randomness import generator
 from pipeline.rollout.collector import EpisodeSpec, collect, group_specs
 from pipeline.rollout.engine import RolloutEngine
 from pipeline.rollout.transformers_engine import TransformersEngine
-from pipeline.trajectory import CUT_OFF, Role, Trajectories
+from pipeline.trajectory import CUT_OFF, RESPONSES, Role, Trajectories
 
 
 def evaluation_specs(
@@ -62,23 +64,21 @@ class EvaluationTask:
 
 def evaluate_policy(task: EvaluationTask, report: Report) -> pa.Table:
     """Load a policy in a process of its own and play the test split; returns ``episode_results``."""
+    within(0.0, "loading the policy", insist=True)
     policy = load_trained(task.policy, task.config)
     total, done = task.config.evaluation.states * task.config.evaluation.rollouts, 0
 
     def progress(episodes: int) -> None:
         nonlocal done
         done += episodes
-        report(done, total)
+        report(done, total, "episodes")
 
-    played = evaluate(
-        TransformersEngine(policy, task.config.rollout.batch_episodes),
-        policy.tokenizer,
-        task.config,
-        task.environment,
-        task.seed,
-        task.temperature,
-        progress,
-    )
+    engine = TransformersEngine(policy, task.config.rollout.batch_episodes)
+    progress(0)
+    with span("", 0, total), located(str(task.policy)):
+        played = evaluate(
+            engine, policy.tokenizer, task.config, task.environment, task.seed, task.temperature, progress
+        )
     labels = {"environment": task.environment, "method": task.method, "seed": task.seed}
     return episode_results(played, **labels, temperature=task.temperature)
 
@@ -96,10 +96,14 @@ def episode_results(trajectories: Trajectories, **labels: Any) -> pa.Table:
     """One row per episode, the input of every comparison.
 
     Columns: the labels (environment, method, seed, temperature), state (initial state's key), rollout (number among the
-    state's episodes), success, return, end_reason, turns, valid_turns, tokens (sampled), action_tokens.
+    state's episodes), success, return, end_reason, turns, of these valid_turns, disallowed_turns, malformed_turns
+    and cut_turns (see ``trajectory.RESPONSES``), tokens (sampled), action_tokens.
     """
-    turns = np.diff(trajectories.turn_offsets)
-    valid = np.add.reduceat(np.array(trajectories.turns["valid"], dtype=np.int64), trajectories.turn_offsets[:-1])
+    turns, responses = np.diff(trajectories.turn_offsets), np.array(trajectories.responses)
+    counts = {
+        f"{kind}_turns": np.add.reduceat((responses == kind).astype(np.int64), trajectories.turn_offsets[:-1])
+        for kind in RESPONSES
+    }
     sampled = np.add.reduceat(trajectories.sampled.astype(np.int64), trajectories.offsets[:-1])
     action = np.add.reduceat(
         (trajectories.sampled & (trajectories.role == Role.ACTION)).astype(np.int64), trajectories.offsets[:-1]
@@ -119,7 +123,7 @@ def episode_results(trajectories: Trajectories, **labels: Any) -> pa.Table:
             "return": trajectories.episodes["return"],
             "end_reason": trajectories.episodes["end_reason"],
             "turns": turns,
-            "valid_turns": valid,
+            **counts,
             "tokens": sampled,
             "action_tokens": action,
         }
@@ -129,11 +133,12 @@ def episode_results(trajectories: Trajectories, **labels: Any) -> pa.Table:
 def summary(trajectories: Trajectories) -> dict[str, float]:
     """Rates that are watched during training, in [0, 1], and lengths in tokens and turns per episode."""
     sampled = trajectories.sampled
-    ends = trajectories.episodes["end_reason"]
+    ends, responses = trajectories.episodes["end_reason"], trajectories.responses
     return {
         "success": float(np.mean(trajectories.episodes["success"])),
         "return": float(np.mean(trajectories.returns)),
-        "valid_action_rate": float(np.mean(trajectories.turns["valid"])),
+        "valid_action_rate": responses.count("valid") / len(responses),
+        **{f"{kind}_rate": responses.count(kind) / len(responses) for kind in RESPONSES if kind != "valid"},
         "action_token_share": float((sampled & (trajectories.role == Role.ACTION)).sum() / max(1, sampled.sum())),
         "tokens_per_episode": float(sampled.sum() / len(trajectories)),
         "turns_per_episode": float(np.diff(trajectories.turn_offsets).mean()),

@@ -1,15 +1,18 @@
 """Estimates and intervals of success, over training seeds and initial states.
 
-The design is crossed: every seed of every method plays the same initial states. Intervals therefore resample seeds and
-states independently of each other and keep the whole grid (the pigeonhole bootstrap of Owen 2007, arXiv 0712.1111,
-after McCullagh 2000); episodes of one seed and state are averaged first. A percentile bootstrap over few seeds tends
-to be too narrow, which is why the t-interval over seed means stands beside it.
+The design is crossed: every seed of every method plays the same initial states. The interval of a single method's
+success therefore resamples seeds and states independently of each other and keeps the whole grid (the pigeonhole
+bootstrap of Owen 2007, arXiv 0712.1111, after McCullagh 2000); episodes of one seed and state are averaged first.
+
+Read as a test of two methods it would be wrong too often where seeds vary most, and without power where states do. So a
+difference has another one, the t-interval over paired seed means, and ``verdict`` is read from that alone.
 """
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -23,8 +26,12 @@ T = TypeVar("T")
 Success = Float[np.ndarray, "seeds states rollouts"]
 """1 for a solved episode, 0 for any other."""
 
+Verdict = Literal["higher", "lower", "not told apart"]
+
 LEVEL = 0.95
 """Coverage that all intervals aim at."""
+VERDICT_SEEDS = 6
+"""Fewest paired seeds of a verdict. Of equal methods all five of five seeds have the same sign in 2 / 2**5 = 6 %."""
 
 
 @dataclass(frozen=True)
@@ -46,14 +53,28 @@ class Interval:
 
 
 @dataclass(frozen=True)
-class Comparison:
-    """An estimate about two methods."""
+class Difference:
+    """Success of one method minus that of another, in [-1, 1]."""
 
     value: float
+    """Mean over the paired seeds."""
     interval: Interval | None
-    """None where the seeds do not suffice for one."""
-    seeds: int
-    """Seeds that entered it: the common ones of a difference, those of the smaller side of a probability."""
+    """95 % t-interval over the paired seeds' means; None below ``VERDICT_SEEDS``: it would be read as a verdict."""
+    by_seed: tuple[float, ...]
+    """Of each paired seed, in the order of seeds."""
+
+    @property
+    def verdict(self) -> Verdict | None:
+        """What may be said of the two methods: the one rule of every table, text, page and figure.
+
+        None where nothing may be: below ``VERDICT_SEEDS`` paired seeds, or if the interval is not a number.
+        """
+        if self.interval is None or len(self.by_seed) < VERDICT_SEEDS:
+            return None
+        low, high = self.interval.low, self.interval.high
+        if math.isnan(low) or math.isnan(high):
+            return None
+        return "higher" if low > 0 else "lower" if high < 0 else "not told apart"
 
 
 def balanced_scores(table: pa.Table, temperature: float) -> Scores:
@@ -64,7 +85,8 @@ def balanced_scores(table: pa.Table, temperature: float) -> Scores:
         temperature: which of its temperatures.
 
     Raises:
-        ValueError: no episode at this temperature, or an episode is missing or there twice; the first one is named.
+        ValueError: no episode at this temperature, or an episode is missing, is there twice or has no result; the first
+            one is named.
     """
     environments, methods = (sorted(set(table[label].to_pylist())) for label in ("environment", "method"))
     name = f"{'+'.join(environments)}-{'+'.join(methods)}"
@@ -89,6 +111,11 @@ def balanced_scores(table: pa.Table, temperature: float) -> Scores:
         )
     success = np.empty(counts.shape)
     success[places] = np.array(rows["success"].to_pylist(), dtype=float)
+    for cell in np.argwhere(np.isnan(success)):
+        seed, state, rollout = (values[i] for values, i in zip(labels, cell, strict=True))
+        raise ValueError(
+            f"{name} at temperature {temperature:g}: seed {seed}, state {str(state)!r}, rollout {rollout} has no result"
+        )
     return Scores(tuple(int(s) for s in labels[0]), tuple(str(s) for s in labels[1]), success)
 
 
@@ -96,7 +123,7 @@ def interquartile_mean(success: Success) -> float:
     """Mean of the middle half of the scores of (seed, state) pairs, in [0, 1].
 
     rliable's convention (Agarwal et al. 2021, arXiv 2108.13264): a matrix of runs x tasks, here seeds x initial
-    states, each score the mean over its rollouts, trimmed over the whole matrix.
+    states, each score the mean over its rollouts, trimmed over the whole matrix (of fewer than four none is left out).
     """
     return float(rliable.aggregate_iqm(success.mean(axis=2)))
 
@@ -125,52 +152,48 @@ def t_interval(success: Success) -> Interval | None:
 
     It speaks about new trainings on these same initial states, and is not cut off at 0 and 1.
     """
-    means = success.mean(axis=(1, 2))
-    if len(means) < 2:
-        return None
-    half = float(scipy.stats.t.ppf((1 + LEVEL) / 2, len(means) - 1) * means.std(ddof=1) / np.sqrt(len(means)))
-    return Interval(float(means.mean()) - half, float(means.mean()) + half)
+    return _t_interval(success.mean(axis=(1, 2)))
 
 
-def paired_difference(x: Scores, y: Scores, resamples: int, draws: np.random.Generator) -> Comparison:
-    """Mean of x - y on common seeds and states, in [-1, 1]; a resample takes the same seeds and states of both.
+def paired_difference(x: Scores, y: Scores) -> Difference:
+    """Mean of x - y on common seeds and states; seeds are paired, states are taken as they are.
 
     Raises:
         ValueError: no seed or no state in common.
     """
     seeds, states = _common(x.seeds, y.seeds, "seed"), _common(x.states, y.states, "state")
-    difference = _cells(x, seeds, states) - _cells(y, seeds, states)
-    interval = _percentiles(resampled_means(difference, resamples, draws))
-    return Comparison(float(difference.mean()), interval, len(seeds))
+    # Whole numbers of solved episodes on a common scale, so that equals differ by zero in floating point too.
+    x_totals = _totals(x, seeds, states) * y.success.shape[2]
+    y_totals = _totals(y, seeds, states) * x.success.shape[2]
+    episodes = len(states) * x.success.shape[2] * y.success.shape[2]
+    by_seed = (x_totals - y_totals).sum(axis=1) / episodes
+    interval = _t_interval(by_seed) if len(seeds) >= VERDICT_SEEDS else None
+    return Difference(float(by_seed.mean()), interval, tuple(map(float, by_seed)))
 
 
-def probability_of_improvement(x: Scores, y: Scores, resamples: int, draws: np.random.Generator) -> Comparison:
-    """Chance that a new training of x scores above one of y: P(X > Y) + P(X = Y) / 2 over all pairs of seeds.
+def probability_of_improvement(x: Scores, y: Scores) -> float:
+    """Share of the pairs of trainings in which x scores above y: P(X > Y) + P(X = Y) / 2 over all pairs of seeds.
 
-    rliable's estimate with one task, the environment, and a seed's mean over the common states as its score. The
-    interval resamples the seeds of x, the seeds of y and, jointly, the states; None if either has a single seed.
+    rliable's estimate with one task, the environment, and a seed's mean over the common states as its score. It
+    describes these trainings; whether the methods can be told apart is for ``paired_difference`` to say.
 
     Raises:
         ValueError: no state in common.
     """
     states = _common(x.states, y.states, "state")
-    # Whole numbers of solved episodes on a common scale, so that ties are ties in floating point too.
-    x_totals = _cells(x, x.seeds, states, total=True) * y.success.shape[2]
-    y_totals = _cells(y, y.seeds, states, total=True) * x.success.shape[2]
-    value = float(
+    # On a common scale as above, so that ties are ties.
+    x_totals = _totals(x, x.seeds, states) * y.success.shape[2]
+    y_totals = _totals(y, y.seeds, states) * x.success.shape[2]
+    return float(
         rliable.probability_of_improvement(x_totals.sum(axis=1, keepdims=True), y_totals.sum(axis=1, keepdims=True))
     )
-    smaller = min(len(x.seeds), len(y.seeds))
-    if smaller < 2:
-        return Comparison(value, None, smaller)
-    state_counts = _resampled_counts(len(states), resamples, draws)
-    above = state_counts @ x_totals.T
-    below = state_counts @ y_totals.T
-    wins = (np.sign(above[:, :, None] - below[:, None, :]) + 1) / 2
-    x_counts = _resampled_counts(len(x.seeds), resamples, draws)
-    y_counts = _resampled_counts(len(y.seeds), resamples, draws)
-    means = np.einsum("bij,bi,bj->b", wins, x_counts, y_counts) / (len(x.seeds) * len(y.seeds))
-    return Comparison(value, _percentiles(means), smaller)
+
+
+def _t_interval(means: Float[np.ndarray, " seeds"]) -> Interval | None:
+    if len(means) < 2:
+        return None
+    half = float(scipy.stats.t.ppf((1 + LEVEL) / 2, len(means) - 1) * means.std(ddof=1) / np.sqrt(len(means)))
+    return Interval(float(means.mean()) - half, float(means.mean()) + half)
 
 
 def _resampled_counts(items: int, resamples: int, draws: np.random.Generator) -> np.ndarray:
@@ -190,10 +213,9 @@ def _common(a: tuple[T, ...], b: tuple[T, ...], what: str) -> tuple[T, ...]:
     return common
 
 
-def _cells(scores: Scores, seeds: tuple[int, ...], states: tuple[str, ...], total: bool = False) -> np.ndarray:
-    """Mean (or total) over rollouts of the named seeds and states, in that order; (seeds, states)."""
+def _totals(scores: Scores, seeds: tuple[int, ...], states: tuple[str, ...]) -> Float[np.ndarray, "seeds states"]:
+    """Solved episodes of the named seeds and states, in that order."""
     rows = [scores.seeds.index(seed) for seed in seeds]
     place = {state: i for i, state in enumerate(scores.states)}
-    cells = scores.success[np.ix_(rows, [place[state] for state in states])]
-    result: np.ndarray = cells.sum(axis=2) if total else cells.mean(axis=2)
-    return result
+    totals: np.ndarray = scores.success[np.ix_(rows, [place[state] for state in states])].sum(axis=2)
+    return totals

@@ -4,17 +4,36 @@
  * numbers and episodes of some hundred tokens most of its time is overhead. Here one block of queries of one head stays in
  * registers while it walks over its sequence, position codes are applied on the way, and nothing is padded. Vectors are
  * GCC's (Clang has them, too); head sizes and widths are multiples of 16.
+ *
+ * A vector is as long as the registers of the instruction set that this is compiled for; a longer one would be kept in
+ * memory. Sums over lanes are taken in 16 parts whatever that length is, so that their order, and with fused
+ * multiply-add their bytes, do not depend on it.
  */
 #include <math.h>
 #include <stdint.h>
 #include <stdlib.h>
 #include <string.h>
 
-#define LANES 16
+#if defined(__AVX512F__)
+#define VECTOR 16 /* numbers in a register */
+#elif defined(__AVX__)
+#define VECTOR 8
+#else
+#define VECTOR 4
+#endif
+#define LANES 16 /* numbers side by side: parts of a sum, and tokens in a tile of cached keys */
+#define PARTS (LANES / VECTOR)
 #define QUERIES 4 /* queries that share each key and value read */
+/* Vectors that share each query's number read: their sums, for all queries, stay in registers. */
+#if defined(__aarch64__)
+#define ABREAST 4
+#else
+#define ABREAST 2
+#endif
+#define STEP (ABREAST * VECTOR)
 
-typedef float vec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
-typedef int32_t ivec __attribute__((vector_size(4 * LANES), aligned(4), may_alias));
+typedef float vec __attribute__((vector_size(4 * VECTOR), aligned(4), may_alias));
+typedef int32_t ivec __attribute__((vector_size(4 * VECTOR), aligned(4), may_alias));
 #define INLINE static inline __attribute__((always_inline))
 #define LOAD(p) (*(const vec *)(p))
 #define STORE(p, x) (*(vec *)(p) = (x))
@@ -24,14 +43,14 @@ INLINE vec larger(vec a, vec b) {
     ivec first = a > b;
     return (vec)(((ivec)a & first) | ((ivec)b & ~first));
 }
-INLINE float total(vec x) {
+INLINE float total(const vec *x) { /* of LANES numbers */
     float sum = 0;
-    for (int i = 0; i < LANES; i++) sum += x[i];
+    for (int i = 0; i < LANES; i++) sum += x[i / VECTOR][i % VECTOR];
     return sum;
 }
 INLINE float largest(vec x) {
     float most = x[0];
-    for (int i = 1; i < LANES; i++) most = x[i] > most ? x[i] : most;
+    for (int i = 1; i < VECTOR; i++) most = x[i] > most ? x[i] : most;
     return most;
 }
 
@@ -51,55 +70,82 @@ INLINE vec exponential(vec x) {
     return y * (vec)((k + 127) << 23);
 }
 
-/* rows[r][t] = sum_d a[r][d] x[d][t] for t < end, r < QUERIES; x has one row of `width` per d. */
+/* The largest of x[t] for t < end, a multiple of LANES. */
+INLINE float peak_of(const float *x, long end) {
+    vec most[PARTS];
+    for (int i = 0; i < PARTS; i++) most[i] = LOAD(x + i * VECTOR);
+    for (long t = LANES; t < end; t += LANES)
+        for (int i = 0; i < PARTS; i++) most[i] = larger(most[i], LOAD(x + t + i * VECTOR));
+    for (int i = 1; i < PARTS; i++) most[0] = larger(most[0], most[i]);
+    return largest(most[0]);
+}
+
+/* x[t] = exp(x[t] - peak) for t < end, a multiple of LANES; returns their sum. */
+INLINE float grow(float *x, long end, float peak) {
+    vec sum[PARTS] = {};
+    for (long t = 0; t < end; t += LANES)
+        for (int i = 0; i < PARTS; i++) {
+            vec p = exponential(LOAD(x + t + i * VECTOR) - peak);
+            sum[i] += p;
+            STORE(x + t + i * VECTOR, p);
+        }
+    return total(sum);
+}
+
+/* rows[r][t] = sum_d a[r][d] x[d][t] for t < end, r < QUERIES; x as `turn` makes it. */
 INLINE void products(float *rows, const float *a, const float *x, long end, long width, int size) {
-    for (long t = 0; t < end; t += 2 * LANES) {
-        vec sum[QUERIES][2] = {};
-        for (int d = 0; d < size; d++) {
-            vec first = LOAD(x + d * width + t), second = LOAD(x + d * width + t + LANES);
-            for (int r = 0; r < QUERIES; r++) {
-                sum[r][0] += a[r * size + d] * first;
-                sum[r][1] += a[r * size + d] * second;
+    for (long t = 0; t < end; t += STEP) {
+        vec sum[QUERIES][ABREAST] = {};
+        for (int d = 0; d < size; d++)
+            for (int i = 0; i < ABREAST; i++) {
+                vec column = LOAD(x + t * size + d * STEP + i * VECTOR);
+                for (int r = 0; r < QUERIES; r++) sum[r][i] += a[r * size + d] * column;
             }
-        }
-        for (int r = 0; r < QUERIES; r++) {
-            STORE(rows + r * width + t, sum[r][0]);
-            STORE(rows + r * width + t + LANES, sum[r][1]);
-        }
+        for (int r = 0; r < QUERIES; r++)
+            for (int i = 0; i < ABREAST; i++) STORE(rows + r * width + t + i * VECTOR, sum[r][i]);
     }
 }
 
+/* How many vectors of a head are taken at once: a head of 16 is one vector of AVX-512. */
+#define ACROSS(size) (STEP > (size) ? (size) / VECTOR : ABREAST)
+
 /* out[r][:] = sum_t rows[r][t] x[t][:] for t < end; consecutive t are `stride` apart in x. */
 INLINE void mixture(float *out, const float *rows, const float *x, long end, long width, long stride, int size) {
-    for (int d = 0; d < size; d += LANES) {
-        vec sum[QUERIES] = {};
-        for (long t = 0; t < end; t++) {
-            vec value = LOAD(x + t * stride + d);
-            for (int r = 0; r < QUERIES; r++) sum[r] += rows[r * width + t] * value;
-        }
-        for (int r = 0; r < QUERIES; r++) STORE(out + r * size + d, sum[r]);
+    const int across = ACROSS(size);
+    for (int d = 0; d < size; d += across * VECTOR) {
+        vec sum[QUERIES][ABREAST] = {};
+        for (long t = 0; t < end; t++)
+            for (int i = 0; i < across; i++) {
+                vec value = LOAD(x + t * stride + d + i * VECTOR);
+                for (int r = 0; r < QUERIES; r++) sum[r][i] += rows[r * width + t] * value;
+            }
+        for (int r = 0; r < QUERIES; r++)
+            for (int i = 0; i < across; i++) STORE(out + r * size + d + i * VECTOR, sum[r][i]);
     }
 }
 
 /* into[t][:] += sum_r rows[r][t] a[r][:] for t < end. */
 INLINE void spread(float *into, const float *rows, const float *a, long end, long width, int size) {
-    for (int d = 0; d < size; d += LANES) {
-        vec part[QUERIES];
-        for (int r = 0; r < QUERIES; r++) part[r] = LOAD(a + r * size + d);
-        for (long t = 0; t < end; t++) {
-            vec sum = LOAD(into + t * size + d);
-            for (int r = 0; r < QUERIES; r++) sum += rows[r * width + t] * part[r];
-            STORE(into + t * size + d, sum);
-        }
+    const int across = ACROSS(size);
+    for (int d = 0; d < size; d += across * VECTOR) {
+        vec part[QUERIES][ABREAST];
+        for (int r = 0; r < QUERIES; r++)
+            for (int i = 0; i < across; i++) part[r][i] = LOAD(a + r * size + d + i * VECTOR);
+        for (long t = 0; t < end; t++)
+            for (int i = 0; i < across; i++) {
+                float *target = into + t * size + d + i * VECTOR;
+                vec sum = LOAD(target);
+                for (int r = 0; r < QUERIES; r++) sum += rows[r * width + t] * part[r][i];
+                STORE(target, sum);
+            }
     }
 }
 
-/* x[d][t] of the tokens' x[t][d]; the columns behind the last token are zero. */
+/* The tokens' x[t][d] with STEP tokens side by side, [width / STEP][size][STEP], so that `products` reads it front to
+ * back; zero behind the last token. */
 INLINE void turn(float *out, const float *x, long tokens, long width, long stride, int size) {
-    for (int d = 0; d < size; d++) {
-        for (long t = 0; t < tokens; t++) out[d * width + t] = x[t * stride + d];
-        for (long t = tokens; t < width; t++) out[d * width + t] = 0;
-    }
+    for (long t = 0; t < width; t++)
+        for (int d = 0; d < size; d++) out[(t / STEP * size + d) * STEP + t % STEP] = t < tokens ? x[t * stride + d] : 0;
 }
 
 /* Rotary position codes (arXiv 2104.09864), times a factor: x cos + rotate_half(x) sin; with `back` their transpose,
@@ -170,7 +216,7 @@ INLINE long widest_of(const batch *b) {
     return whole(longest);
 }
 
-/* Rotated keys of one head, as they are (`turned`) and with time last (`keys`). */
+/* Rotated keys of one head, as they are (`turned`) and for `products` (`keys`). */
 INLINE void take_keys(const batch *b, sequence s, int g, int size, float *turned, float *keys) {
     const float *key = b->key + (s.begin * b->groups + g) * size;
     gather(turned, key, s.cosine, s.sine, 0, 0, s.tokens, s.tokens, (long)b->groups * size, size, 1);
@@ -203,16 +249,7 @@ INLINE void forward(const batch *b, int size, float *out, float *logsum) {
                 float share[QUERIES];
                 for (int r = 0; r < QUERIES; r++) {
                     float *row = rows + r * s.width;
-                    vec most = LOAD(row);
-                    for (long t = LANES; t < end; t += LANES) most = larger(most, LOAD(row + t));
-                    float peak = largest(most);
-                    vec sum = {};
-                    for (long t = 0; t < end; t += LANES) {
-                        vec p = exponential(LOAD(row + t) - peak);
-                        sum += p;
-                        STORE(row + t, p);
-                    }
-                    float mass = total(sum);
+                    float peak = peak_of(row, end), mass = grow(row, end, peak);
                     share[r] = 1 / mass;
                     if (i + r < s.asked) logsum[(s.first + i + r) * b->heads + h] = peak + logf(mass);
                 }
@@ -255,7 +292,7 @@ INLINE void backward(const batch *b, int size, const float *out, const float *lo
                         mass = logsum[(s.first + i + r) * b->heads + h];
                         for (int d = 0; d < size; d++) mean += upper[r * size + d] * out[at + (i + r) * stride + d];
                     }
-                    for (long t = 0; t < end; t += LANES) {
+                    for (long t = 0; t < end; t += VECTOR) {
                         vec p = exponential(LOAD(row + t) - mass);
                         STORE(row + t, p);
                         STORE(slope + t, p * (LOAD(slope + t) - mean));
@@ -287,35 +324,30 @@ INLINE void backward(const batch *b, int size, const float *out, const float *lo
 INLINE void attend_slot(const float *q, const float *keys, const float *values, float *rows, long length, int size,
                         float *out) {
     long end = (length + LANES - 1) / LANES * LANES;
-    vec most = splat(-1e30f);
     for (long t = 0; t < end; t += LANES) {
-        vec even = {}, odd = {};
-        const float *tile = keys + t * size;
-        for (int d = 0; d < size; d += 2) {
-            even += q[d] * LOAD(tile + d * LANES);
-            odd += q[d + 1] * LOAD(tile + (d + 1) * LANES);
-        }
-        vec score = even + odd;
-        if (t + LANES > length)
-            for (int i = (int)(length - t); i < LANES; i++) score[i] = -1e30f;
-        most = larger(most, score);
-        STORE(rows + t, score);
+        vec even[PARTS] = {}, odd[PARTS] = {};
+        for (int d = 0; d < size; d += 2)
+            for (int i = 0; i < PARTS; i++) {
+                const float *tile = keys + t * size + d * LANES + i * VECTOR;
+                even[i] += q[d] * LOAD(tile);
+                odd[i] += q[d + 1] * LOAD(tile + LANES);
+            }
+        for (int i = 0; i < PARTS; i++) STORE(rows + t + i * VECTOR, even[i] + odd[i]);
     }
-    float peak = largest(most);
-    vec sum = {};
-    for (long t = 0; t < end; t += LANES) {
-        vec p = exponential(LOAD(rows + t) - peak);
-        sum += p;
-        STORE(rows + t, p);
-    }
-    float share = 1 / total(sum);
-    for (int d = 0; d < size; d += LANES) {
-        vec part[4] = {};
+    for (long t = length; t < end; t++) rows[t] = -1e30f;
+    float share = 1 / grow(rows, end, peak_of(rows, end));
+    const int across = ACROSS(size);
+    for (int d = 0; d < size; d += across * VECTOR) {
+        vec part[4][ABREAST] = {};
         long t = 0;
         for (; t + 4 <= length; t += 4)
-            for (int j = 0; j < 4; j++) part[j] += rows[t + j] * LOAD(values + (t + j) * size + d);
-        for (; t < length; t++) part[0] += rows[t] * LOAD(values + t * size + d);
-        STORE(out + d, ((part[0] + part[1]) + (part[2] + part[3])) * share);
+            for (int j = 0; j < 4; j++)
+                for (int i = 0; i < across; i++)
+                    part[j][i] += rows[t + j] * LOAD(values + (t + j) * size + d + i * VECTOR);
+        for (; t < length; t++)
+            for (int i = 0; i < across; i++) part[0][i] += rows[t] * LOAD(values + t * size + d + i * VECTOR);
+        for (int i = 0; i < across; i++)
+            STORE(out + d + i * VECTOR, ((part[0][i] + part[1][i]) + (part[2][i] + part[3][i])) * share);
     }
 }
 
@@ -386,10 +418,11 @@ void rms_norm_forward(const float *x, float *out, float *inverse, long tokens, l
                       float eps) {
     for (long i = 0; i < tokens; i++) {
         const float *row = x + i * width;
-        vec sum = {};
-        for (long d = 0; d < width; d += LANES) sum += LOAD(row + d) * LOAD(row + d);
+        vec sum[PARTS] = {};
+        for (long d = 0; d < width; d += LANES)
+            for (int j = 0; j < PARTS; j++) sum[j] += LOAD(row + d + j * VECTOR) * LOAD(row + d + j * VECTOR);
         float factor = inverse[i] = 1 / sqrtf(total(sum) / width + eps);
-        for (long d = 0; d < width; d += LANES) STORE(out + i * width + d, LOAD(row + d) * factor * LOAD(weight + d));
+        for (long d = 0; d < width; d += VECTOR) STORE(out + i * width + d, LOAD(row + d) * factor * LOAD(weight + d));
     }
 }
 
@@ -399,14 +432,16 @@ void rms_norm_backward(const float *x, const float *inverse, const float *to_out
     for (long i = 0; i < tokens; i++) {
         const float *row = x + i * width, *upper = to_out + i * width;
         float factor = inverse[i];
-        vec sum = {};
-        for (long d = 0; d < width; d += LANES) {
-            vec part = LOAD(upper + d) * LOAD(row + d) * factor;
-            STORE(to_weight + d, LOAD(to_weight + d) + part);
-            sum += part * LOAD(weight + d);
-        }
+        vec sum[PARTS] = {};
+        for (long c = 0; c < width; c += LANES)
+            for (int j = 0; j < PARTS; j++) {
+                long d = c + j * VECTOR;
+                vec part = LOAD(upper + d) * LOAD(row + d) * factor;
+                STORE(to_weight + d, LOAD(to_weight + d) + part);
+                sum[j] += part * LOAD(weight + d);
+            }
         float mean = total(sum) / width * factor;
-        for (long d = 0; d < width; d += LANES)
+        for (long d = 0; d < width; d += VECTOR)
             STORE(to_x + i * width + d, (LOAD(upper + d) * LOAD(weight + d) - LOAD(row + d) * mean) * factor);
     }
 }
@@ -419,7 +454,7 @@ INLINE vec logistic(vec x) { /* exponential() wants x <= 0 */
 
 /* SwiGLU (arXiv 2002.05202): out = gate / (1 + exp(-gate)) * up. */
 void swiglu_forward(const float *gate, const float *up, float *out, long tokens, long width) {
-    for (long i = 0; i < tokens * width; i += LANES) {
+    for (long i = 0; i < tokens * width; i += VECTOR) {
         vec x = LOAD(gate + i);
         STORE(out + i, x * logistic(x) * LOAD(up + i));
     }
@@ -427,7 +462,7 @@ void swiglu_forward(const float *gate, const float *up, float *out, long tokens,
 
 void swiglu_backward(const float *gate, const float *up, const float *to_out, float *to_gate, float *to_up, long tokens,
                      long width) {
-    for (long i = 0; i < tokens * width; i += LANES) {
+    for (long i = 0; i < tokens * width; i += VECTOR) {
         vec x = LOAD(gate + i), upper = LOAD(to_out + i), open = logistic(x);
         STORE(to_up + i, upper * x * open);
         STORE(to_gate + i, upper * LOAD(up + i) * open * (1 + x * (1 - open)));
@@ -436,13 +471,13 @@ void swiglu_backward(const float *gate, const float *up, const float *to_out, fl
 
 /* The first `count` numbers at p, and a very small one in the lanes behind them. */
 INLINE vec load_part(const float *p, long count) {
-    if (count >= LANES) return LOAD(p);
+    if (count >= VECTOR) return LOAD(p);
     vec x = splat(-1e30f);
     for (long i = 0; i < count; i++) x[i] = p[i];
     return x;
 }
 INLINE void store_part(float *p, vec x, long count) {
-    if (count >= LANES) STORE(p, x);
+    if (count >= VECTOR) STORE(p, x);
     else
         for (long i = 0; i < count; i++) p[i] = x[i];
 }
@@ -455,20 +490,22 @@ typedef struct {
  * vocabulary. With `grown` not null, exp(x - peak) is kept there. */
 INLINE moments distribution(const float *x, long length, float factor, float *grown) {
     vec most = splat(-1e30f);
-    for (long j = 0; j < length; j += LANES) most = larger(most, load_part(x + j, length - j));
+    for (long j = 0; j < length; j += VECTOR) most = larger(most, load_part(x + j, length - j));
     float peak = largest(most) * factor;
     double mass = 0, mean = 0;
     for (long block = 0; block < length; block += 64 * LANES) {
-        vec sum = {}, weighted = {};
-        for (long j = block; j < length && j < block + 64 * LANES; j += LANES) {
-            vec below = larger(load_part(x + j, length - j) * factor - peak, splat(-200.0f)), p = exponential(below);
-            if (length - j < LANES)
-                for (long i = length - j; i < LANES; i++) p[i] = 0;
-            p = (vec)((ivec)p & (below > -87.0f)); /* exponential() ends at 2^-126; nothing impossible is drawn */
-            if (grown) STORE(grown + j, p);
-            sum += p;
-            weighted += p * below;
-        }
+        vec sum[PARTS] = {}, weighted[PARTS] = {};
+        for (long tile = block; tile < length && tile < block + 64 * LANES; tile += LANES)
+            for (int k = 0; k < PARTS; k++) {
+                long j = tile + k * VECTOR, left = length - j;
+                vec below = larger(load_part(x + j, left) * factor - peak, splat(-200.0f)), p = exponential(below);
+                if (left < VECTOR)
+                    for (long i = left > 0 ? left : 0; i < VECTOR; i++) p[i] = 0;
+                p = (vec)((ivec)p & (below > -87.0f)); /* exponential() ends at 2^-126; nothing impossible is drawn */
+                if (grown) STORE(grown + j, p);
+                sum[k] += p;
+                weighted[k] += p * below;
+            }
         mass += total(sum);
         mean += total(weighted);
     }
@@ -499,7 +536,7 @@ void score_backward(float *logits, const int64_t *tokens, const float *raw, cons
                     long rows, long vocabulary, float factor) {
     for (long i = 0; i < rows; i++) {
         float *x = logits + i * vocabulary, by_logprob = to_logprob[i] * factor, by_entropy = to_entropy[i] * factor;
-        for (long j = 0; j < vocabulary; j += LANES) {
+        for (long j = 0; j < vocabulary; j += VECTOR) {
             vec value = load_part(x + j, vocabulary - j);
             vec surprise = larger(value * factor - normaliser[i], splat(-200.0f));
             vec slope = -exponential(surprise) * (by_logprob + by_entropy * (surprise + entropy[i]));
@@ -518,10 +555,10 @@ void sample_forward(const float *logits, const double *draws, int64_t *token, fl
         const float *x = logits + i * vocabulary;
         moments all = distribution(x, vocabulary, factor, grown);
         double mass = 0, below = 0;
-        for (long j = 0; j < vocabulary; j += LANES) mass += total(LOAD(grown + j));
+        for (long j = 0; j < vocabulary; j += LANES) mass += total((const vec *)(grown + j));
         long chosen = 0;
         for (double block; chosen + LANES < vocabulary; chosen += LANES, below += block)
-            if (below + (block = total(LOAD(grown + chosen))) > draws[i] * mass) break;
+            if (below + (block = total((const vec *)(grown + chosen))) > draws[i] * mass) break;
         while (chosen < vocabulary - 1 && (below += grown[chosen]) <= draws[i] * mass) chosen++;
         token[i] = chosen;
         logprob[i] = x[chosen] * factor - all.peak - logf(all.mass);

@@ -1,7 +1,7 @@
 """The kernels of ``kernels.c`` as functions of tensors.
 
 Everything here has a counterpart in plain PyTorch that is used on other devices, in other precisions, for other head
-sizes, and where nothing can be compiled.
+sizes, where nothing can be compiled, and at shapes where it is the faster of the two.
 """
 
 from __future__ import annotations
@@ -22,15 +22,36 @@ from pipeline.kernels.library import kernel, library
 
 HEAD_SIZES = (16, 32, 64, 128)
 LANES = 16
-"""Numbers in a vector; the time axis of cached keys is in tiles of as many."""
+"""Numbers side by side, however long the processor's vectors: widths are multiples of it, tiles of cached keys as long."""
+
+LONGEST = {
+    "avx512": {16: 16384, 32: 16384, 64: 4096, 128: 2048},
+    "avx2": {16: 16384, 32: 8192, 64: 2048, 128: 1024},
+    "neon": {16: 16384, 32: 2048, 64: 640, 128: 160},
+    "baseline": {16: 16384, 32: 2048, 64: 640, 128: 160},
+}
+"""By instruction set and head size, the length in tokens up to which causal attention with gradients was measured to be
+faster here than in PyTorch (docs/performance.md); in longer sequences PyTorch's blocks of keys stay in cache and these do
+not. Nothing was measured on NEON: it has what the baseline has and more. The other kernels were faster at every shape
+that was measured."""
 
 Rotation = tuple[Tensor, Tensor]
 """Cosines and sines of rotary position codes, each (n, size), as transformers computes them."""
 
 
-def attends(x: Tensor) -> bool:
-    """Whether there is an attention kernel for (…, head size) tensors like this one on this machine."""
-    return x.shape[-1] in HEAD_SIZES and computes(x)
+def attends(x: Tensor, shortest: int = 0) -> bool:
+    """Whether attention is to be computed here for (…, head size) tensors like this one on this machine.
+
+    Args:
+        x: queries, keys or values.
+        shortest: tokens of the shortest of the whole sequences that attend; 0 over a cache. PyTorch pads the others
+            to the longest, so it is better only where all are long.
+    """
+    size = x.shape[-1]
+    if size not in HEAD_SIZES or not computes(x):
+        return False
+    loaded = library()
+    return loaded is not None and shortest <= LONGEST[loaded.instruction_set][size]
 
 
 def computes(x: Tensor) -> bool:

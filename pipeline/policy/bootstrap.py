@@ -18,10 +18,12 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from pipeline.config import ConfigError, Environment, Phase, ScratchPolicy
 from pipeline.environments import initial_states, make
-from pipeline.environments.registry import id_of, parse_action, reset, step, text_of
+from pipeline.environments.registry import actions_left_of, id_of, parse_action, reset, step, text_of
+from pipeline.finite import require_finite
 from pipeline.policy.model import Policy
 from pipeline.policy.scoring import predicting_hidden, score_tokens
 from pipeline.policy.tokenizer import train_tokenizer
+from pipeline.progress import span, within
 from pipeline.prompting import Dialogue, plain_text, user_message
 from pipeline.randomness import generator, key
 from pipeline.trajectory import Role
@@ -66,7 +68,10 @@ def bootstrap(
         ConfigError: an environment has no expert, or does not keep to what ``registry.step`` asks of it.
     """
     plan = settings.demonstrations
-    phases = [_demonstrations(environments, settings, phase, index) for index, phase in enumerate(plan.phases)]
+    phases = []
+    for index, phase in enumerate(plan.phases):
+        with span(f"demonstrations of phase {index + 1} of {len(plan.phases)}", 0.0, 0.0):
+            phases.append(_demonstrations(environments, settings, phase, index))
     sample = ((environments[name], demonstration) for demos in phases for name, demonstration in demos[:300])
     texts = (text for section, demonstration in sample for text in _texts(section, demonstration))
     tokenizer = train_tokenizer(texts, settings.vocabulary)
@@ -118,7 +123,7 @@ def demonstrate(
     while not over and len(demonstration.turns) < section.max_turns:
         words = int(draws.integers(phase.reasoning_words[0], phase.reasoning_words[1] + 1))
         reasoning = expert.reason(environment, words, draws)
-        shown = (plain_text(observation), reward, getattr(environment, "actions_left", None), plain_text(reasoning))
+        shown = (plain_text(observation), reward, actions_left_of(environment), plain_text(reasoning))
         beginning = copy.deepcopy(environment) if section.actions_per_turn > 1 else environment
         actions, reward = list[str](), 0.0
         while not over and len(actions) < section.actions_per_turn:
@@ -136,13 +141,15 @@ def demonstrate(
 def _demonstrations(
     environments: dict[str, Environment], settings: ScratchPolicy, phase: Phase, index: int
 ) -> list[tuple[str, Demonstration]]:
-    plan, found = settings.demonstrations, []
+    plan, found = settings.demonstrations, list[tuple[str, Demonstration]]()
     for name, section in environments.items():
         environment = make(section)
         expert = expert_of(environment)
         draws = generator(settings.seed, "demonstrations", name, index)
         states = initial_states(environment, "demonstrations", plan.episodes, draws)
-        found += [(name, demonstrate(environment, expert, s, phase, draws, section)) for s in states]
+        for number, state in enumerate(states):
+            within(0.0, f"in {name}: {number} of {len(states)} episodes")
+            found.append((name, demonstrate(environment, expert, state, phase, draws, section)))
     order = generator(settings.seed, "demonstration order", index).permutation(len(found))
     return [found[i] for i in order]
 
@@ -187,6 +194,7 @@ def _supervise(
     policy.model.train()
     step = 0
     for demos, phase in zip(phases, plan.phases, strict=True):
+        within(0.0, "encoding demonstrations")
         encoded = [_encode(dialogues[name], demonstration) for name, demonstration in demos]
         for batch in range(phase.steps):
             chosen = [encoded[(batch * plan.batch_episodes + i) % len(encoded)] for i in range(plan.batch_episodes)]
@@ -197,7 +205,9 @@ def _supervise(
             optimizer.step()
             schedule.step()
             step += 1
-            report(step, total, float(loss.detach()))
+            value = float(loss.detach())
+            require_finite(f"policy.demonstrations: the loss of step {step}", value)
+            report(step, total, value)
 
 
 def _encode(dialogue: Dialogue, demonstration: Demonstration) -> tuple[np.ndarray, np.ndarray]:

@@ -79,11 +79,11 @@ def hidden_states(
 
 def packed_attention(lengths: Sequence[int] | np.ndarray, device: torch.device) -> Attend:
     """Causal attention within each of the sequences that are packed one after another."""
-    everyone = native.layout(lengths)
+    everyone, shortest = native.layout(lengths), int(np.min(lengths))
     padded = lru_cache(maxsize=1)(lambda: padded_attention(np.asarray(lengths), device))
 
     def attend(layer: int, heads: Heads) -> Tensor:
-        if not native.attends(heads.query):
+        if not native.attends(heads.query, shortest):
             return padded()(layer, heads)
         asking = heads.asking
         layout = everyone if asking is None else native.layout(lengths, asking.numpy())
@@ -187,6 +187,10 @@ def _transformers_forward(backbone: Any, ids: Tensor, positions: Tensor, attend:
     return hidden
 
 
+_NO_PART = ("dropout", "sliding_window", "position_ids", "cache_position")
+"""What models tell their attention in vain: policies have no dropout, and ``load_policy`` refuses windows."""
+
+
 def _attend_in_transformers(
     module: Any,
     query: Tensor,
@@ -196,9 +200,21 @@ def _attend_in_transformers(
     scaling: float | None = None,
     *,
     attend: Attend,
-    **_: Any,
+    **others: Any,
 ) -> tuple[Tensor, None]:
-    """``Attend`` as transformers calls it: (1, heads, n, size) in, (1, n, heads, size) out."""
+    """``Attend`` as transformers calls it: (1, heads, n, size) in, (1, n, heads, size) out.
+
+    Raises:
+        ValueError: this attention is not ``Attend``: it looks ahead, or is made of more than queries, keys and values.
+    """
+    if others.get("is_causal") is False or not getattr(module, "is_causal", True):
+        raise ValueError("its attention looks ahead")
+    known = {name for name, x in others.items() if name in _NO_PART or x is None or isinstance(x, bool)}
+    more = [*sorted(others.keys() - known), *(["a mask of its own"] if attention_mask is not None else [])]
+    if more:
+        raise ValueError(f"its attention is given {', '.join(more)}, which is not supported")
+    if key.shape != value.shape:
+        raise ValueError(f"its attention has keys of {key.shape[-1]} numbers and values of {value.shape[-1]}")
     q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
     return attend(module.layer_idx, Heads(q, k, v, None, scale)).unsqueeze(0), None

@@ -47,6 +47,8 @@
     Plotly.react(plot, broughtOut(view.data, method ? method.value : ""), themed(view.layout), {
       displaylogo: false,
       responsive: true,
+      showSendToCloud: false, // plotly's button that uploads a chart, and where it would go
+      plotlyServerURL: "",
       modeBarButtonsToRemove: ["lasso2d", "select2d", "autoScale2d"],
     });
   }

@@ -10,14 +10,16 @@ import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
-from typing import Any
+from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
 from pipeline.config import Config
+from pipeline.evaluation.statistics import VERDICT_SEEDS, Interval
 from pipeline.report.comparison import REFERENCE
 from pipeline.report.comparison_figures import COLOURS
 from pipeline.report.comparison_tables import Row, places, rows_at
+from pipeline.report.differences import difference_of, difference_text
 
 GREY = "#8a8a8a"
 """Seen on white and on black."""
@@ -129,8 +131,8 @@ def success_chart(config: Config, comparison: Mapping[str, Any], environment: st
         "Success after training",
         "Success on held-out initial states after the last iteration. Marker: mean over seeds; thick line: 95 % "
         "bootstrap interval over seeds and initial states together; thin line: 95 % t-interval over seed means; small "
-        "dots: single seeds. Grey band and dashed line: the reference policy, with its bootstrap interval. "
-        + evaluated_on(config, environment),
+        "dots: single seeds. Grey band and dashed line: the reference policy, with its bootstrap interval. Which methods "
+        "can be told apart is said by the paired differences. " + evaluated_on(config, environment),
         {
             _temperature(temperature, temperatures): _success(rows_at(comparison, environment, temperature))
             for temperature in temperatures
@@ -148,9 +150,9 @@ def difference_charts(config: Config, comparison: Mapping[str, Any], environment
         f"{environment}-differences",
         "Paired differences in success",
         "Success of a method minus that of its matched control, its uniform counterpart and the reference policy, "
-        "paired over common seeds and initial states. Line: 95 % bootstrap interval over seeds and states; one that "
-        "crosses zero is no difference that this comparison could see. Not corrected for the number of differences. "
-        + run,
+        "paired over common seeds and initial states. Small dots: single seeds. Line: 95 % t-interval over paired seed "
+        f"means, from {VERDICT_SEEDS} seeds on; two methods whose line crosses zero are not told apart, and below "
+        f"{VERDICT_SEEDS} seeds there is no verdict. Not corrected for the number of differences. " + run,
         {
             _temperature(t, temperatures): _intervals(list(_differences(own)), "difference in success", 0.0)
             for t, own in rows.items()
@@ -161,9 +163,9 @@ def difference_charts(config: Config, comparison: Mapping[str, Any], environment
         yield Chart(
             f"{environment}-improvement",
             "Probability of improvement",
-            "Chance that a new training with the method scores above one of its uniform counterpart (ties count half), "
-            "over all pairs of seeds. Line: 95 % bootstrap interval over seeds and initial states. One half is no "
-            "difference. " + run,
+            "Share of all pairs of seeds in which the training with the method scores above the one of its uniform "
+            "counterpart (ties count half). It describes these trainings; whether the two can be told apart is said by "
+            "the paired differences. " + run,
             {
                 _temperature(t, temperatures): _intervals(list(_improvements(own)), "probability of improvement", 0.5)
                 for t, own in rows.items()
@@ -204,46 +206,63 @@ def _success(rows: Sequence[Row]) -> dict[str, Any]:
     return rowed(figure, [f"{row['method']} (n = {row['seeds']})" for row in trained])
 
 
-def _differences(rows: Sequence[Row]) -> Iterator[tuple[str, float, float | None, float | None, str]]:
-    """Label, value, interval and colour of every difference; those between methods first."""
+class Estimate(NamedTuple):
+    """A row of a chart."""
+
+    label: str
+    value: float
+    said: str
+    """What is written of it where the reader points."""
+    colour: str
+    interval: Interval | None = None
+    seeds: Sequence[float] = ()
+    """Of single seeds."""
+
+
+def _differences(rows: Sequence[Row]) -> Iterator[Estimate]:
+    """Every difference; those between methods first."""
     for kind, colour in (("control", COLOURS[1]), ("uniform", COLOURS[0]), (REFERENCE, GREY)):
         for row in rows:
-            name = f"difference_to_{kind}"
-            if row[name] is not None:
-                other = row.get(kind, kind)
-                yield f"{row['method']} − {other}", row[name], row[f"{name}_ci_low"], row[f"{name}_ci_high"], colour
+            found = difference_of(row, kind)
+            if found is not None:
+                label = f"{row['method']} − {row.get(kind, kind)}"
+                yield Estimate(label, found.value, difference_text(found), colour, found.interval, found.by_seed)
 
 
-def _improvements(rows: Sequence[Row]) -> Iterator[tuple[str, float, float | None, float | None, str]]:
-    name = "probability_of_improvement"
+def _improvements(rows: Sequence[Row]) -> Iterator[Estimate]:
     for row in rows:
-        if row[name] is not None:
-            label = f"{row['method']} over {row['uniform']}"
-            yield label, row[name], row[f"{name}_ci_low"], row[f"{name}_ci_high"], COLOURS[0]
+        value = row["probability_of_improvement"]
+        if value is not None:
+            yield Estimate(f"{row['method']} over {row['uniform']}", value, f"{value:.3f}", COLOURS[0])
 
 
-def _intervals(
-    found: Sequence[tuple[str, float, float | None, float | None, str]], title: str, nothing: float
-) -> dict[str, Any]:
-    """A row per value with its interval; a line where there is no difference."""
+def _intervals(found: Sequence[Estimate], title: str, nothing: float) -> dict[str, Any]:
+    """A row per value with its interval and single seeds; a line where there is no difference."""
     figure = go.Figure()
     figure.add_vline(x=nothing, line={"color": GREY, "dash": "dash", "width": 1.5})
-    for place, (label, value, low, high, colour) in enumerate(found):
-        if low is not None:
+    ends = [nothing]
+    for place, one in enumerate(found):
+        ends += [one.value, *one.seeds]
+        if one.interval is not None:
+            ends += [one.interval.low, one.interval.high]
             figure.add_scatter(
-                x=[low, high], y=[place] * 2, mode="lines", hoverinfo="skip", showlegend=False, opacity=0.6,
-                line={"color": colour, "width": 6},
+                x=ends[-2:], y=[place] * 2, mode="lines", hoverinfo="skip", showlegend=False, opacity=0.6,
+                line={"color": one.colour, "width": 6},
+            )  # fmt: skip
+        if one.seeds:
+            figure.add_scatter(
+                x=list(one.seeds), y=[place + 0.26] * len(one.seeds), mode="markers", showlegend=False,
+                marker={"color": GREY, "size": 5}, hovertemplate="single seed: %{x:.3f}<extra></extra>",
             )  # fmt: skip
         figure.add_scatter(
-            x=[value], y=[place], mode="markers", showlegend=False, text=[_said(label, value, low, high)],
-            marker={"color": colour, "size": 11, "line": {"color": "white", "width": 1}},
+            x=[one.value], y=[place], mode="markers", showlegend=False, text=[f"{one.label}: {one.said}"],
+            marker={"color": one.colour, "size": 11, "line": {"color": "white", "width": 1}},
             hovertemplate="%{text}<extra></extra>",
         )  # fmt: skip
-    ends = [nothing, *(number for _, *numbers, _ in found for number in numbers if number is not None)]
     margin = 0.05 * (max(ends) - min(ends)) or 0.05
     limits = [-0.01, 1.01] if nothing else [min(ends) - margin, max(ends) + margin]
     figure.update_xaxes(title_text=title, range=limits)
-    return rowed(figure, [label for label, *_ in found])
+    return rowed(figure, [one.label for one in found])
 
 
 def rowed(figure: go.Figure, labels: Sequence[str]) -> dict[str, Any]:
@@ -256,5 +275,5 @@ def rowed(figure: go.Figure, labels: Sequence[str]) -> dict[str, Any]:
     return view(figure, 70 + (ROW if len(labels) <= MANY else DENSE) * max(2, len(labels)), left=10)
 
 
-def _said(name: str, value: float, low: float | None, high: float | None) -> str:
-    return f"{name}: {value:.3f}" + ("" if low is None else f" [{low:.3f}, {high:.3f}]")
+def _said(name: str, value: float, low: float, high: float) -> str:
+    return f"{name}: {value:.3f} [{low:.3f}, {high:.3f}]"

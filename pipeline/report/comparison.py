@@ -16,17 +16,17 @@ import pyarrow.parquet as pq
 
 from pipeline.config import Config, ConfigError
 from pipeline.evaluation import statistics
-from pipeline.evaluation.statistics import Comparison, Interval, Scores
+from pipeline.evaluation.statistics import VERDICT_SEEDS, Difference, Interval
 from pipeline.files import read_json
 from pipeline.randomness import generator
-from pipeline.trajectory import CUT_OFF
+from pipeline.report.differences import NO_VERDICT
+from pipeline.trajectory import CUT_OFF, RESPONSES
 
 REFERENCE = "reference"
 """What the reference policy is called where methods have their names."""
-VERDICT_SEEDS = 5
-"""Fewest paired seeds from which a difference is put in words."""
 KL_DRIFT = 0.2
-"""Largest relative difference of a control's KL per update from its method's that passes without a warning."""
+"""Largest relative difference of a control's KL per iteration from its method's that passes without a warning. It is
+KL(behaviour || policy) on action tokens, after all of an iteration's updates, on its last minibatch."""
 SHORTFALL = 0.05
 """Largest share of ``train.tokens`` that may be left at a training's end without a warning."""
 SPENT = ("training_episodes", "training_tokens", "paths_per_state")
@@ -86,8 +86,9 @@ def read_timings(config: Config, data: Path) -> dict[tuple[str, str], Curves]:
 def compare(config: Config, inputs: Inputs) -> dict[str, Any]:
     """All rows and warnings, ready to be written as JSON: no NaN, and the same for the same inputs.
 
-    Rates are in [0, 1]. Measured numbers are rounded to 6 digits (KL per update: 6 significant ones), settings are as
-    in params.yaml, and what does not apply is null. ``difference_to_*`` is paired over common seeds and states;
+    Rates are in [0, 1]. Measured numbers are rounded to 6 digits (KL per iteration: 6 significant ones), settings are as
+    in params.yaml, and what does not apply is null. ``difference_to_*`` is paired over common seeds and states, and has an
+    interval (``_ci_low``, ``_ci_high``) from ``VERDICT_SEEDS`` paired seeds on, which is its verdict.
     ``probability_of_improvement`` is over the uniform counterpart. The reference policy has rows of its own. ``tokens`` is
     the budget of every training, if there is one; ``iterations`` and ``SPENT`` are what it took.
 
@@ -101,24 +102,13 @@ def compare(config: Config, inputs: Inputs) -> dict[str, Any]:
         for row in _rows(config, inputs, environment, temperature)
     ]
     return {
-        "schema": 1,
+        "schema": 2,
         "comparison": config.comparison,
         "resamples": config.compare.resamples,
         "tokens": config.train.tokens,
         "rows": rows,
         "warnings": _warnings(config, inputs, rows),
     }
-
-
-def verdict(row: Mapping[str, Any], other: str) -> str:
-    """Whether the difference to ``reference``, ``uniform`` or ``control`` is "higher", "lower" or "no clear difference".
-
-    Empty without a difference, and below 5 paired seeds.
-    """
-    low, high = row[f"difference_to_{other}_ci_low"], row[f"difference_to_{other}_ci_high"]
-    if low is None or row[f"difference_to_{other}_seeds"] < VERDICT_SEEDS:
-        return ""
-    return "higher" if low > 0 else "lower" if high < 0 else "no clear difference"
 
 
 def _rows(config: Config, inputs: Inputs, environment: str, temperature: float) -> list[dict[str, Any]]:
@@ -136,13 +126,15 @@ def _rows(config: Config, inputs: Inputs, environment: str, temperature: float) 
     for method in methods:
         own = scores[method]
         uniform, control = config.compare.uniform.get(method), config.compare.control.get(method)
-
-        def difference(other: str | None, own: Scores = own) -> Comparison | None:
-            return None if other is None else statistics.paired_difference(own, scores[other], resamples, draws())
-
-        improvement = (
-            None if uniform is None else statistics.probability_of_improvement(own, scores[uniform], resamples, draws())
-        )
+        improvement = None if uniform is None else statistics.probability_of_improvement(own, scores[uniform])
+        differences = {
+            kind: None if other is None else statistics.paired_difference(own, scores[other])
+            for kind, other in (
+                ("reference", None if method == REFERENCE else REFERENCE),
+                ("uniform", uniform),
+                ("control", control),
+            )
+        }
         seed_means = own.success.mean(axis=(1, 2))
         rows.append(
             {
@@ -160,12 +152,10 @@ def _rows(config: Config, inputs: Inputs, environment: str, temperature: float) 
                 "seed_success": [_round(mean) for mean in seed_means],
                 "reference_success": _round(scores[REFERENCE].success.mean()),
                 **_bounds("reference_ci", reference),
-                **_compared("difference_to_reference", difference(None if method == REFERENCE else REFERENCE)),
                 "uniform": uniform,
-                **_compared("difference_to_uniform", difference(uniform)),
-                **_compared("probability_of_improvement", improvement),
                 "control": control,
-                **_compared("difference_to_control", difference(control)),
+                **{key: value for kind, found in differences.items() for key, value in _compared(kind, found).items()},
+                "probability_of_improvement": None if improvement is None else _round(improvement),
                 "collapsed_seeds": None if method == REFERENCE else int((seed_means < reference.low).sum()),
                 **_behaviour(
                     tables[method].filter(pc.equal(tables[method]["temperature"], temperature)),
@@ -183,6 +173,11 @@ def _behaviour(episodes: pa.Table, format_penalty: float) -> dict[str, Any]:
     def total(column: str) -> float:
         return float(pc.sum(episodes[column]).as_py())
 
+    def rate(kind: str) -> float | None:
+        """Share of the turns; None for an evaluation that was made when this was not counted."""
+        column = f"{kind}_turns"
+        return _round(total(column) / max(1.0, total("turns"))) if column in episodes.column_names else None
+
     ends = episodes["end_reason"].to_pylist()
     penalties = format_penalty * (total("turns") - total("valid_turns"))
     return {
@@ -190,7 +185,8 @@ def _behaviour(episodes: pa.Table, format_penalty: float) -> dict[str, Any]:
         "score_mean": _round((total("return") - penalties) / len(episodes)),
         "ends": {reason: _round(ends.count(reason) / len(ends)) for reason in sorted(set(ends))},
         "action_token_share": _round(total("action_tokens") / max(1.0, total("tokens"))),
-        "valid_action_rate": _round(total("valid_turns") / max(1.0, total("turns"))),
+        "valid_action_rate": rate("valid"),
+        **{f"{kind}_rate": rate(kind) for kind in RESPONSES if kind != "valid"},
         "truncated_rate": _round(sum(map(ends.count, CUT_OFF)) / len(ends)),
     }
 
@@ -198,14 +194,14 @@ def _behaviour(episodes: pa.Table, format_penalty: float) -> dict[str, Any]:
 def _training(config: Config, method: str, curves: Curves | None) -> dict[str, Any]:
     """How the method was trained: settings from params.yaml, the rest from its learning curves; all null without them."""
     if curves is None:
-        keys = ("iterations", "kl_update_action_first3", "gradient_share_action", "learning_rate", "regulariser")
+        keys = ("iterations", "kl_iteration_action_first3", "gradient_share_action", "learning_rate", "regulariser")
         return dict.fromkeys((*keys, "non_finite_losses", "status", "source", *SPENT))
-    first = [row["kl_update_action"] for rows in curves.values() for row in rows[:3] if "kl_update_action" in row]
+    first = [row["kl_iteration_action"] for rows in curves.values() for row in rows[:3] if "kl_iteration_action" in row]
     shares = [r[SHARE] for rows in curves.values() for r in rows if SHARE in r]
     settings = config.methods[method]
     return {
         "iterations": mean(len(rows) for rows in curves.values()),
-        "kl_update_action_first3": _finite(float(f"{np.mean(first):.6g}")) if first else None,
+        "kl_iteration_action_first3": _finite(float(f"{np.mean(first):.6g}")) if first else None,
         "gradient_share_action": _round(float(np.mean(shares))) if shares else None,
         "learning_rate": settings.learning_rate,
         "regulariser": settings.regulariser.model_dump(mode="json"),
@@ -234,8 +230,8 @@ def _warnings(config: Config, inputs: Inputs, rows: list[dict[str, Any]]) -> lis
         if few:
             least = min(own[name]["seeds"] for name in few)
             found.append(
-                f"{environment}: {', '.join(few)}: as few as {least} seed{'s' * (least > 1)}: "
-                f"no verdict in words below {VERDICT_SEEDS} seeds"
+                f"{environment}: {', '.join(few)}: as few as {least} seed{'s' * (least > 1)}: {NO_VERDICT}; "
+                f"give `seeds` {VERDICT_SEEDS} or more (of a sweep's confirmation: `sweep.confirm_seeds`)"
             )
         for name in config.methods:
             texts = _method_warnings(config, own, name) + _length_warnings(config, inputs.curves[environment, name])
@@ -273,31 +269,34 @@ def _method_warnings(config: Config, rows: Mapping[str, Mapping[str, Any]], meth
     for kind in ("reference", "uniform", "control"):
         paired = row[f"difference_to_{kind}_seeds"]
         if paired is not None and paired < row["seeds"]:
-            found.append(f"only {paired} of {row['seeds']} seeds are paired with {row.get(kind, kind)}")
+            unpaired = f"only {paired} of {row['seeds']} seeds are paired with {row.get(kind, kind)}"
+            found.append(unpaired + (f": {NO_VERDICT}" if paired < VERDICT_SEEDS <= row["seeds"] else ""))
     if control:
-        mine, theirs = (rows[name]["kl_update_action_first3"] for name in (method, control))
+        mine, theirs = (rows[name]["kl_iteration_action_first3"] for name in (method, control))
         if mine is None or theirs is None:
-            found.append(f"KL per update on action tokens is not known for it and its control {control}")
+            found.append(f"KL per iteration on action tokens is not known for it and its control {control}")
         elif abs(theirs - mine) > KL_DRIFT * mine:
             found.append(
-                f"KL per update on action tokens over the first 3 iterations is {mine:.3g}, its control's {theirs:.3g} "
+                f"KL per iteration on action tokens over the first 3 iterations is {mine:.3g}, its control's {theirs:.3g} "
                 f"({control}, off by more than {KL_DRIFT:.0%}): {_advice(config, method, control)}"
             )
     return found
 
 
 def _advice(config: Config, method: str, control: str) -> str:
-    """What a drift of the KL per update means: a matched control's learning rate is there to be adjusted."""
+    """What a drift of the KL per iteration means: a matched control's learning rate is there to be adjusted."""
     if config.methods[method].learning_rate == config.methods[control].learning_rate:
         return "a difference may be one of step size"
     return f"adjust methods.{control}.learning_rate"
 
 
-def _compared(name: str, comparison: Comparison | None) -> dict[str, Any]:
+def _compared(kind: str, difference: Difference | None) -> dict[str, Any]:
+    name = f"difference_to_{kind}"
     return {
-        name: None if comparison is None else _round(comparison.value),
-        **_bounds(f"{name}_ci", None if comparison is None else comparison.interval),
-        f"{name}_seeds": None if comparison is None else comparison.seeds,
+        name: None if difference is None else _round(difference.value),
+        **_bounds(f"{name}_ci", None if difference is None else difference.interval),
+        f"{name}_seeds": None if difference is None else len(difference.by_seed),
+        f"{name}_by_seed": None if difference is None else [_round(value) for value in difference.by_seed],
     }
 
 

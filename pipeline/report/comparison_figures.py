@@ -77,10 +77,10 @@ def success_figure(comparison: Mapping[str, Any], environment: str) -> Figure:
         panels[0].set_ylim(len(methods) - 0.5, -0.5)
         signs: dict[str, dict[str, Any]] = {
             "mean over seeds": {"marker": "o", "ls": "", "ms": 7},
-            "95 % bootstrap interval": {"lw": 4, "alpha": 0.55},
-            "95 % t-interval": {"lw": 1},
+            "95 % bootstrap, seeds × states": {"lw": 4, "alpha": 0.55},
+            "95 % t-interval, seeds": {"lw": 1},
             "single seeds": {"marker": ".", "ls": "", "ms": 4},
-            "reference policy (band: its interval)": {"lw": 1, "ls": "--"},
+            "reference (band: bootstrap)": {"lw": 1, "ls": "--"},
         }
         figure.legend(
             handles=[Line2D([], [], color=GREY, label=label, **look) for label, look in signs.items()],

@@ -6,22 +6,37 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.report.comparison import REFERENCE, VERDICT_SEEDS, verdict
-from pipeline.trajectory import CUT_OFF
+from pipeline.evaluation.statistics import VERDICT_SEEDS
+from pipeline.report.comparison import REFERENCE
+from pipeline.report.differences import difference_of, difference_text
+from pipeline.trajectory import CUT_OFF, RESPONSES
 
 Row = Mapping[str, Any]
 
 READING = (
     "Success on held-out initial states at the final step, as mean [95 % interval]: bootstrap over seeds and initial "
-    "states together. The t-interval is over seed means alone and treats the states as fixed. Differences are paired "
-    f"over common seeds and states; they are put in words from {VERDICT_SEEDS} seeds on. P(> uniform) is the chance "
-    "that a new training scores above one of the uniform counterpart. No interval is corrected for the number of "
-    "comparisons."
+    "states together. The t-interval is over seed means alone and treats the states as fixed. IQM is the mean of the "
+    "middle half of the successes of single seeds on single states. Differences are paired over common seeds and states, "
+    "as mean [95 % t-interval over paired seed means]: a method is called higher or lower if that interval excludes "
+    f"zero, else not told apart. Below {VERDICT_SEEDS} paired seeds there is neither interval nor verdict, and the range "
+    "over the seeds is given. P(> uniform) is the share of pairs of trainings in which the method scores above its "
+    "uniform counterpart. No interval is corrected for the number of comparisons. Of all turns, valid ones did what their "
+    "response says; a disallowed one names an action that may not be done; a malformed one holds no action to be read; a "
+    "cut one was ended by response_tokens or context_tokens."
 )
 """How to read the results, for the head of a report."""
 
+BRACKETS = (
+    "success [95 % bootstrap interval over seeds and initial states]; differences [95 % t-interval over paired seeds], "
+    f"below {VERDICT_SEEDS} seeds (range over them)"
+)
+"""What stands in brackets, for a terminal."""
+
 ENDS = {"goal", "failed", *CUT_OFF}
 """How episodes end unless their environment has outcomes of its own."""
+
+UNDONE = [kind for kind in RESPONSES if kind != "valid"]
+"""What a response was that no action was executed of; a comparison that was made when this was not counted lacks it."""
 
 
 @dataclass(frozen=True)
@@ -61,7 +76,7 @@ def result_table(comparison: Mapping[str, Any], environment: str, temperature: f
         [
             "method", "seeds × states × episodes", "success", "t-interval", "IQM", "− reference", "− uniform",
             "P(> uniform)", "− control", "return", *(["score", *outcomes] if outcomes else []), "valid actions",
-            "action tokens", "truncated", "collapsed seeds",
+            *UNDONE, "action tokens", "truncated", "collapsed seeds",
         ],
         [
             [
@@ -72,12 +87,13 @@ def result_table(comparison: Mapping[str, Any], environment: str, temperature: f
                 _number(row["success_iqm"]),
                 _difference(row, "reference"),
                 _difference(row, "uniform"),
-                _improvement(row),
+                _number(row["probability_of_improvement"]),
                 _difference(row, "control"),
                 _number(row["return_mean"]),
                 *([_number(row["score_mean"])] if outcomes else []),
                 *(_number(row["ends"].get(outcome, 0.0)) for outcome in outcomes),
                 _number(row["valid_action_rate"]),
+                *(_number(row.get(f"{kind}_rate")) for kind in UNDONE),
                 _number(row["action_token_share"]),
                 _number(row["truncated_rate"]),
                 "–" if row["collapsed_seeds"] is None else f"{row['collapsed_seeds']} of {row['seeds']}",
@@ -98,7 +114,7 @@ def training_table(comparison: Mapping[str, Any], environment: str) -> Table:
         f"{environment}, training" + (f" to {comparison['tokens']} sampled tokens" if comparison["tokens"] else ""),
         ["method", *(["status", "source"] if sourced else []), "iterations", "episodes per training",
          "sampled tokens per training", "paths per initial state", "learning rate",
-         "KL per update on action tokens, first 3 iterations", "action tokens' share of the gradient, measured",
+         "KL per iteration on action tokens, first 3 iterations", "action tokens' share of the gradient, measured",
          "skipped non-finite updates", *(["entropy and KL terms"] if differ else [])],
         [
             [
@@ -109,7 +125,7 @@ def training_table(comparison: Mapping[str, Any], environment: str) -> Table:
                 f"{row['training_tokens']:.0f}",
                 f"{row['paths_per_state']:g}",
                 f"{row['learning_rate']:g}",
-                "–" if row["kl_update_action_first3"] is None else f"{row['kl_update_action_first3']:.3g}",
+                "–" if row["kl_iteration_action_first3"] is None else f"{row['kl_iteration_action_first3']:.3g}",
                 "–" if row["gradient_share_action"] is None else f"{row['gradient_share_action']:.2f}",
                 str(row["non_finite_losses"]),
                 *([_terms(row["regulariser"])] if differ else []),
@@ -171,7 +187,8 @@ def comparison_text(comparison: Mapping[str, Any]) -> str:
         widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
         lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
         parts += [table.title, *lines, ""]
-    return "\n".join(parts + [f"warning: {warning}" for warning in comparison["warnings"]]).rstrip() + "\n"
+    warnings = [f"warning: {warning}" for warning in comparison["warnings"]]
+    return "\n".join([*parts, BRACKETS, "", *warnings]).rstrip() + "\n"
 
 
 def _markdown(table: Table) -> str:
@@ -184,27 +201,16 @@ def _size(row: Row) -> str:
 
 
 def _difference(row: Row, other: str) -> str:
-    name = f"difference_to_{other}"
-    if row[name] is None:
-        return "–"
-    words = verdict(row, other)
-    against = "" if other == REFERENCE else f" vs {row[other]}"
-    return _estimate(row[name], row[f"{name}_ci_low"], row[f"{name}_ci_high"], "+") + against + (words and f": {words}")
+    found = difference_of(row, other)
+    return "–" if found is None else difference_text(found, "" if other == REFERENCE else f" vs {row[other]}")
 
 
-def _improvement(row: Row) -> str:
-    name = "probability_of_improvement"
-    if row[name] is None:
-        return "–"
-    return _estimate(row[name], row[f"{name}_ci_low"], row[f"{name}_ci_high"])
+def _estimate(value: float, low: float, high: float) -> str:
+    return f"{value:.3f} {_bounds(low, high)}"
 
 
-def _estimate(value: float, low: float | None, high: float | None, sign: str = "") -> str:
-    return f"{value:{sign}.3f} {_bounds(low, high, sign)}" if low is not None else f"{value:{sign}.3f}"
-
-
-def _bounds(low: float | None, high: float | None, sign: str = "") -> str:
-    return "–" if low is None or high is None else f"[{low:{sign}.3f}, {high:{sign}.3f}]"
+def _bounds(low: float | None, high: float | None) -> str:
+    return "–" if low is None or high is None else f"[{low:.3f}, {high:.3f}]"
 
 
 def _number(value: float | None) -> str:

@@ -21,18 +21,22 @@ ROLES = {
 
 
 def decisions_text(result: Mapping[str, Any]) -> str:
-    """A line per signal; beyond chance is what it explains less what a draw among the same tokens explains."""
+    """A line per signal; the last column is what it explains less what a draw among the same tokens explains.
+
+    The intervals are over initial states, all played by the reference policy: they compare signals, not trainings.
+    """
     plan = result["plan"]
     lines = [
         f"{result['environment']}: {result['states']} initial states, {plan['positions']} tokens of each per signal, "
-        f"{plan['candidates']} candidates x {plan['continuations']} continuations; 95 % intervals over states",
+        f"{plan['candidates']} candidates x {plan['continuations']} continuations; 95 % bootstrap intervals over states "
+        "of the reference policy alone, which say nothing of trainings",
         f"{'signal':<17}{'reasoning':>10}{'action':>8}{'tag':>6}{'other':>7}  {'variance decided':<29}"
-        f"{'explained':<23}beyond chance",
+        f"{'explained':<23}− a random draw",
     ]
     for signal, row in result["signals"].items():
         roles = "".join(f"{row['roles'][role]:>{width}.0%}" for role, width in
                         (("reasoning", 10), ("action", 8), ("tag", 6), ("other", 7)))  # fmt: skip
-        decided, explained, beyond = row["between"], row["explained"], row["beyond_chance"]
+        decided, explained, beyond = row["between"], row["explained"], row["minus_control"]
         variance = f"{decided['mean']:.4f} [{decided['low']:.4f}, {decided['high']:.4f}]"
         share = f"{explained['mean']:.1%} [{explained['low']:.1%}, {explained['high']:.1%}]"
         more = f"{beyond['mean']:+.1%} [{beyond['low']:+.1%}, {beyond['high']:+.1%}]" if beyond else "–"
@@ -68,7 +72,8 @@ def draw_decisions(result: Mapping[str, Any], target: Path) -> tuple[Path, Path]
             axes.axvline(0, color="0.7", linewidth=0.8)
             axes.set_xlabel(label)
         figure.suptitle(
-            f"{result['environment']}: {result['states']} initial states; 95 % bootstrap intervals over states"
+            f"{result['environment']}: {result['states']} initial states of the reference policy; 95 % bootstrap intervals "
+            "over states"
         )
         paths = target.with_suffix(".png"), target.with_suffix(".svg")
         figure.savefig(paths[0], dpi=150, metadata={"Software": None})

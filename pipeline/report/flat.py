@@ -20,6 +20,9 @@ METRICS = {
     "success_ci_high": "success_ci_high",
     "return": "return_mean",
     "valid_action_rate": "valid_action_rate",
+    "disallowed_rate": "disallowed_rate",
+    "malformed_rate": "malformed_rate",
+    "cut_rate": "cut_rate",
     "collapsed_seeds": "collapsed_seeds",
     "difference_to_uniform": "difference_to_uniform",
     "difference_to_uniform_ci_low": "difference_to_uniform_ci_low",
@@ -32,10 +35,13 @@ CURVES = (
     "validation_success",
     "return",
     "valid_action_rate",
+    "disallowed_rate",
+    "malformed_rate",
+    "cut_rate",
     "entropy_action",
     "entropy_reasoning",
     "kl_reference",
-    "kl_update_action",
+    "kl_iteration_action",
     "gradient_norm",
     "clip_fraction",
     "gradient_share_action",
@@ -64,7 +70,7 @@ def headline_metrics(comparison: Mapping[str, Any]) -> dict[str, dict[str, dict[
     found: dict[str, dict[str, dict[str, float]]] = {}
     for row in comparison["rows"]:
         if row["headline"]:
-            values = {name: row[key] for name, key in METRICS.items() if row[key] is not None}
+            values = {name: row[key] for name, key in METRICS.items() if row.get(key) is not None}
             found.setdefault(row["environment"], {})[row["method"]] = values
     return found
 

@@ -16,7 +16,7 @@ PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4
 MARKS = ("o", "s", "^", "D", "v", "P", "X")
 DASHES = ("-", "--", ":", "-.")
 MEASURES = {
-    "snr": "signal-to-noise ratio, ± its standard error",
+    "snr": "signal-to-noise ratio, ± jackknife standard error over groups",
     "cosine_many": "cosine, an iteration with other groups",
     "cosine_uniform": "cosine with the uniform gradient",
     "share_action": "gradient share of action tokens",
@@ -24,7 +24,7 @@ MEASURES = {
 
 
 def replay_text(result: Mapping[str, Any]) -> str:
-    """A line per point of the grid; the uniform weights' numbers on top."""
+    """A line per point of the grid; the uniform weights' numbers on top. It is all about one policy's gradient."""
     uniform = result["uniform"]
     header = ["alpha", "beta", "tau", "signal", "cos uniform", "cos many", "SNR", "action", "reasoning", "tag", "other"]
     rows = [
@@ -41,7 +41,8 @@ def replay_text(result: Mapping[str, Any]) -> str:
     return "\n".join(
         [
             f"{result['groups']} groups, advantages of {result['method']}; uniform weights: cos many "
-            f"{uniform['cosine_many']:.3f}, SNR {uniform['snr']:.2f} ± {uniform['snr_error']:.2f} (standard error)",
+            f"{uniform['cosine_many']:.3f}, SNR {uniform['snr']:.2f} ± {uniform['snr_error']:.2f} (jackknife standard error "
+            "over groups of the reference policy alone, which says nothing of trainings)",
             head,
             *lines,
             "",

@@ -9,8 +9,8 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.evaluation import statistics
-from pipeline.evaluation.statistics import Interval
-from pipeline.randomness import generator
+from pipeline.evaluation.statistics import VERDICT_SEEDS
+from pipeline.report.differences import NO_VERDICT, difference_text
 
 
 @dataclass(frozen=True)
@@ -28,14 +28,12 @@ class Revision:
 
 
 @dataclass(frozen=True)
-class Difference:
+class Change:
     """Success in B minus success in A, of one method."""
 
     value: float
-    interval: Interval | None
-    """None where the two could not be paired."""
-    seeds: int = 0
-    """Seeds in common; 0 if not paired."""
+    paired: statistics.Difference | None = None
+    """Over the seeds in common; None where the two could not be paired."""
     states: int = 0
     """Initial states in common; 0 if not paired."""
 
@@ -49,26 +47,24 @@ def headline(revision: Revision) -> dict[str, dict[str, Mapping[str, Any]]]:
     return found
 
 
-def difference(a: Revision, b: Revision, environment: str, method: str, resamples: int) -> Difference:
+def change(a: Revision, b: Revision, environment: str, method: str) -> Change:
     """B minus A at the headline temperature: paired over common seeds and states if both revisions' episodes are there.
 
-    Not paired, it is the difference of the two means, without an interval: without the episodes, or if the revisions
-    have another headline temperature, no common seed, or no common initial state.
+    Not paired, it is the difference of the two means, without a verdict: without the episodes, or if the revisions have
+    another headline temperature, no common seed, or no common initial state.
     """
     rows = [headline(revision)[environment][method] for revision in (a, b)]
-    means = Difference(rows[1]["success_mean"] - rows[0]["success_mean"], None)
+    means = Change(rows[1]["success_mean"] - rows[0]["success_mean"])
     tables = [revision.episodes.get((environment, method)) for revision in (a, b)]
     if rows[0]["temperature"] != rows[1]["temperature"] or tables[0] is None or tables[1] is None:
         return means
     temperature = rows[0]["temperature"]
     try:
         x, y = (statistics.balanced_scores(table, temperature) for table in tables)
-        paired = statistics.paired_difference(
-            y, x, resamples, generator(0, "revisions", environment, f"{temperature:g}")
-        )
+        paired = statistics.paired_difference(y, x)
     except ValueError:
         return means
-    return Difference(paired.value, paired.interval, paired.seeds, len({*x.states} & {*y.states}))
+    return Change(paired.value, paired, len({*x.states} & {*y.states}))
 
 
 def changed_settings(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, str, str]]:
@@ -81,34 +77,42 @@ def changed_settings(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[s
     ]
 
 
-def revisions_text(a: Revision, b: Revision, resamples: int) -> str:
+def revisions_text(a: Revision, b: Revision) -> str:
     """Both revisions for a terminal: a table per environment, and the settings that changed."""
     rows_a, rows_b = headline(a), headline(b)
     parts = [f"A: {a.name}\nB: {b.name}"]
     for environment in dict.fromkeys([*rows_a, *rows_b]):
         mine, theirs = rows_a.get(environment, {}), rows_b.get(environment, {})
         temperatures = sorted({row["temperature"] for row in (*mine.values(), *theirs.values())})
-        lines, unpaired = [["method", "A", "B", "B − A", "paired over"]], []
+        lines, unpaired, few = [["method", "A", "B", "B − A", "paired over"]], [], []
         for method in dict.fromkeys([*mine, *theirs]):
-            change, over = "–", "–"
+            shown, over = "–", "–"
             if method in mine and method in theirs:
-                found = difference(a, b, environment, method, resamples)
-                change = f"{found.value:+.3f}{_bounds(found.interval, '+')}"
-                over = f"{found.seeds} seeds × {found.states} states" if found.interval else "–"
-                unpaired += [] if found.interval else [method]
-            lines.append([method, _success(mine.get(method)), _success(theirs.get(method)), change, over])
+                found = change(a, b, environment, method)
+                if found.paired is None:
+                    shown = f"{found.value:+.3f}"
+                    unpaired.append(method)
+                else:
+                    shown = difference_text(found.paired)
+                    over = f"{len(found.paired.by_seed)} seeds × {found.states} states"
+                    few += [] if found.paired.verdict else [method]
+            lines.append([method, _success(mine.get(method)), _success(theirs.get(method)), shown, over])
         text = (
-            f"{environment}, success at temperature {' and '.join(f'{t:g}' for t in temperatures)}\n{_aligned(lines)}"
+            f"{environment}, success at temperature {' and '.join(f'{t:g}' for t in temperatures)}: A and B with 95 % "
+            f"bootstrap intervals over seeds and states, B − A with the 95 % t-interval over paired seeds\n"
+            f"{_aligned(lines)}"
         )
+        if few:
+            text += f"\n{NO_VERDICT}: {', '.join(few)}; give `seeds` {VERDICT_SEEDS} or more in both revisions, the same ones"
         if unpaired:
             text += (
-                f"\nnot paired, a difference of means without an interval: {', '.join(unpaired)} (episodes of one "
+                f"\nnot paired, a difference of means without a verdict: {', '.join(unpaired)} (episodes of one "
                 "revision are not in the cache, or there is no common seed, state or temperature)"
             )
         parts.append(text)
     changes = changed_settings(a.params, b.params)
-    shown = _aligned([["changed setting", "A", "B"], *map(list, changes)])
-    return "\n\n".join([*parts, shown if changes else "no setting changed"]) + "\n"
+    settings = _aligned([["changed setting", "A", "B"], *map(list, changes)])
+    return "\n\n".join([*parts, settings if changes else "no setting changed"]) + "\n"
 
 
 def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
@@ -126,11 +130,7 @@ def _shown(values: Mapping[str, Any], key: str) -> str:
 def _success(row: Mapping[str, Any] | None) -> str:
     if row is None:
         return "–"
-    return f"{row['success_mean']:.3f}{_bounds(Interval(row['success_ci_low'], row['success_ci_high']))}"
-
-
-def _bounds(interval: Interval | None, sign: str = "") -> str:
-    return "" if interval is None else f" [{interval.low:{sign}.3f}, {interval.high:{sign}.3f}]"
+    return f"{row['success_mean']:.3f} [{row['success_ci_low']:.3f}, {row['success_ci_high']:.3f}]"
 
 
 def _aligned(lines: Sequence[Sequence[str]]) -> str:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import shutil
-import signal
 import socket
 import subprocess
 import sys
@@ -121,6 +120,11 @@ def _page(browser: Any, offline: bool = False) -> Iterator[Any]:
         context.close()
 
 
+SERVED = '{ "$@" < /dev/null; kill 0; } & read -r _; kill 0'
+"""Runs a server, all of whose processes end with it, and when nobody holds the other end of standard input any more: that
+is so, too, when the stage has been killed."""
+
+
 @contextmanager
 def _server(uri: str) -> Iterator[str]:
     """Address of an MLflow server on this machine, for as long as it is needed."""
@@ -132,8 +136,8 @@ def _server(uri: str) -> Iterator[str]:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port)]
     server = subprocess.Popen(
-        [*command, "--backend-store-uri", uri],
-        stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
+        ["sh", "-c", SERVED, "sh", *command, "--backend-store-uri", uri],
+        stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
         env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"},
     )  # fmt: skip
     address = f"http://127.0.0.1:{port}"
@@ -141,8 +145,7 @@ def _server(uri: str) -> Iterator[str]:
         _wait(server, address)
         yield address
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait()
+        server.communicate()
 
 
 def _wait(server: subprocess.Popen[bytes], address: str) -> None:

@@ -439,7 +439,8 @@
     turn(turn, index, shared, sharer) {
       const card = element("section", undefined, "turn");
       const head = element("h4", `Turn ${index + 1} `);
-      const action = turn.valid ? `action ${turn.action}` : "no valid action";
+      const why = turn.response === "cut" ? `cut by ${turn.ended}` : turn.response;
+      const action = turn.valid ? `action ${turn.action}` : `no valid action (${why})`;
       head.append(element("span", `${action}, reward ${shown(turn.reward)}`));
       if (sharer !== null && shared >= turn.tokens.text.length) {
         card.classList.add("shared");

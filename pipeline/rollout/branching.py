@@ -16,6 +16,7 @@ from typing import Any, Literal, NamedTuple
 import numpy as np
 
 from pipeline import slots
+from pipeline.progress import span
 from pipeline.randomness import generator
 from pipeline.rollout.collector import Episode, EpisodeSpec, Setup, play
 from pipeline.rollout.engine import RolloutEngine
@@ -124,12 +125,13 @@ class Forest:
             begun.append(self._begin(tree, tree.specs[number[id(tree)]], origin))
             number[id(tree)] += 1
         temperatures = [origin.temperature or self.temperature for _, origin in planned]
+        budget, earlier = sum(len(tree.specs) for tree in self.trees), sum(len(tree.episodes) for tree in self.trees)
         for temperature in dict.fromkeys(temperatures):
-            play(
-                self.engine,
-                (episode for episode, own in zip(begun, temperatures, strict=True) if own == temperature),
-                temperature,
-            )
+            chosen = [episode for episode, own in zip(begun, temperatures, strict=True) if own == temperature]
+            later = earlier + len(chosen)
+            with span(f"({earlier} of {budget} before)" if earlier else "", earlier / budget, later / budget):
+                play(self.engine, chosen, temperature, count=len(chosen))
+            earlier = later
         for (tree, origin), episode in zip(planned, begun, strict=True):
             tree.episodes.append(episode)
             tree.origins.append(origin)

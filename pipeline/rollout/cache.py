@@ -63,9 +63,22 @@ class SlotCache:
         Args:
             slots: int64 (n,): slot of each new token; a slot's new tokens stand together and in order.
             positions: int64 (n,): their positions.
+
+        Raises:
+            ValueError: when it attends: keys are not of the shape that the model's configuration says.
         """
         self.reserve(int(positions.max()) + 1)
-        return self._kernel(slots, positions) if self._tiled else self._torch(slots, positions)
+        inner = self._kernel(slots, positions) if self._tiled else self._torch(slots, positions)
+
+        def attend(layer: int, heads: Heads) -> Tensor:
+            if heads.key.shape[1:] != (self._shape[2], self._size):
+                held, given = (
+                    f"{count} heads of {size}" for count, size in ((self._shape[2], self._size), heads.key.shape[1:])
+                )
+                raise ValueError(f"attention has {given} numbers, where the model's configuration says {held}")
+            return inner(layer, heads)
+
+        return attend
 
     def _kernel(self, slots: np.ndarray, positions: np.ndarray) -> Attend:
         def attend(layer: int, heads: Heads) -> Tensor:

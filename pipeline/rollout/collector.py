@@ -8,12 +8,13 @@ from typing import Any
 
 from pipeline.config import Config, ConfigError, Environment
 from pipeline.environments import environment_label, initial_states, make
-from pipeline.environments.registry import outcome_of, parse_action, reset, step, text_of
+from pipeline.environments.registry import actions_left_of, outcome_of, parse_action, reset, step, success_of, text_of
+from pipeline.progress import beat, on_beat, within
 from pipeline.prompting import END_OF_RESPONSE, Dialogue, decode, parse_response, token_roles
 from pipeline.randomness import generator
 from pipeline.rollout.engine import Continuation, Request, RolloutEngine, Sampling
 from pipeline.timing import Phases
-from pipeline.trajectory import EpisodeBuilder, Role, Trajectories, build
+from pipeline.trajectory import CUT, EpisodeBuilder, Role, Trajectories, build
 
 INVALID = "Invalid response: the state is unchanged."
 """Opens the observation after a turn without a parsable, allowed action."""
@@ -99,7 +100,7 @@ def collect(
     """
     setup = Setup(tokenizer, config, name, phases, closing)
     engine.forget()
-    episodes = play(engine, (setup.begin(spec) for spec in specs), temperature, progress)
+    episodes = play(engine, (setup.begin(spec) for spec in specs), temperature, progress, len(specs))
     return build([episode.builder for episode in episodes])
 
 
@@ -108,12 +109,15 @@ def play(
     episodes: Iterable[Episode],
     temperature: float,
     progress: Callable[[int], None] = lambda episodes: None,
+    count: int = 0,
 ) -> list[Episode]:
     """Play episodes to their end, each begun when the engine has room for it; returns them in order.
 
-    What the engine has computed for their beginnings, in this call or an earlier one, is not computed again.
+    What the engine has computed for their beginnings, in this call or an earlier one, is not computed again. ``count`` is
+    how many there are, if it is known; it is for telling how far it is.
     """
     played: list[Episode] = []
+    sampled = unfinished = 0
 
     def requests() -> Iterator[Request]:
         for episode in episodes:
@@ -122,15 +126,35 @@ def play(
             yield episode.request()
 
     def follow(number: int, answer: Continuation) -> Request | None:
+        nonlocal sampled, unfinished
         episode = played[number]
         episode.take(answer)
+        sampled, unfinished = sampled + len(answer.ids), max(0, unfinished - len(answer.ids))
+        beat(unfinished)
         if not episode.done:
             return episode.request()
         progress(1)
         return None
 
-    engine.generate(requests(), Sampling(temperature, END_OF_RESPONSE), follow)
+    def said(tokens: int) -> None:
+        nonlocal unfinished
+        unfinished = tokens
+        within(*_course(played, max(count, len(played)), sampled, unfinished))
+
+    with on_beat(said):
+        engine.generate(requests(), Sampling(temperature, END_OF_RESPONSE), follow)
     return played
+
+
+def _course(played: Sequence[Episode], count: int, sampled: int, unfinished: int) -> tuple[float, str]:
+    """How far episodes are: a fraction, in which one that goes on counts by its turns and tokens; and in words."""
+    section = played[0].section
+    turns = [len(episode.builder.turns) for episode in played]
+    ended = sum(episode.done for episode in played)
+    going = sum(own for own, episode in zip(turns, played, strict=True) if not episode.done)
+    part = ended + going / section.max_turns + unfinished / (section.max_turns * section.response_tokens)
+    words = f"{ended} of {count} episodes ended, {sum(turns)} turns, {sampled + unfinished} tokens"
+    return min(part / count, 1.0), words
 
 
 class Setup:
@@ -199,7 +223,7 @@ class Episode:
             seed=spec.seed,
             iteration=spec.iteration,
         )
-        opening = dialogue.opening(instructions, self.observation, self._actions_left())
+        opening = dialogue.opening(instructions, self.observation, actions_left_of(self.environment))
         self.builder.append_text(opening, Role.PROMPT)
         self.prompt = list(self.builder.ids)
         if len(opening) + len(dialogue.prefill_ids) >= section.context_tokens:
@@ -249,7 +273,8 @@ class Episode:
         """Record a response, act on it and prepare the next turn."""
         prefill, begun = self.dialogue.prefill_ids, self._begun
         response = decode(self.dialogue.tokenizer, [*prefill, *begun, *answer.ids])
-        roles = token_roles(response)[len(prefill) :]
+        ended = self._ended(answer)
+        roles = token_roles(response, ended not in CUT)[len(prefill) :]
         self.builder.identity["policy_version"] = answer.policy_version
         self.builder.change_roles(roles[: len(begun)])  # what a response turns out to be decides on its beginning too
         self.builder.append_sampled(answer.ids, roles[len(begun) :], answer.logprob, answer.entropy)
@@ -262,13 +287,22 @@ class Episode:
             state_key = self._state_key()
             actions = self._allowed(written)
             executed, reward, over = self._act(actions)
-        self.builder.close_turn(self._start, reward, _storable("||".join(executed)), actions is not None, state_key)
+        action, valid = _storable("||".join(executed)), actions is not None
+        self.builder.close_turn(self._start, reward, action, valid, state_key, written is not None, ended)
         if over:
             self._finish(_storable(outcome_of(self.environment)))
         elif self.turn == self.section.max_turns and not self.closing:
             self._finish("turns")
         else:
-            self._next_turn(reward, answer.ids[-1] == self.dialogue.tokenizer.eos_token_id)
+            self._next_turn(reward, answer.finish == "eos")
+
+    def _ended(self, answer: Continuation) -> str:
+        """How a response that is about to be recorded ended, as ``Trajectories.turns`` has it."""
+        if answer.finish in ("stop", "eos"):
+            return answer.finish
+        whole = len(self._begun) + len(answer.ids) >= self.section.response_tokens
+        full = len(self.builder) + len(answer.ids) >= self.section.context_tokens
+        return "context_tokens" if full and not whole else "response_tokens"
 
     def _allowed(self, actions: list[str] | None) -> list[str] | None:
         """Canonical actions, or None as soon as one is not allowed."""
@@ -303,7 +337,8 @@ class Episode:
 
     def _next_turn(self, reward: float, ended_by_eos: bool) -> None:
         self.turn += 1
-        following = self.dialogue.following(self.turn, self.observation, reward, ended_by_eos, self._actions_left())
+        left = actions_left_of(self.environment)
+        following = self.dialogue.following(self.turn, self.observation, reward, ended_by_eos, left)
         full = len(self.builder) + len(following) + len(self.dialogue.prefill_ids) >= self.section.context_tokens
         reason = "turns" if self.turn > self.section.max_turns else "context" if full else None
         if reason is None or self.closing:
@@ -319,10 +354,7 @@ class Episode:
 
     def _finish(self, reason: str) -> None:
         self.done = True
-        self.builder.finish(bool(self.environment.success), reason)
-
-    def _actions_left(self) -> int | None:
-        return getattr(self.environment, "actions_left", None)
+        self.builder.finish(success_of(self.environment), reason)
 
     def _state_key(self) -> str:
         return _storable(text_of(self.environment, "state_key"))

@@ -10,6 +10,7 @@ from pathlib import Path
 from pipeline.config import Config
 from pipeline.policy.model import load_trained
 from pipeline.processes import Report
+from pipeline.progress import span
 from pipeline.rollout.collector import collect, iteration_specs
 from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.trajectory import Trajectories
@@ -20,9 +21,10 @@ def sample_slice(task: tuple[Config, str, Path, list[int]], report: Report) -> d
     config, name, directory, seeds = task
     policy = load_trained(directory, config)
     engine = TransformersEngine(policy, config.rollout.batch_episodes)
-    result = {}
+    result, size = {}, config.rollout.groups * config.rollout.group_size
     for done, seed in enumerate(seeds, start=1):
-        specs = iteration_specs(config, name, seed, 0)
-        result[seed] = collect(engine, policy.tokenizer, config, name, specs, config.rollout.temperature)
-        report(done, len(seeds))
+        report((done - 1) * size, len(seeds) * size, "episodes")
+        with span("", 0, size):
+            specs = iteration_specs(config, name, seed, 0)
+            result[seed] = collect(engine, policy.tokenizer, config, name, specs, config.rollout.temperature)
     return result

@@ -15,9 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from pipeline.finite import NumericsError, require_finite
 from pipeline.kernels import native
 from pipeline.policy.model import Policy
 from pipeline.policy.trunk import hidden_states
+from pipeline.progress import beat, due
 from pipeline.rollout.cache import SlotCache
 from pipeline.rollout.engine import Continuation, Follow, Request, Sampling
 
@@ -37,10 +39,7 @@ class TransformersEngine:
 
     def __init__(self, policy: Policy, slots: int = 128, policy_version: int = 0) -> None:
         self.policy, self.slots, self.policy_version = policy, slots, policy_version
-        configured = getattr(policy.model.generation_config, "eos_token_id", None)
-        if configured is None:
-            configured = policy.tokenizer.eos_token_id
-        self._eos = set(configured if isinstance(configured, list) else [configured]) - {None}
+        self._eos = policy.ends
         self._ends: dict[str, frozenset[int]] = {}
         self._cache: SlotCache | None = None
         self.forget()
@@ -51,14 +50,27 @@ class TransformersEngine:
         self._idle = list(range(self.slots))
         """Slots without an episode, the one that has been idle longest first: what it holds is given up first."""
         self._prompt_logits: dict[tuple[int, ...], Tensor] = {}
+        self._computed_with = self._changes()
         self.positions_computed = 0
         """Tokens that have passed through the model since."""
+
+    def _changes(self) -> int:
+        """How often the weights have been written to in place."""
+        return sum(0 if p.is_inference() else p._version for p in self.policy.model.parameters())
 
     @torch.inference_mode()
     def generate(
         self, requests: Iterable[Request], sampling: Sampling, follow: Follow | None = None
     ) -> list[Continuation]:
-        """See ``RolloutEngine.generate``."""
+        """See ``RolloutEngine.generate``.
+
+        Raises:
+            NumericsError: the weights have changed since ``forget``, or a logit is not a number.
+        """
+        if self._changes() != self._computed_with:
+            raise NumericsError(
+                "the policy's weights have changed, and what the engine holds is of those before: forget()"
+            )
         was_training = self.policy.model.training
         self.policy.model.eval()
         try:
@@ -75,6 +87,8 @@ class TransformersEngine:
                 if not active:
                     break
                 speaking, logits = self._step(active)
+                if due():
+                    beat(sum(len(row.ids) for row in active))
                 for row in self._sample(speaking, logits, sampling):
                     last[row.number] = row.continuation(self.policy_version)
                     request = None if follow is None else follow(row.number, last[row.number])
@@ -276,9 +290,18 @@ def sample(logits: Tensor, temperature: float, draws: Tensor) -> tuple[Tensor, T
 
     Returns:
         token (rows,), its log-probability and the distribution's entropy in nats, both float32.
+
+    Raises:
+        NotFiniteError: a logit is NaN or infinite, or all of a row are minus infinity; minus infinity is an impossible token.
     """
+    require_finite("the policy's largest logit", logits.amax(-1))
     if native.scores(logits):
         return native.sample(logits, temperature, draws)
+    return sample_by_torch(logits, temperature, draws)
+
+
+def sample_by_torch(logits: Tensor, temperature: float, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """The same for any device and precision."""
     scaled = logits.float() / temperature
     normaliser = torch.logsumexp(scaled, dim=-1)
     probability = (scaled - normaliser.unsqueeze(-1)).exp_()

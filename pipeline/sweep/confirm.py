@@ -11,8 +11,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.config import ConfigError, parse
+from pipeline.evaluation.statistics import VERDICT_SEEDS, Difference
 from pipeline.presets import overlay
 from pipeline.report.comparison_tables import rows_at
+from pipeline.report.differences import NO_VERDICT, difference_of, difference_text
 from pipeline.studies import Value
 from pipeline.sweep.plan import Plan
 
@@ -77,7 +79,7 @@ def confirmation(plans: Sequence[Plan], searches: Sequence[Mapping[str, Any]], o
 
 
 def verdict(comparison: Mapping[str, Any]) -> str:
-    """One line per search: is its best distinguishable from the baseline on fresh seeds?
+    """One line per search and what its best is paired with: can the two be told apart on fresh seeds?
 
     Args:
         comparison: what ``compare`` gave for the confirmation.
@@ -87,18 +89,22 @@ def verdict(comparison: Mapping[str, Any]) -> str:
         temperature = next(row["temperature"] for row in comparison["rows"] if row["headline"])
         for row in rows_at(comparison, environment, temperature):
             for kind in ("control", "uniform"):
-                if row["control"] is not None and row[kind] is not None:
-                    lines.append(_line(row, kind, f"{row['states']} test states at temperature {temperature:g}"))
+                found = difference_of(row, kind)
+                if row["control"] is not None and found is not None:
+                    lines.append(
+                        _line(row, row[kind], found, f"{row['states']} test states at temperature {temperature:g}")
+                    )
     return "\n".join(lines)
 
 
-def _line(row: Mapping[str, Any], kind: str, where: str) -> str:
-    value, low, high = (row[f"difference_to_{kind}{part}"] for part in ("", "_ci_low", "_ci_high"))
-    told = "higher than" if low > 0 else "lower than" if high < 0 else "not told apart from"
-    return (
-        f"{row['environment']}: {row['method']} ({row['success_mean']:.3f}) is {told} {row[kind]} on {row['seeds']} fresh "
-        f"seeds and {where}: {value:+.3f} [{low:+.3f}, {high:+.3f}]"
+def _line(row: Mapping[str, Any], other: str, difference: Difference, where: str) -> str:
+    seeds = len(difference.by_seed)
+    line = (
+        f"{row['environment']}: {row['method']} ({row['success_mean']:.3f}) − {other}, {seeds} fresh "
+        f"seed{'s' * (seeds > 1)} and {where}: {difference_text(difference)}"
     )
+    advice = f"; {NO_VERDICT}, give `sweep.confirm_seeds` {VERDICT_SEEDS} or more"
+    return line + (advice if difference.verdict is None else "")
 
 
 def _matched(plans: Sequence[Plan], searches: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

@@ -69,7 +69,7 @@ def drawings(found: Found) -> list[Drawing]:
     unit = "tokens" if "tokens" in outcome else "episodes"
     ran = (
         f"{plan.environment}, {plan.method}: {len(found.complete)} complete trials of {len(outcome['seeds'])} seeds, "
-        f"{outcome[unit]} {unit} a seed; success on validation states."
+        f"{outcome[unit]} {unit} a seed; success on validation states, mean over seeds."
     )
 
     def plot(name: str, **more: Any) -> Callable[[Any], Any]:

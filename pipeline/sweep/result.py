@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -13,13 +12,13 @@ import optuna
 import pandas as pd
 from optuna.importance import FanovaImportanceEvaluator, PedAnovaImportanceEvaluator
 from optuna.trial import FrozenTrial, TrialState
-from ruamel.yaml import YAML
 
 from pipeline.config import Config
 from pipeline.presets import overlay
 from pipeline.studies import Value
 from pipeline.sweep.plan import Plan
 from pipeline.sweep.queue import FINISHED
+from pipeline.yaml_files import yaml_text
 
 
 @dataclass(frozen=True)
@@ -186,14 +185,10 @@ def best_overlay(found: Sequence[Found]) -> str:
     for search in found:
         if search.best is not None:
             merged = overlay(merged, search.plan.overlay(settings(search.best)))
-    stream = io.StringIO()
-    yaml = YAML()
-    yaml.default_flow_style = False
-    yaml.dump(merged, stream)
     study = found[0].plan.study
     return (
         f"# Best settings of the sweep {study}, by validation success. To use them: make presets/tuned/ and copy this file\n"
-        f"# there as overlay.yaml, then `make repro PRESET=tuned`.\n{stream.getvalue()}"
+        f"# there as overlay.yaml, then `make repro PRESET=tuned`.\n{yaml_text(merged)}"
     )
 
 
@@ -206,7 +201,7 @@ def report_text(found: Sequence[Found]) -> str:
         seeds = len(outcome["seeds"])
         lines.append(
             f"{outcome['environment']}, {outcome['method']}: {states} trials of {seeds} seed{'s' * (seeds > 1)}; "
-            f"score: validation success, {outcome['score']}; {outcome['infeasible']} broke a constraint"
+            f"score: validation success, {outcome['score']}, mean over seeds; {outcome['infeasible']} broke a constraint"
         )
         for name, point in outcome["baselines"].items():
             lines.append(f"  {name:<12} {point['score']:.3f}  {_written(point['settings'])}")

@@ -6,7 +6,6 @@ from collections.abc import Mapping, Sequence
 from typing import Literal
 
 import numpy as np
-import scipy.stats
 
 from pipeline.studies import Constraints
 
@@ -23,18 +22,13 @@ def validation(curve: Sequence[Mapping[str, float]]) -> list[tuple[int, float]]:
 
 
 def success(curves: Curves, score: Literal["final", "area"]) -> float:
-    """Interquartile mean over seeds of validation success, in [0, 1].
+    """Mean over seeds of validation success, in [0, 1]. A sweep has too few seeds to leave any out.
 
     Args:
         curves: of all seeds, to the same iteration, which ends with a validation.
         score: ``final`` takes the last validation, ``area`` the mean over training (trapezoids between validations).
     """
-    return interquartile_mean([_final(c) if score == "final" else _area(c) for c in curves.values()])
-
-
-def interquartile_mean(scores: Sequence[float]) -> float:
-    """Mean without the lowest and highest quarter (whole scores only: of fewer than four none is left out)."""
-    return float(scipy.stats.trim_mean(scores, proportiontocut=0.25))
+    return float(np.mean([_final(c) if score == "final" else _area(c) for c in curves.values()]))
 
 
 def tokens(curves: Curves) -> float:

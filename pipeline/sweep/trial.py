@@ -11,6 +11,8 @@ from optuna.exceptions import TrialPruned
 from optuna.trial import Trial
 
 from pipeline.config import Train
+from pipeline.files import lock
+from pipeline.finite import NotFiniteError
 from pipeline.processes import Report
 from pipeline.studies import Value
 from pipeline.sweep.plan import Plan
@@ -55,12 +57,16 @@ class TrainingObjective:
             for task in tasks:
                 others = [curve for seed, curve in curves.items() if seed != task.seed]
                 shifted = _shifted(report, others, config.train)
-                curves[task.seed] = train_until(TrainingJob(task, None, None), rung, shifted)
+                try:
+                    curves[task.seed] = train_until(TrainingJob(task, None, None), rung, shifted)
+                except NotFiniteError as error:  # settings under which a training diverges are no worse than bad ones
+                    raise TrialPruned(str(error)) from None
             if not sweep.fewer_tokens:  # Optuna takes no intermediate values of two objectives
                 trial.report(success(curves, sweep.score), max(map(len, curves.values())))
             if rung < config.train.iterations and trial.should_prune():
                 for task in tasks:
-                    (task.cache / "checkpoint.ckpt").unlink(missing_ok=True)
+                    with lock(task.cache / "lock"):  # another trial may have the same settings
+                        (task.cache / "checkpoint.ckpt").unlink(missing_ok=True)
                 raise TrialPruned(f"stopped after {rung} iterations")
         for task in tasks:  # a sweep leaves settings and curves, not policies
             shutil.rmtree(task.result / "policy", ignore_errors=True)

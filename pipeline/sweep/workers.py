@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import multiprocessing
+import os
 import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -16,7 +17,8 @@ import optuna
 from optuna.exceptions import TrialPruned, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from pipeline.processes import Display, in_own_process
+from pipeline.processes import begin_worker, in_own_process
+from pipeline.progress import Display, still, tell
 from pipeline.studies import Sweep
 from pipeline.sweep.plan import Plan
 from pipeline.sweep.queue import FINISHED, Queue, open_storage
@@ -53,20 +55,20 @@ def run_search(search: Search, workers: int) -> list[FrozenTrial]:
     in_own_process(_prepare, search.plan)
     context = multiprocessing.get_context("fork")
     reading: dict[Connection, tuple[str, Any]] = {}
-    for index in range(workers):
-        receiver, sender = context.Pipe(duplex=False)
-        inherited = (*reading, receiver)
-        process = context.Process(target=_work, args=(search, sender, inherited), name=f"worker {index}")
-        process.start()
-        sender.close()
-        reading[receiver] = f"worker {index}", process
-    labels = [label for label, _ in reading.values()]
-    processes = [process for _, process in reading.values()]
     try:
+        with still():
+            for index in range(workers):
+                receiver, sender = context.Pipe(duplex=False)
+                arguments = (search, sender, (*reading, receiver), os.getpid())
+                process = context.Process(target=_work, args=arguments, name=f"worker {index}")
+                process.start()
+                sender.close()
+                reading[receiver] = f"worker {index}", process
+        labels = [label for label, _ in reading.values()]
         with Display(f"sweep {search.plan.study} {search.plan.method}", labels) as display:
             _follow(reading, display)
     finally:
-        for process in processes:
+        for _, process in reading.values():
             if process.is_alive():
                 process.terminate()
             process.join()
@@ -108,8 +110,9 @@ def _prepare(plan: Plan) -> None:
     queue.fill()
 
 
-def _work(search: Search, sender: Connection, inherited: Sequence[Connection]) -> None:
+def _work(search: Search, sender: Connection, inherited: Sequence[Connection], parent: int) -> None:
     """A worker's life: claim, run, tell, until all that was asked for is finished."""
+    begin_worker(parent)
     import torch
 
     torch.set_num_threads(1)
@@ -135,11 +138,11 @@ def _work(search: Search, sender: Connection, inherited: Sequence[Connection]) -
 
 
 def _run(search: Search, study: optuna.Study, queue: Queue, trial: Trial, sender: Connection) -> None:
-    finished = f"{queue.finished()} of {search.plan.trials} finished"
-
-    def report(done: int, total: int, text: str = "") -> None:
-        sender.send((done, total, f"trial {trial.number} ({finished}) {text}"))
-
+    finished = queue.finished()
+    sender.send((finished, search.plan.trials))
+    own = f"trial {trial.number} ({finished} of {search.plan.trials} finished)"
+    report = tell(lambda done, total, text: sender.send((done, total, f"{own} {text}")))
+    report(0, 0, "starting")
     outcome: Outcome | None = None
     state = TrialState.PRUNED
     try:
@@ -186,4 +189,7 @@ def _follow(reading: Mapping[Connection, tuple[str, Any]], display: Display) -> 
                 continue
             if isinstance(message, Exception):
                 raise message
-            display.update(label, *message)
+            if len(message) == 2:
+                display.whole(*message)
+            else:
+                display.update(label, *message)

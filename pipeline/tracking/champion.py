@@ -44,7 +44,7 @@ def register(client: MlflowClient, uri: str, run_id: str, record: Record) -> Non
     if _champion_digest(client, name) == digest or not directory.is_dir() or dvc_digest(directory) != digest:
         return
     transformers.utils.logging.disable_progress_bar()
-    policy = load_policy(directory, dtype=record["dtype"])
+    policy = load_policy(directory, dtype=record["dtype"], context=1)  # it will only be saved
     with patient(UPLOAD):
         model = _log_model(uri, run_id, policy)
         tags = {**record["tags"], "digest": digest}

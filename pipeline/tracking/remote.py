@@ -29,7 +29,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST, ErrorCode
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
-from pipeline.tracking.spool import Record, lock
+from pipeline.files import lock
+from pipeline.tracking.database import ready
+from pipeline.tracking.spool import Record
 from pipeline.tracking.traces import log_trace
 
 METRICS_AT_ONCE = 1000
@@ -105,6 +107,7 @@ def remote_run(uri: str, cache: Path, known: str | None, first: Record) -> Remot
         known: id of the run that earlier records were sent to.
         first: the spool's record of kind ``run``.
     """
+    ready(uri)
     client = MlflowClient(uri)
     experiment = experiment_id(client, first["experiment"])
     if known is None or not _active(client, known):

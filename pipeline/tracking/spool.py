@@ -6,7 +6,6 @@ in the records, so that a record that is sent twice is the same one to the store
 
 from __future__ import annotations
 
-import fcntl
 import json
 import time
 from collections.abc import Iterator, Sequence
@@ -15,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import write_json
+from pipeline.files import lock, write_json
 
 Record = dict[str, Any]
 
@@ -120,19 +119,6 @@ class Spool:
             return int(size)
         file.seek(0)
         return int(file.read().rfind(b"\n")) + 1
-
-
-@contextmanager
-def lock(path: Path, wait: bool = True) -> Iterator[None]:
-    """Hold a lock that other processes see; it ends with the process at the latest.
-
-    Raises:
-        BlockingIOError: another process has it, and ``wait`` is off.
-    """
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        yield
 
 
 def waiting(cache: Path) -> list[Spool]:

@@ -7,21 +7,23 @@ import logging
 import os
 import subprocess
 import sys
-from io import StringIO
 from pathlib import Path
 
+from alembic.util import CommandError
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from ruamel.yaml import YAML
+from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.config import Config, ConfigError
 from pipeline.tracking.away import Away, readable
+from pipeline.tracking.database import ready
 from pipeline.tracking.datasets import dataset_inputs
 from pipeline.tracking.remote import experiment_id
 from pipeline.tracking.send import PATIENT, patient, refusal, send_waiting
 from pipeline.tracking.spool import waiting
 from pipeline.tracking.study import StudyRun
 from pipeline.tracking.training import RunSettings, Store, flatten
+from pipeline.yaml_files import yaml_text
 
 
 def store_of(config: Config, root: Path) -> Store:
@@ -45,8 +47,9 @@ def open_store(store: Store, experiment: str) -> tuple[int, int]:
     quiet()
     try:
         with patient(PATIENT):
+            ready(store.uri)
             experiment_id(MlflowClient(store.uri), experiment)
-    except (MlflowException, OSError) as error:
+    except (MlflowException, SQLAlchemyError, CommandError, OSError) as error:
         if refusal(error) or not store.uri.startswith("http"):
             raise ConfigError(f"tracking.uri: {readable(store.uri)}: cannot be used: {readable(str(error))}") from None
         Away(store.cache / "tracking" / "away", store.uri).note(str(error))
@@ -109,14 +112,15 @@ def resolved_params(config: Config) -> str:
 
     Addresses of stores are left out: they may hold passwords, and decide no result.
     """
-    stream = StringIO()
     resolved = config.model_dump(mode="json", exclude={"tracking": {"uri"}, "sweep": {"storage"}})
-    YAML(typ="safe", pure=True).dump(resolved, stream)
-    return stream.getvalue()
+    return yaml_text(resolved)
 
 
 def provenance(config: Config, root: Path) -> dict[str, str]:
-    """Tags that say which code and which command a run came from: git revision, DVC stage and experiment."""
+    """Tags that say which code and which command a run came from: git revision, DVC stage and experiment.
+
+    They are for the record: what cannot be found out is left open.
+    """
     revision = _git_revision(root)
     tags = {
         "comparison": config.comparison,
@@ -124,9 +128,17 @@ def provenance(config: Config, root: Path) -> dict[str, str]:
         "mlflow.source.git.commit": revision.removesuffix("+changes"),
         "mlflow.source.name": "/".join(Path(sys.argv[0]).parts[-2:]),
         "mlflow.source.type": "LOCAL",
-        "mlflow.user": getpass.getuser(),
+        "mlflow.user": user(),
     }
     return tags | {key.lower(): os.environ[key] for key in ("DVC_STAGE", "DVC_EXP_NAME") if os.environ.get(key)}
+
+
+def user() -> str:
+    """The name of whoever runs this, or the number if the machine knows no name for it, as in many containers."""
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        return str(os.getuid())
 
 
 def _git_revision(root: Path) -> str:
@@ -136,5 +148,5 @@ def _git_revision(root: Path) -> str:
     try:
         changed = git("status", "--porcelain", "--untracked-files=no")
         return git("rev-parse", "HEAD") + ("+changes" if changed else "")
-    except (OSError, subprocess.CalledProcessError):
+    except (OSError, ValueError, subprocess.SubprocessError):  # no git, no repository, or somebody else's
         return "unknown"

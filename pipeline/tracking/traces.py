@@ -66,7 +66,7 @@ def log_trace(uri: str, experiment: str, run_id: str, record: Record) -> None:
 def _turn(turn: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
     """Inputs, outputs and attributes of a turn's span; numbers of tokens are lists, in the order of ``text``."""
     tokens = {name: values for name, values in turn["tokens"].items() if any(value is not None for value in values)}
-    attributes = {key: turn[key] for key in ("action", "valid", "reward")} | tokens
+    attributes = {key: turn[key] for key in ("action", "valid", "response", "ended", "reward")} | tokens
     return {"shown": turn["shown"]}, {"response": "".join(turn["tokens"]["text"])}, attributes
 
 

@@ -91,7 +91,7 @@ class TrainingRun:
 
         Returns:
             ``tracking_id``, a tag by which the run is found; ``run_id``, None if the store has not been there yet;
-            ``experiment``, ``name`` and ``comparison``.
+            ``experiment``, ``name`` and ``comparison``; ``revision``, the commit whose code it was, see ``store.provenance``.
         """
         if not self._ended:
             if episodes is not None:
@@ -105,6 +105,7 @@ class TrainingRun:
             "experiment": self._settings.experiment,
             "name": self._settings.name,
             "comparison": self._settings.tags.get("comparison", ""),
+            "revision": self._settings.tags.get("git.revision", "unknown"),
         }
 
     def _sample(self, tokenizer: Any, episodes: Trajectories) -> list[Record]:

@@ -11,6 +11,7 @@ import torch
 from pipeline.config import Config
 from pipeline.energy.annotate import annotate, score_trajectories
 from pipeline.policy.model import Policy
+from pipeline.progress import span
 from pipeline.randomness import generator
 from pipeline.rollout.branching import Forest
 from pipeline.rollout.collector import EpisodeSpec, Setup, collect, iteration_specs
@@ -19,6 +20,9 @@ from pipeline.rollout.scores import blank_tokens, branch_scores
 from pipeline.slots import BranchingSection, Independent, Positions
 from pipeline.timing import Phases
 from pipeline.trajectory import Trajectories, concatenate
+
+SAMPLING, SCORING = (0.0, 0.6), (0.6, 0.7)
+"""About which parts of an iteration these are; it is only for telling how far it is."""
 
 
 @dataclass(frozen=True)
@@ -56,7 +60,7 @@ class Collection:
             yield self.first
         else:
             specs = self._specs(number)
-            with self.phases.phase("collect"):
+            with self.phases.phase("collect"), span("sampling", *SAMPLING):
                 sampled = collect(
                     self.engine,
                     self.policy.tokenizer,
@@ -91,17 +95,17 @@ class Collection:
             return iteration_specs(self.config, self.name, self.seed, number)
 
     def _wave(self, forest: Forest) -> Trajectories | None:
-        with self.phases.phase("collect"):
+        with self.phases.phase("collect"), span("sampling", *SAMPLING):
             return forest.wave()
 
     def _annotated(self, sampled: Trajectories) -> Trajectories:
-        with self.phases.phase("annotate"):
+        with self.phases.phase("annotate"), span("reference scores", *SCORING):
             return annotate(
                 sampled, self.reference, self.config.rollout.temperature, self.config.train.tokens_per_forward
             )
 
     def _scores(self, section: Positions, initial: Trajectories) -> np.ndarray:
-        moved = self._now(initial)[0] - initial.logprob if section.moved else np.zeros(len(initial.input_ids))
+        moved = self.now(initial)[0] - initial.logprob if section.moved else np.zeros(len(initial.input_ids))
         scores, blank = np.zeros(len(initial.input_ids)), blank_tokens(self.policy.tokenizer, initial.input_ids)
         for group in dict.fromkeys(initial.episodes["group_id"]):  # each with draws of its own
             rows = [row for row, own in enumerate(initial.episodes["group_id"]) if own == group]
@@ -125,15 +129,16 @@ class Collection:
         others = [e for e, own in enumerate(trajectories.episodes["temperature"]) if own != temperature]
         if not others:
             return trajectories
-        scored = self._now(trajectories.select(others))
+        scored = self.now(trajectories.select(others))
         tokens = np.isin(trajectories.token_episode, others)
         columns = [trajectories.logprob.copy(), trajectories.entropy.copy()]
         for column, values in zip(columns, scored, strict=True):
             column[tokens] = values
         return replace(trajectories, logprob=columns[0], entropy=columns[1])
 
-    def _now(self, trajectories: Trajectories) -> list[np.ndarray]:
-        """Log-probability and entropy of every sampled token under the policy as it is."""
+    def now(self, trajectories: Trajectories, temperature: float | None = None) -> list[np.ndarray]:
+        """Log-probability and entropy of every sampled token under the policy as it is, at ``rollout.temperature`` or
+        another one."""
         was_training = self.policy.model.training
         self.policy.model.eval()
         try:
@@ -141,7 +146,7 @@ class Collection:
                 return score_trajectories(
                     self.policy,
                     trajectories,
-                    self.config.rollout.temperature,
+                    temperature or self.config.rollout.temperature,
                     self.config.train.tokens_per_forward,
                 )[:2]
         finally:

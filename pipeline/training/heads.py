@@ -24,6 +24,7 @@ from pipeline.objective.regularisers import value_loss
 from pipeline.objective.soft import soft_policy_loss, soft_state
 from pipeline.policy.model import Policy
 from pipeline.policy.scoring import LOGITS_PER_CHUNK, predicting_hidden
+from pipeline.training.masters import Masters
 
 
 @dataclass(frozen=True)
@@ -121,6 +122,7 @@ class QHead(Head):
         self.head = _zero_linear(width, vocabulary)
         self.target_head = copy.deepcopy(self.head).requires_grad_(False)
         self.target_trunk = None if self.trunk is None else copy.deepcopy(self.trunk).requires_grad_(False)
+        self.target_masters = Masters([] if self.target_trunk is None else self.target_trunk.parameters())
 
     def estimate(self, scene: Scene) -> dict[str, Float[Tensor, " n"]]:
         followed = scene.hidden if self.target_trunk is None else scene.through(self.target_trunk)
@@ -154,12 +156,10 @@ class QHead(Head):
 
     @torch.no_grad()
     def after_step(self) -> None:
-        followers: list[tuple[nn.Module, nn.Module]] = [(self.target_head, self.head)]
-        if self.trunk is not None and self.target_trunk is not None:
-            followers.append((self.target_trunk, self.trunk))
-        for target, online in followers:
-            for slow, fast in zip(target.parameters(), online.parameters(), strict=True):
-                slow.lerp_(fast, 1 - self.q.polyak)
+        online = [*self.head.parameters(), *(self.trunk.parameters() if self.trunk is not None else ())]
+        for slow, fast in zip([*self.target_head.parameters(), *self.target_masters.weights], online, strict=True):
+            slow.lerp_(fast.to(slow.dtype), 1 - self.q.polyak)
+        self.target_masters.write()
 
     def _taken(self, hidden: Float[Tensor, "n width"], tokens: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         return (hidden.float() * self.head.weight[tokens]).sum(-1) + self.head.bias[tokens]

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from pipeline.config import Config, Method
 from pipeline.evaluation.evaluate import summary
+from pipeline.finite import require_finite
 from pipeline.objective.batch import TokenBatch, token_batch
 from pipeline.objective.filters import group_deviation
 from pipeline.objective.methods import (
@@ -21,6 +22,7 @@ from pipeline.objective.methods import (
     token_weights,
 )
 from pipeline.policy.scoring import length_batches
+from pipeline.progress import span
 from pipeline.randomness import generator
 from pipeline.rollout.branching import branches_by_role
 from pipeline.timing import Phases
@@ -104,7 +106,7 @@ def prepare_iteration(
 
     selected = collected.select(torch.nonzero(kept).squeeze(-1).numpy())
     batch = shape_rewards(method, token_batch(selected, generator(seed, "slots", number), number, temperature))
-    with phases.phase("values"):
+    with phases.phase("values"), span("values", 0.7, 0.7):
         estimates, behind = dict[str, Tensor](), dict[str, Tensor]()
         if estimate is not None:
             asked = method.advantage.behind()
@@ -191,6 +193,9 @@ def _examples(
         "noise": batch.noise,
     }
     result, everywhere = [], trajectories.trainable
+    for name, values in {**columns, **heads}.items():
+        if name != "entropy_terms":  # bounds of an entropy may be infinite
+            require_finite(f"{name} of a token", values[torch.from_numpy(everywhere)])
     for episode in range(len(trajectories)):
         span = slice(int(trajectories.offsets[episode]), int(trajectories.offsets[episode + 1]))
         trainable = everywhere[span]

@@ -14,24 +14,28 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from pipeline.config import Config, Method
+from pipeline.finite import located, require_finite
 from pipeline.objective.methods import coefficients, policy_loss, surrogate_loss, surrogate_plan
 from pipeline.objective.regularisers import kl_penalty
 from pipeline.objective.surrogates import UpdateTokens
 from pipeline.policy.model import Policy
 from pipeline.policy.scoring import TokenScores, length_batches, predicting_hidden, score_tokens
+from pipeline.progress import span, within
 from pipeline.randomness import generator
 from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.timing import Phases
 from pipeline.training.budget import progress, training_over
+from pipeline.training.checks import recomputed, require_finite_training, require_recomputed
 from pipeline.training.collection import Collection
 from pipeline.training.episodes import update_columns
 from pipeline.training.gradients import gradient_share
 from pipeline.training.heads import Head, Scene, make_heads
 from pipeline.training.iteration import Example, Iteration, Memory, minibatches, prepare_iteration
+from pipeline.training.masters import ADAM_EPS, Masters, Rate, take_step
 from pipeline.trajectory import RESPONSE_ROLES, Role, Trajectories
 
-RECOMPUTE_TOLERANCE = 1e-3
-"""Largest difference between sampled and recomputed float32 log-probabilities that a training starts with."""
+UPDATES = 0.7, 1.0
+"""About which part of an iteration they are; it is only for telling how far it is."""
 
 
 class PolicyGradient(lightning.LightningModule):
@@ -58,6 +62,7 @@ class PolicyGradient(lightning.LightningModule):
         # In a tuple, so that Lightning neither trains nor saves it.
         self._frozen = (policy.frozen_copy(),)
         self.heads = torch.nn.ModuleList(make_heads(self.method.advantage.heads(), self.reference))
+        self.masters = torch.nn.ModuleList(self._trained(f"{config.params_file}: methods.{method_name}"))
         self.memory: Memory = {}
         """What adaptive slots keep from one iteration for the next."""
         self.engine = TransformersEngine(policy, config.rollout.batch_episodes)
@@ -87,13 +92,18 @@ class PolicyGradient(lightning.LightningModule):
         return self._frozen[0]
 
     def configure_optimizers(self) -> Any:
-        groups = [{"params": list(self.model.parameters()), "lr": self.method.learning_rate}]
-        for head in self._heads():
-            trained = [p for p in head.parameters() if p.requires_grad]
-            groups.append({"params": trained, "lr": head.settings.learning_rate})
-        optimizer = torch.optim.Adam(groups, betas=self.config.train.betas)
+        groups = [{"params": m.weights, "lr": m.rate.value} for m in self._masters() if m.rate is not None]
+        optimizer = torch.optim.Adam(groups, betas=self.config.train.betas, eps=ADAM_EPS)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: self._schedule())
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
+
+    def _trained(self, key: str) -> Iterator[Masters]:
+        """What is trained: of the policy first, then of each head."""
+        yield Masters(self.model.parameters(), Rate(f"{key}.learning_rate", self.method.learning_rate))
+        sections = {id(section): f"{key}.advantage.{name}.learning_rate" for name, section in self.method.advantage}
+        for head in self._heads():
+            rate = Rate(sections[id(head.settings)], head.settings.learning_rate)
+            yield Masters((p for p in head.parameters() if p.requires_grad), rate)
 
     def _schedule(self) -> float:
         """Factor of the learning rates after the iterations that the curve has."""
@@ -113,7 +123,14 @@ class PolicyGradient(lightning.LightningModule):
         self.engine.forget()
         self.engine.policy_version = self.current_epoch
         estimate = self._estimate if len(self.heads) else None
+        before: set[str] = set()
+        """Sampled in an earlier round, by a policy that has been updated since."""
         for episodes in self.collection.rounds(self.current_epoch):
+            names = episodes.episodes["episode_id"]
+            fresh = episodes.select([row for row, name in enumerate(names) if name not in before])
+            before |= set(names)
+            draws = generator(self.seed, "recomputed", self.current_epoch)
+            found = recomputed(fresh, self.collection.now, draws, everything=not self.curve)
             iteration = prepare_iteration(
                 self.config,
                 self.method,
@@ -124,22 +141,35 @@ class PolicyGradient(lightning.LightningModule):
                 self.phases,
                 self.memory,
             )
-            self._check_recomputed(iteration)
-            yield replace(iteration, trajectories=episodes)
+            first = self.curve[0]["sampling_error"] if self.curve else None
+            require_recomputed(found, self.model.dtype, first, iteration.metrics.get("recompute_error", 0.0))
+            metrics = iteration.metrics | {"sampling_error": found.error}
+            yield replace(iteration, trajectories=episodes, metrics=metrics)
 
     def training_step(self, *_: Any) -> None:
-        """One iteration: collect, then update minibatch by minibatch."""
+        """One iteration: collect, then update minibatch by minibatch.
+
+        Raises:
+            NumericsError: a weight, a log-probability or a metric is not finite, or not what it should be.
+        """
+        with located(f"iteration {self.current_epoch}"):
+            self._iterate()
+        scheduler: Any = self.lr_schedulers()
+        scheduler.step()  # after the curve: the schedule is over what it says has been spent
+
+    def _iterate(self) -> None:
         record, updates, number, passes = _Averages(), 0, self.current_epoch, self.config.train.passes
         for iteration in self.phases.each("prepare", self.rounds()):
             # Where branches are placed by how the policy has moved, one pass over the initial episodes makes it move.
             numbers = range(passes) if iteration.whole else [passes]
             batches = minibatches(iteration.examples, self.config, self.seed, number, numbers)
             if batches and iteration.whole and number % self.config.train.validate_every == 0:
-                with self.phases.phase("gradients"):
+                with self.phases.phase("gradients"), span("measuring gradients", UPDATES[0], UPDATES[0]):
                     record.add(gradient_share(self, batches[0], generator(self.seed, "gradients", number)))
-            with self.phases.phase("update"):
-                for minibatch in batches:
-                    self._update(minibatch, number, record)
+            with self.phases.phase("update"), span("updates:", *UPDATES):
+                for index, minibatch in enumerate(batches):
+                    with span(f"{index} of {len(batches)} done,", index / len(batches), (index + 1) / len(batches)):
+                        self._update(minibatch, number, record)
             updates += len(batches)
         metrics = {**iteration.metrics, **record.means(), "updates": float(updates)}
         if batches:
@@ -147,18 +177,12 @@ class PolicyGradient(lightning.LightningModule):
                 metrics |= self._moved(batches[-1])
         if len(self.heads):  # what they cost in memory
             metrics["head_parameters"] = float(sum(p.numel() for p in self.heads.parameters()))
+        optimizer: Any = self.optimizers()
+        require_finite_training(self, optimizer, metrics)
         self.last_episodes, self.memory = iteration.trajectories, iteration.memory
         self.curve.append({"iteration": float(number), **metrics})
         if training_over(self.curve, self.config.train):
             self.last_update = update_columns(iteration, [(m, self.factors(m)) for m in batches])
-        scheduler: Any = self.lr_schedulers()
-        scheduler.step()  # after the curve: the schedule is over what it says has been spent
-
-    def _check_recomputed(self, iteration: Iteration) -> None:
-        """Invariant 1: before the first update, scoring the stored ids gives the log-probabilities they were sampled with."""
-        error = iteration.metrics.get("recompute_error", 0.0)
-        if self.model.dtype == torch.float32 and error > RECOMPUTE_TOLERANCE:
-            raise RuntimeError(f"recomputed log-probabilities differ from the sampled ones by {error:.2g}")
 
     def _update(self, minibatch: list[Example], iteration: int, record: _Averages) -> None:
         """One optimizer step; gradients of the pieces add up to the minibatch's exactly."""
@@ -169,22 +193,27 @@ class PolicyGradient(lightning.LightningModule):
         rows = self.plan(minibatch, factors)
         sizes = _Sizes.of(minibatch)
         totals: dict[str, float] = {}
+        done = 0
         for piece in self._pieces(minibatch):
+            within(done / len(minibatch), f"{done} of {len(minibatch)} episodes of the next")
+            done += len(piece)
             chosen = None if rows is None else torch.cat([rows[i] for i in piece])
             loss, terms = self._loss([minibatch[i] for i in piece], [factors[i] for i in piece], chosen, sizes, warming)
             self.manual_backward(loss)
+            for masters in self._masters():
+                masters.gather()
             for key, value in terms.items():
                 totals[key] = totals.get(key, 0.0) + float(value.detach())
-        totals["gradient_norm"] = self._clip(self.model)
-        for head in self._heads():
-            totals[f"{head.name}_gradient_norm"] = self._clip(head)
+        names = ["gradient_norm", *(f"{head.name}_gradient_norm" for head in self._heads())]
+        for key, masters in zip(names, self._masters(), strict=True):
+            totals[key] = masters.clip(self.config.train.gradient_clip)
         finite = all(map(math.isfinite, totals.values()))
         limit = self.method.regulariser.skip_above_kl
-        skipped = limit is not None and totals["kl_behaviour"] > limit
+        skipped = limit is not None and not totals["kl_behaviour"] <= limit
         if skipped:  # the policy stands still, heads go on
-            self.model.zero_grad(set_to_none=True)
+            self._masters()[0].stand_still()
         if finite:
-            optimizer.step()
+            take_step(optimizer.step, self._masters())
             for head in self._heads():
                 head.after_step()
             record.add(totals | _gradient_share(minibatch, factors))
@@ -263,6 +292,9 @@ class PolicyGradient(lightning.LightningModule):
     def _heads(self) -> list[Head]:
         return list(self.heads)  # type: ignore[arg-type]
 
+    def _masters(self) -> list[Masters]:
+        return list(self.masters)  # type: ignore[arg-type]
+
     def _pieces(self, minibatch: list[Example]) -> list[np.ndarray]:
         return length_batches([len(e.ids) for e in minibatch], self.config.train.tokens_per_forward)
 
@@ -270,11 +302,9 @@ class PolicyGradient(lightning.LightningModule):
         wanted = [e.trainable for e in examples]
         hidden = predicting_hidden(self.policy, [e.ids for e in examples], wanted)
         chosen = torch.cat([torch.from_numpy(e.ids[e.trainable].astype("int64")) for e in examples]).to(hidden.device)
-        return hidden, score_tokens(hidden, chosen, self.policy.head, self.config.rollout.temperature)
-
-    def _clip(self, module: torch.nn.Module) -> float:
-        parameters = [p for p in module.parameters() if p.grad is not None]
-        return float(torch.nn.utils.clip_grad_norm_(parameters, self.config.train.gradient_clip))
+        scores = score_tokens(hidden, chosen, self.policy.head, self.config.rollout.temperature)
+        require_finite("a log-probability in the update", scores.logprob)
+        return hidden, scores
 
     @torch.no_grad()
     def _moved(self, minibatch: list[Example]) -> dict[str, float]:
@@ -285,13 +315,17 @@ class PolicyGradient(lightning.LightningModule):
         before, role = (torch.cat([getattr(e, key) for e in examples]) for key in ("logprob", "role"))
         moved = kl_penalty(before, now, "k3")
         shares = {"action": Role.ACTION, "reasoning": Role.REASONING}
-        return {f"kl_update_{k}": float(moved[role == r].mean()) for k, r in shares.items() if bool((role == r).any())}
+        return {
+            f"kl_iteration_{k}": float(moved[role == r].mean()) for k, r in shares.items() if bool((role == r).any())
+        }
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["curve"], checkpoint["memory"] = self.curve, self.memory
+        checkpoint |= {"curve": self.curve, "memory": self.memory, "tried": [m.tried for m in self._masters()]}
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.curve, self.memory = checkpoint["curve"], checkpoint["memory"]
+        for masters, tried in zip(self._masters(), checkpoint["tried"], strict=True):
+            masters.tried = tried
 
 
 class _Averages:

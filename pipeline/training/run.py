@@ -16,9 +16,11 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from pipeline.evaluation.evaluate import summary, validate
-from pipeline.files import read_json, write_json
+from pipeline.files import lock, read_json, write_json
+from pipeline.finite import located, require_finite
 from pipeline.policy.model import load_trained
 from pipeline.processes import Report
+from pipeline.progress import begin, span, within
 from pipeline.tracking.training import RunSettings, TrainingRun
 from pipeline.training.budget import progress, training_over
 from pipeline.training.episodes import write_episodes
@@ -50,8 +52,21 @@ def train_one(job: TrainingJob, report: Report) -> Path:
 def train_until(job: TrainingJob, iterations: int, report: Report) -> Curve:
     """Train one seed for so many of its iterations, or go on where it stopped; returns its learning curve so far.
 
-    It stops with a checkpoint; the result appears with the training's last iteration (see ``training_over``).
+    It stops with a checkpoint; the result appears with the training's last iteration (see ``training_over``). Where another
+    process does the same training, this one waits and goes on from there.
     """
+    if not job.task.finished:
+        with lock(job.task.cache / "lock", waiting=_waiting):
+            return _train_until(job, iterations, report)
+    return _train_until(job, iterations, report)
+
+
+def _waiting() -> None:
+    within(0.0, "waiting for another command, which does this training", insist=True)
+
+
+def _train_until(job: TrainingJob, iterations: int, report: Report) -> Curve:
+    """See ``train_until``; nobody else works on this training."""
     task, table = job.task, job.table
     if task.finished:
         curve: Curve = read_json(task.result / "curves.json")
@@ -61,6 +76,8 @@ def train_until(job: TrainingJob, iterations: int, report: Report) -> Curve:
     over = training_over(saved, config.train)
     if len(saved) >= iterations and not over:
         return saved[:iterations]
+    begin(*progress(saved, config.train))
+    within(0.0, "loading the policy", insist=True)
     _quiet()
     policy = load_trained(task.policy, config)
     first = None
@@ -90,7 +107,8 @@ def train_until(job: TrainingJob, iterations: int, report: Report) -> Curve:
         use_distributed_sampler=False,
         default_root_dir=task.cache,
     )
-    trainer.fit(module, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
+    with located(f"{task.environment}-{task.method}, seed {task.seed}"):
+        trainer.fit(module, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
     if not training_over(module.curve, config.train):
         return module.curve
 
@@ -130,6 +148,10 @@ class _Clock(Callback):
         row |= {f"seconds_{name}": seconds for name, seconds in pl_module.phases.take().items()}
 
 
+VALIDATED = ("success", "return", "valid_action_rate", "malformed_rate", "cut_rate")
+"""Keys of ``summary`` that a validation leaves in its iteration's row, as ``validation_<key>``."""
+
+
 class _Validation(Callback):
     """Validates before training, every ``validate_every`` iterations and after the last."""
 
@@ -143,10 +165,16 @@ class _Validation(Callback):
         done = int(row["iteration"]) + 1
         if done % plan.validate_every == 0 or training_over(pl_module.curve, plan):
             result = self._validate(pl_module)
-            row |= {f"validation_{k}": result[k] for k in ("success", "return", "valid_action_rate")}
+            row |= {f"validation_{k}": result[k] for k in VALIDATED}
+        for name, value in row.items():
+            require_finite(f"iteration {done - 1}: {name}", value)
 
     def _validate(self, module: PolicyGradient) -> dict[str, float]:
-        with module.phases.phase("validation"):
+        after, place = (
+            float(len(module.curve) > module.current_epoch),
+            f"validation after {len(module.curve)} iterations",
+        )
+        with module.phases.phase("validation"), span("validation:", after, after), located(place):
             played = validate(module.engine, module.policy.tokenizer, module.config, module.name, module.seed)
         return summary(played)
 

@@ -1,0 +1,72 @@
+"""Which commit the tables of a document are from: what their runs have noted, else when the document last changed there."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+from collections.abc import Iterable
+from pathlib import Path
+
+from pipeline.files import read_json
+
+MADE = re.compile(r"\n\nMade by (?:commits? |an unknown commit).*\.$")
+"""The line at the end of a block that says so, and the empty one before it."""
+UNKNOWN = "unknown"
+"""Of a run that has noted no commit, or was not made in a git repository."""
+
+
+def noted_revisions(runs: Path) -> list[str]:
+    """The commits that the trainings of a folder ``data/runs`` have noted, each once; ``+changes`` after uncommitted edits.
+
+    Empty if there are no such trainings, or one has noted nothing (it was made before this was noted).
+    """
+    entries = [entry for file in sorted(runs.glob("*.json")) for entry in read_json(file)["seeds"].values()]
+    found = [str(entry.get("revision", UNKNOWN)) for entry in entries]
+    return [] if UNKNOWN in found else list(dict.fromkeys(found))
+
+
+def made_by(revisions: Iterable[str], root: Path) -> str:
+    """One line: ``Made by commit 1234567 (2026-11-20).``; of several, all in order of their dates.
+
+    Args:
+        revisions: full hashes, with ``+changes`` after uncommitted edits; none are an unknown commit.
+        root: of the git repository. A commit that it does not have has no date.
+    """
+    dated = sorted((_git(root, "show", "-s", "--format=%cs", r.removesuffix("+changes")), r) for r in revisions)
+    words = []
+    for date, revision in dated:
+        name, changes = revision.removesuffix("+changes")[:7], revision.endswith("+changes")
+        words.append(f"{name}{' and uncommitted changes' * changes}{f' ({date})' if date else ''}")
+    if not words:
+        return "Made by an unknown commit."
+    return f"Made by commit{'s' * (len(words) > 1)} {', '.join(words)}."
+
+
+def last_changed(document: Path, first: int, last: int) -> str:
+    """One line: ``Made by commit 1234567 (2026-11-20), in which this table last changed.``
+
+    Args:
+        document: in a git repository; otherwise the commit is unknown.
+        first: number of the table's first line, from 1.
+        last: of its last one. Lines that are not committed do not count.
+    """
+    where = ("-L", f"{first},{last}", "--line-porcelain", "--", document.name)
+    found: dict[str, int] = {}
+    commit = ""
+    for line in _git(document.parent, "blame", *where).splitlines():
+        if re.match(r"[0-9a-f]{40} ", line):
+            commit = line[:40]
+        elif line.startswith("committer-time ") and commit.strip("0"):
+            found[commit] = int(line.split()[1])
+    if not found:
+        return made_by([], document.parent)
+    made = made_by([max(found, key=found.__getitem__)], document.parent)
+    return f"{made.removesuffix('.')}, in which this table last changed."
+
+
+def _git(folder: Path, *arguments: str) -> str:
+    try:
+        done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return done.stdout.strip()

@@ -1,0 +1,363 @@
+"""Precision, numbers that are not finite, and an engine that is not the policy: what a training notices, and when."""
+
+from __future__ import annotations
+
+import copy
+import json
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline import files
+from pipeline.config import ConfigError
+from pipeline.energy.annotate import annotate
+from pipeline.evaluation import evaluate as evaluation
+from pipeline.finite import NumericsError
+from pipeline.policy.model import Policy, load_policy
+from pipeline.presets import overlay
+from pipeline.randomness import generator
+from pipeline.rollout.collector import collect, iteration_specs
+from pipeline.rollout.transformers_engine import TransformersEngine, sample
+from pipeline.training.checks import recomputed
+from pipeline.training.iteration import Example
+from pipeline.training.module import PolicyGradient, _Averages
+from pipeline.training.result import training_task
+from pipeline.training.run import TrainingJob, train_one, train_until
+from stages.command import run
+from tests.trainings import LAKE, configured, fit, left, quiet, standing, supervised, weights
+
+PRECISIONS = ("float32", "bfloat16")
+ROWS: dict[str, Any] = {
+    "critic": {"advantage": {"kind": "gae", "critic": {"kind": "model"}}},
+    "soft": {"advantage": {"kind": "soft_q", "q": {"kind": "model"}}, "surrogate": {"kind": "soft_q"}},
+}
+
+
+def at_rate(rate: float, **changes: Any) -> Any:
+    return configured({"method_defaults": {"learning_rate": rate}, "methods": ROWS, **changes})
+
+
+def begun(directory: Path, rate: float, dtype: str = "float32", method: str = "grpo") -> PolicyGradient:
+    """A training that stands before its first update."""
+    config = at_rate(rate)
+    return standing(PolicyGradient(config, LAKE, method, 0, load_policy(directory, dtype=dtype)))
+
+
+def examples(module: PolicyGradient) -> list[Example]:
+    (iteration,) = module.rounds()
+    return iteration.examples
+
+
+def flat(module: torch.nn.Module) -> Tensor:
+    return torch.cat([p.detach().float().flatten() for p in module.parameters()])
+
+
+# -------------------------------------------------------------------------------------------------------------- rounding
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_policy_goes_as_far_in_low_precision_as_in_float32(directory: Path, dtype: str) -> None:
+    """Steps below the rounding of most weights, the same way each time: they must add up."""
+    moved = {}
+    for kind in ("float32", dtype):
+        module = begun(directory, 2e-4, kind)
+        before, own = flat(module.model), examples(begun(directory, 2e-4))
+        for _ in range(12):
+            module._update(own, 0, _Averages())
+        moved[kind] = flat(module.model) - before
+    share = float(moved[dtype] @ moved["float32"] / moved["float32"].square().sum())
+    assert 0.9 < share < 1.1
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_a_target_network_follows_in_low_precision(directory: Path, dtype: str) -> None:
+    """By half a percent of the distance at a time."""
+    followed = {}
+    for kind in ("float32", dtype):
+        head: Any = begun(directory, 1e-4, kind, "soft").heads[0]
+        start = flat(head.target_trunk)
+        with torch.no_grad():
+            for number, parameter in enumerate(head.trunk.parameters()):
+                parameter += 0.05 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number))
+        for _ in range(20):
+            head.after_step()
+        followed[kind] = flat(head.target_trunk) - start
+    share = float(followed[dtype] @ followed["float32"] / followed["float32"].square().sum())
+    assert 0.9 < share < 1.1
+
+
+def test_gradients_of_low_precision_are_added_up_in_float32(directory: Path) -> None:
+    module = begun(directory, 1e-4, "bfloat16")
+    masters = module._masters()[0]
+    for value in (256.0, *[1.0] * 64):
+        for parameter in module.model.parameters():
+            parameter.grad = torch.full_like(parameter, value)
+        masters.gather()
+    assert {float(weight.grad.flatten()[0]) for weight in masters.weights} == {320.0}  # type: ignore[union-attr]
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+def test_steps_that_vanish_are_refused_after_the_first_update(directory: Path, dtype: str) -> None:
+    module = PolicyGradient(at_rate(1e-12), LAKE, "grpo", 0, load_policy(directory, dtype=dtype))
+    with pytest.raises(
+        ConfigError, match=re.escape("params.yaml: methods.grpo.learning_rate: a step of 1e-12")
+    ) as raised:
+        fit(module, 1)
+    assert "allowed: " in str(raised.value)
+    assert "\n" not in str(raised.value)
+    assert len(module.curve) == 0
+
+
+@pytest.mark.parametrize(("method", "section"), [("critic", "critic"), ("soft", "q")])
+def test_vanishing_steps_of_a_head_are_refused_by_its_key(directory: Path, method: str, section: str) -> None:
+    """From the first that moves anything: heads begin at 0, and nothing reaches their trunk before they have moved."""
+    rows = overlay(ROWS, {method: {"advantage": {section: {"learning_rate": 1e-12}}}})
+    module = standing(PolicyGradient(at_rate(1e-4, methods=rows), LAKE, method, 0, load_policy(directory)))
+    own = examples(module)
+    module._update(own, 0, _Averages())
+    torch.nn.init.ones_(module.heads[0].head.weight)  # type: ignore[union-attr, arg-type]
+    with pytest.raises(ConfigError, match=re.escape(f"methods.{method}.advantage.{section}.learning_rate: ")):
+        module._update(own, 0, _Averages())
+
+
+def test_the_smallest_rate_that_is_called_allowed_is_allowed(directory: Path) -> None:
+    with pytest.raises(ConfigError) as raised:
+        fit(begun(directory, 1e-12), 1)
+    fit(PolicyGradient(at_rate(float(str(raised.value).split()[-3])), LAKE, "grpo", 0, load_policy(directory)), 1)
+
+
+def test_a_step_without_a_gradient_is_no_vanished_one(directory: Path) -> None:
+    """Equal returns and no other term, parameters that nothing reaches; the first step that counts is watched then."""
+    config = at_rate(1e-12, method_defaults={"learning_rate": 1e-12, "regulariser": {"entropy": 0.0, "kl": 0.0}})
+    module = standing(PolicyGradient(config, LAKE, "grpo", 0, load_policy(directory)))
+    own = examples(module)
+    module._update([replace(e, advantage=torch.zeros_like(e.advantage)) for e in own], 0, _Averages())
+    with pytest.raises(ConfigError, match=r"methods\.grpo\.learning_rate"):
+        module._update([replace(e, advantage=torch.linspace(-1, 1, len(e.advantage))) for e in own], 0, _Averages())
+
+
+# ------------------------------------------------------------------------------------------------------------ not finite
+
+
+def job(directory: Path, cache: Path, method: str = "critic", dtype: str = "float32") -> TrainingJob:
+    policy = {"kind": "pretrained", "model": str(directory), "dtype": dtype}
+    config = at_rate(1e-4, train={"iterations": 3}, policy=policy)
+    return TrainingJob(training_task(config, LAKE, method, 0, directory, cache), None, None)
+
+
+Fault = Callable[[PolicyGradient, torch.optim.Optimizer], None]
+
+
+@torch.no_grad()
+def spoil_weight(module: PolicyGradient, optimizer: torch.optim.Optimizer) -> None:
+    module.model.model.layers[0].mlp.up_proj.weight[3, 5] = torch.nan
+
+
+@torch.no_grad()
+def spoil_head(module: PolicyGradient, optimizer: torch.optim.Optimizer) -> None:
+    module.heads[0].head.bias[0] = -torch.inf
+
+
+@torch.no_grad()
+def spoil_state(module: PolicyGradient, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.state[module.heads[0].head.weight]["exp_avg_sq"][0, 0] = torch.inf
+
+
+@pytest.mark.parametrize(
+    ("fault", "dtype", "named"),
+    [
+        (spoil_weight, "bfloat16", "model.model.layers.0.mlp.up_proj.weight is nan"),
+        (spoil_head, "float32", "heads.0.head.bias is -inf"),
+        (spoil_state, "bfloat16", "the optimizer's exp_avg_sq of heads.0.head.weight is inf"),
+    ],
+    ids=["weight", "head", "state"],
+)
+def test_a_training_stops_in_the_iteration_in_which_a_number_is_not_finite_and_goes_on_from_the_last_good_one(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, fault: Fault, dtype: str, named: str
+) -> None:
+    """Which is that of before, also below float32: it ends in the bytes of one that nothing has happened to."""
+    spoilt = job(directory, tmp_path / "spoilt", dtype=dtype)
+    moved = PolicyGradient._moved
+
+    def spoiling(self: PolicyGradient, minibatch: list[Example]) -> dict[str, float]:
+        found = moved(self, minibatch)
+        if self.current_epoch == 1:
+            fault(self, self.optimizers().optimizer)  # type: ignore[union-attr]
+        return found
+
+    with monkeypatch.context() as patch:
+        patch.setattr(PolicyGradient, "_moved", spoiling)
+        for _ in range(2):
+            with pytest.raises(NumericsError) as raised:
+                train_one(spoilt, quiet)
+            assert str(raised.value) == f"frozen_lake-critic, seed 0: iteration 1: {named}"
+    checkpoint = torch.load(spoilt.task.cache / "checkpoint.ckpt", weights_only=True)
+    assert [row["iteration"] for row in checkpoint["curve"]] == [0]
+    assert all(bool(value.isfinite().all()) for value in checkpoint["state_dict"].values())
+    good = job(directory, tmp_path / "good", dtype=dtype)
+    assert left(train_one(spoilt, quiet)) == left(train_one(good, quiet))
+
+
+def test_a_metric_that_is_not_finite_ends_a_training(
+    directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(PolicyGradient, "_moved", lambda self, minibatch: {"distance": float("nan")})
+    with pytest.raises(NumericsError, match="iteration 0: distance is nan"):
+        train_until(job(directory, tmp_path, "grpo"), 1, quiet)
+
+
+def test_float16_trains_with_finite_numbers(directory: Path) -> None:
+    """Adam's small denominator is 0 in float16."""
+    module = fit(PolicyGradient(at_rate(1e-3), LAKE, "critic", 0, load_policy(directory, dtype="float16")), 4)
+    assert all(bool(value.isfinite().all()) for value in weights(module).values())
+    assert len(module.curve) == 4
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize(("bad", "many"), [("nan", 1), ("nan", 7), ("inf", 1), ("-inf", 7)])
+def test_nothing_is_sampled_from_logits_that_are_no_numbers(bad: str, many: int, dtype: str) -> None:
+    logits = torch.linspace(0, 1, 21).reshape(3, 7).to(getattr(torch, dtype))
+    logits[1, :many] = float(bad)
+    with pytest.raises(NumericsError, match="logit"):
+        sample(logits, 0.7, torch.full((3,), 0.5, dtype=torch.float64))
+
+
+def test_a_reference_policy_that_gives_no_numbers_annotates_nothing(policy: Policy) -> None:
+    config = configured()
+    played = collect(
+        TransformersEngine(policy), policy.tokenizer, config, LAKE, iteration_specs(config, LAKE, 0, 0), 1.0
+    )
+    with torch.no_grad():
+        policy.model.model.norm.weight[0] = torch.nan
+    with pytest.raises(NumericsError, match="is nan"):
+        annotate(played, policy, 1.0, 4096)
+
+
+def test_a_reference_policy_is_not_made_of_what_diverges() -> None:
+    phases = [{"steps": 60, "reasoning_words": [0, 2], "action_noise": 0.2}]
+    with pytest.raises(NumericsError, match=r"policy\.demonstrations: the loss of step \d+ is (nan|inf)"):
+        supervised(configured({"policy": {"demonstrations": {"phases": phases, "learning_rate": 1e30}}}))
+
+
+def test_an_evaluation_names_the_policy_that_gives_no_numbers(
+    directory: Path, policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    torch.nn.init.constant_(policy.model.model.norm.weight, torch.nan)
+    monkeypatch.setattr(evaluation, "load_trained", lambda *_: policy)
+    with pytest.raises(NumericsError, match=r"policy: the policy's largest logit is nan"):
+        evaluation.evaluate_policy(evaluation.EvaluationTask(configured(), LAKE, "grpo", 0, directory, 0.5), quiet)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), np.float64("-inf")])
+def test_json_with_a_number_that_is_none_is_refused_by_its_key_and_leaves_the_old(value: float, tmp_path: Path) -> None:
+    files.write_json(tmp_path / "x.json", {"rows": [1.0]})
+    with pytest.raises(NumericsError, match=r"x\.json: rows: 1: loss is"):
+        files.write_json(tmp_path / "x.json", {"rows": [{"loss": 1.0}, {"loss": value}]})
+    assert json.loads((tmp_path / "x.json").read_text()) == {"rows": [1.0]}
+
+
+def test_a_stage_says_it_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+    def main() -> str:
+        raise NumericsError("frozen_lake-grpo, seed 0: iteration 3: a weight is nan")
+
+    with pytest.raises(SystemExit) as ended:
+        run(main)
+    assert ended.value.code == 2
+    assert capsys.readouterr().err == "frozen_lake-grpo, seed 0: iteration 3: a weight is nan\n"
+
+
+# ------------------------------------------------------------------------------------------- an engine unlike the policy
+
+
+def training_at(directory: Path, dtype: str, rate: float = 1e-3, method: str = "grpo") -> PolicyGradient:
+    config = at_rate(rate, methods={**ROWS, "grpo": {"learning_rate": rate}})
+    return PolicyGradient(config, LAKE, method, 0, load_policy(directory, dtype=dtype))
+
+
+def forgotten(module: PolicyGradient) -> None:
+    """The cache is kept from one iteration to the next."""
+    module.engine.forget = lambda: None  # type: ignore[method-assign]
+
+
+def kept(module: PolicyGradient) -> None:
+    """The engine says that it has forgotten, and has not."""
+    engine, stored = module.engine, ("_stored", "_idle", "_prompt_logits")
+    forget = engine.forget
+
+    def pretend() -> None:
+        held = {name: getattr(engine, name) for name in stored}
+        forget()
+        for name, value in held.items():
+            setattr(engine, name, value)
+
+    engine.forget = pretend  # type: ignore[method-assign]
+
+
+def warmer(module: PolicyGradient) -> None:
+    """It samples at another temperature, from the second iteration on."""
+    engine = module.engine
+    generate = engine.generate
+
+    def generate_warm(requests: Any, sampling: Any, follow: Any = None) -> Any:
+        factor = 0.9 if module.current_epoch else 1.0
+        return generate(requests, replace(sampling, temperature=sampling.temperature * factor), follow)
+
+    engine.generate = generate_warm  # type: ignore[method-assign]
+
+
+def left_behind(module: PolicyGradient) -> None:
+    """Updates do not reach the head that the engine samples with."""
+    policy = Policy(copy.copy(module.policy.model), module.policy.tokenizer)
+    own = copy.deepcopy(module.policy.head)
+    policy.model.get_output_embeddings = lambda: own
+    module.engine.policy = policy
+
+
+@pytest.mark.parametrize("dtype", PRECISIONS)
+@pytest.mark.parametrize(
+    ("fault", "rate"),
+    [(forgotten, 1e-6), (kept, 3e-2), (warmer, 1e-4), (left_behind, 1e-2)],
+    ids=["forgotten", "kept", "warmer", "left behind"],
+)
+def test_an_engine_that_is_not_the_policy_is_noticed_after_the_first_update(
+    directory: Path, dtype: str, fault: Callable[[PolicyGradient], None], rate: float
+) -> None:
+    module = training_at(directory, dtype, rate)
+    fault(module)
+    with pytest.raises(NumericsError, match=r"^iteration 1: "):
+        fit(module, 2)
+    assert len(module.curve) == 1
+
+
+@pytest.mark.parametrize("dtype", [*PRECISIONS, "float16"])
+def test_rounding_is_no_fault(directory: Path, dtype: str) -> None:
+    """Not in any of some iterations at a rate that changes the policy."""
+    module = fit(training_at(directory, dtype, 1e-3), 4)
+    assert all(0 < row["sampling_error"] < 0.03 for row in module.curve)
+
+
+def test_the_check_looks_at_the_longest_episode_and_at_drawn_ones(policy: Policy) -> None:
+    config = configured({"rollout": {"groups": 8, "group_size": 16}, "bottleneck": {"groups": 8}})
+    specs = iteration_specs(config, LAKE, 0, 0)
+    played = collect(TransformersEngine(policy), policy.tokenizer, config, LAKE, specs, 1.0)
+    seen: list[str] = []
+
+    def score(some: Any, temperature: float) -> list[np.ndarray]:
+        seen.extend(some.episodes["episode_id"])
+        return [some.logprob, some.entropy]
+
+    for number in range(4):
+        assert recomputed(played, score, generator(0, "recomputed", number)) == (0.0, 0.0)
+    longest = played.episodes["episode_id"][int(played.lengths.argmax())]
+    assert seen.count(longest) == 4
+    assert len(seen) <= 4 * 3
+    assert len(set(seen)) > 4
+    recomputed(played, score, generator(0, "recomputed", 0), everything=True)
+    assert set(seen) == set(played.episodes["episode_id"])

@@ -1,0 +1,116 @@
+"""A new SQLite store: whole or not there, whatever is killed while it is made."""
+
+from __future__ import annotations
+
+import hashlib
+import multiprocessing
+import os
+import shutil
+import sqlite3
+import time
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow import MlflowClient
+
+from pipeline.config import ConfigError
+from pipeline.tracking.database import SIDE_FILES
+from pipeline.tracking.store import open_store
+from pipeline.tracking.training import Store
+from tests.tracked import apart
+
+pytestmark = pytest.mark.xdist_group("tracking")
+fork = multiprocessing.get_context("fork")
+
+
+@pytest.fixture
+def store(tmp_path: Path) -> Store:
+    return Store(f"sqlite:///{tmp_path / 'store' / 'mlflow.db'}", tmp_path / ".cache")
+
+
+def tables(database: Path) -> int:
+    """How many tables can be seen in a database that another process writes."""
+    try:
+        with closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as opened:
+            return int(opened.execute("SELECT count(*) FROM sqlite_master WHERE type = 'table'").fetchone()[0])
+    except sqlite3.Error:
+        return 0
+
+
+def killed(function: Callable[..., Any], arguments: tuple[Any, ...], database: Path, least: int, later: float) -> None:
+    """Kill a process some seconds after a database that it makes has so many tables."""
+    process = fork.Process(target=function, args=arguments)
+    process.start()
+    while tables(database) < least:
+        assert process.is_alive(), "it has ended already"
+        time.sleep(0.01)
+    time.sleep(later)
+    process.kill()
+    process.join()
+
+
+def works(store: Store, folder: Path) -> None:
+    """The store takes a run, and nothing lies beside it but what was set aside."""
+    assert apart(open_store, store, "lake") == (0, 0)
+    assert apart(_names, store.uri) == ["Default", "lake"]
+    assert {file.name for file in folder.iterdir()} <= {"mlflow.db", "mlflow.db.unfinished"}
+
+
+def _names(uri: str) -> list[str]:
+    return sorted(found.name for found in MlflowClient(uri).search_experiments())
+
+
+def test_a_kill_while_the_database_is_made_leaves_none_and_the_next_command_makes_it(
+    store: Store, tmp_path: Path
+) -> None:
+    folder = tmp_path / "store"
+    for least, later in ((1, 0.0), (10, 0.2), (30, 0.5)):
+        killed(open_store, (store, "lake"), folder / "mlflow.db.partial", least, later)
+        assert not (folder / "mlflow.db").exists()
+    for end in SIDE_FILES:  # as an earlier database of that name may have left them
+        (folder / f"mlflow.db{end}").write_bytes(b"of another database")
+    works(store, folder)
+
+
+def test_two_commands_at_once_make_one_database(store: Store, tmp_path: Path) -> None:
+    processes = [fork.Process(target=open_store, args=(store, name)) for name in ("lake", "bandit")]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(120)
+    assert [process.exitcode for process in processes] == [0, 0]
+    assert apart(_names, store.uri) == ["Default", "bandit", "lake"]
+    assert os.listdir(tmp_path / "store") == ["mlflow.db"]
+
+
+def test_a_half_made_database_of_an_earlier_version_is_made_anew_and_said_in_a_line(
+    store: Store, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "store"
+    folder.mkdir()
+    killed(_names, (store.uri,), folder / "mlflow.db", 10, 0.1)
+    capfd.readouterr()
+    works(store, folder)
+    (line,) = capfd.readouterr().err.splitlines()
+    assert line == (
+        f"warning: tracking: {folder / 'mlflow.db'} is unfinished and holds no runs: made anew, the old one is "
+        "mlflow.db.unfinished"
+    )
+
+
+def test_an_unfinished_database_with_runs_is_left_as_it_is(migrated: Path, store: Store, tmp_path: Path) -> None:
+    database = tmp_path / "store" / "mlflow.db"
+    database.parent.mkdir()
+    shutil.copy(migrated, database)
+    with closing(sqlite3.connect(database)) as opened, opened:
+        opened.execute("INSERT INTO runs (run_uuid, experiment_id) VALUES ('a', 0)")
+        opened.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
+    before = hashlib.sha256(database.read_bytes()).hexdigest()
+    with pytest.raises(ConfigError) as caught:
+        apart(open_store, store, "lake")
+    assert str(caught.value).startswith(f"tracking.uri: {store.uri}: cannot be used: Detected out-of-date database")
+    assert "\n" not in str(caught.value)
+    assert hashlib.sha256(database.read_bytes()).hexdigest() == before
