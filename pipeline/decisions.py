@@ -22,7 +22,7 @@ from pipeline.progress import span
 from pipeline.randomness import generator
 from pipeline.rollout.branching import ranked_positions
 from pipeline.rollout.collector import Episode, EpisodeSpec, Setup, iteration_specs, play
-from pipeline.rollout.scores import branch_scores
+from pipeline.rollout.scores import blank_tokens, branch_scores
 from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.slots import Positions
 from pipeline.training.result import training_task
@@ -132,8 +132,10 @@ def _measure(task: Task, report: Report) -> list[Position]:
     with span("reference scores:", 0.0, 0.0):
         table = annotate(build([episode.builder for episode in episodes]), reference, temperature, budget)
     shift = score_trajectories(moved, table, temperature, budget)[0] - table.logprob
+    blank = blank_tokens(reference.tokenizer, table.input_ids)
     scores = {
-        signal: branch_scores(signal, table, generator(task.seed, "decisions", signal), shift) for signal in SIGNALS
+        signal: branch_scores(signal, table, generator(task.seed, "decisions", signal), shift, blank=blank)
+        for signal in SIGNALS
     }
     rows = [slice(table.offsets[e], table.offsets[e + 1]) for e in range(len(table))]
     result = []

@@ -108,7 +108,8 @@ class EntropyRise(BranchingSection):
     penalty: Probability = 0.05
     """Taken per consecutive branching l (AEPO); 0 for none (ARPO)."""
     penalty_per: Literal["path", "prompt"] = "path"
-    """Whose consecutive branchings count: a path's (paper), or all of the initial state's (released code)."""
+    """What counts as branching in a row: decisions of one path (paper), or rounds, a turn of all of the initial state's
+    paths each, in which any of them branches (released code)."""
     tokens: Count = 10
     """First tokens of a response over which entropy is averaged. Ours."""
     width: Count = 1
@@ -138,8 +139,9 @@ class Positions(BranchingSection):
     signal: Literal[
         "branching_score", "entropy", "reference_energy", "action_energy", "action_random", "action_start", "random"
     ] = "branching_score"
-    """The score: APPO's ``z(H) * z(Omega)`` under the policy after the iteration's first updates; the behaviour policy's
-    entropy; the reference policy's energy, of all tokens or of action tokens; a draw for any action token, or for the
+    """The score: APPO's ``z(H) * z(Omega)`` under the policy after the iteration's first updates, z over an episode's
+    tokens, those first in which both are positive, and none on whitespace; the behaviour policy's entropy; the reference
+    policy's energy, of all tokens or of action tokens; a draw for any action token, or for the
     first one of each response; a draw for any token."""
     side: Literal["before", "after"] = "after"
     """Sample the scored token again, or only what comes after it (APPO)."""
@@ -147,8 +149,8 @@ class Positions(BranchingSection):
     """Whether the episodes that succeeded are branched from too, where others failed."""
     width: Count = 1
     """Branches at a position."""
-    discount: Probability = 0.99
-    """gamma of ``Omega_t = exp(sum_{k >= t} gamma^(k-t) (log pi - log pi_old))``. Ours."""
+    discount: Probability = 1.0
+    """gamma of ``Omega_t = exp(sum_{k >= t} gamma^(k-t) (log pi - log pi_old))``."""
     bounds: tuple[Positive, Positive] = (0.8, 1.2)
     """Omega is clipped to these."""
 
@@ -207,20 +209,20 @@ class TokenEntropyReward(Section):
     """S7: successful trajectories share reward by token entropy (GTPO, arXiv 2508.04349)."""
 
     kind: Literal["token_entropy"]
-    base: NonNegative = 0.5
-    """Factor of the return on every token of a successful trajectory. Ours: the paper's is not known to us."""
-    bonus: NonNegative = 0.5
-    """Factor of the entropy share, whose mean over the successful trajectories alive at a position is 1. Ours."""
+    base: NonNegative = 1.0
+    """Factor of the return on every token of a successful trajectory."""
+    bonus: NonNegative = 0.1
+    """Factor of the entropy share, whose mean over the successful trajectories alive at a position is 1."""
 
 
 class SequenceEntropyReward(Section):
     """S7: successful trajectories share reward by their mean entropy (GRPO-S, arXiv 2508.04349)."""
 
     kind: Literal["sequence_entropy"]
-    base: NonNegative = 0.5
-    """Factor of the return of a successful trajectory. Ours: the paper's is not known to us."""
-    bonus: NonNegative = 0.5
-    """Factor of the entropy share, whose mean over a group's successful trajectories is 1. Ours."""
+    base: NonNegative = 1.0
+    """Factor of the return of a successful trajectory."""
+    bonus: NonNegative = 0.1
+    """Factor of the entropy share, whose mean over a group's successful trajectories is 1."""
 
 
 class EntropyRateReward(Section):
@@ -281,6 +283,21 @@ class AdvantageSection(Section):
         """What these networks must say of every token before the update."""
         return tuple(self.heads())
 
+    def behind(self) -> tuple[str, ...]:
+        """Which of these are also asked of the state behind the last token of episodes that were cut off."""
+        return ()
+
+
+class CriticAdvantage(AdvantageSection):
+    """What every choice has that learns values."""
+
+    cut_off: Literal["end", "bootstrap"] = "end"
+    """What is behind an episode that no turn or no room was left for (end_reason ``turns`` or ``context``): nothing, as
+    behind one that the environment has ended; or what the networks say where the next response would have begun."""
+
+    def behind(self) -> tuple[str, ...]:
+        return self.estimates() if self.cut_off == "bootstrap" else ()
+
 
 class StandardisedAdvantage(AdvantageSection):
     """What every choice has that standardises values within a group: of trajectories, or of what competes at one place."""
@@ -321,10 +338,13 @@ class StepGroupAdvantage(AdvantageSection):
     kind: Literal["step_group"]
     step_weight: NonNegative = 1.0
     """Weight of the turn's advantage beside the episode's."""
+    episodes_by: Literal["trajectory", "turn"] = "trajectory"
+    """How often an episode counts in the mean (and standard deviation) of its group: once, as in the authors' DrMAS, or once
+    per turn, as in verl-agent by default, where longer episodes weigh more."""
     gamma: Probability = 0.95
     """Discount per turn of the return that scores a turn."""
     std: bool = False
-    """Divide both advantages by their group's standard deviation; the published default only centres."""
+    """Divide both advantages by their group's standard deviation; the authors' scripts only centre."""
 
     @model_validator(mode="after")
     def _effective(self) -> StepGroupAdvantage:
@@ -333,7 +353,7 @@ class StepGroupAdvantage(AdvantageSection):
         return self
 
 
-class GAE(AdvantageSection):
+class GAE(CriticAdvantage):
     """S3: token-level generalised advantage estimation over sampled tokens only (arXiv 1506.02438)."""
 
     kind: Literal["gae"]
@@ -357,7 +377,7 @@ class GAE(AdvantageSection):
         return {"value": self.critic}
 
 
-class TurnGAE(AdvantageSection):
+class TurnGAE(CriticAdvantage):
     """S3: GAE over turns; a response's tokens share its advantage (turn-level PPO). The value is that of its first token."""
 
     kind: Literal["turn_gae"]
@@ -373,7 +393,7 @@ class TurnGAE(AdvantageSection):
         return {"value": self.critic}
 
 
-class BilevelGAE(AdvantageSection):
+class BilevelGAE(CriticAdvantage):
     """S3: GAE over turns, then over the tokens within a turn (bi-level GAE, arXiv 2510.16907)."""
 
     kind: Literal["bilevel_gae"]
@@ -393,7 +413,7 @@ class BilevelGAE(AdvantageSection):
         return {"value": self.critic}
 
 
-class EntropyGAE(AdvantageSection):
+class EntropyGAE(CriticAdvantage):
     """S3: separate values of reward and entropy; entropy counts while it is below its budget (after TECRL, 2511.11592)."""
 
     kind: Literal["entropy_gae"]
@@ -420,7 +440,7 @@ class EntropyGAE(AdvantageSection):
         return {"value": self.critic, "entropy_value": self.entropy_critic}
 
 
-class SoftQ(AdvantageSection):
+class SoftQ(CriticAdvantage):
     """S3: token-level soft Bellman targets of Q over the vocabulary (ETPO, arXiv 2402.06700); goes with surrogate soft_q."""
 
     kind: Literal["soft_q"]
@@ -439,6 +459,9 @@ class SoftQ(AdvantageSection):
     def estimates(self) -> tuple[str, ...]:
         return ("soft_value", "taken")
 
+    def behind(self) -> tuple[str, ...]:
+        return ("soft_value",) if self.cut_off == "bootstrap" else ()
+
 
 class SharedPrefixAdvantage(StandardisedAdvantage):
     """S3: the return standardised within its group; a token that branches share has their mean (ARPO, arXiv 2507.19849)."""
@@ -456,8 +479,10 @@ class PrefixCreditAdvantage(StandardisedAdvantage):
     """
 
     kind: Literal["prefix_credit"]
+    ddof: Literal[0, 1] = 0
+    """Delta degrees of freedom of that standard deviation."""
     credit: Positive = 1.0
-    """Factor of that mean. Ours."""
+    """Factor of that mean."""
 
 
 class SiblingAdvantage(StandardisedAdvantage):
@@ -631,25 +656,33 @@ Weight = Annotated[
 # ----------------------------------------------------------------------------------------- S4, second half: divisor
 
 
-class WeightSum(Section):
+class AggregationSection(Section):
+    """What every choice of the divisor has."""
+
+    count: Literal["all", "with_advantage"] = "all"
+    """Tokens that the surrogate's divisor counts: all trainable ones, or only those whose advantage is not 0. A group of
+    equal returns has none: counted, it makes the surrogate smaller beside the entropy and KL terms."""
+
+
+class WeightSum(AggregationSection):
     """S4: divide by the minibatch's total weight (ActFocus; with uniform weights the token mean)."""
 
     kind: Literal["weight_sum"]
 
 
-class TokenMean(Section):
+class TokenMean(AggregationSection):
     """S4: divide by the minibatch's number of trainable tokens."""
 
     kind: Literal["token_mean"]
 
 
-class SequenceMean(Section):
+class SequenceMean(AggregationSection):
     """S4: each trajectory's weighted mean, then the mean over trajectories (GRPO, arXiv 2402.03300)."""
 
     kind: Literal["sequence_mean"]
 
 
-class ConstantNormaliser(Section):
+class ConstantNormaliser(AggregationSection):
     """S4: divide by a constant per trajectory (Dr. GRPO, arXiv 2503.20783)."""
 
     kind: Literal["constant"]
@@ -662,6 +695,7 @@ Aggregation = Annotated[Union[WeightSum, TokenMean, SequenceMean, ConstantNormal
 # ------------------------------------------------------------------------------------------------- S5: surrogate
 
 Low = Annotated[Float, Field(gt=0.0, lt=1.0)]
+Dual = Annotated[Float, Field(gt=1.0, le=MOST)]
 
 
 class SurrogateSection(Section):
@@ -679,6 +713,9 @@ class PPOClip(SurrogateSection):
     """The ratio is not pushed below 1 - low."""
     high: Positive = 0.28
     """The ratio is not pushed above 1 + high."""
+    dual: Dual | None = None
+    """Where A < 0 a ratio above this counts as this, without a gradient (dual clip, arXiv 1912.09729): 3 in verl; null: no
+    bound, as in PPO's paper and in TRL."""
 
 
 class SequenceClip(SurrogateSection):
@@ -709,15 +746,17 @@ class StraightThroughClip(SurrogateSection):
     """The ratio is not pushed below 1 - low where A < 0."""
     high: Positive = 0.2
     """Where A > 0 a ratio above 1 + high counts as 1 + high."""
+    dual: Dual | None = None
+    """Where A < 0 a ratio above this counts as this, without a gradient: 3 in the released code; null: no bound."""
 
 
 class CovarianceClip(SurrogateSection):
     """S5: PPO's clip, and no loss on random tokens of high covariance (Clip-Cov, arXiv 2505.22617)."""
 
     kind: Literal["covariance_clip"]
-    low: Low = 0.2
+    low: Annotated[Float, Field(gt=0.0, le=1.0)] = 1.0
     """The ratio is not pushed below 1 - low."""
-    high: Positive = 0.2
+    high: Positive = 1.0
     """The ratio is not pushed above 1 + high."""
     share: Share = 2e-4
     """Share of the minibatch's tokens that loses its loss; at least one token, if any is in the band."""
@@ -777,7 +816,7 @@ class ProcedureClip(SurrogateSection):
     """The ratio is not pushed below 1 - low."""
     high: Positive = 0.28
     """The ratio is not pushed above 1 + high."""
-    dual: Annotated[Float, Field(gt=1.0, le=MOST)] = 3.0
+    dual: Dual = 3.0
     """Where A < 0 a ratio above this counts as this; a trajectory with more than one such token leaves the mean."""
     strength: Positive = 1.0
     """b of the scaling."""
@@ -788,7 +827,10 @@ class ProcedureClip(SurrogateSection):
     largest_shift: Positive = 1.0986
     """Tokens whose ``log pi - log pi_old`` is above this (log 3) are left out of FutureKL."""
     bound: Annotated[Float, Field(gt=1.0, le=MOST)] = 1.2
-    """f_t is clipped to [1, this]; to [0.8, 1] where A < 0 and the token's ratio is above 1 + high."""
+    """f_t is clipped to [1, this]."""
+    safety: Annotated[Float, Field(gt=1.0, le=MOST)] = 6.0
+    """Where A < 0 and the ratio is above this f_t is 1. From ``dual`` on it changes the loss's value alone, as with the
+    source's 6 beside 3: such a token has no gradient by then."""
 
 
 class SoftQSurrogate(SurrogateSection):
@@ -824,7 +866,8 @@ class RegulariserSection(Section):
     kl: NonNegative = 0.0
     """Coefficient of the KL to the reference policy."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
-    """How the KL is estimated from sampled tokens. As a loss, k1 has zero expected gradient on-policy."""
+    """How the KL is estimated from sampled tokens, and so which KL the loss pulls by: its expected gradient on-policy is that
+    of KL(pi || ref) with k2, that of KL(ref || pi) with k3, and zero with k1."""
     skip_above_kl: Positive | None = None
     """The policy's step is skipped while its KL from the behaviour policy is above this (POAD: 0.02); null for never."""
 
@@ -919,6 +962,11 @@ class Method(Section):
         if (self.reward.kind == "token_entropy") != (self.advantage.kind == "token_group"):
             raise ValueError(
                 "reward token_entropy and advantage token_group go together: such a reward stands on every token"
+            )
+        if self.aggregation.count == "with_advantage" and self.advantage.heads():
+            raise ValueError(
+                f"aggregation.count with_advantage has no effect with advantage {self.advantage.kind}: one that comes "
+                "from a critic is 0 nowhere; it needs one that compares within groups"
             )
         self._legal_trees()
         return self

@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any, get_args
 
+import numpy as np
 import pytest
 import torch
 from hypothesis import given
@@ -251,7 +252,9 @@ def test_token_group_equals_reference(batch: TokenBatch, ddof: int, eps: float) 
     close(from_token_group(shaped, {}, {}, ddof=ddof, eps=eps).advantage, expected)
 
 
-def reference_step_group(batch: TokenBatch, step_weight: float, gamma: float, std: bool) -> list[float]:
+def reference_step_group(
+    batch: TokenBatch, step_weight: float, gamma: float, std: bool, episodes_by: str = "trajectory"
+) -> list[float]:
     owner, state, turns = batch.turn_trajectory.tolist(), batch.turn_state.tolist(), range(len(batch.turn_trajectory))
     reward = [
         math.fsum(r for r, own in zip(batch.reward.tolist(), batch.turn.tolist(), strict=True) if own == k)
@@ -259,6 +262,10 @@ def reference_step_group(batch: TokenBatch, step_weight: float, gamma: float, st
     ]
     score = [math.fsum(gamma ** (j - k) * reward[j] for j in turns if j >= k and owner[j] == owner[k]) for k in turns]
     episode = reference_group(batch.returns.tolist(), batch.group.tolist(), std, 1, 1e-6)
+    if episodes_by == "turn":  # a row per turn, as verl-agent has them
+        returns, group = ([values.tolist()[own] for own in owner] for values in (batch.returns, batch.group))
+        rows = reference_group(returns, group, std, 1, 1e-6)
+        episode = [next((a for a, own in zip(rows, owner, strict=True) if own == e), 0.0) for e in range(len(episode))]
     step = reference_group(score, state, std, 1, 1e-6)
     result = []
     for t in range(len(batch.role)):
@@ -268,10 +275,27 @@ def reference_step_group(batch: TokenBatch, step_weight: float, gamma: float, st
 
 
 @properties
-@given(batches(), st.sampled_from([0.0, 1.0, 0.7]), DISCOUNTS, st.booleans())
-def test_step_group_equals_reference(batch: TokenBatch, step_weight: float, gamma: float, std: bool) -> None:
-    actual = from_step_group(batch, {}, {}, step_weight=step_weight, gamma=gamma, std=std).advantage
-    close(actual, reference_step_group(batch, step_weight, gamma, std))
+@given(batches(), st.sampled_from([0.0, 1.0, 0.7]), DISCOUNTS, st.booleans(), st.sampled_from(["trajectory", "turn"]))
+def test_step_group_equals_reference(
+    batch: TokenBatch, step_weight: float, gamma: float, std: bool, episodes_by: str
+) -> None:
+    settings = {"step_weight": step_weight, "gamma": gamma, "std": std, "episodes_by": episodes_by}
+    actual = from_step_group(batch, {}, {}, **settings).advantage
+    close(actual, reference_step_group(batch, **settings))
+
+
+def test_an_episode_may_count_once_per_turn() -> None:
+    """Returns 4 of three turns and 0 of one: of mean 2 by trajectory, and of mean 3 by turn; sample deviation 2 then."""
+    batch = small_batch([[1, 1, 1], [1]], [[0, 0, 4], [0]], [[0, 1, 2], [3]])
+    for episodes_by, std, expected in (
+        ("trajectory", False, [2, 2, 2, -2]),
+        ("turn", False, [1, 1, 1, -3]),
+        ("turn", True, [0.5, 0.5, 0.5, -1.5]),
+    ):
+        estimate = token_advantages(
+            row("step_group", episodes_by=episodes_by, std=std, step_weight=0.0, gamma=0.95), batch, {}
+        )
+        assert estimate.advantage[batch.trainable].tolist() == pytest.approx(expected, abs=1e-5)
 
 
 @properties
@@ -520,6 +544,95 @@ def test_golden_soft_q() -> None:
     assert estimate.advantage[batch.trainable].tolist() == [-1, -1, -2, -5, -12]
 
 
+# --------------------------------------------------------------------------------------- episodes that were cut off
+
+CRITICS: dict[str, dict[str, Any]] = {
+    "gae": {"gamma": 0.9, "lam": 0.7, "whiten": False},
+    "turn_gae": {"gamma": 0.9, "lam": 0.7, "whiten": False},
+    "bilevel_gae": {"turn_gamma": 0.9, "turn_lam": 0.7, "gamma": 0.8, "lam": 0.6, "whiten": False},
+    "entropy_gae": {"gamma": 0.9, "lam": 0.7, "whiten": False, "budget": 1.3},
+    "soft_q": {"gamma": 0.9},
+}
+
+
+def behind(batch: TokenBatch) -> dict[str, torch.Tensor]:
+    """Of every third trajectory what was cut off; the others truly end."""
+    cut = torch.arange(batch.trajectories) % 3 == 0
+    numbers = torch.from_numpy(np.random.default_rng(7).standard_normal((3, batch.trajectories)))
+    names = ("value_behind", "entropy_value_behind", "soft_value_behind")
+    return {name: torch.where(cut, own, 0.0) for name, own in zip(names, numbers, strict=True)}
+
+
+@properties
+@given(batches(), DISCOUNTS, DISCOUNTS, st.sampled_from(["token", "turn"]))
+def test_what_is_behind_a_cut_off_episode_is_the_value_of_one_more_step(
+    batch: TokenBatch, gamma: float, lam: float, discount: str
+) -> None:
+    """GAE by its definition with a last state whose value is known, and which has no delta of its own."""
+    batch, value, known = dense(batch), noise(batch), behind(batch)["value_behind"]
+    expected = [0.0] * len(batch.role)
+    for own, turns in enumerate(turns_of(batch)):
+        tokens, ends = [t for turn in turns for t in turn], [turn[-1] for turn in turns]
+        g = [gamma if discount == "token" or t in ends else 1.0 for t in tokens]
+        states = [*(float(value[t]) for t in tokens), float(known[own])]
+        delta = [float(batch.reward[t]) + g[i] * states[i + 1] - states[i] for i, t in enumerate(tokens)]
+        for i, t in enumerate(tokens):
+            expected[t] = math.fsum(math.prod(f * lam for f in g[i:k]) * delta[k] for k in range(i, len(tokens)))
+    heads = {"value": value, "value_behind": known}
+    estimate = from_gae(batch, heads, {}, gamma=gamma, discount=discount, lam=lam, whiten=False)
+    close(estimate.advantage, expected)
+    close(estimate.targets["value"].value, (torch.tensor(expected) + torch.where(batch.trainable, value, 0.0)).tolist())
+
+
+@pytest.mark.parametrize("kind", CRITICS)
+@given(batches())
+@properties
+def test_a_value_behind_an_episode_is_a_reward_at_its_end_and_none_behind_a_true_end(
+    kind: str, batch: TokenBatch
+) -> None:
+    """Discounted once: what follows a last token can be paid out on that token, whatever the estimator."""
+    chosen = row(kind, **CRITICS[kind], cut_off="bootstrap")
+    heads, known = estimates(batch), behind(batch)
+    nothing = {name: torch.zeros_like(value) for name, value in known.items()}
+    ends = torch.zeros(batch.trajectories, len(batch.role), dtype=torch.float64)
+    for own, turns in enumerate(turns_of(batch)):
+        if turns:
+            ends[own, turns[-1][-1]] = 1.0
+    name = "soft_value_behind" if kind == "soft_q" else "value_behind"
+    paid = replace(batch, reward=batch.reward + 0.9 * known[name] @ ends)
+    if (
+        kind == "entropy_gae"
+    ):  # whose entropy has a value of its own, and a discount of 0.95: (1 - 0.95) * H is its reward
+        known_entropy = {"entropy_value_behind": known["entropy_value_behind"]}
+        nothing |= known_entropy
+    actual = token_advantages(chosen, batch, heads | known)
+    expected = token_advantages(chosen, paid, heads | nothing)
+    torch.testing.assert_close(actual.advantage, expected.advantage, **CLOSE)
+    for head, target in actual.targets.items():
+        torch.testing.assert_close(target.value, expected.targets[head].value, **CLOSE)
+    still = token_advantages(chosen, batch, heads | {name: torch.zeros_like(value) for name, value in known.items()})
+    plain = token_advantages(row(kind, **CRITICS[kind]), batch, heads)
+    assert torch.equal(still.advantage, plain.advantage)
+
+
+def test_entropy_is_bootstrapped_too() -> None:
+    """One token of entropy 2, discount 0.5: A = 0.5 * 2 + 0.5 * 4 - 1 where 4 is behind, and 0.5 * 2 - 1 at an end."""
+    batch = small_batch([[1], [1]], [[0], [0]], [[0], [0]])
+    batch = replace(batch, entropy=torch.where(batch.trainable, 2.0, 0.0).double())
+    heads = {"value": on_tokens(batch, [0, 0]), "entropy_value": on_tokens(batch, [1, 1])}
+    heads |= {"value_behind": torch.zeros(2).double(), "entropy_value_behind": torch.tensor([4.0, 0.0]).double()}
+    chosen = row("entropy_gae", entropy_gamma=0.5, budget=2.0, multiplier_rate=1.0, whiten=False, cut_off="bootstrap")
+    assert token_advantages(chosen, batch, heads).advantage[batch.trainable].tolist() == [2.0, 0.0]
+
+
+@pytest.mark.parametrize(("kind", "names"), WITH_HEADS.items())
+def test_bootstrapping_without_what_is_behind_is_refused(kind: str, names: str) -> None:
+    batch = small_batch([[2]], [[1]], [[0]])
+    missing = ", ".join(f"{name}_behind" for name in names.split(", ") if name != "taken")
+    with pytest.raises(ValueError, match=f"advantage {kind} needs the estimates of its heads: {missing}"):
+        token_advantages(row(kind, cut_off="bootstrap"), batch, estimates(batch))
+
+
 # ------------------------------------------------------------------------------------------------ entropy's scale
 
 
@@ -641,6 +754,22 @@ def test_a_reward_on_an_untrainable_token_is_refused(kind: str, place: int) -> N
         (
             {"advantage": {"kind": "soft_q", "entropy_scale": 0.2}, "surrogate": {"kind": "soft_q"}},
             ".advantage: entropy_scale has no effect while the policy learns from Q itself",
+        ),
+        *(
+            ({"advantage": {"kind": kind, "cut_off": "bootstrap"}}, ".advantage.cut_off: unknown key; allowed: ")
+            for kind in ("group", "step_group")
+        ),
+        *(
+            (
+                {
+                    "advantage": {"kind": kind},
+                    "surrogate": {"kind": "soft_q" if kind == "soft_q" else "ppo_clip"},
+                    "aggregation": {"kind": "weight_sum", "count": "with_advantage"},
+                },
+                f": aggregation.count with_advantage has no effect with advantage {kind}: one that comes from a critic is "
+                "0 nowhere; it needs one that compares within groups",
+            )
+            for kind in WITH_HEADS
         ),
     ],
 )

@@ -154,11 +154,11 @@ def wander(key: str, turn: int) -> str:
 
 
 def play(
-    settings: Config, script: Script, specs: Sequence[EpisodeSpec] | None = None
+    settings: Config, script: Script, specs: Sequence[EpisodeSpec] | None = None, closing: bool = False
 ) -> tuple[Trajectories, ScriptedEngine]:
     chosen = iteration_specs(settings, NAME, 0, 0) if specs is None else specs
     engine = ScriptedEngine(script, [spec.episode_id for spec in chosen])
-    return collect(engine, TOKENIZER, settings, NAME, chosen, 1.0), engine
+    return collect(engine, TOKENIZER, settings, NAME, chosen, 1.0, closing=closing), engine
 
 
 def episode_turns(made: Trajectories, episode: int) -> list[dict[str, Any]]:
@@ -506,6 +506,30 @@ def test_a_response_without_room_is_cut_by_the_context_and_one_that_fills_both_b
         made, _ = play(config(max_turns=1, context_tokens=prompt + room), always(THOUGHTS), specs)
         assert set(made.turns["ended"]) == {ended}
         assert set(made.responses) == {"cut"}
+
+
+@pytest.mark.parametrize("prefill", ["", "<think>"])
+@pytest.mark.parametrize("reason", ["turns", "context", "failed"])
+def test_a_closing_episode_that_is_cut_off_ends_where_its_next_response_would_begin(reason: str, prefill: str) -> None:
+    """And is else what it is without: the rest is what a longer episode goes on with, and nothing behind a true end."""
+    lake, opened = {"max_actions": 4, "frozen": 1.0, "least_distance": 2}, len(TOKENIZER(prefill)["input_ids"])
+    script = always(says("Up").removeprefix(prefill))
+    longer = config({"prefill": prefill}, lake, max_turns=9)
+    state = next(s for s in range(200) if lake_at(longer.environments[NAME], s).player == (0, 0))
+    specs = specs_of(longer, [state])
+    whole, _ = play(longer, script, specs)
+    third = int(whole.turns["start"][2]) + opened
+    limits = {"turns": {"max_turns": 2}, "context": {"context_tokens": third}, "failed": {}}
+    settings = config({"prefill": prefill}, lake, **{"max_turns": 9, **limits[reason]})
+    plain, _ = play(settings, script, specs)
+    closing, _ = play(settings, script, specs, closing=True)
+    assert set(closing.episodes["end_reason"]) == {reason}
+    assert (closing.episodes, closing.turns) == (plain.episodes, plain.turns)
+    for e in range(len(plain)):
+        one, other, full = (made.input_ids[made.offsets[e] : made.offsets[e + 1]] for made in (plain, closing, whole))
+        assert other.tolist() == (one if reason == "failed" else full[:third]).tolist()
+        assert len(other) > len(one) or reason == "failed"
+        assert not closing.sampled[closing.offsets[e] + len(one) : closing.offsets[e + 1]].any()
 
 
 @pytest.mark.parametrize("prefill", ["", "<think>"])

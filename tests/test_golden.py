@@ -27,7 +27,7 @@ from pipeline.objective.methods import (
     token_weights,
 )
 from pipeline.objective.regularisers import kl_penalty, value_loss
-from pipeline.objective.surrogates import UpdateTokens, ppo_clip
+from pipeline.objective.surrogates import UpdateTokens, dual_clip, ppo_clip
 from pipeline.policy.scoring import score_tokens
 from pipeline.slots import Method
 from pipeline.trajectory import Role
@@ -296,19 +296,18 @@ def test_clip_cov_spares_tokens_that_ppo_already_clips() -> None:
     assert_same_loss(row, case, tokens)
 
 
-def test_verl_bounds_the_loss_of_a_negative_advantage() -> None:
-    """Dual clip (arXiv 1912.09729): where A < 0 verl's loss is at most -3 A, without a gradient there; ours is PPO's -r A."""
+def test_dual_clip_is_verls() -> None:
+    """Where A < 0 verl's loss is at most -3 A, without a gradient there; without the setting it is PPO's -r A."""
     peer = golden()["dual_clip"]
     advantage, old = tensor(peer["advantage"]), torch.zeros(3, dtype=torch.float64)
     logprob = tensor(peer["ratio"]).log().requires_grad_(True)
-    loss = ppo_clip(logprob, old, advantage, low=peer["low"], high=peer["high"]).loss
-    bounded = torch.where(advantage < 0, torch.minimum(loss, -peer["bound"] * advantage), loss)
-    assert (bounded < loss).tolist() == [True, False, False]
-    torch.testing.assert_close(bounded.mean().detach(), tensor(peer["loss"]), **CLOSE)
-    loss.mean().backward()
-    torch.testing.assert_close(logprob.grad[1:], tensor(peer["gradient"])[1:], **CLOSE)
-    assert float(logprob.grad[0]) == pytest.approx(4.0 * 1.5 / 3)
-    assert peer["gradient"][0] == 0.0
+    loss = ppo_clip(logprob, old, advantage, low=peer["low"], high=peer["high"])
+    bounded = dual_clip(loss, advantage, peer["bound"])
+    assert bounded.clipped.tolist() == [True, *loss.clipped.tolist()[1:]]
+    torch.testing.assert_close(bounded.loss.mean().detach(), tensor(peer["loss"]), **CLOSE)
+    for given, gradient in ((bounded, tensor(peer["gradient"])), (loss, [4.0 * 1.5 / 3, *peer["gradient"][1:]])):
+        (own,) = torch.autograd.grad(given.loss.mean(), logprob, retain_graph=True)
+        torch.testing.assert_close(own, torch.as_tensor(gradient, dtype=torch.float64), **CLOSE)
 
 
 # ----------------------------------------------------------------------------- aggregation, regularisers, critic

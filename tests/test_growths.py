@@ -28,11 +28,11 @@ from pipeline.rollout.branching import (
     turn_path,
 )
 from pipeline.rollout.collector import iteration_specs
-from pipeline.rollout.scores import action_starts, branch_scores, omega
+from pipeline.rollout.scores import action_starts, blank_tokens, branch_scores, omega, standardised
 from pipeline.trajectory import EpisodeBuilder, Role, Trajectories, build
 from tests.batches import properties
 from tests.forests import lake, planted, rows
-from tests.test_collector import NAME
+from tests.test_collector import NAME, TOKENIZER
 
 # -------------------------------------------------------------------------------------------------- made-up episodes
 
@@ -103,11 +103,42 @@ def test_a_penalty_counts_the_branchings_in_a_row_of_a_path() -> None:
     assert places == [[ROOT, ROOT], at((0, 8), (1, 8)), [], at((0, 18), (1, 18), (2, 18), (3, 18))]
 
 
-def test_a_penalty_counts_the_branchings_in_a_row_of_a_prompt() -> None:
-    """In the order of turns and episodes every other decision is a branching."""
+def test_a_penalty_counts_the_rounds_in_a_row_in_which_a_prompt_branches() -> None:
+    """All decisions of a round go by the same count: both paths branch, then none of four may, then all of them again."""
     tree = plant(20)
     places = asked(tree, entropy_rise(tree, initial=2, penalty_per="prompt", **PLAIN), FLAT)
-    assert places == [[ROOT, ROOT], at((0, 8)), at((0, 13), (2, 13)), at((1, 18), (3, 18))]
+    assert places == [[ROOT, ROOT], at((0, 8), (1, 8)), [], at((0, 18), (1, 18), (2, 18), (3, 18))]
+
+
+@settings(max_examples=40)
+@given(
+    st.integers(0, 99),
+    st.integers(1, 4),
+    st.sampled_from([0.05, 0.1, 0.3]),
+    st.sampled_from([0.0, 0.4]),
+    st.integers(1, 2),
+)
+def test_a_prompts_rounds_are_those_of_a_loop(
+    seed: int, initial: int, penalty: float, slope: float, width: int
+) -> None:
+    """AEPO's code: l stands still while a round is decided, path after path, and then moves once; 0.5 is to be reached."""
+    openings = [1.0, 1.5, 0.5, 2.0, 1.2, 0.9]
+    tree, draws = plant(60, seed), np.random.default_rng(seed)
+    section = {**PLAIN, "base": None, "penalty": penalty, "slope": slope, "width": width}
+    places = asked(tree, entropy_rise(tree, initial=initial, penalty_per="prompt", **section), turns_left(openings))
+    expected, paths, in_a_row = [[ROOT] * initial], initial, 0
+    for turn in range(1, len(openings)):
+        branching = [
+            path
+            for path in range(paths)
+            if (draws.random() + slope * (openings[turn] - openings[0])) * max(0.0, 1 - penalty * in_a_row) >= 0.5
+        ]
+        expected.append(at(*((path, 3 + 5 * turn) for path in branching for _ in range(width))))
+        in_a_row = in_a_row + 1 if branching else 0
+        paths += len(expected[-1])
+        if paths >= 60:
+            break
+    assert places == expected
 
 
 def test_a_branch_takes_its_paths_branchings_along() -> None:
@@ -408,33 +439,74 @@ def test_appos_score_is_that_of_loops(seed: int, discount: float, bounds: tuple[
             leads[t] = min(max(math.exp(total), bounds[0]), bounds[1])
     np.testing.assert_allclose(omega(table, moved, discount, bounds), leads, rtol=1e-9)
 
-    scores = branch_scores("branching_score", table, np.random.default_rng(0), moved, discount, bounds)
-    for group in set(table.groups.tolist()):
-        members = [t for t, e in enumerate(table.token_episode) if table.groups[e] == group and table.sampled[t]]
+    blank = np.random.default_rng(seed).random(len(moved)) < 0.2
+    scores = branch_scores("branching_score", table, np.random.default_rng(0), moved, discount, bounds, blank)
+    strict: dict[int, float] = {}
+    rest: dict[int, float] = {}
+    for episode in range(len(table)):
+        chosen = [t for t in range(table.offsets[episode], table.offsets[episode + 1]) if table.sampled[t]]
         z = {}
         for name, values in (("entropy", table.entropy.astype(float)), ("omega", leads)):
-            own = [values[t] for t in members]
+            own = [values[t] for t in chosen]
             mean = sum(own) / len(own)
             spread = math.sqrt(sum((value - mean) ** 2 for value in own) / len(own))
-            z[name] = {t: (values[t] - mean) / spread for t in members}
-        qualified = [t for t in members if z["entropy"][t] > 0 and z["omega"][t] > 0]
-        assert qualified
-        assert np.flatnonzero(np.isfinite(scores[members])).tolist() == [members.index(t) for t in qualified]
-        for t in qualified:
-            assert scores[t] == pytest.approx(z["entropy"][t] * z["omega"][t])
-    assert not np.isfinite(scores[~table.sampled]).any()
+            alike = len(set(own)) == 1  # their float mean may differ from them
+            z[name] = {t: 0.0 if alike else (values[t] - mean) / (spread + 1e-6) for t in chosen}
+        for t in chosen:
+            if not blank[t]:
+                both = z["entropy"][t] > 0 and z["omega"][t] > 0
+                (strict if both else rest)[t] = z["entropy"][t] * z["omega"][t]
+    assert np.flatnonzero(np.isfinite(scores)).tolist() == sorted([*strict, *rest])
+    for t, product in strict.items():
+        assert scores[t] == pytest.approx(product)
+    behind = {round(scores[t] - product, 9) for t, product in rest.items()}
+    assert len(behind) == 1  # the order of their products
+    assert max(scores[t] for t in rest) < min((scores[t] for t in strict), default=0)
 
 
-def test_where_no_token_qualifies_the_best_product_is_the_only_position() -> None:
-    """Entropy high exactly where Omega is low; then a policy that has not moved at all."""
+def test_where_too_few_tokens_qualify_the_next_best_products_follow() -> None:
+    """Only the last is high in both; the first has a larger product, of two low ones, and comes behind it."""
     made = build([lone_episode([0.0, 1.0, 3.0, 4.0])])
-    against = np.array([0, 0, 0, 0.1, 0.05, -0.04, -0.11])
-    scores = branch_scores("branching_score", made, np.random.default_rng(0), against, 0.0)
-    assert np.flatnonzero(np.isfinite(scores)).tolist() == [
-        5
-    ]  # of entropies 0, 1, 3, 4 the products -1.9, -.3, -.2, -1.6
-    still = branch_scores("branching_score", made, np.random.default_rng(0), np.zeros(7), 0.99)
-    assert np.isfinite(still).sum() == 1
+    shift = np.array([0, 0, 0, -0.19, 0.02, -0.04, 0.05])
+    scores = branch_scores("branching_score", made, np.random.default_rng(0), shift, 0.0)
+    product = standardised(np.array([0.0, 1.0, 3.0, 4.0])) * standardised(np.exp(shift[3:]))
+    assert product[0] > product[3] > 0 > product[1]
+    assert scores[6] == pytest.approx(product[3])
+    assert np.argsort(-scores, kind="stable")[:4].tolist() == [6, 3, 5, 4]
+    still = branch_scores("branching_score", made, np.random.default_rng(0), np.zeros(7))
+    assert np.isfinite(still).sum() == 4
+    assert len(set(still[3:])) == 1
+
+
+def test_scores_are_each_episodes_own() -> None:
+    """An episode of tenfold entropies, and one whose policy has moved ten times as far, change no score of another's."""
+    one, other = [0.0, 1.0, 3.0, 4.0], [40.0, 10.0, 30.0, 20.0]
+    shift = np.array([0, 0, 0, -0.1, 0.02, -0.04, 0.1])
+    both = branch_scores(
+        "branching_score",
+        build([lone_episode(one), lone_episode(other)]),
+        np.random.default_rng(0),
+        np.r_[shift, shift],
+        0.0,
+    )
+    alone = branch_scores("branching_score", build([lone_episode(one)]), np.random.default_rng(0), shift, 0.0)
+    assert both[6] == alone[6]
+
+
+def test_whitespace_is_no_place_to_branch() -> None:
+    texts = [" ", "so", "\n", "a b"]
+    ids = [i for text in texts for i in TOKENIZER(text, add_special_tokens=False)["input_ids"]]
+    found = blank_tokens(TOKENIZER, np.array([*ids, TOKENIZER.eos_token_id]))
+    assert found.tolist() == [not TOKENIZER.decode([i]).strip() for i in ids] + [False]
+    assert {True, False} == set(found[: len(ids)].tolist())
+    made = build([lone_episode([4.0, 1.0, 3.0, 0.0])])
+    shift = np.array([0, 0, 0, 0.1, -0.02, 0.04, -0.1])
+    blank = np.array([False, False, False, True, False, False, False])
+    scores = branch_scores("branching_score", made, np.random.default_rng(0), shift, 0.0, blank=blank)
+    plain = branch_scores("branching_score", made, np.random.default_rng(0), shift, 0.0)
+    assert int(np.argmax(plain)) == 3
+    assert int(np.argmax(scores)) == 5
+    assert not np.isfinite(scores[3])
 
 
 def lone_episode(entropies: Sequence[float]) -> EpisodeBuilder:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import fields, replace
 from typing import Any
 
@@ -401,6 +402,84 @@ def test_no_weight_at_all_gives_zeros_not_nan() -> None:
         assert actual.tolist() == [0.0] * len(batch.role)
 
 
+@properties
+@given(batches(), st.sampled_from(AGGREGATIONS))
+def test_counting_tokens_with_an_advantage_is_training_without_the_others(
+    batch: TokenBatch, aggregation: dict[str, Any]
+) -> None:
+    """The surrogate is that of the tokens with an advantage alone, in loops; with all of them it is smaller, or the same."""
+    row = method(aggregation={**aggregation, "count": "with_advantage"})
+    advantage = token_advantages(row, batch, {}).advantage
+    weights = torch.where(batch.trainable, noise(batch).abs(), 0.0)
+    trainable, owner = batch.trainable.tolist(), batch.trajectory.tolist()
+    counted = [t for t, a in enumerate(advantage.tolist()) if trainable[t] and a != 0]
+    w = {t: float(weights[t]) for t in counted}
+    owners = {own: math.fsum(w[t] for t in counted if owner[t] == own) for own in {owner[t] for t in counted}}
+    expected = [0.0] * len(owner)
+    for t in counted:
+        expected[t] = {
+            "weight_sum": lambda t: w[t] / math.fsum(w.values()),
+            "token_mean": lambda t: w[t] / len(counted),
+            "sequence_mean": lambda t: w[t] / owners[owner[t]] / len(owners),
+            "constant": lambda t: w[t] / len(owners) / 7.5,
+        }[aggregation["kind"]](t)
+    actual = coefficients(row, weights, batch.trainable, batch.trajectory, advantage)
+    torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64), **CLOSE)
+    everything = coefficients(method(aggregation=aggregation), weights, batch.trainable, batch.trajectory)
+    assert bool((everything[counted] <= actual[counted] * (1 + 1e-9)).all())
+    if len(counted) == len(w) == sum(trainable):
+        torch.testing.assert_close(actual, everything, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("aggregation", AGGREGATIONS, ids=lambda aggregation: aggregation["kind"])
+def test_a_group_of_equal_returns_neither_dilutes_the_surrogate_nor_leaves_the_kl(aggregation: dict[str, Any]) -> None:
+    """Half of the tokens are of a group without variance: they halve the surrogate only where all are counted."""
+    four, n = torch.arange(4).repeat_interleave(3), 12
+    alone = replace(golden_batch(), **flat_columns(torch.arange(2).repeat_interleave(3), [1.0, 0.0], [0, 0]))
+    both = replace(golden_batch(), **flat_columns(four, [1.0, 0.0, 1.0, 1.0], [0, 0, 1, 1]))
+    still = replace(golden_batch(), **flat_columns(four, [1.0, 1.0, 0.0, 0.0], [0, 0, 1, 1]))
+    losses = {}
+    for count in ("all", "with_advantage"):
+        row = method(aggregation={**aggregation, "count": count}, regulariser=BOTH_TERMS)
+        for name, batch in (("alone", alone), ("both", both), ("still", still)):
+            m = len(batch.role)
+            advantage = token_advantages(row, batch, {}).advantage
+            factors = coefficients(row, torch.ones(m).double(), batch.trainable, batch.trajectory, advantage)
+            logprob = torch.linspace(-0.2, 0.3, n).double()[:m].requires_grad_(True)
+            columns = {"logprob": logprob, "entropy": torch.ones(m).double(), "advantage": advantage}
+            tokens = update_tokens(row, batch, coefficient=factors, **columns)
+            losses[name, count] = policy_loss(row, tokens, None, m)
+            (gradient,) = torch.autograd.grad(losses[name, count].total, logprob)
+            assert bool(gradient.isfinite().all())
+    surrogate = {key: parts.surrogate.item() for key, parts in losses.items()}
+    assert surrogate["both", "with_advantage"] == pytest.approx(surrogate["alone", "all"], rel=1e-12)
+    assert surrogate["both", "all"] == pytest.approx(surrogate["alone", "all"] / 2, rel=1e-12)
+    assert surrogate["still", "with_advantage"] == surrogate["still", "all"] == 0
+    for term in ("entropy", "kl", "moved"):
+        assert getattr(losses["both", "with_advantage"], term) == getattr(losses["both", "all"], term)
+    assert losses["still", "with_advantage"].kl > 0
+
+
+def flat_columns(trajectory: torch.Tensor, returns: Sequence[float], group: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Columns of a float64 batch in which every token is trainable."""
+    zeros = torch.zeros(len(trajectory), dtype=torch.float64)
+    return {
+        "role": torch.full_like(trajectory, int(Role.ACTION)),
+        "trainable": torch.ones_like(trajectory, dtype=torch.bool),
+        "trajectory": trajectory,
+        "group": torch.tensor(group),
+        "success": torch.tensor(returns) > 0,
+        "returns": torch.tensor(returns, dtype=torch.float64),
+        **dict.fromkeys(("reward", "logprob", "ref_logprob", "entropy", "noise"), zeros),
+    }
+
+
+def test_counting_tokens_with_an_advantage_needs_the_advantages() -> None:
+    batch, row = golden_batch(), method(aggregation={"kind": "weight_sum", "count": "with_advantage"})
+    with pytest.raises(ValueError, match="needs the advantages"):
+        coefficients(row, batch.trainable.float(), batch.trainable, batch.trajectory)
+
+
 # --------------------------------------------------------------------------------------- S5 and S6: token losses
 
 
@@ -498,6 +577,32 @@ def test_k3_as_a_loss_has_the_gradient_of_the_reverse_kl() -> None:
     torch.testing.assert_close(gradient, backward)
     assert gradient.abs().max() > 0.01
     assert not torch.allclose(gradient, forward, atol=1e-2)
+
+
+@pytest.mark.parametrize(("estimator", "forward"), [("k2", True), ("k3", False)])
+def test_a_methods_kl_term_pulls_by_the_kl_that_its_estimator_is_said_to(estimator: str, forward: bool) -> None:
+    """Against finite differences of both KLs, on samples in exactly the policy's shares: 1, 2, 3 and 4 of 10 tokens."""
+    counts = torch.tensor([1, 2, 3, 4])
+    samples = torch.repeat_interleave(torch.arange(4), counts)
+    reference = torch.log_softmax(torch.tensor([-0.5, 0.4, 0.9, -1.2], dtype=torch.float64), -1)
+    row = method(regulariser={"kind": "fixed", "kl": 1.0, "kl_estimator": estimator})
+    batch = replace(golden_batch(), **flat_columns(torch.zeros(10, dtype=torch.long), [0.0], [0]))
+    theta = (counts / 10).double().log().requires_grad_(True)
+    logprob = torch.log_softmax(theta, -1)[samples]
+    columns = {"logprob": logprob, "ref_logprob": reference[samples], "logprob_old": logprob.detach()}
+    zeros = torch.zeros(10, dtype=torch.float64)
+    tokens = update_tokens(row, batch, entropy=zeros, advantage=zeros, coefficient=zeros, **columns)
+    (gradient,) = torch.autograd.grad(policy_loss(row, tokens, None, 10).total, theta)
+
+    def divergence(logits: torch.Tensor) -> float:
+        pi = torch.log_softmax(logits, -1)
+        of, against = (pi, reference) if forward else (reference, pi)
+        return float((of.exp() * (of - against)).sum())
+
+    steps = 1e-5 * torch.eye(4, dtype=torch.float64)
+    slopes = [(divergence(theta.detach() + step) - divergence(theta.detach() - step)) / 2e-5 for step in steps]
+    assert gradient.tolist() == pytest.approx(slopes, abs=1e-8)
+    assert max(map(abs, slopes)) > 0.05
 
 
 @pytest.mark.parametrize(("estimator", "unbiased"), [("k1", True), ("k2", False), ("k3", True)])

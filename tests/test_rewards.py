@@ -162,7 +162,7 @@ def test_golden_token_entropy() -> None:
     0.5 * 1 + 0.5 * 2 * 1/4 = 0.75; 0.5 + 0.5 * 2 * 3/4 = 1.25; alone at position 1: 0.5 + 0.5 * 1 = 1.
     """
     batch = small_batch([2, 1, 2], [1, 2, 3, 5, 7], [True, True, False], torch.float64)
-    shaped = shape_rewards(row("token_entropy"), batch)
+    shaped = shape_rewards(row("token_entropy", base=0.5, bonus=0.5), batch)
     assert shaped.reward.tolist() == pytest.approx([0, 0.75, 1, 0, 1.25, 0, 0, 0])
     assert shaped.returns.tolist() == pytest.approx([1.75, 1.25, 0])
 
@@ -170,7 +170,7 @@ def test_golden_token_entropy() -> None:
 def test_golden_sequence_entropy() -> None:
     """Mean entropies 1.5 and 4.5 of two successes: 0.5 * 1 + 0.5 * 2 * 1/4 = 0.75 and 0.5 + 0.5 * 2 * 3/4 = 1.25."""
     batch = small_batch([2, 1, 2], [1, 2, 4.5, 5, 7], [True, True, False], torch.float64)
-    shaped = shape_rewards(row("sequence_entropy"), batch)
+    shaped = shape_rewards(row("sequence_entropy", base=0.5, bonus=0.5), batch)
     assert shaped.reward.tolist() == pytest.approx([0, 0, 0.75, 0, 1.25, 0, 0, 0])
     assert shaped.returns.tolist() == pytest.approx([0.75, 1.25, 0])
 

@@ -37,13 +37,22 @@ from tests.batches import CLOSE, batches, method, noise, properties
 
 SURROGATE_ROWS: dict[str, dict[str, Any]] = {
     "ppo_clip": {"kind": "ppo_clip", "low": 0.2, "high": 0.28},
+    "ppo_clip_dual": {"kind": "ppo_clip", "low": 0.2, "high": 0.28, "dual": 1.4},
     "sequence_clip": {"kind": "sequence_clip", "low": 0.05, "high": 0.1},
     "detached_clip": {"kind": "detached_clip", "low": 0.3, "high": 0.28},
     "straight_through_clip": {"kind": "straight_through_clip", "low": 0.2, "high": 0.25},
+    "straight_through_clip_dual": {"kind": "straight_through_clip", "low": 0.2, "high": 0.25, "dual": 1.4},
     "covariance_clip": {"kind": "covariance_clip", "low": 0.2, "high": 0.3, "share": 0.3, "band": (0.05, 2.0)},
     "covariance_kl": {"kind": "covariance_kl", "share": 0.4, "coefficient": 0.7},
     "balanced_clip": {"kind": "balanced_clip", "step": 0.07},
-    "procedure_clip": {"kind": "procedure_clip", "dual": 1.6, "strength": 0.7, "half_life": 2.0, "largest_shift": 0.6},
+    "procedure_clip": {
+        "kind": "procedure_clip",
+        "dual": 1.6,
+        "strength": 0.7,
+        "half_life": 2.0,
+        "largest_shift": 0.6,
+        "safety": 1.4,
+    },
     "soft_q": {"kind": "soft_q"},
 }
 REGULARISER_ROWS: dict[str, dict[str, Any]] = {
@@ -302,7 +311,7 @@ def expect_future(g: Given, half_life: float, largest: float) -> list[float]:
 
 def expect_procedure(g: Given) -> Expected:
     """By cases; trajectories with two dual-clipped tokens or more are left out, and the others' loss grows in turn."""
-    low, high, dual = 0.8, 1.28, 1.6
+    low, high, dual, safety = 0.8, 1.28, 1.6, 1.4
     ratios = [math.exp(n - o) for n, o in zip(g.now, g.old, strict=True)]
     often: dict[int, int] = {}
     for ratio, a, own in zip(ratios, g.advantage, g.trajectory, strict=True):
@@ -316,14 +325,25 @@ def expect_procedure(g: Given) -> Expected:
         loss, slope, clipped = clip_one(ratio, a, low, high)
         if a < 0 and ratio > dual:
             loss, slope, clipped = -dual * a, 0.0, True
-        least, most = (0.8, 1.0) if a < 0 and ratio > high else (1.0, 1.2)
-        scale = (1 + 0.7 * min(max(math.exp(future), least), most)) * math.fsum(g.coefficient) / kept
+        f = min(max(math.exp(future), 1.0), 1.2)  # upward only, as in the source's scripts; then its cap
+        f = min(max(f, 0.8), 1.0) if a < 0 and ratio > safety else f
+        scale = (1 + 0.7 * f) * math.fsum(g.coefficient) / kept
         rows.append((loss * scale, slope * scale, clipped))
+    return columns_of(rows)
+
+
+def expect_dual(g: Given, single: Callable[[Given], Expected]) -> Expected:
+    """Where A < 0 a ratio above 1.4 counts as 1.4, and has no gradient."""
+    rows = []
+    for n, o, a, row in zip(g.now, g.old, g.advantage, zip(*single(g), strict=True), strict=True):
+        rows.append((-1.4 * a, 0.0, True) if a < 0 and math.exp(n - o) > 1.4 else row)
     return columns_of(rows)
 
 
 EXPECTED: dict[str, Callable[[Given], Expected]] = {
     "ppo_clip": expect_ppo,
+    "ppo_clip_dual": lambda g: expect_dual(g, expect_ppo),
+    "straight_through_clip_dual": lambda g: expect_dual(g, expect_straight_through),
     "sequence_clip": expect_sequence,
     "detached_clip": expect_detached,
     "straight_through_clip": expect_straight_through,
@@ -723,24 +743,27 @@ def test_procedure_clip_scales_by_where_a_token_leads(form: str, factors: list[f
     assert not any(clipped)
 
 
-def test_a_blamed_token_with_a_large_ratio_is_blamed_less_if_it_leads_away() -> None:
-    """Of A < 0 and r above 1.28, f is within [0.8, 1]: exp(FutureKL) = 1.5 * 0.5 = 0.75, 1.5 * 0.6 = 0.9 and 1.5."""
-    tokens = few([1.5, 0.5, 1.5, 0.6, 1.5], [-1.0] * 5, trajectory=[0, 0, 1, 1, 2])
-    row = method(surrogate={"kind": "procedure_clip", "form": "centred", "half_life": 1e9})
+def test_a_blamed_token_is_scaled_as_any_other_up_to_the_safety_ratio_and_not_at_all_above_it() -> None:
+    """The cap is applied to what is within [1, 1.2] by then, so that f is 1: never below, wherever the token leads."""
+    tokens = few([5.9, 1.0, 6.1, 1.0, 1.5, 0.5, 1.5], [-1.0] * 7, trajectory=[0, 0, 1, 1, 2, 2, 3])
+    row = method(
+        surrogate={"kind": "procedure_clip", "form": "centred", "half_life": 1e9, "largest_shift": 9.0, "dual": 100.0}
+    )
     loss, slope, clipped = loss_and_slope(row, tokens)
-    assert [loss[t] for t in (0, 2, 4)] == pytest.approx([0.8 * 1.5, 0.9 * 1.5, 1.5])
-    assert [slope[t] for t in (0, 2, 4)] == pytest.approx([0.8 * 1.5, 0.9 * 1.5, 1.5])
-    assert clipped == [False, True, False, True, False]
+    expected = [5.9 * 1.2, 1.0, 6.1, 1.0, 1.5, 0.8, 1.5 * 1.2]
+    assert loss == pytest.approx(expected)
+    assert slope == pytest.approx([*expected[:5], 0.0, expected[6]])
+    assert clipped == [False] * 5 + [True, False]
     praised = replace(tokens, advantage=-tokens.advantage)
-    assert loss_and_slope(row, praised)[0][4] == pytest.approx(-1.28 * 1.2)
+    assert loss_and_slope(row, praised)[0][2] == pytest.approx(-1.28 * 1.2)
 
 
 def test_the_dual_bound_holds_a_loss_and_its_gradient() -> None:
-    """A < 0: above ratio 3 the loss is 3 and has no gradient; log 4 is left out of FutureKL, so f is 1."""
+    """A < 0: above ratio 3 the loss is 3 and has no gradient; log 4 is left out of FutureKL, so f is 1; of 2.9 it is 1.2."""
     row = method(surrogate={"kind": "procedure_clip", "form": "centred"})
     loss, slope, clipped = loss_and_slope(row, few([4.0, 1.0, 2.9], [-1.0] * 3, trajectory=[0, 1, 2]))
-    assert loss == pytest.approx([3.0, 1.0, 2.9])
-    assert slope == pytest.approx([0.0, 1.0, 2.9])
+    assert loss == pytest.approx([3.0, 1.0, 1.2 * 2.9])
+    assert slope == pytest.approx([0.0, 1.0, 1.2 * 2.9])
     assert clipped == [True, False, False]
 
 

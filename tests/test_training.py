@@ -32,10 +32,10 @@ from pipeline.rollout.table import sample_slice
 from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.timing import Phases
 from pipeline.training.collection import Collection
-from pipeline.training.iteration import Example, Iteration, minibatches, prepare_iteration
+from pipeline.training.iteration import Example, Iteration, _estimates, minibatches, prepare_iteration
 from pipeline.training.module import PolicyGradient, _Averages
 from pipeline.training.result import table_slice
-from pipeline.trajectory import RESPONSE_ROLES, Role, Trajectories, concatenate
+from pipeline.trajectory import CUT_OFF, RESPONSE_ROLES, Role, Trajectories, concatenate
 from tests.trainings import LAKE, configured, fit, quiet, same, standing, supervised, weights
 
 # A user's own environment, outside the package: a gymnasium.Env with a few attributes, and an expert beside it.
@@ -276,6 +276,52 @@ def test_a_round_before_there_are_branches_is_not_whole(policy: Policy) -> None:
                 parameter += 0.02 * torch.randn_like(parameter)
     assert [(len(one.trajectories), len(one.examples), one.whole) for one in rounds] == [(4, 4, False), (8, 4, True)]
     assert all(one.metrics["recompute_error"] < 1e-4 for one in rounds)
+
+
+@pytest.mark.parametrize(("kind", "name"), [("gae", "value"), ("soft_q", "soft_value")])
+def test_what_is_behind_a_cut_off_episode_is_what_the_head_says_where_the_next_response_begins(
+    policy: Policy, kind: str, name: str
+) -> None:
+    """Read off the last token of the observation that was not answered; 0 behind a true end; values elsewhere stay."""
+    row = {"advantage": {"kind": kind, "cut_off": "bootstrap"}, "surrogate": {"kind": "soft_q"}}
+    lake = {
+        "settings": {"size": 3, "least_distance": 1, "frozen": 0.6, "max_actions": 8, "grid": "first"},
+        "max_turns": 2,
+    }
+    config = configured(
+        {
+            "methods": {"cut": row if kind == "soft_q" else {"advantage": row["advantage"]}},
+            "environments": {LAKE: lake},
+            "train": {"tokens_per_forward": 200},
+        }
+    )
+    module = PolicyGradient(config, LAKE, "cut", 0, policy)
+    for parameter in module.heads.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    (episodes,) = module.collection.rounds(0)
+    cut = np.isin(episodes.episodes["end_reason"], CUT_OFF)
+    assert {True, False} == set(cut.tolist())
+    plain, nothing = _estimates(episodes, module._estimate, 200, ())
+    columns, found = _estimates(episodes, module._estimate, 200, (name,))
+    assert nothing == {}
+    assert found.keys() == {f"{name}_behind"}
+    for column in plain:
+        torch.testing.assert_close(columns[column], plain[column], atol=1e-5, rtol=0)
+    for e, behind in enumerate(found[f"{name}_behind"].tolist()):
+        assert (behind != 0) == cut[e]
+        if cut[e]:
+            ids = episodes.input_ids[episodes.offsets[e] : episodes.offsets[e + 1]]
+            assert not episodes.sampled[episodes.offsets[e + 1] - 1]
+            longer, wanted = np.append(ids, 0), np.arange(len(ids) + 1) == len(ids)
+            assert behind == pytest.approx(float(module._estimate([longer], [wanted])[name]), abs=1e-5)
+    iteration = prepare_iteration(config, module.method, 0, 0, episodes, module._estimate)
+    ends = token_batch(episodes, generator(0, "slots", 0))
+    head = "q" if kind == "soft_q" else "value"
+    gamma = 0.99 if kind == "soft_q" else 1.0
+    for e, example in enumerate(iteration.examples):
+        reward = float(ends.reward[(ends.trajectory == e) & ends.trainable][-1])
+        expected = reward + gamma * float(found[f"{name}_behind"][e])
+        assert float(example.heads[f"{head}_target"][-1]) == pytest.approx(expected, abs=1e-5)
 
 
 def test_every_method_meets_the_same_states_and_noise() -> None:

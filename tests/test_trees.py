@@ -205,6 +205,7 @@ def expect_shared(w: Written, soft: bool, **settings: Any) -> Expected:
 
 
 def expect_credit(w: Written, **settings: Any) -> Expected:
+    settings = {"ddof": 0, **settings}  # the source's default
     initial = over([e for e in w.rows if w.parent[e] < 0], w, **settings)
     branches = over([e for e in w.rows if w.parent[e] >= 0], w, **settings)
     advantage, count = [0.0] * len(w.nodes), [0.0] * len(w.nodes)
@@ -516,8 +517,9 @@ def test_prefix_credit_by_hand() -> None:
     nothing = np.zeros(len(trajectories.input_ids), dtype=np.float32)
     batch = batch_of(replace(trajectories, energy=nothing, ref_logprob=nothing, ref_entropy=nothing))
     advantage = token_advantages(row(ADVANTAGES["prefix_credit"]), batch, {}).advantage
-    # Both branches leave the first two tokens behind them, +HALF and -HALF; only the failed one the third.
-    assert advantage[:5].tolist() == pytest.approx([0, 0, 0, -0.7 * HALF, 0], abs=1e-5)
+    # Both branches leave the first two tokens behind them, of +1 and -1 by the population's deviation; only the failed one
+    # the third.
+    assert advantage[:5].tolist() == pytest.approx([0, 0, 0, -0.7, 0], abs=1e-5)
     assert not bool(advantage[5:].any())
 
 

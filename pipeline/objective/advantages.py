@@ -56,11 +56,12 @@ def gae(
     *,
     gamma: float | Float[Tensor, " n"],
     lam: float,
+    behind: Float[Tensor, " e"] | None = None,
 ) -> Float[Tensor, " n"]:
     """Token-level generalised advantage estimation (arXiv 1506.02438, eq. 16) over trainable tokens only.
 
     Prompt and observation tokens are skipped, never discounted through: the successor of a turn's last token is the next
-    turn's first. ``delta_t = r_t + gamma * V_{t+1} - V_t`` with ``V = 0`` after the last one.
+    turn's first. ``delta_t = r_t + gamma * V_{t+1} - V_t`` with ``V = behind`` after the last one.
 
     Args:
         reward: stands on trainable tokens.
@@ -69,6 +70,7 @@ def gae(
         trajectory: index of its trajectory, non-decreasing.
         gamma: discount after each trainable token; one for all, or one per token.
         lam: lambda.
+        behind: V of the state behind each trajectory's last trainable token, 0 at a true end; None: 0 for all.
 
     Returns:
         Advantages, 0 where not trainable.
@@ -81,12 +83,13 @@ def gae(
     index = torch.nonzero(trainable).squeeze(-1)
     own, r, v = trajectory[index].tolist(), reward[index].tolist(), values[index].tolist()
     g = gamma[index].tolist() if isinstance(gamma, Tensor) else [gamma] * len(r)
+    after = None if behind is None else behind.tolist()
     result = [0.0] * len(r)
     following_advantage = following_value = 0.0
     following_trajectory = -1
     for t in range(len(r) - 1, -1, -1):
         if own[t] != following_trajectory:
-            following_advantage = following_value = 0.0
+            following_advantage, following_value = 0.0, 0.0 if after is None else after[own[t]]
         following_advantage = r[t] + g[t] * following_value - v[t] + g[t] * lam * following_advantage
         result[t], following_value, following_trajectory = following_advantage, v[t], own[t]
     advantages = torch.zeros_like(values)
@@ -124,7 +127,8 @@ class HeadTarget(NamedTuple):
 
 
 Estimates = Mapping[str, Tensor]
-"""What the heads say of each token, before the update: a critic its ``value`` and so on."""
+"""What the heads say of each token, before the update: a critic its ``value`` and so on; where episodes that were cut off
+are bootstrapped, also ``<name>_behind`` (e): of the state behind a trajectory's last token, 0 if it is a true end."""
 
 
 def from_group(
@@ -148,15 +152,31 @@ def from_token_group(
 
 
 def from_step_group(
-    batch: TokenBatch, estimates: Estimates, state: State, *, step_weight: float, gamma: float, std: bool
+    batch: TokenBatch,
+    estimates: Estimates,
+    state: State,
+    *,
+    step_weight: float,
+    gamma: float,
+    std: bool,
+    episodes_by: str = "trajectory",
 ) -> AdvantageEstimate:
     """GiGPO (arXiv 2505.10978): ``A_episode + step_weight * A_step``.
+
+    ``A_episode`` is ``group_advantage`` of the returns, of an episode once, or (``episodes_by`` "turn") once per turn.
 
     A turn is scored by the discounted return from it on, ``R_k = sum_j gamma^(j-k) r_j``, and compared with all turns of
     its group that began in the same state; alone in its state it has ``A_step = 0``.
     """
-    episode = group_advantage(batch.returns, batch.group, std=std, ddof=1, eps=1e-6)
-    advantage = to_tokens(episode, batch.trajectory, batch.trainable)
+    if episodes_by == "trajectory":
+        episode = group_advantage(batch.returns, batch.group, std=std, ddof=1, eps=1e-6)
+        advantage = to_tokens(episode, batch.trajectory, batch.trainable)
+    elif len(batch.turn_trajectory):
+        owner = batch.turn_trajectory
+        episode = group_advantage(batch.returns[owner], batch.group[owner], std=std, ddof=1, eps=1e-6)
+        advantage = torch.where(batch.trainable, episode[batch.turn.clamp_min(0)], 0.0)
+    else:
+        advantage = torch.zeros_like(batch.reward)
     if len(batch.turn_state):
         score = discounted_returns(turn_rewards(batch), batch.turn_trajectory, gamma)
         step = group_advantage(score, batch.turn_state, std=std, ddof=1, eps=1e-6)
@@ -172,7 +192,8 @@ def from_gae(
     if discount == "turn":
         factor = torch.where(last_of_turn(batch), gamma, 1.0).to(batch.reward.dtype)
     values = estimates["value"]
-    raw = gae(batch.reward, values, batch.trainable, batch.trajectory, gamma=factor, lam=lam)
+    behind = estimates.get("value_behind")
+    raw = gae(batch.reward, values, batch.trainable, batch.trajectory, gamma=factor, lam=lam, behind=behind)
     target = HeadTarget(torch.where(batch.trainable, raw + values, 0.0), batch.trainable)
     return AdvantageEstimate(_whitened(raw, batch, whiten), {"value": target}, {})
 
@@ -182,13 +203,15 @@ def from_turn_gae(
 ) -> AdvantageEstimate:
     """GAE over turns, V_k the value of turn k's first trainable token; its tokens share A_k.
 
-    ``delta_k = r_k + gamma * V_{k+1} - V_k`` over a trajectory's turns that have a trainable token.
+    ``delta_k = r_k + gamma * V_{k+1} - V_k`` over a trajectory's turns that have a trainable token, with ``V_{k+1}`` of
+    ``gae`` behind the last.
     """
     first = first_of_turn(batch)
     owner, turn = batch.trajectory[first], batch.turn[first]
     values = estimates["value"][first]
     everything = torch.ones_like(owner, dtype=torch.bool)
-    own = gae(turn_rewards(batch)[turn], values, everything, owner, gamma=gamma, lam=lam)
+    behind = estimates.get("value_behind")
+    own = gae(turn_rewards(batch)[turn], values, everything, owner, gamma=gamma, lam=lam, behind=behind)
     by_turn = torch.zeros(len(batch.turn_trajectory), dtype=own.dtype).index_add_(0, turn, own)
     target = torch.zeros_like(batch.reward)
     target[first] = own + values
@@ -218,7 +241,13 @@ def from_bilevel_gae(
     high = torch.zeros_like(values)
     everything = torch.ones_like(batch.trajectory[last], dtype=torch.bool)
     high[last] = gae(
-        batch.reward[last], values[last], everything, batch.trajectory[last], gamma=turn_gamma, lam=turn_lam
+        batch.reward[last],
+        values[last],
+        everything,
+        batch.trajectory[last],
+        gamma=turn_gamma,
+        lam=turn_lam,
+        behind=estimates.get("value_behind"),
     )
     # Token GAE of one turn whose last delta is A_k: a "reward" of A_k + V_k, and nothing after it.
     closing = torch.where(last, high + values, batch.reward)
@@ -257,8 +286,8 @@ def from_entropy_gae(
         ("entropy_value", own, entropy_gamma, entropy_lam, multiplier),
     )
     for name, earned, discount, trace, factor in parts:
-        values = estimates[name]
-        raw = gae(earned, values, batch.trainable, batch.trajectory, gamma=discount, lam=trace)
+        values, behind = estimates[name], estimates.get(f"{name}_behind")
+        raw = gae(earned, values, batch.trainable, batch.trajectory, gamma=discount, lam=trace, behind=behind)
         targets[name] = HeadTarget(torch.where(batch.trainable, raw + values, 0.0), batch.trainable)
         advantage = advantage + factor * _whitened(raw, batch, whiten)
     return AdvantageEstimate(advantage, targets, {"first_entropy": first, "multiplier": multiplier})
@@ -269,13 +298,14 @@ def from_soft_q(batch: TokenBatch, estimates: Estimates, state: State, *, gamma:
 
     With ``S(x) = V(x) - b KL(x)`` of the prefix x in which a token is chosen (``soft_value`` of the estimates):
     ``y_j = S(x_{j+1})`` inside a response, ``y_K = reward + gamma * S(s')`` at its end, and ``reward`` alone at the
-    episode's. The policy learns from Q itself; ``A_t = Q(x_t, w_t) - S(x_t)`` is there for weights that ask for it.
+    episode's (where it was cut off and is bootstrapped, with ``S`` behind its last token). The policy learns from Q itself; ``A_t = Q(x_t, w_t) - S(x_t)`` is there for weights that ask for it.
     """
     soft, taken = estimates["soft_value"], estimates["taken"]
     chosen = batch.trainable
     index = torch.nonzero(chosen).squeeze(-1)
-    following = torch.zeros_like(soft[index])
-    following[:-1] = torch.where(batch.trajectory[index][1:] == batch.trajectory[index][:-1], soft[index][1:], 0.0)
+    owner = batch.trajectory[index]
+    following = estimates.get("soft_value_behind", torch.zeros(batch.trajectories, dtype=soft.dtype))[owner]
+    following[:-1] = torch.where(owner[1:] == owner[:-1], soft[index][1:], following[:-1])
     factor = torch.where(last_of_turn(batch)[index], gamma, 1.0).to(soft.dtype)
     target = torch.zeros_like(soft)
     target[index] = batch.reward[index] + factor * following

@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any, NamedTuple
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -105,19 +106,20 @@ def token_advantages(
     Args:
         method: the row of slots.
         batch: the trajectories that passed the filter, rewards reshaped.
-        estimates: what the heads say of each token.
+        estimates: what the heads say of each token, and behind the last ones (see ``advantages.Estimates``).
         state: what the advantage remembers.
 
     Raises:
         ValueError: an estimate is missing, or a reward stands on a token that the policy did not choose.
     """
     section = method.advantage
-    missing = [name for name in section.estimates() if name not in estimates]
+    wanted = (*section.estimates(), *(f"{name}_behind" for name in section.behind()))
+    missing = [name for name in wanted if name not in estimates]
     if missing:
         raise ValueError(f"advantage {section.kind} needs the estimates of its heads: {', '.join(missing)}")
     if bool((batch.reward[~batch.trainable] != 0).any()):
         raise ValueError("a reward stands on a token that the policy did not choose")
-    elsewhere = (*(name for name, field in section if isinstance(field, slots.Head)), "entropy_scale")
+    elsewhere = (*(name for name, field in section if isinstance(field, slots.Head)), "entropy_scale", "cut_off")
     estimate = ADVANTAGES[type(section)](batch, estimates, state or {}, **settings(section, *elsewhere))
     return estimate._replace(advantage=advantages.scaled_by_entropy(batch, estimate.advantage, section.entropy_scale))
 
@@ -132,10 +134,27 @@ def coefficients(
     weight: Float[Tensor, " n"],
     trainable: Bool[Tensor, " n"],
     trajectory: Int[Tensor, " n"],
+    advantage: Float[Tensor, " n"] | None = None,
 ) -> Float[Tensor, " n"]:
-    """S4: the factors c_t of a minibatch."""
+    """S4: the factors c_t of a minibatch.
+
+    Args:
+        method: the row of slots.
+        weight: token weights of the whole minibatch, 0 where not trainable.
+        trainable: the policy chose this token.
+        trajectory: index of its trajectory.
+        advantage: A_t, if ``count`` is ``with_advantage``: tokens without one then have factor 0 and are not counted.
+
+    Raises:
+        ValueError: they are needed and missing.
+    """
     section = method.aggregation
-    return AGGREGATIONS[type(section)](weight, trainable, trajectory, **settings(section))
+    if section.count == "with_advantage":
+        if advantage is None:
+            raise ValueError("aggregation.count with_advantage needs the advantages")
+        trainable = trainable & (advantage != 0)
+        weight = torch.where(trainable, weight, 0.0)
+    return AGGREGATIONS[type(section)](weight, trainable, trajectory, **settings(section, "count"))
 
 
 def surrogate_plan(method: slots.Method) -> Callable[[UpdateTokens], Plan] | None:

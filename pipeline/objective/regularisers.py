@@ -93,8 +93,8 @@ def kl_penalty(logprob: Float[Tensor, " n"], ref_logprob: Float[Tensor, " n"], e
     """Estimators of KL(pi || ref) from tokens sampled by pi, with ``d = log pi - log ref``.
 
     * ``k1``: ``d``, unbiased; as a loss its expected gradient on-policy is zero.
-    * ``k2``: ``d^2 / 2``, biased, with the KL's gradient.
-    * ``k3``: ``exp(-d) - 1 + d``, unbiased and never negative.
+    * ``k2``: ``d^2 / 2``, biased; as a loss its expected gradient on-policy is that of KL(pi || ref).
+    * ``k3``: ``exp(-d) - 1 + d``, unbiased and never negative; as a loss it has the gradient of KL(ref || pi).
 
     Source: J. Schulman, "Approximating KL divergence", 2020; arXiv 2402.03300, eq. 4 (k3).
     """

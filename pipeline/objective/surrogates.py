@@ -78,9 +78,21 @@ def ppo_clip(
     return SurrogateLoss(-torch.minimum(plain, bounded), bounded < plain)
 
 
-def token_clip(tokens: UpdateTokens, plan: Plan | None, *, low: float, high: float) -> SurrogateLoss:
-    """``ppo_clip`` token by token."""
-    return ppo_clip(tokens.logprob, tokens.logprob_old, tokens.advantage, low=low, high=high)
+def token_clip(
+    tokens: UpdateTokens, plan: Plan | None, *, low: float, high: float, dual: float | None = None
+) -> SurrogateLoss:
+    """``ppo_clip`` token by token, bounded by ``dual_clip``."""
+    loss = ppo_clip(tokens.logprob, tokens.logprob_old, tokens.advantage, low=low, high=high)
+    return dual_clip(loss, tokens.advantage, dual)
+
+
+def dual_clip(given: SurrogateLoss, advantage: Float[Tensor, " m"], dual: float | None) -> SurrogateLoss:
+    """Dual clip (arXiv 1912.09729, eq. 5): where ``A < 0`` a loss is at most ``-dual * A``, without a gradient there."""
+    if dual is None:
+        return given
+    largest = -dual * advantage
+    beyond = (advantage < 0) & (given.loss > largest)
+    return SurrogateLoss(torch.where(beyond, largest, given.loss), given.clipped | beyond)
 
 
 def sequence_clip(tokens: UpdateTokens, plan: Plan | None, *, low: float, high: float) -> SurrogateLoss:
@@ -105,16 +117,18 @@ def detached_clip(tokens: UpdateTokens, plan: Plan | None, *, low: float, high: 
     return SurrogateLoss(loss, torch.zeros_like(ratio, dtype=torch.bool))
 
 
-def straight_through_clip(tokens: UpdateTokens, plan: Plan | None, *, low: float, high: float) -> SurrogateLoss:
+def straight_through_clip(
+    tokens: UpdateTokens, plan: Plan | None, *, low: float, high: float, dual: float | None = None
+) -> SurrogateLoss:
     """AEPO (arXiv 2510.14545): where ``A > 0`` and ``r > 1 + high`` the ratio is ``(1 + high) / sg(r) * r``.
 
-    Its value is clipped, its gradient kept; where ``A < 0`` PPO's lower bound holds.
+    Its value is clipped, its gradient kept; where ``A < 0`` PPO's lower bound holds, and ``dual_clip``.
     """
     ratio = torch.exp(tokens.logprob - tokens.logprob_old)
     above = (tokens.advantage > 0) & (ratio.detach() > 1 + high)
     below = (tokens.advantage < 0) & (ratio.detach() < 1 - low)
     held = torch.where(above, (1 + high) / ratio.detach() * ratio, torch.where(below, 1 - low, ratio))
-    return SurrogateLoss(-held * tokens.advantage, below)
+    return dual_clip(SurrogateLoss(-held * tokens.advantage, below), tokens.advantage, dual)
 
 
 def covariance(tokens: UpdateTokens) -> Float[Tensor, " m"]:
@@ -228,17 +242,17 @@ def plan_procedure_clip(
     half_life: float,
     largest_shift: float,
     bound: float,
+    safety: float,
 ) -> Plan:
     """Each token's factor: APPO's scaling, times 0 or the rest's share for trajectories that leave the mean.
 
-    ``f_t = clip(exp(FutureKL_t), 1, bound)``, or ``clip(exp(FutureKL_t), 0.8, 1)`` where A < 0 and ``r > 1 + high``. A
-    trajectory with more than one token of A < 0 and ``r > dual`` leaves the mean: the others' coefficients then add up to
-    what all had.
+    ``f_t = clip(exp(FutureKL_t), 1, bound)``, and 1 where A < 0 and ``r > safety``: the released code then clips f_t, within
+    [1, bound] by now, to [0.8, 1]. A trajectory with more than one token of A < 0 and ``r > dual`` leaves the mean: the
+    others' coefficients then add up to what all had.
     """
     ratio = torch.exp(tokens.logprob - tokens.logprob_old)
     leads = torch.exp(future_kl(tokens, half_life=half_life, largest_shift=largest_shift)).to(ratio.dtype)
-    blamed = (tokens.advantage < 0) & (ratio > 1 + high)
-    f = torch.where(blamed, leads.clamp(0.8, 1.0), leads.clamp(1.0, bound))
+    f = torch.where((tokens.advantage < 0) & (ratio > safety), 1.0, leads.clamp(1.0, bound))
     scale = 1 + strength * (f if form == "raw" else f - 1)
     dual_clipped = ((tokens.advantage < 0) & (ratio > dual)).to(ratio.dtype)
     trajectories = int(tokens.trajectory.max()) + 1 if len(ratio) else 0
@@ -253,10 +267,8 @@ def procedure_clip(
     tokens: UpdateTokens, plan: Plan, *, low: float, high: float, dual: float, **_: Any
 ) -> SurrogateLoss:
     """APPO (arXiv 2606.12384): PPO's surrogate, ``-dual * A`` at most where A < 0, times the planned factor."""
-    loss, clipped = token_clip(tokens, None, low=low, high=high)
-    largest = -dual * tokens.advantage
-    beyond = (tokens.advantage < 0) & (loss > largest)
-    return SurrogateLoss(torch.where(beyond, largest, loss) * plan[:, 0], clipped | beyond | (plan[:, 0] == 0))
+    loss, clipped = token_clip(tokens, None, low=low, high=high, dual=dual)
+    return SurrogateLoss(loss * plan[:, 0], clipped | (plan[:, 0] == 0))
 
 
 def soft_q(tokens: UpdateTokens, plan: Plan | None) -> SurrogateLoss:

@@ -189,7 +189,8 @@ def entropy_rise(
 
     At the beginning of each response but the first, dH is the mean entropy of its first ``tokens`` tokens less that of the
     episode's first response. Turn by turn, and within a turn in the order of the episodes, ``rises`` decides whether
-    ``width`` more episodes begin there.
+    ``width`` more episodes begin there. A turn is a round of decisions: l of the prompt is the same for all of it, and then
+    one more if anything has branched, else 0 (AEPO's code).
     """
     if initial == "monitored":
         yield [ROOT]
@@ -197,7 +198,8 @@ def entropy_rise(
         yield [ROOT] * (monitored_budget(root, tools, len(tree.specs), monitor_slope) - 1)
     else:
         yield [ROOT] * initial
-    streak: dict[int, int] = {}  # l of each path, or of the prompt under -1
+    streak: dict[int, int] = {}  # l of each path
+    rounds = 0  # l of the prompt: rounds of decisions in a row in which anything has branched
     for turn in itertools.count(1):
         if not any(len(tree.turns(path)) > turn for path in range(len(tree.episodes))):
             return
@@ -206,15 +208,14 @@ def entropy_rise(
             own = tree.turns(path)
             if len(own) <= turn or len(positions := tree.sampled(path, turn)) == 0:
                 continue
-            counter = path if penalty_per == "path" else -1
-            length = streak.get(counter, 0)
+            length = streak.get(path, 0) if penalty_per == "path" else rounds
             rise = opening_entropy(tree, path, turn, tokens) - opening_entropy(tree, path, 0, tokens)
             draw = float(tree.draws.random()) if base is None else base
             branching = rises(rise, length, draw, slope, threshold, penalty)
-            streak[counter] = length + 1 if branching else 0
+            streak[path] = length + 1 if branching else 0
             if branching:
                 grown += [Origin(path, int(positions[0]))] * width
-        before = len(tree.episodes)
+        rounds, before = rounds + 1 if grown else 0, len(tree.episodes)
         yield grown
         for child in range(before, len(tree.episodes)):  # a branch takes its path's streak along
             parent = tree.origins[child].parent

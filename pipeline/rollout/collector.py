@@ -76,6 +76,7 @@ def collect(
     temperature: float,
     progress: Callable[[int], None] = lambda episodes: None,
     phases: Phases | None = None,
+    closing: bool = False,
 ) -> Trajectories:
     """Play episodes to their end.
 
@@ -88,6 +89,7 @@ def collect(
         temperature: of sampling.
         progress: called with 1 whenever an episode is finished.
         phases: told how long the environment takes: ``reset`` and ``step``.
+        closing: see ``Setup``.
 
     Returns:
         The episodes in the order of ``specs``.
@@ -96,7 +98,7 @@ def collect(
         ConfigError: the environment raised, or returned what it must not (see ``registry.step``); its openings differ
             within a group, or leave no room in ``context_tokens``.
     """
-    setup = Setup(tokenizer, config, name, phases)
+    setup = Setup(tokenizer, config, name, phases, closing)
     engine.forget()
     episodes = play(engine, (setup.begin(spec) for spec in specs), temperature, progress, len(specs))
     return build([episode.builder for episode in episodes])
@@ -163,10 +165,14 @@ class Setup:
         config: params.yaml.
         name: key in ``environments``.
         phases: told how long the environment takes: ``reset`` and ``step``.
+        closing: an episode that is cut off ends with the observation after its last response, also beyond
+            ``context_tokens``: with all that the policy would have seen when it began the next one.
     """
 
-    def __init__(self, tokenizer: Any, config: Config, name: str, phases: Phases | None = None) -> None:
-        self.section = config.environments[name]
+    def __init__(
+        self, tokenizer: Any, config: Config, name: str, phases: Phases | None = None, closing: bool = False
+    ) -> None:
+        self.section, self.closing = config.environments[name], closing
         self.phases = phases or Phases()
         self.dialogue = Dialogue(tokenizer, self.section.layout, config.rollout.prefill, self.section.response_tokens)
         self._prompts: dict[str, list[int]] = {}
@@ -177,7 +183,7 @@ class Setup:
         Raises:
             ConfigError: its environment opens it otherwise than the rest of its group, or see ``collect``.
         """
-        episode = Episode(self.section, self.dialogue, spec, self.phases)
+        episode = Episode(self.section, self.dialogue, spec, self.phases, self.closing)
         if self._prompts.setdefault(spec.group_id, episode.prompt) != episode.prompt:  # invariant 3
             raise ConfigError(
                 f"environments: {self.section.id!r} opens group {spec.group_id} with different prompts; observation and "
@@ -194,11 +200,14 @@ class Episode:
         dialogue: renders its texts.
         spec: what to play.
         phases: told how long the environment takes.
+        closing: see ``Setup``.
     """
 
-    def __init__(self, section: Environment, dialogue: Dialogue, spec: EpisodeSpec, phases: Phases) -> None:
+    def __init__(
+        self, section: Environment, dialogue: Dialogue, spec: EpisodeSpec, phases: Phases, closing: bool = False
+    ) -> None:
         self.section, self.dialogue, self.spec, self.done, self.turn = section, dialogue, spec, False, 1
-        self.phases = phases
+        self.phases, self.closing = phases, closing
         self.draws = generator(*spec.draws)
         self._begun: list[int] = []
         """Sampled tokens of the present response that a branch has from its parent."""
@@ -241,7 +250,7 @@ class Episode:
             ConfigError: the environment, led by the same actions, is not in the state that the parent was in.
         """
         spec = replace(spec, state_seed=parent.spec.state_seed, noise=parent.spec.noise)
-        episode = cls(parent.section, parent.dialogue, spec, parent.phases)
+        episode = cls(parent.section, parent.dialogue, spec, parent.phases, parent.closing)
         episode.builder = parent.builder.before(split, **episode.builder.identity)
         with episode.phases.phase("step"):
             for turn in episode.builder.turns:
@@ -282,7 +291,7 @@ class Episode:
         self.builder.close_turn(self._start, reward, action, valid, state_key, written is not None, ended)
         if over:
             self._finish(_storable(outcome_of(self.environment)))
-        elif self.turn == self.section.max_turns:
+        elif self.turn == self.section.max_turns and not self.closing:
             self._finish("turns")
         else:
             self._next_turn(reward, answer.finish == "eos")
@@ -330,11 +339,13 @@ class Episode:
         self.turn += 1
         left = actions_left_of(self.environment)
         following = self.dialogue.following(self.turn, self.observation, reward, ended_by_eos, left)
-        if len(self.builder) + len(following) + len(self.dialogue.prefill_ids) >= self.section.context_tokens:
-            self._finish("context")
-        else:
+        full = len(self.builder) + len(following) + len(self.dialogue.prefill_ids) >= self.section.context_tokens
+        reason = "turns" if self.turn > self.section.max_turns else "context" if full else None
+        if reason is None or self.closing:
             self.builder.append_text(following, Role.OBSERVATION)
             self._open_response()
+        if reason is not None:
+            self._finish(reason)
 
     def _open_response(self) -> None:
         """Force the prefill."""

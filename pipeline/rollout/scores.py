@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from pipeline.trajectory import Role, Trajectories
@@ -12,8 +14,9 @@ def branch_scores(
     trajectories: Trajectories,
     draws: np.random.Generator,
     moved: np.ndarray | None = None,
-    discount: float = 0.99,
+    discount: float = 1.0,
     bounds: tuple[float, float] = (0.8, 1.2),
+    blank: np.ndarray | None = None,
 ) -> np.ndarray:
     """A score per token by a signal's name (``slots.Positions.signal``).
 
@@ -24,6 +27,7 @@ def branch_scores(
         moved: ``log pi - log pi_old`` of each token, for the branching score.
         discount: of Omega.
         bounds: of Omega.
+        blank: bool (N,), see ``blank_tokens``; the branching score puts none of these forward. None: there are none.
 
     Returns:
         float64 (N,): the higher the better; -inf where nothing may branch.
@@ -39,7 +43,8 @@ def branch_scores(
     if signal == "branching_score":
         if moved is None:
             raise ValueError("branching_score needs log-probabilities under a policy that has moved")
-        return _branching_scores(trajectories, omega(trajectories, moved, discount, bounds))
+        places = sampled if blank is None else sampled & ~blank
+        return _branching_scores(trajectories, omega(trajectories, moved, discount, bounds), places)
     if signal in ("reference_energy", "action_energy"):
         if trajectories.energy is None:
             raise ValueError("trajectories are not annotated")
@@ -77,25 +82,33 @@ def omega(trajectories: Trajectories, moved: np.ndarray, discount: float, bounds
     return np.asarray(np.clip(result, *bounds))
 
 
-def _branching_scores(trajectories: Trajectories, leads: np.ndarray) -> np.ndarray:
-    """``z(H_t) * z(Omega_t)`` within each group where both are positive; where none is, only the best product counts."""
-    scores = np.full(len(leads), -np.inf)
-    group = trajectories.groups[trajectories.token_episode]
-    for own in range(int(group.max()) + 1):
-        chosen = np.flatnonzero((group == own) & trajectories.sampled)
+def _branching_scores(trajectories: Trajectories, leads: np.ndarray, places: np.ndarray) -> np.ndarray:
+    """``z(H_t) * z(Omega_t)``, z over the sampled tokens of each episode; where not both are positive, behind all others.
+
+    As in the released code: a position of the second kind, best first, is what is left where there are too few of the first.
+    """
+    product, qualified = np.zeros(len(leads)), np.zeros(len(leads), dtype=bool)
+    for episode in range(len(trajectories)):
+        start, end = trajectories.offsets[episode], trajectories.offsets[episode + 1]
+        chosen = start + np.flatnonzero(trajectories.sampled[start:end])
         high, far = standardised(trajectories.entropy[chosen].astype(np.float64)), standardised(leads[chosen])
-        product = high * far
-        qualified = (high > 0) & (far > 0)
-        if not qualified.any():
-            qualified = np.arange(len(chosen)) == np.argmax(product)
-        scores[chosen[qualified]] = product[qualified]
-    return scores
+        product[chosen], qualified[chosen] = high * far, (high > 0) & (far > 0)
+    behind = 2 * np.abs(product).max(initial=0.0) + 1
+    return np.where(places, np.where(qualified, product, product - behind), -np.inf)
 
 
 def standardised(values: np.ndarray) -> np.ndarray:
-    """Zero mean and unit (population) standard deviation; 0 everywhere if all are equal."""
-    spread = values.std()
-    return np.asarray((values - values.mean()) / spread) if spread > 0 else np.zeros(len(values))
+    """``(x - mean) / (std + 1e-6)`` with the population's standard deviation: APPO's z, 0 for values that are all equal."""
+    if len(values) == 0 or values.min() == values.max():
+        return np.zeros(len(values))
+    return np.asarray((values - values.mean()) / (values.std() + 1e-6))
+
+
+def blank_tokens(tokenizer: Any, ids: np.ndarray) -> np.ndarray:
+    """bool (N,): tokens whose text is whitespace alone, or nothing."""
+    kinds, index = np.unique(ids, return_inverse=True)
+    blank = np.array([not tokenizer.decode([int(token)]).strip() for token in kinds], dtype=bool)
+    return np.asarray(blank[index])
 
 
 def action_starts(trajectories: Trajectories) -> np.ndarray:

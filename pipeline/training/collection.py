@@ -16,7 +16,7 @@ from pipeline.randomness import generator
 from pipeline.rollout.branching import Forest
 from pipeline.rollout.collector import EpisodeSpec, Setup, collect, iteration_specs
 from pipeline.rollout.engine import RolloutEngine
-from pipeline.rollout.scores import branch_scores
+from pipeline.rollout.scores import blank_tokens, branch_scores
 from pipeline.slots import BranchingSection, Independent, Positions
 from pipeline.timing import Phases
 from pipeline.trajectory import Trajectories, concatenate
@@ -43,7 +43,10 @@ class Collection:
     phases: Phases
     """Told how long everything takes."""
     first: Trajectories | None = None
-    """The annotated episodes of iteration 0 if the rollout stage has already sampled them; trees begin anew."""
+    """The annotated episodes of iteration 0 if the rollout stage has already sampled them; trees begin anew, and so does
+    what is to be ``closing``."""
+    closing: bool = False
+    """Episodes that are cut off end with the observation after their last response, of which a critic is asked."""
 
     def rounds(self, number: int) -> Iterator[Trajectories]:
         """The annotated episodes of an iteration, to be trained on.
@@ -53,19 +56,25 @@ class Collection:
         """
         if not isinstance(self.branching, Independent):
             yield from self._grown(number)
-        elif number == 0 and self.first is not None:
+        elif number == 0 and self.first is not None and not self.closing:
             yield self.first
         else:
             specs = self._specs(number)
             with self.phases.phase("collect"), span("sampling", *SAMPLING):
-                temperature = self.config.rollout.temperature
                 sampled = collect(
-                    self.engine, self.policy.tokenizer, self.config, self.name, specs, temperature, phases=self.phases
+                    self.engine,
+                    self.policy.tokenizer,
+                    self.config,
+                    self.name,
+                    specs,
+                    self.config.rollout.temperature,
+                    phases=self.phases,
+                    closing=self.closing,
                 )
             yield self._annotated(sampled)
 
     def _grown(self, number: int) -> Iterator[Trajectories]:
-        setup = Setup(self.policy.tokenizer, self.config, self.name, self.phases)
+        setup = Setup(self.policy.tokenizer, self.config, self.name, self.phases, self.closing)
         temperature = self.config.rollout.temperature
         forest = Forest(self.engine, setup, self._specs(number), self.branching, temperature)
         self.engine.forget()
@@ -97,13 +106,19 @@ class Collection:
 
     def _scores(self, section: Positions, initial: Trajectories) -> np.ndarray:
         moved = self.now(initial)[0] - initial.logprob if section.moved else np.zeros(len(initial.input_ids))
-        scores = np.zeros(len(initial.input_ids))
+        scores, blank = np.zeros(len(initial.input_ids)), blank_tokens(self.policy.tokenizer, initial.input_ids)
         for group in dict.fromkeys(initial.episodes["group_id"]):  # each with draws of its own
             rows = [row for row, own in enumerate(initial.episodes["group_id"]) if own == group]
             tokens = np.isin(initial.token_episode, rows)
             draws = generator(self.seed, "branch scores", group)
             scores[tokens] = branch_scores(
-                section.signal, initial.select(rows), draws, moved[tokens], section.discount, section.bounds
+                section.signal,
+                initial.select(rows),
+                draws,
+                moved[tokens],
+                section.discount,
+                section.bounds,
+                blank[tokens],
             )
         return scores
 

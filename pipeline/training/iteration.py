@@ -26,7 +26,7 @@ from pipeline.progress import span
 from pipeline.randomness import generator
 from pipeline.rollout.branching import branches_by_role
 from pipeline.timing import Phases
-from pipeline.trajectory import Role, Trajectories
+from pipeline.trajectory import CUT_OFF, Role, Trajectories
 
 Estimate = Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], dict[str, Tensor]]
 """From sequences and masks of wanted tokens to what a method's heads say: columns of one number per wanted token."""
@@ -107,9 +107,12 @@ def prepare_iteration(
     selected = collected.select(torch.nonzero(kept).squeeze(-1).numpy())
     batch = shape_rewards(method, token_batch(selected, generator(seed, "slots", number), number, temperature))
     with phases.phase("values"), span("values", 0.7, 0.7):
-        estimates = {} if estimate is None else _estimates(selected, estimate, config.train.tokens_per_forward)
+        estimates, behind = dict[str, Tensor](), dict[str, Tensor]()
+        if estimate is not None:
+            asked = method.advantage.behind()
+            estimates, behind = _estimates(selected, estimate, config.train.tokens_per_forward, asked)
     with phases.phase("advantages"):
-        advantages = token_advantages(method, batch, estimates, memory.get("advantage"))
+        advantages = token_advantages(method, batch, {**estimates, **behind}, memory.get("advantage"))
         batch = replace(batch, advantage=advantages.advantage)
     with phases.phase("weights"):
         weights = token_weights(method, batch)
@@ -149,17 +152,32 @@ def minibatches(
     return result
 
 
-def _estimates(trajectories: Trajectories, estimate: Estimate, tokens_per_forward: int) -> dict[str, Tensor]:
-    """The heads' columns over all tokens, 0 where not trainable."""
-    flat, trainable = dict[str, Tensor](), trajectories.trainable
-    for batch in length_batches(trajectories.lengths, tokens_per_forward):
-        spans = [slice(trajectories.offsets[e], trajectories.offsets[e + 1]) for e in batch]
-        wanted = [trainable[span] for span in spans]
-        index = np.concatenate([np.arange(s.start, s.stop)[w] for s, w in zip(spans, wanted, strict=True)])
-        for name, values in estimate([trajectories.input_ids[s] for s in spans], wanted).items():
-            column = flat.setdefault(name, torch.zeros(len(trajectories.input_ids)))
-            column[torch.from_numpy(index)] = values.float().cpu()
-    return flat
+def _estimates(
+    trajectories: Trajectories, estimate: Estimate, tokens_per_forward: int, asked: Sequence[str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """The heads' columns over all tokens, 0 where not trainable; and behind the last ones.
+
+    The second are ``<name>_behind`` of the names asked for, one number per episode: of the state behind the last token
+    where the episode was cut off, 0 elsewhere. A head reads them where the next response would begin, as it reads the value
+    of any response's first token: what is collected for that is ``closing``.
+    """
+    flat, trainable, tokens = dict[str, Tensor](), trajectories.trainable, len(trajectories.input_ids)
+    more = np.isin(trajectories.episodes["end_reason"], CUT_OFF) & bool(asked)
+    for batch in length_batches(trajectories.lengths + more, tokens_per_forward):
+        sequences, wanted, index = list[np.ndarray](), list[np.ndarray](), list[np.ndarray]()
+        for e in batch:
+            span = np.arange(trajectories.offsets[e], trajectories.offsets[e + 1])
+            ids, chosen = trajectories.input_ids[span], trainable[span]
+            # Which token is put behind the last does not matter: what predicts it has not seen it.
+            sequences.append(np.append(ids, ids[-1:]) if more[e] else ids)
+            wanted.append(np.append(chosen, True) if more[e] else chosen)
+            index += [span[chosen], np.array([tokens + e] if more[e] else [], dtype=span.dtype)]
+        places = torch.from_numpy(np.concatenate(index))
+        for name, values in estimate(sequences, wanted).items():
+            column = flat.setdefault(name, torch.zeros(tokens + len(trajectories)))
+            column[places] = values.float().cpu()
+    columns = {name: column[:tokens] for name, column in flat.items()}
+    return columns, {f"{name}_behind": flat[name][tokens:] for name in asked}
 
 
 def _examples(

@@ -68,7 +68,16 @@ class PolicyGradient(lightning.LightningModule):
         self.engine = TransformersEngine(policy, config.rollout.batch_episodes)
         self.phases = Phases()
         self.collection = Collection(
-            config, name, seed, self.method.branching, self.engine, policy, self.reference, self.phases, first
+            config,
+            name,
+            seed,
+            self.method.branching,
+            self.engine,
+            policy,
+            self.reference,
+            self.phases,
+            first,
+            closing=bool(self.method.advantage.behind()),
         )
         self.curve: list[dict[str, float]] = []
         """One row of metrics per finished iteration."""
@@ -213,10 +222,10 @@ class PolicyGradient(lightning.LightningModule):
     def factors(self, minibatch: list[Example]) -> list[Tensor]:
         """c_t of each example's trainable tokens."""
         lengths = [len(example.weight) for example in minibatch]
-        weight = torch.cat([example.weight for example in minibatch])
+        weight, advantage = (torch.cat([getattr(e, key) for e in minibatch]) for key in ("weight", "advantage"))
         owner = torch.repeat_interleave(torch.arange(len(minibatch)), torch.tensor(lengths))
         everything = torch.ones_like(weight, dtype=torch.bool)
-        return list(coefficients(self.method, weight, everything, owner).split(lengths))
+        return list(coefficients(self.method, weight, everything, owner, advantage).split(lengths))
 
     @torch.no_grad()
     def plan(self, minibatch: list[Example], factors: list[Tensor]) -> list[Tensor] | None:
