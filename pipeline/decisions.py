@@ -186,7 +186,7 @@ def resampled(
         for number in range(plan.candidates)
     ]
     with span("candidates", 0.0, 1 / plan.continuations):
-        first = play(engine, candidates, temperature, count=len(candidates))
+        first = play(engine, candidates, temperature)
     following = [_after(episode) for episode in first]
     again = [
         Episode.branch(episode, _named(episode.spec, split, number), split)
@@ -195,7 +195,7 @@ def resampled(
         for number in range(plan.continuations - 1)
     ]
     with span("continuations", 1 / plan.continuations, 1.0):
-        second = iter(play(engine, again, temperature, count=len(again)))
+        second = iter(play(engine, again, temperature))
     rows = []
     for episode, split in zip(first, following, strict=True):
         own = _return(episode)

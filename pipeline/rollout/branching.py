@@ -130,7 +130,7 @@ class Forest:
             chosen = [episode for episode, own in zip(begun, temperatures, strict=True) if own == temperature]
             later = earlier + len(chosen)
             with span(f"({earlier} of {budget} before)" if earlier else "", earlier / budget, later / budget):
-                play(self.engine, chosen, temperature, count=len(chosen))
+                play(self.engine, chosen, temperature)
             earlier = later
         for (tree, origin), episode in zip(planned, begun, strict=True):
             tree.episodes.append(episode)

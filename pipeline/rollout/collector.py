@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -114,8 +114,9 @@ def play(
     """Play episodes to their end, each begun when the engine has room for it; returns them in order.
 
     What the engine has computed for their beginnings, in this call or an earlier one, is not computed again. ``count`` is
-    how many there are, if it is known; it is for telling how far it is.
+    how many there are, where that is known and not to be seen; it is for telling how far it is.
     """
+    count = len(episodes) if isinstance(episodes, Sized) else count
     played: list[Episode] = []
     sampled = unfinished = 0
 
