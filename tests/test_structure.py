@@ -69,7 +69,7 @@ def test_the_objective_knows_tensors_and_settings_alone() -> None:
 LAYERS = (
     {"section"},
     {"slots", "studies"},
-    {"config", "trajectory", "randomness", "files"},
+    {"config", "trajectory", "randomness", "files", "kernels"},
     {"environments", "prompting", "policy", "processes", "presets", "contracts", "episodes"},
     {"rollout", "energy", "objective"},
     {"tracking"},
