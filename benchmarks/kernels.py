@@ -18,11 +18,15 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from transformers import LlamaConfig
+from transformers import LlamaConfig, Qwen2Config, Qwen2ForCausalLM
 
+from benchmarks.bench import PRODUCTS, SHAPES, processor, update
+from benchmarks.flops import forward_flops
 from pipeline.kernels import native
 from pipeline.kernels.library import CHOICE, library, usable
 from pipeline.policy import scoring
+from pipeline.policy.model import Policy
+from pipeline.policy.tokenizer import train_tokenizer
 from pipeline.policy.trunk import Heads, padded_attention
 from pipeline.rollout.cache import SlotCache
 
@@ -70,7 +74,7 @@ def cached(size: int, length: int, new: int, slots: int, heads: int = 4) -> Pair
     )
     places, rows = np.tile(np.arange(length - new, length), slots), np.repeat(np.arange(slots), new)
     angle = torch.randn(len(rows), size)
-    query, key, value = torch.randn(3, len(rows), heads, size)
+    query, key, value = torch.randn(3, len(rows), heads, size).unbind()
     asked = Heads(query, key, value, (angle.cos(), angle.sin()), size**-0.5)
 
     def step(tiled: bool) -> Callable[[], Any]:
@@ -172,31 +176,71 @@ def least(works: list[Callable[[], Any]], seconds: float = 0.15, rounds: int = 3
     return best
 
 
-def measure() -> None:
-    """Print a line for each kernel and shape."""
+def update_of(shape: tuple[int, int, int]) -> tuple[float, float]:
+    """Tokens per second of an update with all kernels in it, and its share of the float32 matrix peak.
+
+    A random policy of this hidden size, layers and heads reads 64 sequences as long as the default's episodes.
+    """
+    hidden, layers, heads = shape
+    tokenizer = train_tokenizer(["player 0 1 goal 3 3 holes 1 2", "Left Right Up Down"] * 3, 320)
+    config = Qwen2Config(
+        vocab_size=420,
+        hidden_size=hidden,
+        intermediate_size=4 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=heads,
+        tie_word_embeddings=True,
+        bos_token_id=None,
+    )
+    policy, draws = Policy(Qwen2ForCausalLM(config).train(), tokenizer), np.random.default_rng(0)
+    ids = [draws.integers(0, 420, n).astype(np.int32) for n in draws.integers(100, 260, 64)]
+    wanted = [np.arange(len(i)) % 40 >= 18 for i in ids]
+    products = {(m, k, n): (torch.randn(m, k), torch.randn(k, n)) for m, k, n in PRODUCTS}
+    works = [lambda a=a, b=b: a @ b for a, b in products.values()]
+    spent, *others = least([lambda: update(policy, ids, wanted, 4096), *works], 3.0)
+    peak = max(2.0 * m * k * n / time for (m, k, n), time in zip(products, others, strict=True))
+    lengths = [len(i) for i in ids]
+    return sum(lengths) / spent * 1e6, 3 * forward_flops(policy.model.config, lengths, wanted) / spent / peak
+
+
+def measure(only: str) -> None:
+    """Print a line for each kernel and shape, and for updates of two sizes."""
     torch.set_num_threads(1)
     torch.manual_seed(0)
     loaded = library()
     assert loaded is not None
     name = loaded.instruction_set
     for pair in pairs():
+        if not pair.name.startswith(only):
+            continue
         ours, theirs = least([pair.kernel, pair.pytorch])
         ratio = theirs / ours
         print(f"{name:<8}  {pair.name:<20}  {pair.shape:<22}  {ours:>9,.0f}  {theirs:>9,.0f}  {ratio:.2f}", flush=True)
+    for size in ("0.2 M", "1.1 M"):
+        if "update".startswith(only):
+            speed, share = update_of(SHAPES[size])
+            print(
+                f"{name:<8}  update, {size} parameters: {speed:,.0f} tokens/s, {share:.0%} of the matrix peak",
+                flush=True,
+            )
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--isa", help="comma-separated instruction sets; all that the machine has by default")
+    parser.add_argument("--only", default="", help="what begins so: attention, rms_norm, swiglu, score, sample, update")
     parser.add_argument("--here", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.here:
-        measure()
+        measure(arguments.only)
         return
+    print(processor())
     print("set       kernel                shape                     kernel    pytorch  pytorch over kernel, µs")
     for name in arguments.isa.split(",") if arguments.isa else usable():
         capability = {"ATEN_CPU_CAPABILITY": CAPABILITY[name], CHOICE: name}
-        subprocess.run([sys.executable, "-m", "benchmarks.kernels", "--here"], env=os.environ | capability, check=True)
+        command = [sys.executable, "-m", "benchmarks.kernels", "--here", "--only", arguments.only]
+        subprocess.run(command, env=os.environ | capability, check=True)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,8 @@ Temperature = Annotated[Float, Field(gt=0.0, le=1000.0), at_least(1e-3)]
 """What logits or scores are divided by."""
 Epsilon = Annotated[Float, Field(gt=0.0, le=1.0), at_least(1e-12)]
 """Added to a divisor that may be zero."""
-LearningRate = Annotated[Float, Field(gt=0.0, le=1.0)]
+LearningRate = Annotated[Float, Field(gt=0.0, le=1.0), at_least(1e-7)]
+"""About how far a step of Adam moves a weight: smaller ones are lost in the rounding of most weights."""
 Count = Annotated[Int, Field(ge=1, le=1_000_000)]
 Seed = Annotated[Int, Field(ge=0, le=2**32 - 1)]
 """What every library's generator takes."""

@@ -145,7 +145,8 @@ def _load(name: str) -> ctypes.CDLL | None:
 
 def build() -> str:
     """Which kernels compute, in a word: builds agree to float tolerance only, so that it belongs to what decides results."""
-    return "off" if library() is None else "native"
+    loaded = library()
+    return "off" if loaded is None else loaded.instruction_set
 
 
 def _processor_flags() -> bytes:

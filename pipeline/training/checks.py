@@ -21,7 +21,7 @@ was, 9e-6, 0.011 and 0.075.
 """
 GROWTH = 3.0
 LARGEST = 1e-3
-"""Largest difference of any float32 log-probability that a training starts with."""
+"""Largest difference of any float32 log-probability, times the temperature, that a training starts with."""
 SHARPER = 0.05
 """Largest factor, less 1, between 1 / temperature of sampling and of scoring: a temperature of 0.9 for 1 makes 0.11."""
 ONE_OF = 64
@@ -33,8 +33,8 @@ class Agreement(NamedTuple):
     """How far sampled log-probabilities are from recomputed ones."""
 
     error: float
-    """An error e of a token's logit changes its log-probability by ``(1 - p) e``. Root mean square of the differences in
-    an episode over that of ``max(1 - p, 0.1)``; the largest of the episodes."""
+    """An error e of a token's logit changes its log-probability by ``(1 - p) e / temperature``. Root mean square of the
+    differences in an episode, times the temperature, over that of ``max(1 - p, 0.1)``; the largest of the episodes."""
     sharper: float
     """By which factor, less 1, logits have been larger in sampling than in scoring; 0 as far as it is within four standard
     errors, or there are fewer than 20 tokens."""
@@ -66,7 +66,8 @@ def recomputed(
         now, entropy = (column[tokens].astype(np.float64) for column in score(some, temperature)[:2])
         difference, owner = some.logprob[tokens] - now, some.token_episode[tokens]
         movable = np.bincount(owner, np.maximum(LEAST_MOVABLE, 1 - np.exp(now)) ** 2)
-        errors += np.sqrt(np.bincount(owner, difference**2)[movable > 0] / movable[movable > 0]).tolist()
+        squares = np.bincount(owner, (temperature * difference) ** 2)
+        errors += np.sqrt(squares[movable > 0] / movable[movable > 0]).tolist()
         sharper.append(_sharper(difference, now + entropy))
     return Agreement(float(np.max(errors)), float(max(sharper, key=abs)))  # np.max: NaN, if one of them is
 
@@ -88,7 +89,8 @@ def require_recomputed(found: Agreement, dtype: torch.dtype, first: float | None
         found: see ``recomputed``.
         dtype: of the policy.
         first: error in the training's first iteration; None in that one.
-        everywhere: largest difference of a log-probability from the reference policy's, while this is the same policy.
+        everywhere: largest difference of a log-probability from the reference policy's, while this is the same policy,
+            times the temperature.
 
     Raises:
         NumericsError: an error is above the precision's bound, or the temperature another one.

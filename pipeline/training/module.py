@@ -142,7 +142,8 @@ class PolicyGradient(lightning.LightningModule):
                 self.memory,
             )
             first = self.curve[0]["sampling_error"] if self.curve else None
-            require_recomputed(found, self.model.dtype, first, iteration.metrics.get("recompute_error", 0.0))
+            everywhere = self.config.rollout.temperature * iteration.metrics.get("recompute_error", 0.0)
+            require_recomputed(found, self.model.dtype, first, everywhere)
             metrics = iteration.metrics | {"sampling_error": found.error}
             yield replace(iteration, trajectories=episodes, metrics=metrics)
 
