@@ -19,7 +19,7 @@ PIPELINE = $(if $(PRESET),presets/$(PRESET)/dvc.yaml,dvc.yaml)
 PARAMS = $(if $(PRESET),presets/$(PRESET)/params.yaml,params.yaml)
 OUT = $(if $(PRESET),presets/$(PRESET),.)
 
-.PHONY: help install repro sweep sweep-confirm smoke test play compare ui preset sync match replay decisions bench screenshots publish clean
+.PHONY: help install repro sweep sweep-confirm smoke test play compare ui preset sync match replay decisions bench screenshots publish results clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -103,6 +103,12 @@ screenshots: install ## pictures of the report and of MLflow's comparison for do
 
 publish: install ## put the latest comparison into README.md and docs/
 	python -m stages.publish
+
+results: ## make the default comparison, its replay and its controls, and put them into README.md and docs/
+	@$(MAKE) --no-print-directory repro
+	@$(MAKE) --no-print-directory replay
+	@$(MAKE) --no-print-directory repro PRESET=controls
+	@$(MAKE) --no-print-directory publish
 
 ui: install ## MLflow's pages on http://127.0.0.1:5000
 	mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(CURDIR)/mlflow.db

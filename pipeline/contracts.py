@@ -514,8 +514,8 @@ def noise(suite: _Suite) -> Iterator[str]:
     """Where something is random, members of a group that differ in seed do not all meet the same.
 
     That something is random shows in two ways: a step draws from a generator that the environment holds (or Python's or
-    NumPy's own), or the same action in one ``state_key`` of one episode leads to different keys. Then one seed at least must give
-    other draws or another course than the others somewhere.
+    NumPy's own), or the same action in one ``state_key`` of one episode leads to different keys. Then one seed at least
+    must give other draws or another course than the others somewhere.
     """
     environment, blamed = suite.fresh(), ""
     for state, seed in suite.states():

@@ -30,8 +30,8 @@ def episode_records(
         Per episode ``id``, ``group``, ``parent`` and ``split`` (of a branch, else null: the episode that it branched from,
         and how many tokens it shares with that), ``seed``, ``iteration``, ``state``, ``return``, ``success``, ``end`` and
         ``turns``: ``shown`` (all text since the last response), ``state`` (before the turn), ``action``, ``valid``,
-        ``response`` (one of ``RESPONSES``), ``ended`` (how it did), ``reward`` and ``tokens``, the response as columns of equal length: ``text``, ``role``, ``sampled`` and ``NUMBERS``,
-        with 5 significant digits, null where a token has none. Where several tokens wrote one character, the first has it.
+        ``response`` (one of ``RESPONSES``), ``ended`` (how it did), ``reward`` and ``tokens``, the response as columns of
+        equal length: ``text``, ``role``, ``sampled`` and ``NUMBERS``, with 5 significant digits, null where a token has none. Where several tokens wrote one character, the first has it.
     """
     numbers = _numbers(trajectories) | dict(columns or {})
     return [_record(trajectories, tokenizer, numbers, episode) for episode in range(len(trajectories))]

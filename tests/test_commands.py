@@ -207,10 +207,10 @@ def test_what_a_stage_has_made_can_be_found_from_where_it_was_called(project: Pa
 
 def test_a_root_that_is_not_there_is_named(project: Path, tmp_path: Path) -> None:
     raw = read_yaml(project / "params.yaml")
-    (tmp_path / "params.yaml").write_text(json.dumps(raw | {"root": "nowhere"}), encoding="utf-8")
+    (tmp_path / "params.yaml").write_text(json.dumps(raw | {"root": "../nowhere"}), encoding="utf-8")
     command = [sys.executable, "-m", "stages.policy", "--params", str(tmp_path / "params.yaml")]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    said = f"{tmp_path}/params.yaml: root: 'nowhere' is not a folder, from this file's folder\n"
+    said = f"{tmp_path}/params.yaml: root: '../nowhere' is not a folder, from this file's folder\n"
     assert (done.returncode, done.stderr) == (2, said)
 
 

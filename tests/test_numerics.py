@@ -21,7 +21,6 @@ from pipeline.energy.annotate import annotate
 from pipeline.evaluation import evaluate as evaluation
 from pipeline.finite import NumericsError
 from pipeline.policy.model import Policy, load_policy
-from pipeline.presets import overlay
 from pipeline.randomness import generator
 from pipeline.rollout.collector import collect, iteration_specs
 from pipeline.rollout.transformers_engine import TransformersEngine, sample
@@ -42,6 +41,17 @@ ROWS: dict[str, Any] = {
 
 def at_rate(rate: float, **changes: Any) -> Any:
     return configured({"method_defaults": {"learning_rate": rate}, "methods": ROWS, **changes})
+
+
+def slowed(config: Any, method: str, rate: float, section: str | None = None) -> Any:
+    """With a learning rate, of the method or of a head, that params.yaml may not have: some models have larger weights."""
+    row = config.methods[method]
+    if section is None:
+        row = row.model_copy(update={"learning_rate": rate})
+    else:
+        head = getattr(row.advantage, section).model_copy(update={"learning_rate": rate})
+        row = row.model_copy(update={"advantage": row.advantage.model_copy(update={section: head})})
+    return config.model_copy(update={"methods": {**config.methods, method: row}})
 
 
 def begun(directory: Path, rate: float, dtype: str = "float32", method: str = "grpo") -> PolicyGradient:
@@ -105,7 +115,7 @@ def test_gradients_of_low_precision_are_added_up_in_float32(directory: Path) -> 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)
 def test_steps_that_vanish_are_refused_after_the_first_update(directory: Path, dtype: str) -> None:
-    module = PolicyGradient(at_rate(1e-12), LAKE, "grpo", 0, load_policy(directory, dtype=dtype))
+    module = PolicyGradient(slowed(at_rate(1e-4), "grpo", 1e-12), LAKE, "grpo", 0, load_policy(directory, dtype=dtype))
     with pytest.raises(
         ConfigError, match=re.escape("params.yaml: methods.grpo.learning_rate: a step of 1e-12")
     ) as raised:
@@ -118,8 +128,8 @@ def test_steps_that_vanish_are_refused_after_the_first_update(directory: Path, d
 @pytest.mark.parametrize(("method", "section"), [("critic", "critic"), ("soft", "q")])
 def test_vanishing_steps_of_a_head_are_refused_by_its_key(directory: Path, method: str, section: str) -> None:
     """From the first that moves anything: heads begin at 0, and nothing reaches their trunk before they have moved."""
-    rows = overlay(ROWS, {method: {"advantage": {section: {"learning_rate": 1e-12}}}})
-    module = standing(PolicyGradient(at_rate(1e-4, methods=rows), LAKE, method, 0, load_policy(directory)))
+    config = slowed(at_rate(1e-4), method, 1e-12, section)
+    module = standing(PolicyGradient(config, LAKE, method, 0, load_policy(directory)))
     own = examples(module)
     module._update(own, 0, _Averages())
     torch.nn.init.ones_(module.heads[0].head.weight)  # type: ignore[union-attr, arg-type]
@@ -128,15 +138,18 @@ def test_vanishing_steps_of_a_head_are_refused_by_its_key(directory: Path, metho
 
 
 def test_the_smallest_rate_that_is_called_allowed_is_allowed(directory: Path) -> None:
+    def trained_at(rate: float) -> None:
+        fit(PolicyGradient(slowed(at_rate(1e-4), "grpo", rate), LAKE, "grpo", 0, load_policy(directory)), 1)
+
     with pytest.raises(ConfigError) as raised:
-        fit(begun(directory, 1e-12), 1)
-    fit(PolicyGradient(at_rate(float(str(raised.value).split()[-3])), LAKE, "grpo", 0, load_policy(directory)), 1)
+        trained_at(1e-12)
+    trained_at(float(str(raised.value).split()[-3]))
 
 
 def test_a_step_without_a_gradient_is_no_vanished_one(directory: Path) -> None:
     """Equal returns and no other term, parameters that nothing reaches; the first step that counts is watched then."""
-    config = at_rate(1e-12, method_defaults={"learning_rate": 1e-12, "regulariser": {"entropy": 0.0, "kl": 0.0}})
-    module = standing(PolicyGradient(config, LAKE, "grpo", 0, load_policy(directory)))
+    config = configured({"method_defaults": {"regulariser": {"entropy": 0.0, "kl": 0.0}}})
+    module = standing(PolicyGradient(slowed(config, "grpo", 1e-12), LAKE, "grpo", 0, load_policy(directory)))
     own = examples(module)
     module._update([replace(e, advantage=torch.zeros_like(e.advantage)) for e in own], 0, _Averages())
     with pytest.raises(ConfigError, match=r"methods\.grpo\.learning_rate"):
@@ -242,8 +255,11 @@ def test_a_reference_policy_that_gives_no_numbers_annotates_nothing(policy: Poli
 
 def test_a_reference_policy_is_not_made_of_what_diverges() -> None:
     phases = [{"steps": 60, "reasoning_words": [0, 2], "action_noise": 0.2}]
+    config = configured({"policy": {"demonstrations": {"phases": phases}}})
+    beyond = config.policy.demonstrations.model_copy(update={"learning_rate": 1e30})  # more than params.yaml may say
+    section = config.policy.model_copy(update={"demonstrations": beyond})
     with pytest.raises(NumericsError, match=r"policy\.demonstrations: the loss of step \d+ is (nan|inf)"):
-        supervised(configured({"policy": {"demonstrations": {"phases": phases, "learning_rate": 1e30}}}))
+        supervised(config.model_copy(update={"policy": section}))
 
 
 def test_an_evaluation_names_the_policy_that_gives_no_numbers(

@@ -111,7 +111,7 @@ def test_gradients_are_the_policys(config: Config, directory: Path, table: Traje
     sketched = group_gradients(
         Task(config, directory, work), lambda done, total, text="": reported.append((done, total))
     )
-    assert reported == [(1, 2), (2, 2)]
+    assert reported == [(0, 2), (1, 2), (2, 2)]
     policy = load_policy(directory)
     plain = [[exact(policy, e, torch.from_numpy(p[:, k])) for k in range(p.shape[1])] for e, p in work]
     vectors = torch.stack([v for group in plain for v in group])

@@ -298,7 +298,8 @@ def from_soft_q(batch: TokenBatch, estimates: Estimates, state: State, *, gamma:
 
     With ``S(x) = V(x) - b KL(x)`` of the prefix x in which a token is chosen (``soft_value`` of the estimates):
     ``y_j = S(x_{j+1})`` inside a response, ``y_K = reward + gamma * S(s')`` at its end, and ``reward`` alone at the
-    episode's (where it was cut off and is bootstrapped, with ``S`` behind its last token). The policy learns from Q itself; ``A_t = Q(x_t, w_t) - S(x_t)`` is there for weights that ask for it.
+    episode's (where it was cut off and is bootstrapped, with ``S`` behind its last token). The policy learns from Q itself;
+    ``A_t = Q(x_t, w_t) - S(x_t)`` is there for weights that ask for it.
     """
     soft, taken = estimates["soft_value"], estimates["taken"]
     chosen = batch.trainable

@@ -39,7 +39,6 @@ class TransformersEngine:
 
     def __init__(self, policy: Policy, slots: int = 128, policy_version: int = 0) -> None:
         self.policy, self.slots, self.policy_version = policy, slots, policy_version
-        self._eos = policy.ends
         self._ends: dict[str, frozenset[int]] = {}
         self._cache: SlotCache | None = None
         self.forget()
@@ -210,7 +209,7 @@ class TransformersEngine:
         """One token for every row; returns the rows whose continuation is now complete."""
         draws = np.array([row.request.uniforms[len(row.ids)] for row in rows])
         sampled = sample(logits, sampling.temperature, torch.from_numpy(draws).to(logits.device))
-        ends, complete = self._may_end(sampling.stop), []
+        ends, eos, complete = self._may_end(sampling.stop), self.policy.ends, []
         for row, token, logprob, entropy in zip(rows, *(column.tolist() for column in sampled), strict=True):
             row.started = True
             row.new.append(token)
@@ -219,7 +218,7 @@ class TransformersEngine:
             row.entropy.append(entropy)
             if token in ends and sampling.stop in self._text(row):
                 row.finish = "stop"
-            elif token in self._eos:
+            elif token in eos:
                 row.finish = "eos"
             elif len(row.ids) == len(row.request.uniforms):
                 row.finish = "length"
@@ -242,7 +241,7 @@ class TransformersEngine:
             found = (
                 token for token, text in enumerate(texts) if text.startswith(tails) or stop in text or "\ufffd" in text
             )
-            self._ends[stop] = frozenset(found) | self._eos
+            self._ends[stop] = frozenset(found) | self.policy.ends
         return self._ends[stop]
 
 
