@@ -15,7 +15,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-FIRST, EVERY = 9.0, 20.0
+FIRST, EVERY = 6.0, 20.0
 """Seconds until the first line of a process, and between two lines. A mistake that is found earlier is to be the only line;
 to import what a stage needs may take longer."""
 PAUSE = 1.0

@@ -68,7 +68,8 @@ def _worst_difference(policy: Policy) -> float:
 
     engine = TransformersEngine(policy, slots=EPISODES - 1)
     engine.generate((request(number) for number in range(EPISODES)), Sampling(1.0, END_OF_RESPONSE), follow)
-    return max(_difference(policy, *episode) for episode in zip(ids, starts, answers, strict=True))
+    found = [_difference(policy, *episode) for episode in zip(ids, starts, answers, strict=True)]
+    return float(np.max(found))  # NaN, if one of them is
 
 
 @torch.inference_mode()
