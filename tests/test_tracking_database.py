@@ -40,14 +40,13 @@ def tables(database: Path) -> int:
         return 0
 
 
-def killed(function: Callable[..., Any], arguments: tuple[Any, ...], database: Path, least: int, later: float) -> None:
-    """Kill a process some seconds after a database that it makes has so many tables."""
+def killed(function: Callable[..., Any], arguments: tuple[Any, ...], database: Path, least: int) -> None:
+    """Kill a process as soon as a database that it makes has so many tables."""
     process = fork.Process(target=function, args=arguments)
     process.start()
     while tables(database) < least:
         assert process.is_alive(), "it has ended already"
         time.sleep(0.01)
-    time.sleep(later)
     process.kill()
     process.join()
 
@@ -67,8 +66,8 @@ def test_a_kill_while_the_database_is_made_leaves_none_and_the_next_command_make
     store: Store, tmp_path: Path
 ) -> None:
     folder = tmp_path / "store"
-    for least, later in ((1, 0.0), (10, 0.2), (30, 0.5)):
-        killed(open_store, (store, "lake"), folder / "mlflow.db.partial", least, later)
+    for least in (1, 10, 25):
+        killed(open_store, (store, "lake"), folder / "mlflow.db.partial", least)
         assert not (folder / "mlflow.db").exists()
     for end in SIDE_FILES:  # as an earlier database of that name may have left them
         (folder / f"mlflow.db{end}").write_bytes(b"of another database")
@@ -91,7 +90,7 @@ def test_a_half_made_database_of_an_earlier_version_is_made_anew_and_said_in_a_l
 ) -> None:
     folder = tmp_path / "store"
     folder.mkdir()
-    killed(_names, (store.uri,), folder / "mlflow.db", 10, 0.1)
+    killed(_names, (store.uri,), folder / "mlflow.db", 10)
     capfd.readouterr()
     works(store, folder)
     (line,) = capfd.readouterr().err.splitlines()
