@@ -178,6 +178,9 @@ class Dialogue:
         self._encode = lru_cache(maxsize=4096)(
             lambda text: tuple(tokenizer(text, add_special_tokens=False)["input_ids"])
         )
+        self._between = lru_cache(maxsize=4096)(  # rendering takes long, and small worlds repeat themselves
+            lambda content: _behind(_REPLIES[0], self._render(self._messages(_TASK, [_SHOWN[0], content])))
+        )
         for self._system in (True, False) if layout == "published" else (False,):
             probe, why_not = self._probe()
             if not why_not:
@@ -214,7 +217,7 @@ class Dialogue:
         content = self._user(turn, observation, actions_left)
         if self.layout == "published":
             content = f"Reward:\n{reward:g}\n{content}"
-        rendered = _behind(_REPLIES[0], self._render(self._messages(_TASK, [_SHOWN[0], content])))
+        rendered = self._between(content)
         return self.encode(rendered.removeprefix(self._end if ended_by_eos else "").removesuffix(self._opened))
 
     def carried(self, text: str) -> str:
