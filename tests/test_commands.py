@@ -20,7 +20,7 @@ from pipeline.presets import overlay
 from tests.commands import complaints
 from tests.trainings import LAKE, ROOT, TINY
 
-pytestmark = [pytest.mark.dag, pytest.mark.xdist_group("commands")]
+pytestmark = [pytest.mark.dag, pytest.mark.xdist_group("dag")]
 
 MINE = """
 import os, time

@@ -24,7 +24,7 @@ from pipeline.trajectory import Role, read
 from stages.play import show
 from tests.commands import complaints, forked_stages
 
-pytestmark = [pytest.mark.dag, pytest.mark.xdist_group("own")]
+pytestmark = [pytest.mark.dag, pytest.mark.xdist_group("dag")]
 
 ROOT = Path(__file__).parents[1]
 MINE = r'''from mine_words import SIDES
