@@ -8,7 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.policy.model import Policy
+from pipeline.model.policy import Policy
 from pipeline.rollout.engine import Continuation, Follow, Request, Sampling
 
 

@@ -29,19 +29,21 @@ from transformers.utils import logging
 
 from benchmarks.baselines import GenerateEngine, padded_scores
 from benchmarks.flops import forward_flops, sampling_flops
-from pipeline.config import Config, ConfigError, load, read_yaml
 from pipeline.energy.annotate import annotate
-from pipeline.files import write_json
-from pipeline.kernels.library import library
-from pipeline.policy.model import Policy, load_trained
-from pipeline.policy.scoring import length_batches, predicting_hidden, score_tokens
-from pipeline.policy.trunk import Attend, Heads, packed_attention, padded_attention
-from pipeline.processes import Report, run_in_processes
+from pipeline.model.kernels.library import library
+from pipeline.model.policy import Policy, load_trained
+from pipeline.model.scoring import length_batches, predicting_hidden, score_tokens
+from pipeline.model.trunk import Attend, Heads, packed_attention, padded_attention
 from pipeline.rollout.collector import collect, iteration_specs
 from pipeline.rollout.engine import Continuation, Request, Sampling
 from pipeline.rollout.transformers_engine import TransformersEngine
+from pipeline.settings.params import Config, load
 from pipeline.training.result import table_slice
-from pipeline.trajectory import Trajectories, TrajectoryError, read
+from pipeline.trajectories.trajectory import Trajectories, TrajectoryError, read
+from pipeline.workspace.errors import UserError
+from pipeline.workspace.files import write_json
+from pipeline.workspace.processes import Report, run_in_processes
+from pipeline.workspace.yaml_files import read_yaml
 
 REPEATS = 5
 ENVIRONMENT = "frozen_lake"
@@ -641,7 +643,7 @@ def run_sections(
         keep: called after each.
 
     Raises:
-        ConfigError: there is nothing to measure on.
+        UserError: there is nothing to measure on.
         TrajectoryError: likewise.
     """
     deadline = time.monotonic() + seconds
@@ -653,7 +655,7 @@ def run_sections(
         try:
             with limited(deadline - began):
                 found[name] = section()
-        except (ConfigError, TrajectoryError):
+        except (UserError, TrajectoryError):
             raise
         except Exception as error:
             reason = str(error) if isinstance(error, Unmeasured) else f"{type(error).__name__}: {error}"
@@ -713,6 +715,6 @@ def main() -> None:
 if __name__ == "__main__":
     try:
         main()
-    except (ConfigError, TrajectoryError) as error:
+    except (UserError, TrajectoryError) as error:
         print(error, file=sys.stderr)
         raise SystemExit(2) from None

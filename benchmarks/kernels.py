@@ -1,6 +1,6 @@
 """Each kernel against what PyTorch does in its place, by instruction set and shape.
 
-``python -m benchmarks.kernels`` renews the figures behind ``pipeline.kernels.native.LONGEST``: microseconds of processor time,
+``python -m benchmarks.kernels`` renews the figures behind ``pipeline.model.kernels.native.LONGEST``: microseconds of processor time,
 one thread, the least of some repetitions that take turns. PyTorch is held to the same instruction set.
 """
 
@@ -22,12 +22,12 @@ from transformers import LlamaConfig, Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.bench import PRODUCTS, SHAPES, processor, update
 from benchmarks.flops import forward_flops
-from pipeline.kernels import native
-from pipeline.kernels.library import CHOICE, library, usable
-from pipeline.policy import scoring
-from pipeline.policy.model import Policy
-from pipeline.policy.tokenizer import train_tokenizer
-from pipeline.policy.trunk import Heads, padded_attention
+from pipeline.bootstrap.tokenizer import train_tokenizer
+from pipeline.model import scoring
+from pipeline.model.kernels import native
+from pipeline.model.kernels.library import CHOICE, library, usable
+from pipeline.model.policy import Policy
+from pipeline.model.trunk import Heads, padded_attention
 from pipeline.rollout.cache import SlotCache
 
 CAPABILITY = {"avx512": "avx512", "avx2": "avx2", "baseline": "default", "neon": "default"}

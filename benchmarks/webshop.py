@@ -14,11 +14,11 @@ from pathlib import Path
 
 import numpy as np
 
-from pipeline.environments.webshop_generated import generate
+from pipeline.environments.webshop.generated import generate
 
 LOAD = """
 import resource, sys, time
-from pipeline.environments.webshop_catalogue import load
+from pipeline.environments.webshop.catalogue import load
 folder, begun = sys.argv[1], time.perf_counter()
 shop = load(f"{folder}/products.json", f"{folder}/attributes.json", None, 1, f"{folder}/index")
 loaded, times = time.perf_counter() - begun, []

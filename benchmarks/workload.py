@@ -10,7 +10,7 @@ import hashlib
 import json
 from pathlib import Path
 
-from pipeline.config import Config, load
+from pipeline.settings.params import Config, load
 
 COMPUTED = ("seeds", "environments", "policy", "rollout", "bottleneck", "train", "methods", "evaluation", "compare")
 

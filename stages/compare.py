@@ -4,15 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stages.command import configured, out_folder, parse_arguments, run
+from pipeline.commands.command import configured, out_folder, parse_arguments, run
 
 
 def main() -> str:
     config = configured(parse_arguments(__doc__))
-    from pipeline.config import ConfigError
-    from pipeline.files import read_json, write_json, write_text
-    from pipeline.progress import doing
-    from pipeline.report.comparison import compare, read_inputs
+    from pipeline.analysis.comparison import compare, read_inputs
+    from pipeline.progress.display import doing
     from pipeline.report.comparison_figures import write_comparison_figures
     from pipeline.report.comparison_tables import comparison_markdown, comparison_text
     from pipeline.report.flat import write_flat
@@ -20,7 +18,9 @@ def main() -> str:
     from pipeline.report.sweep import read_sweeps
     from pipeline.report.viewer import SavedTokenizer, read_all_played, viewer_data
     from pipeline.tracking.comparison import log_comparison
-    from pipeline.trajectory import read
+    from pipeline.trajectories.trajectory import read
+    from pipeline.workspace.errors import UserError
+    from pipeline.workspace.files import read_json, write_json, write_text
 
     out = out_folder(config)
     reports = out / "reports"
@@ -30,7 +30,7 @@ def main() -> str:
     try:
         comparison = compare(config, inputs)
     except ValueError as error:
-        raise ConfigError(f"{out / 'data' / 'evaluations'}: {error}; `dvc repro` brings it up to date") from None
+        raise UserError(f"{out / 'data' / 'evaluations'}: {error}; `dvc repro` brings it up to date") from None
     doing("drawing figures")
     write_comparison_figures(comparison, inputs, reports / "figures")
     first = next(iter(config.environments))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stages.command import configured, next_command, out_folder, parse_arguments, run
+from pipeline.commands.command import configured, next_command, out_folder, parse_arguments, run
 
 
 def main() -> str:
@@ -14,7 +14,7 @@ def main() -> str:
     import transformers.models.auto.modeling_auto  # noqa: F401  (imported before the processes fork)
 
     from pipeline.evaluation.evaluate import EvaluationTask, evaluate_policy
-    from pipeline.processes import run_in_processes
+    from pipeline.workspace.processes import run_in_processes
 
     environment, method, out = arguments.environment, arguments.method, out_folder(config)
     reference, trained = out / "models" / "policy", out / "models" / "trained" / f"{environment}-{method}"

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stages.command import configured, next_command, out_folder, parse_arguments, run
+from pipeline.commands.command import configured, next_command, out_folder, parse_arguments, run
 
 
 def main() -> str:
@@ -10,13 +10,13 @@ def main() -> str:
     config = configured(arguments)
     import torch
 
-    from pipeline.config import ConfigError
+    from pipeline.bootstrap.supervision import bootstrap, expert_of
     from pipeline.environments import make
     from pipeline.environments.registry import reset
-    from pipeline.policy.bootstrap import bootstrap, expert_of
-    from pipeline.policy.model import load_policy, longest_context, save_replacing
-    from pipeline.progress import Display, doing
+    from pipeline.model.policy import load_policy, longest_context, save_replacing
+    from pipeline.progress.display import Display, doing
     from pipeline.rollout.acceptance import accept
+    from pipeline.workspace.errors import UserError
 
     torch.set_num_threads(config.workers)
     target = out_folder(config) / "models" / "policy"
@@ -45,7 +45,7 @@ def main() -> str:
     longest = getattr(policy.model.config, "max_position_embeddings", None)
     for name, section in config.environments.items():
         if longest is not None and section.context_tokens > longest:
-            raise ConfigError(
+            raise UserError(
                 f"{arguments.params}: environments.{name}.context_tokens: {section.context_tokens} is more than the "
                 f"model's {longest} positions"
             )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from stages.command import configured, next_command, out_folder, parse_arguments, run
+from pipeline.commands.command import configured, next_command, out_folder, parse_arguments, run
 
 
 def main() -> str:
@@ -11,10 +11,10 @@ def main() -> str:
     name = arguments.environment
     import transformers.models.auto.modeling_auto  # noqa: F401  (imported before the processes fork)
 
-    from pipeline.processes import run_in_processes
-    from pipeline.progress import doing
+    from pipeline.progress.display import doing
     from pipeline.rollout.table import sample_slice
-    from pipeline.trajectory import RESPONSES, concatenate
+    from pipeline.trajectories.trajectory import RESPONSES, concatenate
+    from pipeline.workspace.processes import run_in_processes
 
     out = out_folder(config)
     slices = range(config.bottleneck.groups // config.rollout.groups)

@@ -8,19 +8,19 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from stages.command import configured, next_command, out_folder, parse_arguments, run
+from pipeline.commands.command import configured, next_command, out_folder, parse_arguments, run
 
 
 def main() -> str:
     arguments = parse_arguments(__doc__)
     arguments.params = os.path.normpath(arguments.params)
     config = configured(arguments)
-    from pipeline.config import ConfigError
-    from pipeline.files import write_json
-    from pipeline.sources import of_environment, of_machine, of_policy
+    from pipeline.sources.fingerprints import of_environment, of_machine, of_policy
+    from pipeline.workspace.errors import UserError
+    from pipeline.workspace.files import write_json
 
     if config.params_file != arguments.params:  # commands have what stands there, and it would not have been checked
-        raise ConfigError(
+        raise UserError(
             f"{arguments.params}: params_file: {config.params_file!r} is another file; allowed: {arguments.params}"
         )
     folder = out_folder(config) / "data" / "sources"

@@ -4,16 +4,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from stages.command import configured, out_folder, parse_arguments, run
+from pipeline.commands.command import configured, out_folder, parse_arguments, run
 
 
 def main() -> str:
     arguments = parse_arguments(__doc__, "study")
     config = configured(arguments)
-    from pipeline.config import ConfigError
-    from pipeline.files import write_json, write_text
-    from pipeline.processes import in_own_process
-    from pipeline.progress import doing
+    from pipeline.progress.display import doing
     from pipeline.sweep.figures import write_figures
     from pipeline.sweep.plan import plans
     from pipeline.sweep.result import Found, best_overlay, report_text, summary, trials_table
@@ -21,11 +18,14 @@ def main() -> str:
     from pipeline.sweep.trial import TrainingObjective
     from pipeline.sweep.workers import Search, run_search
     from pipeline.tracking.store import open_store, store_of
+    from pipeline.workspace.errors import UserError
+    from pipeline.workspace.files import write_json, write_text
+    from pipeline.workspace.processes import in_own_process
 
     study, root = arguments.study, Path(".")
     target, policy = out_folder(config) / "reports" / "sweep" / study, out_folder(config) / "models" / "policy"
     if not (policy / "config.json").exists():
-        raise ConfigError(f"{policy}: no policy there; `make sweep` makes it first, as does python -m stages.policy")
+        raise UserError(f"{policy}: no policy there; `make sweep` makes it first, as does python -m stages.policy")
     found = []
     for plan in plans(arguments.params, study, policy):
         in_own_process(open_store, store_of(config, root), plan.environment)

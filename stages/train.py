@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 from urllib.parse import quote
 
-from pipeline.files import lock, read_json, write_json
-from pipeline.trajectory import TrajectoryError, read
-from stages.command import configured, next_command, out_folder, parse_arguments, run
+from pipeline.commands.command import configured, next_command, out_folder, parse_arguments, run
+from pipeline.trajectories.trajectory import TrajectoryError, read
+from pipeline.workspace.files import lock, read_json, write_json
 
 if TYPE_CHECKING:
     from argparse import Namespace
 
-    from pipeline.config import Config
+    from pipeline.settings.params import Config
 
 
 def main() -> str:
@@ -37,11 +37,11 @@ def main() -> str:
 
 def train(arguments: Namespace, config: Config, out: Path) -> str:
     """Train what has not been trained, and put all of it where the next stages look for it."""
-    from pipeline.processes import in_own_process, run_in_processes
-    from pipeline.progress import doing
+    from pipeline.progress.display import doing
     from pipeline.tracking.store import open_store, run_settings, store_of
     from pipeline.training.result import training_task
     from pipeline.training.run import TrainingJob, train_one
+    from pipeline.workspace.processes import in_own_process, run_in_processes
 
     environment, method = arguments.environment, arguments.method
     policy, table = out / "models" / "policy", out / "data" / "annotated" / f"{environment}.parquet"

@@ -11,8 +11,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from pipeline.objective.batch import TokenBatch
-from pipeline.slots import Method
-from pipeline.trajectory import RESPONSE_ROLES, Role
+from pipeline.settings.slots import Method
+from pipeline.trajectories.trajectory import RESPONSE_ROLES, Role
 
 properties = settings(max_examples=60)
 CLOSE = {"rtol": 1e-6, "atol": 1e-6}

@@ -11,7 +11,7 @@ import torch
 from hypothesis import settings
 
 if TYPE_CHECKING:
-    from pipeline.policy.model import Policy
+    from pipeline.model.policy import Policy
 
 torch.set_num_threads(1)
 # The same examples everywhere, and as long as they take: what fails on a slow machine fails on every other, too.
@@ -65,6 +65,6 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def policy(directory: Path) -> Policy:
     """The tiny reference policy, to be trained."""
-    from pipeline.policy.model import load_policy
+    from pipeline.model.policy import load_policy
 
     return load_policy(directory)

@@ -9,13 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import slots
-from pipeline.config import Config
 from pipeline.rollout.branching import Forest
 from pipeline.rollout.collector import EpisodeSpec, Setup, iteration_specs
 from pipeline.rollout.engine import Continuation, Follow, Request, Sampling
-from pipeline.section import Section
-from pipeline.trajectory import Trajectories, concatenate
+from pipeline.settings import slots
+from pipeline.settings.params import Config
+from pipeline.settings.section import Section
+from pipeline.trajectories.trajectory import Trajectories, concatenate
 from tests.test_collector import EOS, NAME, TOKENIZER, config, says
 from tests.test_engine import one_by_one
 

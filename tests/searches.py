@@ -21,12 +21,12 @@ from typing import Any
 import pytest
 from optuna.trial import FrozenTrial, TrialState
 
-from pipeline.config import read_yaml
-from pipeline.presets import overlay
-from pipeline.processes import in_own_process
+from pipeline.settings.presets import overlay
 from pipeline.sweep.plan import Plan, plans
 from pipeline.sweep.queue import KILLED
 from pipeline.sweep.workers import Search, run_search, study_trials
+from pipeline.workspace.processes import in_own_process
+from pipeline.workspace.yaml_files import read_yaml
 
 ROOT = Path(__file__).parents[1]
 SMOKE = ROOT / "presets" / "smoke" / "overlay.yaml"

@@ -18,15 +18,17 @@ from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
 from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BertConfig, BertLMHeadModel, T5Config, T5Model
 
-from pipeline.config import Config, ConfigError, read_yaml
+from pipeline.bootstrap.tokenizer import train_tokenizer
 from pipeline.energy.annotate import annotate
-from pipeline.policy.model import Policy, load_policy, longest_context
-from pipeline.policy.tokenizer import train_tokenizer
-from pipeline.presets import overlay
+from pipeline.model.policy import Policy, load_policy, longest_context
 from pipeline.rollout.acceptance import accept
 from pipeline.rollout.collector import collect, iteration_specs
 from pipeline.rollout.transformers_engine import TransformersEngine
+from pipeline.settings.params import Config
+from pipeline.settings.presets import overlay
 from pipeline.training.module import PolicyGradient
+from pipeline.workspace.errors import UserError
+from pipeline.workspace.yaml_files import read_yaml
 from tests.trainings import LAKE, ROOT, TINY, configured, fit, same, weights
 
 CONTEXT = 400
@@ -143,7 +145,7 @@ def admitted(directory: Path, config: Config) -> Policy:
 
 
 def refusal(directory: Path) -> str:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         admitted(directory, configured())
     line = str(caught.value)
     assert line.startswith("policy: ")
@@ -196,7 +198,7 @@ def test_the_policy_stage_refuses_what_cannot_be_sampled_from(tmp_path: Path, mo
     YAML().dump(made, tmp_path / "params.yaml")
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["policy"])
-    with pytest.raises(ConfigError, match=r"^policy: './model' cannot be sampled from: attention has 4 heads of 16"):
+    with pytest.raises(UserError, match=r"^policy: './model' cannot be sampled from: attention has 4 heads of 16"):
         main()
     assert not (tmp_path / "models").exists()
 
@@ -372,6 +374,6 @@ def test_a_window_matters_if_an_episode_can_outgrow_it(tmp_path: Path, context: 
         load_policy(tmp_path, context=context)
     else:
         with pytest.raises(
-            ConfigError, match=r"has a window of 50 tokens, and sequences may have \d+ \(context_tokens\); "
+            UserError, match=r"has a window of 50 tokens, and sequences may have \d+ \(context_tokens\); "
         ):
             load_policy(tmp_path, context=context)

@@ -13,7 +13,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import ConfigError, parse, read_yaml
 from pipeline.objective import methods
 from pipeline.objective.advantages import (
     discounted_returns,
@@ -32,8 +31,11 @@ from pipeline.objective.advantages import (
 )
 from pipeline.objective.batch import TokenBatch
 from pipeline.objective.methods import shape_rewards, token_advantages
-from pipeline.slots import Method
-from pipeline.trajectory import Role
+from pipeline.settings.params import parse
+from pipeline.settings.slots import Method
+from pipeline.trajectories.trajectory import Role
+from pipeline.workspace.errors import UserError
+from pipeline.workspace.yaml_files import read_yaml
 from tests.batches import BRANCHES, CLOSE, batches, method, noise, population, properties
 
 ROOT = Path(__file__).parents[1]
@@ -776,7 +778,7 @@ def test_a_reward_on_an_untrainable_token_is_refused(kind: str, place: int) -> N
 def test_slots_that_do_nothing_together_are_refused_in_one_line(slots: dict[str, Any], line: str) -> None:
     raw = read_yaml(ROOT / "params.yaml")
     raw["methods"]["mine"] = slots
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         parse(raw)
     (found,) = str(error.value).split("\n")
     assert found.startswith(f"params.yaml: methods.mine{line}")

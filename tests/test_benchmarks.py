@@ -24,13 +24,14 @@ from benchmarks.flops import forward_flops, sampling_flops
 from benchmarks.kernels import least, pairs
 from benchmarks.report import bench_text, summary
 from benchmarks.workload import workload
-from pipeline.config import ConfigError, load
-from pipeline.files import write_json
-from pipeline.policy.model import Policy
-from pipeline.policy.scoring import predicting_hidden, score_tokens
-from pipeline.policy.tokenizer import train_tokenizer
+from pipeline.bootstrap.tokenizer import train_tokenizer
+from pipeline.commands.publish import MARKS, blocks_of, fenced, name_commits, publish_block, replace_block
+from pipeline.model.policy import Policy
+from pipeline.model.scoring import predicting_hidden, score_tokens
 from pipeline.rollout.collector import collect, iteration_specs
-from stages.publish import MARKS, blocks_of, fenced, name_commits, publish_block, replace_block
+from pipeline.settings.params import load
+from pipeline.workspace.errors import UserError
+from pipeline.workspace.files import write_json
 
 ROOT = Path(__file__).parents[1]
 
@@ -139,7 +140,7 @@ def waits(seconds: float, report: Any) -> None:
 
 def test_what_cannot_be_measured_is_skipped_with_a_word_and_within_the_time(capsys: pytest.CaptureFixture[str]) -> None:
     """Also what waits for worker processes."""
-    from pipeline.processes import run_in_processes
+    from pipeline.workspace.processes import run_in_processes
 
     def broken() -> None:
         raise ValueError("no such thing\nat all")
@@ -176,9 +177,9 @@ def test_what_cannot_be_measured_is_skipped_with_a_word_and_within_the_time(caps
 
 def test_a_benchmark_with_nothing_to_measure_on_is_refused() -> None:
     def section() -> None:
-        raise ConfigError("models/policy: no such policy")
+        raise UserError("models/policy: no such policy")
 
-    with pytest.raises(ConfigError, match="no such policy"):
+    with pytest.raises(UserError, match="no such policy"):
         run_sections({"seconds": {}, "skipped": {}}, {"headline": section}, 10.0, lambda: None)
 
 

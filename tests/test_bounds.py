@@ -14,19 +14,21 @@ from typing import Any, Literal, get_args, get_origin
 import numpy as np
 import pytest
 
-from pipeline.config import Config, ConfigError, Environment, ScratchPolicy, parse, read_yaml
+from pipeline.analysis.bottleneck import bottleneck
+from pipeline.bootstrap.supervision import bootstrap
 from pipeline.energy.annotate import annotate
-from pipeline.energy.diagnostics import bottleneck
 from pipeline.environments.registry import OURS, make, reset
 from pipeline.evaluation.evaluate import EvaluationTask, evaluate_policy
-from pipeline.policy.bootstrap import bootstrap
-from pipeline.policy.model import load_policy
-from pipeline.presets import overlay
+from pipeline.model.policy import load_policy
 from pipeline.rollout.table import sample_slice
-from pipeline.section import Section
-from pipeline.slots import Method
+from pipeline.settings.params import Config, Environment, ScratchPolicy, parse
+from pipeline.settings.presets import overlay
+from pipeline.settings.section import Section
+from pipeline.settings.slots import Method
 from pipeline.training.result import training_task
 from pipeline.training.run import TrainingJob, train_one
+from pipeline.workspace.errors import UserError
+from pipeline.workspace.yaml_files import read_yaml
 from tests.trainings import LAKE, TINY, quiet
 
 ROOT = Path(__file__).parents[1]
@@ -146,7 +148,7 @@ def drawn(seed: int) -> Config:
         raw |= {"methods": {"drawn": method}, "compare": {}, "report": {"states": 0}}
         try:
             return parse(raw)
-        except ConfigError:
+        except UserError:
             continue
     raise AssertionError("the schema takes nothing")
 
@@ -181,7 +183,7 @@ def test_a_drawn_policy_from_scratch_is_supervised(seed: int) -> None:
         try:
             config = parse(raw)
             break
-        except ConfigError:
+        except UserError:
             continue
     assert config.policy.kind == "scratch"
     print(config.policy)
@@ -207,7 +209,7 @@ def test_a_number_of_an_environments_settings_is_refused_in_a_line_or_plays(name
         refusal = None
         try:
             environment = make(section)
-        except ConfigError as error:
+        except UserError as error:
             refusal = str(error)
         if refusal is not None:
             assert refusal.startswith(f"environments: 'actfocus/{name}-v1' refuses its settings: "), value

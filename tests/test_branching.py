@@ -20,27 +20,28 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import slots
-from pipeline.config import Config, ConfigError, Environment
 from pipeline.energy.annotate import score_trajectories
 from pipeline.environments import make
 from pipeline.environments.registry import EXTRAS, parse_action, reset, step
-from pipeline.files import read_json
-from pipeline.policy.model import Policy
-from pipeline.prompting import Dialogue, decode, token_roles
-from pipeline.randomness import generator
+from pipeline.model.policy import Policy
+from pipeline.progress.timing import Phases
 from pipeline.rollout.branching import Forest, branches_by_role
 from pipeline.rollout.collector import Episode, EpisodeSpec, Setup, collect, iteration_specs
 from pipeline.rollout.engine import Continuation, Sampling
 from pipeline.rollout.scores import omega
 from pipeline.rollout.transformers_engine import TransformersEngine
-from pipeline.section import Section
-from pipeline.timing import Phases
+from pipeline.settings import slots
+from pipeline.settings.params import Config, Environment
+from pipeline.settings.section import Section
 from pipeline.training.collection import Collection
 from pipeline.training.module import PolicyGradient
 from pipeline.training.result import TrainingTask, training_task
 from pipeline.training.run import TrainingJob, train_one
-from pipeline.trajectory import Role, Trajectories, read
+from pipeline.trajectories.prompting import Dialogue, decode, token_roles
+from pipeline.trajectories.trajectory import Role, Trajectories, read
+from pipeline.workspace.errors import UserError
+from pipeline.workspace.files import read_json
+from pipeline.workspace.randomness import generator
 from tests.batches import properties
 from tests.forests import (
     Chatter,
@@ -351,7 +352,7 @@ def test_an_environment_that_cannot_be_led_there_again_is_named_in_one_line() ->
             episode.take(Continuation(said, [0.0] * len(said), [0.0] * len(said), "stop", 0))
         try:
             branch_of(episode, episode.builder.turns[-1]["start"])
-        except ConfigError as error:
+        except UserError as error:
             refusals.append(str(error))
     assert len(refusals) >= 5
     assert set(refusals) == {
@@ -753,7 +754,7 @@ def test_what_is_not_defined_on_trees_is_refused_in_a_line(slots_of: dict[str, A
 
 
 def refusal(method: dict[str, Any]) -> str:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         configured({"methods": {"made": method}})
     message = str(caught.value)
     assert message.startswith("params.yaml: methods.made")

@@ -14,11 +14,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.config import Train
-from pipeline.files import read_json
+from pipeline.settings.params import Train
 from pipeline.training.budget import progress, training_over
 from pipeline.training.result import TrainingTask, training_task
 from pipeline.training.run import TrainingJob, train_one, train_until
+from pipeline.workspace.files import read_json
 from tests.trainings import LAKE, configured, left, quiet
 
 

@@ -16,25 +16,27 @@ import pytest
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from pipeline.config import Config, ConfigError, Environment, Phase, parse, read_yaml
+from pipeline.bootstrap.supervision import _encode, demonstrate
+from pipeline.bootstrap.tokenizer import train_tokenizer
+from pipeline.commands.play import show
 from pipeline.environments import initial_states, make, split_of
 from pipeline.environments.frozen_lake import MOVES, FrozenLakeExpert
 from pipeline.environments.registry import SPLITS
-from pipeline.episodes import episode_records
 from pipeline.evaluation.evaluate import episode_results, summary
+from pipeline.model.policy import Policy
 from pipeline.objective.batch import token_batch
 from pipeline.objective.weights import actfocus_weights
-from pipeline.policy.bootstrap import _encode, demonstrate
-from pipeline.policy.model import Policy
-from pipeline.policy.tokenizer import train_tokenizer
-from pipeline.prompting import END_OF_RESPONSE, Dialogue
-from pipeline.randomness import generator
+from pipeline.progress.timing import Phases
 from pipeline.rollout.collector import INVALID, EpisodeSpec, Setup, collect, group_specs, iteration_specs
 from pipeline.rollout.engine import Continuation, Follow, Request, Sampling
 from pipeline.rollout.transformers_engine import TransformersEngine
-from pipeline.timing import Phases
-from pipeline.trajectory import RESPONSE_ROLES, RESPONSES, Role, Trajectories, read
-from stages.play import show
+from pipeline.settings.params import Config, Environment, Phase, parse
+from pipeline.trajectories.prompting import END_OF_RESPONSE, Dialogue
+from pipeline.trajectories.records import episode_records
+from pipeline.trajectories.trajectory import RESPONSE_ROLES, RESPONSES, Role, Trajectories, read
+from pipeline.workspace.errors import UserError
+from pipeline.workspace.randomness import generator
+from pipeline.workspace.yaml_files import read_yaml
 
 NAME = "lake"
 TOKENIZER = train_tokenizer(["player 0 1 goal 3 3 holes none", "let me think", "Left Right Up Down"] * 3, 320)
@@ -283,7 +285,7 @@ def test_group_with_different_prompts_is_refused() -> None:
     settings = config()
     one, two = initial_states(make(settings.environments[NAME]), "train", 2, generator(0, "any"), distinct=True)
     specs = [EpisodeSpec(str(i), "same", state, 0, 0, 0, (0, "t", i)) for i, state in enumerate((one, two))]
-    with pytest.raises(ConfigError, match="with different prompts"):
+    with pytest.raises(UserError, match="with different prompts"):
         play(settings, always(says("Up")), specs)
 
 
@@ -768,7 +770,7 @@ STEP, RAISED = "step('open')", r"KeyError: 'no\nsuch door' (test_collector.py, l
     ],
 )
 def test_what_an_environment_must_not_do_ends_the_stage_with_one_line(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         play_odd(settings)
     assert str(error.value).startswith(f"environments: '{ODD}'")
     assert said in str(error.value)
@@ -776,13 +778,13 @@ def test_what_an_environment_must_not_do_ends_the_stage_with_one_line(settings: 
 
 
 def test_a_state_key_that_is_no_text_is_refused_where_states_are_drawn() -> None:
-    with pytest.raises(ConfigError, match="returned a value of type int from state_key; it must be text"):
+    with pytest.raises(UserError, match="returned a value of type int from state_key; it must be text"):
         iteration_specs(odd({"state_key": 7}), NAME, 0, 0)
 
 
 def test_a_demonstrations_environment_is_held_to_the_same() -> None:
     section = odd({"step": lambda _: ("", np.nan, False, False, {})}).environments[NAME]
-    with pytest.raises(ConfigError, match="returned the reward nan"):
+    with pytest.raises(UserError, match="returned the reward nan"):
         demonstrate(make(section), OddExpert(), 1, PHASE, np.random.default_rng(0), section)
 
 

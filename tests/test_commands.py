@@ -14,9 +14,9 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import read_yaml
-from pipeline.files import lock
-from pipeline.presets import overlay
+from pipeline.settings.presets import overlay
+from pipeline.workspace.files import lock
+from pipeline.workspace.yaml_files import read_yaml
 from tests.commands import complaints
 from tests.trainings import LAKE, ROOT, TINY
 
@@ -44,7 +44,7 @@ os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "e
 import psutil
 import transformers.models.auto.modeling_auto
 import pipeline.report.html, pipeline.tracking.store, pipeline.training.run
-import pipeline.progress
+import pipeline.progress.display
 
 class Command:
     def __init__(self, stage, *options, folder=".", user=None, **variables):
@@ -255,7 +255,7 @@ def test_what_waits_for_a_lock_is_told_once_and_then_has_it(tmp_path: Path) -> N
         [
             sys.executable,
             "-c",
-            "import sys, time; from pathlib import Path; from pipeline.files import lock\n"
+            "import sys, time; from pathlib import Path; from pipeline.workspace.files import lock\n"
             "with lock(Path(sys.argv[1])): print(flush=True); time.sleep(60)",
             str(tmp_path / "lock"),
         ],
@@ -278,7 +278,7 @@ def test_what_waits_for_a_lock_is_told_once_and_then_has_it(tmp_path: Path) -> N
 
 STARTER = """
 import subprocess, sys, time
-child = "import time; from stages.command import run; run(lambda: print('begun', flush=True) or time.sleep(60))"
+child = "import time; from pipeline.commands.command import run; run(lambda: print('begun', flush=True) or time.sleep(60))"
 subprocess.Popen([sys.executable, "-c", child, "slow"])
 time.sleep(60)
 """

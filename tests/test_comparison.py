@@ -18,11 +18,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline.config import Config, ConfigError, parse, read_yaml
-from pipeline.files import write_json
-from pipeline.randomness import generator
+from pipeline.analysis.comparison import REFERENCE, SPENT, Inputs, compare, read_inputs
 from pipeline.report.charts import difference_charts, plain
-from pipeline.report.comparison import REFERENCE, SPENT, Inputs, compare, read_inputs
 from pipeline.report.comparison_figures import learning_figure, learning_panels, write_comparison_figures
 from pipeline.report.comparison_tables import (
     common_terms,
@@ -34,6 +31,11 @@ from pipeline.report.comparison_tables import (
 from pipeline.report.curve_charts import training_charts
 from pipeline.report.flat import headline_metrics
 from pipeline.report.html import embedded, report_html
+from pipeline.settings.params import Config, parse
+from pipeline.workspace.errors import UserError
+from pipeline.workspace.files import write_json
+from pipeline.workspace.randomness import generator
+from pipeline.workspace.yaml_files import read_yaml
 
 ROOT = Path(__file__).parents[1]
 ITERATIONS = 12
@@ -276,7 +278,7 @@ def test_adding_a_method_leaves_the_rows_of_the_others() -> None:
 def test_files_are_read_and_timings_may_be_absent(tmp_path: Path) -> None:
     config = configuration()
     made = inputs(config)
-    with pytest.raises(ConfigError, match=r"lake-grpo\.parquet: no such file; `dvc repro` makes it"):
+    with pytest.raises(UserError, match=r"lake-grpo\.parquet: no such file; `dvc repro` makes it"):
         read_inputs(config, tmp_path)
     (tmp_path / "evaluations").mkdir()
     for (environment, method), table in made.episodes.items():
@@ -629,7 +631,7 @@ def test_charts_hold_the_comparisons_numbers_and_say_what_was_run() -> None:
 
 def test_report_code_does_not_load_the_training_stack() -> None:
     code = (
-        "import sys, json, pipeline.report.html, pipeline.evaluation.statistics;"
+        "import sys, json, pipeline.report.html, pipeline.analysis.statistics;"
         "print(json.dumps([m for m in ('torch', 'lightning', 'mlflow', 'matplotlib.pyplot') if m in sys.modules]))"
     )
     shown = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout

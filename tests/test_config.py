@@ -17,11 +17,11 @@ import pyarrow.parquet as pq
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline.config import Config, ConfigError, load, parse, read_yaml
-from pipeline.presets import overlay, preset_text, resolve_preset
-from pipeline.section import Section, number
-from pipeline.slots import Method
-from pipeline.studies import (
+from pipeline.settings.params import Config, load, parse
+from pipeline.settings.presets import overlay, preset_text, resolve_preset
+from pipeline.settings.section import Section, number
+from pipeline.settings.slots import Method
+from pipeline.settings.sweep import (
     Constraints,
     Integer,
     Logarithmic,
@@ -31,7 +31,8 @@ from pipeline.studies import (
     Sweep,
     Uniform,
 )
-from pipeline.yaml_files import yaml_text
+from pipeline.workspace.errors import UserError
+from pipeline.workspace.yaml_files import read_yaml, yaml_text
 from tests.commands import complaints
 
 ROOT = Path(__file__).parents[1]
@@ -58,7 +59,7 @@ def put(raw: dict[str, Any], dotted: str, value: Any) -> dict[str, Any]:
 
 
 def mistakes(raw: Any) -> list[str]:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         parse(raw)
     return str(error.value).split("\n")
 
@@ -124,7 +125,7 @@ def sections(section: type[Section] = Section) -> list[type[Section]]:
     return [
         s
         for child in section.__subclasses__()
-        if child.__module__ in ("pipeline.config", "pipeline.slots")
+        if child.__module__ in ("pipeline.settings.params", "pipeline.settings.slots")
         for s in [child, *sections(child)]
     ]
 
@@ -173,7 +174,7 @@ def test_preset_is_resolved_beside_its_overlay_and_left_alone_when_unchanged(tmp
     assert not (folder / "dvc.yaml").is_symlink()
     assert (folder / "dvc.yaml").read_text(encoding="utf-8") == (ROOT / "dvc.yaml").read_text(encoding="utf-8")
     assert resolve_preset("mine", tmp_path).stat().st_mtime_ns == written
-    with pytest.raises(ConfigError, match="presets: 'mien' is not there; allowed: mine"):
+    with pytest.raises(UserError, match="presets: 'mien' is not there; allowed: mine"):
         resolve_preset("mien", tmp_path)
 
 
@@ -419,7 +420,7 @@ def test_1e_4_is_a_number(tmp_path: Path) -> None:
 )
 def test_a_file_that_is_not_a_params_file_is_one_line(tmp_path: Path, text: str, line: str) -> None:
     (tmp_path / "params.yaml").write_text(text, encoding="utf-8")
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         load(tmp_path / "params.yaml")
     assert str(error.value).startswith(f"{tmp_path / 'params.yaml'}: ")
     assert line in str(error.value)
@@ -449,7 +450,7 @@ methods:
 def test_an_alias_is_refused_by_its_key(tmp_path: Path, text: str, keys: list[str]) -> None:
     """Whatever edits one place of it, such as `dvc exp run -S`, would change the others too."""
     (tmp_path / "params.yaml").write_text(text, encoding="utf-8")
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         load(tmp_path / "params.yaml")
     assert str(error.value).splitlines() == [
         f"{tmp_path / 'params.yaml'}: {key} is an alias; an edit of its values would change every place that shares them: "
@@ -554,7 +555,7 @@ def refusal(
     *options: str,
 ) -> str:
     """The one line with which a stage, run in this process, refuses; nothing in the project has changed."""
-    from stages.command import run
+    from pipeline.commands.command import run
 
     monkeypatch.setattr(sys, "argv", ["stage", *options])
     before = contents(project)
@@ -590,11 +591,11 @@ def test_a_missing_model_is_one_line(
 def test_a_policy_that_was_not_made_yet_is_not_looked_for_on_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.policy.model import load_trained
+    from pipeline.model.policy import load_trained
 
     config = load(ROOT / "params.yaml")
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(ConfigError, match="models/policy: no such policy; run `make repro` first"):
+    with pytest.raises(UserError, match="models/policy: no such policy; run `make repro` first"):
         load_trained(Path("models/policy"), config)
 
 

@@ -22,12 +22,14 @@ import numpy as np
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline import contracts
-from pipeline.config import Config, ConfigError, Environment, parse, read_yaml
-from pipeline.contracts import CONTRACTS, Bounds, Seen, check_environment, proceed
+from pipeline.contracts import environment as contracts
+from pipeline.contracts.environment import CONTRACTS, Bounds, Seen, check_environment, proceed
 from pipeline.environments import make, registry
 from pipeline.environments.registry import OURS
-from pipeline.presets import overlay
+from pipeline.settings.params import Config, Environment, parse
+from pipeline.settings.presets import overlay
+from pipeline.workspace.errors import UserError
+from pipeline.workspace.yaml_files import read_yaml
 
 ROOT = Path(__file__).parents[1]
 EXAMPLES = ROOT / "docs" / "examples"
@@ -641,7 +643,7 @@ def test_the_suite_and_the_pipeline_refuse_the_same(case: int) -> None:
     (line,) = check_environment(section, WalkExpert())
     environment = make(section)
     registry.reset(environment, 0, 0)
-    with pytest.raises(ConfigError, match=f"returned {WRONG[case][1]}") as caught:
+    with pytest.raises(UserError, match=f"returned {WRONG[case][1]}") as caught:
         registry.step(environment, "left")
     words = str(caught.value).removeprefix("environments: ")
     assert line.replace("'right'", "'left'").startswith(f"step: {words} (state_seed 0, ")

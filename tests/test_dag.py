@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline.config import read_yaml
+from pipeline.workspace.yaml_files import read_yaml
 from tests.commands import complaints, forked_stages
 from tests.trainings import left
 
@@ -95,7 +95,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     one, two = (clone(tmp_path_factory.mktemp("clone") / name) for name in ("one", "two"))
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(stage_by_stage, two)
-        call(one, sys.executable, "-m", "stages.preset", "--name", "smoke")
+        call(one, sys.executable, "-m", "pipeline.commands.preset", "--name", "smoke")
         assert len(repro(one)) == 4 + 2 * len(METHODS) + 1
         other.result()
     return one, two
@@ -221,7 +221,7 @@ def test_two_revisions_are_compared_at_the_terminal(runs: tuple[Path, Path]) -> 
         *(("workspace", method) for method in METHODS if method != "ppo"),
     }
 
-    command = [sys.executable, "-m", "stages.diff", "--params", PARAMS, "--a"]
+    command = [sys.executable, "-m", "pipeline.commands.compare", "--params", PARAMS, "--a"]
     table = call(folder, *command, "before").stdout
     rows = {line.split()[0]: line for line in table.splitlines() if line}
     assert "+0.000 (2 seeds, +0.000 to +0.000)" in rows["grpo"]

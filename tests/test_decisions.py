@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline import decisions as subject
-from pipeline.config import ConfigError
-from pipeline.decisions import SIGNALS, Plan, Position, components, decisions, resampled, summarised
-from pipeline.policy.model import load_trained
-from pipeline.report.decisions import decisions_text, draw_decisions
+from pipeline.analysis import decisions as subject
+from pipeline.analysis.decisions import SIGNALS, Plan, Position, components, decisions, resampled, summarised
+from pipeline.model.policy import load_trained
+from pipeline.report.decision_figures import decisions_text, draw_decisions
 from pipeline.rollout.collector import Episode, Setup, iteration_specs, play
 from pipeline.rollout.transformers_engine import TransformersEngine
+from pipeline.workspace.errors import UserError
 from tests.trainings import LAKE, ROOT, configured
 
 PLAN = Plan(seeds=[300, 301], positions=2, candidates=3, continuations=2)
@@ -133,9 +133,9 @@ def test_every_signal_is_measured_and_repeatable(directory: Path, tmp_path: Path
 def test_what_cannot_be_measured_is_refused(directory: Path, tmp_path: Path) -> None:
     grown = {"kind": "tree_search", "width": 2}
     config = configured({"methods": {"grpo": {"branching": grown, "advantage": {"kind": "siblings"}}}})
-    with pytest.raises(ConfigError, match="must not branch itself"):
+    with pytest.raises(UserError, match="must not branch itself"):
         decisions(config, directory, LAKE, "grpo", PLAN, tmp_path)
-    with pytest.raises(ConfigError, match="at least 2"):
+    with pytest.raises(UserError, match="at least 2"):
         decisions(configured(), directory, LAKE, "grpo", Plan([0], 1, 1, 2), tmp_path)
 
 
@@ -143,7 +143,7 @@ def test_the_command_names_what_is_wrong() -> None:
     command = [
         sys.executable,
         "-m",
-        "stages.decisions",
+        "pipeline.commands.decisions",
         "--params",
         "presets/smoke/params.yaml",
         "--environment",

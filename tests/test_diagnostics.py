@@ -12,9 +12,9 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipeline.energy.diagnostics import bottleneck, group_energy
+from pipeline.analysis.bottleneck import bottleneck, group_energy
 from pipeline.report.bottleneck_figures import draw_bottleneck
-from pipeline.trajectory import RESPONSE_ROLES, EpisodeBuilder, Role, Trajectories, TrajectoryError, build
+from pipeline.trajectories.trajectory import RESPONSE_ROLES, EpisodeBuilder, Role, Trajectories, TrajectoryError, build
 
 GROUPS, SIZE = 40, 8
 Returns = Callable[[int, int], float]

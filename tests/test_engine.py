@@ -26,10 +26,10 @@ from transformers import (
     Qwen2ForCausalLM,
 )
 
-from pipeline.kernels import library, native
-from pipeline.policy.model import Policy, load_policy
-from pipeline.policy.tokenizer import train_tokenizer
-from pipeline.policy.trunk import hidden_states
+from pipeline.bootstrap.tokenizer import train_tokenizer
+from pipeline.model.kernels import library, native
+from pipeline.model.policy import Policy, load_policy
+from pipeline.model.trunk import hidden_states
 from pipeline.rollout import transformers_engine
 from pipeline.rollout.engine import Continuation, Follow, Request, RolloutEngine, Sampling
 from pipeline.rollout.transformers_engine import TransformersEngine, sample

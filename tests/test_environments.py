@@ -1,6 +1,6 @@
 """Every registered environment in a rollout and in splits, and FrozenLake's own rules.
 
-What any environment has to keep is in pipeline/contracts.py, which test_contracts.py runs over all of them.
+What any environment has to keep is in pipeline/contracts/environment.py, which test_contracts.py runs over all of them.
 """
 
 from __future__ import annotations
@@ -16,14 +16,16 @@ import numpy as np
 import pytest
 from gymnasium.envs.toy_text.frozen_lake import DOWN, LEFT, RIGHT, UP, FrozenLakeEnv
 
-from pipeline.config import Config, ConfigError, Environment, parse, read_yaml
+from pipeline.bootstrap.supervision import expert_of
+from pipeline.bootstrap.tokenizer import train_tokenizer
 from pipeline.environments import initial_states, make, split_of
 from pipeline.environments.frozen_lake import MOVES, FrozenLake, FrozenLakeExpert
 from pipeline.environments.registry import OURS, SPLITS
-from pipeline.policy.bootstrap import expert_of
-from pipeline.policy.tokenizer import train_tokenizer
 from pipeline.rollout.collector import collect, iteration_specs
 from pipeline.rollout.engine import Continuation, Follow, Request, Sampling
+from pipeline.settings.params import Config, Environment, parse
+from pipeline.workspace.errors import UserError
+from pipeline.workspace.yaml_files import read_yaml
 
 ROOT = Path(__file__).parents[1]
 SLIPPERY = Environment(
@@ -171,7 +173,7 @@ def test_initial_states_are_distinct_when_they_have_to_be() -> None:
         found = initial_states(environment, "train", 12, np.random.default_rng(0), distinct=distinct)
         states = {opening(environment, 0, state)[2] for state in found}
         assert (len(states) == 12) == distinct
-    with pytest.raises(ConfigError, match=r"^environments: only \d+ of 13 initial states found in split 'test'$"):
+    with pytest.raises(UserError, match=r"^environments: only \d+ of 13 initial states found in split 'test'$"):
         initial_states(environment, "test", 13, np.random.default_rng(0), distinct=True)
 
 
@@ -364,7 +366,7 @@ def test_the_experts_reasoning_never_names_a_move_and_has_the_length_asked_for()
     ],
 )
 def test_impossible_settings_are_refused_in_one_line(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         lake(**settings).reset(seed=0)
     assert str(error.value).startswith("environments: ")
     assert said in str(error.value)
@@ -380,7 +382,7 @@ def test_impossible_settings_are_refused_in_one_line(settings: dict[str, Any], s
     ],
 )
 def test_an_environment_that_cannot_be_used_is_refused_in_one_line(name: str, said: str) -> None:
-    with pytest.raises(ConfigError, match=said) as error:
+    with pytest.raises(UserError, match=said) as error:
         make(Environment(id=name))
     assert repr(name) in str(error.value)
     assert "\n" not in str(error.value)

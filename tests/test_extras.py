@@ -15,12 +15,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.config import ConfigError, Environment, parse, read_yaml
-from pipeline.contracts import check_environment
+from pipeline.contracts.environment import check_environment
 from pipeline.environments import initial_states, make
 from pipeline.environments.foreign import Enclosure, free_text
 from pipeline.environments.registry import EXTRAS, OURS
-from pipeline.presets import overlay
+from pipeline.settings.params import Environment, parse
+from pipeline.settings.presets import overlay
+from pipeline.workspace.errors import UserError
+from pipeline.workspace.yaml_files import read_yaml
 
 ROOT = Path(__file__).parents[1]
 REASONING, ARENA = EXTRAS
@@ -46,7 +48,7 @@ def started(name: str, state: int = 0, seed: int = 0, **settings: Any) -> Any:
 def test_a_package_that_is_not_there_is_named_in_one_line(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     for name, (_, extra) in EXTRAS.items():
-        with pytest.raises(ConfigError) as caught:
+        with pytest.raises(UserError) as caught:
             make(Environment(id=name))
         said = f"environments: id {name!r} needs the package {extra}: pip install -e '.[{extra}]'"
         assert str(caught.value) == said
@@ -224,7 +226,7 @@ def test_an_answer_that_the_score_cannot_read_scores_0() -> None:
     ],
 )
 def test_what_a_dataset_cannot_be_is_said_in_one_line(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         make(section(REASONING, **settings))
     assert str(caught.value).startswith(f"environments: {REASONING!r} refuses its settings: {said}")
     assert "\n" not in str(caught.value)
@@ -412,7 +414,7 @@ def test_a_groups_members_share_the_start_but_not_what_follows() -> None:
     ],
 )
 def test_what_cannot_be_played_is_said_in_one_line(settings: dict[str, Any], said: str) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         make(section(ARENA, **settings))
     assert str(caught.value).startswith(f"environments: {ARENA!r} refuses its settings: {said}")
     assert "\n" not in str(caught.value)

@@ -15,6 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pipeline.model.scoring import score_tokens
 from pipeline.objective import aggregation
 from pipeline.objective.advantages import gae, group_advantage, whiten
 from pipeline.objective.batch import TokenBatch
@@ -28,9 +29,8 @@ from pipeline.objective.methods import (
 )
 from pipeline.objective.regularisers import kl_penalty, value_loss
 from pipeline.objective.surrogates import UpdateTokens, dual_clip, ppo_clip
-from pipeline.policy.scoring import score_tokens
-from pipeline.slots import Method
-from pipeline.trajectory import Role
+from pipeline.settings.slots import Method
+from pipeline.trajectories.trajectory import Role
 from tests.batches import method
 
 CLOSE = {"rtol": 1e-7, "atol": 1e-9}

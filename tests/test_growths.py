@@ -13,7 +13,6 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import slots
 from pipeline.rollout.branching import (
     ROOT,
     Origin,
@@ -29,7 +28,8 @@ from pipeline.rollout.branching import (
 )
 from pipeline.rollout.collector import iteration_specs
 from pipeline.rollout.scores import action_starts, blank_tokens, branch_scores, omega, standardised
-from pipeline.trajectory import EpisodeBuilder, Role, Trajectories, build
+from pipeline.settings import slots
+from pipeline.trajectories.trajectory import EpisodeBuilder, Role, Trajectories, build
 from tests.batches import properties
 from tests.forests import lake, planted, rows
 from tests.test_collector import NAME, TOKENIZER

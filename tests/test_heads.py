@@ -15,17 +15,18 @@ import torch
 from torch import Tensor
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
-from pipeline import slots
-from pipeline.config import parse, read_yaml
-from pipeline.policy.model import Policy
-from pipeline.policy.scoring import predicting_hidden
-from pipeline.presets import overlay
+from pipeline.model.policy import Policy
+from pipeline.model.scoring import predicting_hidden
+from pipeline.settings import slots
+from pipeline.settings.params import parse
+from pipeline.settings.presets import overlay
 from pipeline.training import gradients, heads
 from pipeline.training.gradients import SHARES, gradient_share
 from pipeline.training.heads import HEADS, Head, QHead, Scene, ValueHead, make_heads
 from pipeline.training.iteration import Example
 from pipeline.training.module import PolicyGradient, _Averages
-from pipeline.trajectory import RESPONSE_ROLES, Role
+from pipeline.trajectories.trajectory import RESPONSE_ROLES, Role
+from pipeline.workspace.yaml_files import read_yaml
 from tests.trainings import standing
 
 ROOT = Path(__file__).parents[1]

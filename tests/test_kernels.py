@@ -20,15 +20,17 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import LlamaConfig, Qwen2Config, Qwen2ForCausalLM
 
-from pipeline.config import ConfigError, parse, read_yaml
+from pipeline.bootstrap.tokenizer import train_tokenizer
 from pipeline.energy.annotate import score_trajectories
-from pipeline.kernels import library, native
-from pipeline.policy.model import Policy
-from pipeline.policy.tokenizer import train_tokenizer
-from pipeline.policy.trunk import Heads, packed_attention
+from pipeline.model.kernels import library, native
+from pipeline.model.policy import Policy
+from pipeline.model.trunk import Heads, packed_attention
 from pipeline.rollout.cache import SlotCache
 from pipeline.rollout.collector import collect, iteration_specs
 from pipeline.rollout.transformers_engine import TransformersEngine
+from pipeline.settings.params import parse
+from pipeline.workspace.errors import UserError
+from pipeline.workspace.yaml_files import read_yaml
 
 ROOT = Path(__file__).parents[1]
 HAS_COMPILER = shutil.which(os.environ.get("CC", "cc")) is not None
@@ -567,7 +569,7 @@ def test_every_instruction_set_has_a_longest_sequence_for_every_head_size() -> N
 def test_an_instruction_set_that_is_none_or_not_there_is_refused(choice: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("ACTFOCUS_KERNELS", choice)
     library.library.cache_clear()
-    with pytest.raises(ConfigError) as refused:
+    with pytest.raises(UserError) as refused:
         library.library()
     (line,) = str(refused.value).splitlines()
     allowed = ", ".join(["off", *SETS])

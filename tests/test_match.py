@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from stages.match import CLOSE, STEPS, Match, nearest
+from pipeline.commands.match import CLOSE, STEPS, Match, nearest
 
 
 def test_where_the_kl_goes_with_the_square_of_the_rate_the_second_try_is_close() -> None:

@@ -11,11 +11,13 @@ import pytest
 import torch
 from ruamel.yaml import YAML
 
-from pipeline.config import Config, Method, load, parse, read_yaml
+from pipeline.model.policy import Policy
 from pipeline.objective.methods import SLOTS
-from pipeline.policy.model import Policy
-from pipeline.presets import overlay
+from pipeline.settings.params import Config, load, parse
+from pipeline.settings.presets import overlay
+from pipeline.settings.slots import Method
 from pipeline.training.module import PolicyGradient
+from pipeline.workspace.yaml_files import read_yaml
 from tests.trainings import LAKE, ROOT, TINY, fit
 
 TEXT = (ROOT / "docs" / "methods.md").read_text(encoding="utf-8")

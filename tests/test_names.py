@@ -10,8 +10,10 @@ from typing import Any
 import pytest
 from ruamel.yaml import YAML
 
-from pipeline.config import ConfigError, parse, read_yaml
-from pipeline.presets import overlay
+from pipeline.settings.params import parse
+from pipeline.settings.presets import overlay
+from pipeline.workspace.errors import UserError
+from pipeline.workspace.yaml_files import read_yaml
 from tests.test_dag import clone, environment
 
 pytestmark = [pytest.mark.dag, pytest.mark.xdist_group("dag")]
@@ -59,7 +61,7 @@ def changed(name: str) -> dict[str, dict[str, Any]]:
 @pytest.mark.parametrize("place", changed(""))
 def test_a_name_with_anything_but_letters_digits_and_underscores_is_refused(name: str, place: str) -> None:
     raw = read_yaml(ROOT / "params.yaml")
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         parse(overlay(raw, changed(name)[place]))
     value = changed(name)[place].get(place)
     assert repr(value if isinstance(value, str) else name) in str(error.value)

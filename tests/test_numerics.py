@@ -15,13 +15,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline import files
-from pipeline.config import ConfigError
+from pipeline.commands.command import run
 from pipeline.energy.annotate import annotate
 from pipeline.evaluation import evaluate as evaluation
-from pipeline.finite import NumericsError
-from pipeline.policy.model import Policy, load_policy
-from pipeline.randomness import generator
+from pipeline.model.policy import Policy, load_policy
 from pipeline.rollout.collector import collect, iteration_specs
 from pipeline.rollout.transformers_engine import TransformersEngine, sample
 from pipeline.training.checks import recomputed
@@ -29,7 +26,10 @@ from pipeline.training.iteration import Example
 from pipeline.training.module import PolicyGradient, _Averages
 from pipeline.training.result import training_task
 from pipeline.training.run import TrainingJob, train_one, train_until
-from stages.command import run
+from pipeline.workspace import files
+from pipeline.workspace.errors import UserError
+from pipeline.workspace.finite import NumericsError
+from pipeline.workspace.randomness import generator
 from tests.trainings import LAKE, configured, fit, left, quiet, standing, supervised, weights
 
 PRECISIONS = ("float32", "bfloat16")
@@ -117,7 +117,7 @@ def test_gradients_of_low_precision_are_added_up_in_float32(directory: Path) -> 
 def test_steps_that_vanish_are_refused_after_the_first_update(directory: Path, dtype: str) -> None:
     module = PolicyGradient(slowed(at_rate(1e-4), "grpo", 1e-12), LAKE, "grpo", 0, load_policy(directory, dtype=dtype))
     with pytest.raises(
-        ConfigError, match=re.escape("params.yaml: methods.grpo.learning_rate: a step of 1e-12")
+        UserError, match=re.escape("params.yaml: methods.grpo.learning_rate: a step of 1e-12")
     ) as raised:
         fit(module, 1)
     assert "allowed: " in str(raised.value)
@@ -133,7 +133,7 @@ def test_vanishing_steps_of_a_head_are_refused_by_its_key(directory: Path, metho
     own = examples(module)
     module._update(own, 0, _Averages())
     torch.nn.init.ones_(module.heads[0].head.weight)  # type: ignore[union-attr, arg-type]
-    with pytest.raises(ConfigError, match=re.escape(f"methods.{method}.advantage.{section}.learning_rate: ")):
+    with pytest.raises(UserError, match=re.escape(f"methods.{method}.advantage.{section}.learning_rate: ")):
         module._update(own, 0, _Averages())
 
 
@@ -141,7 +141,7 @@ def test_the_smallest_rate_that_is_called_allowed_is_allowed(directory: Path) ->
     def trained_at(rate: float) -> None:
         fit(PolicyGradient(slowed(at_rate(1e-4), "grpo", rate), LAKE, "grpo", 0, load_policy(directory)), 1)
 
-    with pytest.raises(ConfigError) as raised:
+    with pytest.raises(UserError) as raised:
         trained_at(1e-12)
     trained_at(float(str(raised.value).split()[-3]))
 
@@ -152,7 +152,7 @@ def test_a_step_without_a_gradient_is_no_vanished_one(directory: Path) -> None:
     module = standing(PolicyGradient(slowed(config, "grpo", 1e-12), LAKE, "grpo", 0, load_policy(directory)))
     own = examples(module)
     module._update([replace(e, advantage=torch.zeros_like(e.advantage)) for e in own], 0, _Averages())
-    with pytest.raises(ConfigError, match=r"methods\.grpo\.learning_rate"):
+    with pytest.raises(UserError, match=r"methods\.grpo\.learning_rate"):
         module._update([replace(e, advantage=torch.linspace(-1, 1, len(e.advantage))) for e in own], 0, _Averages())
 
 

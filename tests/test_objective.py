@@ -27,8 +27,8 @@ from pipeline.objective.methods import (
 from pipeline.objective.regularisers import kl_penalty, value_loss
 from pipeline.objective.surrogates import UpdateTokens, ppo_clip
 from pipeline.objective.weights import actfocus_weights, signal_values, uniform_weights, z_score
-from pipeline.slots import Method
-from pipeline.trajectory import EpisodeBuilder, Role, build
+from pipeline.settings.slots import Method
+from pipeline.trajectories.trajectory import EpisodeBuilder, Role, build
 from tests.batches import CLOSE, batches, method, noise, population, properties, sigmoid
 
 SIGNALS = ("reference_energy", "reference_entropy", "behaviour_nll", "logprob_shift")

@@ -18,10 +18,10 @@ from ruamel.yaml import YAML
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.config import read_yaml
-from pipeline.presets import overlay
-from pipeline.trajectory import Role, read
-from stages.play import show
+from pipeline.commands.play import show
+from pipeline.settings.presets import overlay
+from pipeline.trajectories.trajectory import Role, read
+from pipeline.workspace.yaml_files import read_yaml
 from tests.commands import complaints, forked_stages
 
 pytestmark = [pytest.mark.dag, pytest.mark.xdist_group("dag")]

@@ -12,9 +12,9 @@ import psutil
 import pytest
 import torch
 
-from pipeline.config import ConfigError
-from pipeline.processes import Report, _watch, begin_worker, run_in_processes
 from pipeline.tracking.system import SystemMetrics
+from pipeline.workspace.errors import UserError
+from pipeline.workspace.processes import Report, _watch, begin_worker, run_in_processes
 
 
 def slower_first(task: int, report: Report) -> int:
@@ -31,7 +31,7 @@ def fail_at_two(task: tuple[int, Path], report: Report) -> None:
     number, folder = task
     (folder / str(number)).touch()
     if number == 2:
-        raise ConfigError("params.yaml: two is not allowed")
+        raise UserError("params.yaml: two is not allowed")
     time.sleep(0.1)
 
 
@@ -57,7 +57,7 @@ def test_at_most_so_many_processes_each_with_one_thread_and_none_left_over(worke
 
 def test_a_tasks_exception_arrives_and_stops_what_has_not_begun(tmp_path: Path) -> None:
     tasks = {str(n): (n, tmp_path) for n in (0, 2, *range(10, 30))}
-    with pytest.raises(ConfigError, match=r"^params\.yaml: two is not allowed$"):
+    with pytest.raises(UserError, match=r"^params\.yaml: two is not allowed$"):
         run_in_processes(fail_at_two, tasks, 1, "fail")
     assert {"0", "2"} <= {path.name for path in tmp_path.iterdir()}
     assert len(list(tmp_path.iterdir())) < len(tasks) / 2
@@ -66,12 +66,12 @@ def test_a_tasks_exception_arrives_and_stops_what_has_not_begun(tmp_path: Path) 
 def sleep_at_one(task: int, report: Report) -> None:
     if task == 1:
         time.sleep(60)
-    raise ConfigError("params.yaml: zero is not allowed")
+    raise UserError("params.yaml: zero is not allowed")
 
 
 def test_a_tasks_exception_does_not_wait_for_those_that_have_begun() -> None:
     began = time.monotonic()
-    with pytest.raises(ConfigError):
+    with pytest.raises(UserError):
         run_in_processes(sleep_at_one, {"one": 1, "zero": 0}, 2, "fail")
     assert time.monotonic() - began < 50
     assert not multiprocessing.active_children()

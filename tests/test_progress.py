@@ -10,9 +10,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import progress
-from pipeline.processes import Report, run_in_processes
-from pipeline.progress import Display, Teller, beat, begin, doing, duration, on_beat, span, tell, within
+from pipeline.progress import display as progress
+from pipeline.progress.display import Display, Teller, beat, begin, doing, duration, on_beat, span, tell, within
+from pipeline.workspace.processes import Report, run_in_processes
 from tests.trainings import LAKE, ROOT, configured
 
 
@@ -196,9 +196,9 @@ def test_a_stage_speaks_before_it_has_imported_what_takes_long_and_prints_one_li
     """A process of its own, whose seconds are as short as here; what it waits for stands for a long import."""
     script = (
         "import sys, time\n"
-        "from pipeline import progress\n"
+        "from pipeline.progress import display as progress\n"
         "progress.FIRST, progress.EVERY = 0.1, 0.3\n"
-        "from stages.command import run\n"
+        "from pipeline.commands.command import run\n"
         "def main():\n"
         "    time.sleep(0.5)\n"
         "    progress.doing('statistics')\n"

@@ -12,9 +12,8 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.config import ConfigError
-from pipeline.policy.tokenizer import train_tokenizer
-from pipeline.prompting import (
+from pipeline.bootstrap.tokenizer import train_tokenizer
+from pipeline.trajectories.prompting import (
     PLAIN_TEMPLATE,
     DecodedResponse,
     Dialogue,
@@ -23,7 +22,8 @@ from pipeline.prompting import (
     plain_text,
     token_roles,
 )
-from pipeline.trajectory import Role
+from pipeline.trajectories.trajectory import Role
+from pipeline.workspace.errors import UserError
 
 properties = settings(max_examples=150)
 
@@ -473,7 +473,7 @@ def test_reasoning_that_the_template_closes_is_part_of_the_response_and_cannot_b
     dialogue = Dialogue(tokenizer, "compact", "", 32)
     assert tokenizer.decode(dialogue.prefill_ids) == "<think>\n\n</think>\n\n"
     assert tokenizer.decode(dialogue.opening("", "a")).endswith("<|im_start|>assistant\n")
-    with pytest.raises(ConfigError, match=r"^rollout.prefill: '<think>' does not go with .* itself; leave it empty$"):
+    with pytest.raises(UserError, match=r"^rollout.prefill: '<think>' does not go with .* itself; leave it empty$"):
         Dialogue(tokenizer, "compact", "<think>", 32)
 
 
@@ -540,7 +540,7 @@ def test_the_day_does_not_change_a_prompt() -> None:
 def test_a_template_that_a_growing_conversation_cannot_use_is_refused_in_one_line(
     template: Any, said: str, layout: Any
 ) -> None:
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         Dialogue(templated(template), layout, "", 32)
     assert str(caught.value).startswith(f"policy: its chat template {said}")
     assert "\n" not in str(caught.value)

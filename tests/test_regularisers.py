@@ -16,8 +16,8 @@ from pipeline.objective import methods
 from pipeline.objective.batch import TokenBatch
 from pipeline.objective.methods import entropy_terms
 from pipeline.objective.regularisers import EntropyTerms, entropy_band, entropy_loss, entropy_target, fixed
-from pipeline.slots import Method
-from pipeline.trajectory import Role
+from pipeline.settings.slots import Method
+from pipeline.trajectories.trajectory import Role
 from tests.batches import CLOSE, batches, method, noise, properties
 
 KINDS = [get_args(section.model_fields["kind"].annotation)[0] for section in methods.REGULARISERS]

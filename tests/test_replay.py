@@ -12,15 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline import replay as subject
-from pipeline.config import Config, ConfigError
-from pipeline.energy.annotate import annotate
-from pipeline.objective.batch import TokenBatch, token_batch
-from pipeline.objective.methods import token_advantages
-from pipeline.objective.weights import actfocus_weights
-from pipeline.policy.model import Policy, load_policy
-from pipeline.randomness import generator
-from pipeline.replay import (
+from pipeline.analysis import replay as subject
+from pipeline.analysis.replay import (
     FIXED,
     Point,
     Task,
@@ -34,11 +27,19 @@ from pipeline.replay import (
     role_shares,
     signal_to_noise,
 )
-from pipeline.report.replay import draw_replay, replay_text
+from pipeline.energy.annotate import annotate
+from pipeline.model.policy import Policy, load_policy
+from pipeline.objective.batch import TokenBatch, token_batch
+from pipeline.objective.methods import token_advantages
+from pipeline.objective.weights import actfocus_weights
+from pipeline.report.replay_figures import draw_replay, replay_text
 from pipeline.rollout.collector import collect, iteration_specs
 from pipeline.rollout.transformers_engine import TransformersEngine
-from pipeline.slots import ActFocusWeight, Signal
-from pipeline.trajectory import Trajectories
+from pipeline.settings.params import Config
+from pipeline.settings.slots import ActFocusWeight, Signal
+from pipeline.trajectories.trajectory import Trajectories
+from pipeline.workspace.errors import UserError
+from pipeline.workspace.randomness import generator
 from tests.batches import batches, properties
 from tests.trainings import LAKE, configured
 
@@ -208,5 +209,5 @@ def test_a_replay_reports_every_point_and_uniform_weights_agree_with_themselves(
 def test_what_cannot_be_replayed_is_one_line(
     config: Config, directory: Path, table: Trajectories, method: str, groups: int, line: str
 ) -> None:
-    with pytest.raises(ConfigError, match=line):
+    with pytest.raises(UserError, match=line):
         replay(config, directory, table, method, grid([1.0], [0.0], [1.0], ["reference_energy"]), groups)

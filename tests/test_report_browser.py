@@ -18,13 +18,14 @@ import numpy as np
 import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
-from pipeline.config import Config, ConfigError, Environment
-from pipeline.energy.diagnostics import bottleneck
-from pipeline.report.comparison import REFERENCE, compare
+from pipeline.analysis.bottleneck import bottleneck
+from pipeline.analysis.comparison import REFERENCE, compare
 from pipeline.report.html import report_html
 from pipeline.report.screenshots import chromium, shoot_report
 from pipeline.report.viewer import Played, viewer_data
-from pipeline.trajectory import EpisodeBuilder, Role, Trajectories, build
+from pipeline.settings.params import Config, Environment
+from pipeline.trajectories.trajectory import EpisodeBuilder, Role, Trajectories, build
+from pipeline.workspace.errors import UserError
 from tests.test_collector import TOKENIZER
 from tests.test_comparison import configuration, inputs
 from tests.test_diagnostics import make, variance_in_actions
@@ -162,7 +163,7 @@ def browser() -> Iterator[Any]:
     with ExitStack() as stack:
         try:
             yield stack.enter_context(chromium())
-        except ConfigError as error:
+        except UserError as error:
             pytest.skip(str(error))
 
 
@@ -547,12 +548,12 @@ def test_pictures_for_the_documents(written: Path, browser: Any, tmp_path: Path)
     for name in ("report.png", "viewer.png"):
         assert (tmp_path / name).read_bytes().startswith(b"\x89PNG")
         assert (tmp_path / name).stat().st_size < 300_000
-    with pytest.raises(ConfigError, match=r"none\.html: no such file; `make repro` makes it"):
+    with pytest.raises(UserError, match=r"none\.html: no such file; `make repro` makes it"):
         shoot_report(browser, tmp_path / "none.html", tmp_path / "report.png", tmp_path / "viewer.png")
 
 
 def test_a_missing_browser_is_one_line(tmp_path: Path) -> None:
-    code = "from pipeline.report.screenshots import *\ntry:\n    chromium().__enter__()\nexcept ConfigError as e:\n    print(e)"
+    code = "from pipeline.report.screenshots import *\ntry:\n    chromium().__enter__()\nexcept UserError as e:\n    print(e)"
     kept = {"PATH": str(tmp_path), "PLAYWRIGHT_BROWSERS_PATH": str(tmp_path), "HOME": str(tmp_path)}
     done = subprocess.run([sys.executable, "-c", code], env=kept, capture_output=True, text=True, timeout=60)
     (line,) = done.stdout.splitlines()

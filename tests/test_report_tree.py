@@ -13,10 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.episodes import episode_records
 from pipeline.report.html import embedded
 from pipeline.report.viewer import Played, branched_from, choose, outline, viewer_data
-from pipeline.trajectory import EpisodeBuilder, Role, Trajectories, build
+from pipeline.trajectories.records import episode_records
+from pipeline.trajectories.trajectory import EpisodeBuilder, Role, Trajectories, build
 from tests.test_comparison import configuration
 from tests.test_report_viewer import byte_tokenizer
 

@@ -12,14 +12,15 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from pipeline.config import ConfigError, Environment
 from pipeline.environments.registry import board_of, make, reset, step
-from pipeline.episodes import episode_records
-from pipeline.policy.model import load_policy
+from pipeline.model.policy import load_policy
 from pipeline.report.viewer import Played, choose, read_played, viewer_data
+from pipeline.settings.params import Environment
 from pipeline.training.episodes import write_episodes
 from pipeline.training.module import PolicyGradient
-from pipeline.trajectory import EpisodeBuilder, Role, Trajectories, build
+from pipeline.trajectories.records import episode_records
+from pipeline.trajectories.trajectory import EpisodeBuilder, Role, Trajectories, build
+from pipeline.workspace.errors import UserError
 from tests.test_comparison import configuration
 from tests.trainings import LAKE, configured, fit
 
@@ -128,7 +129,7 @@ def test_an_environment_without_a_board_has_none_and_a_broken_one_is_named(monke
     assert board_of(bandit, "key") is None
     for broken, said in ((lambda key: [["a"], ["b", "c"]], "rows of text"), (lambda key: 1 / 0, "ZeroDivisionError")):
         monkeypatch.setattr("pipeline.environments.bandit.board", broken, raising=False)
-        with pytest.raises(ConfigError, match=rf"'actfocus/Bandit-v1'.*board\('key'\).*{said}"):
+        with pytest.raises(UserError, match=rf"'actfocus/Bandit-v1'.*board\('key'\).*{said}"):
             board_of(bandit, "key")
 
 

@@ -11,8 +11,8 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
+from pipeline.analysis.revisions import Revision, change, changed_settings, revisions_text
 from pipeline.report.flat import CURVES, curves_csv, headline_metrics, write_flat
-from pipeline.report.revisions import Revision, change, changed_settings, revisions_text
 
 SUCCESS = {"a": [[1, 0], [1, 1]], "b": [[0, 0], [1, 0]]}
 """Revision -> success by seed and initial state."""

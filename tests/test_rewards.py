@@ -15,8 +15,8 @@ from pipeline.objective import methods
 from pipeline.objective.batch import TokenBatch, positions
 from pipeline.objective.filters import all_groups, reward_variance
 from pipeline.objective.methods import select_groups, shape_rewards
-from pipeline.slots import Method
-from pipeline.trajectory import Role
+from pipeline.settings.slots import Method
+from pipeline.trajectories.trajectory import Role
 from tests.batches import CLOSE, batches, method, noise, properties
 
 KINDS = [get_args(section.model_fields["kind"].annotation)[0] for section in methods.REWARDS]

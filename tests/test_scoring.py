@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from pipeline.energy.annotate import annotate
-from pipeline.kernels import native
-from pipeline.policy import scoring
-from pipeline.policy.model import Policy
-from pipeline.policy.scoring import TokenScores, length_batches, predicting_hidden, score_tokens
-from pipeline.trajectory import EpisodeBuilder, Role, Trajectories, build
+from pipeline.model import scoring
+from pipeline.model.kernels import native
+from pipeline.model.policy import Policy
+from pipeline.model.scoring import TokenScores, length_batches, predicting_hidden, score_tokens
+from pipeline.trajectories.trajectory import EpisodeBuilder, Role, Trajectories, build
 
 ROOT = Path(__file__).parents[1]
 VOCABULARY = 37
@@ -244,7 +244,7 @@ def test_half_precision_keeps_its_type_and_scores_in_float32() -> None:
 UPDATE = """
 import sys, torch
 from pathlib import Path
-from pipeline.policy.scoring import score_tokens
+from pipeline.model.scoring import score_tokens
 
 def resident(name):  # of this program alone; ru_maxrss begins with what the process was before
     lines = Path("/proc/self/status").read_text().splitlines()

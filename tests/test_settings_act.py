@@ -12,12 +12,13 @@ import pytest
 import torch
 from pydantic.fields import FieldInfo
 
-from pipeline.config import Config, parse, read_yaml
-from pipeline.policy.model import Policy
-from pipeline.presets import overlay
+from pipeline.model.policy import Policy
 from pipeline.rollout.branching import GROWTHS
-from pipeline.section import Section
+from pipeline.settings.params import Config, parse
+from pipeline.settings.presets import overlay
+from pipeline.settings.section import Section
 from pipeline.training.module import PolicyGradient
+from pipeline.workspace.yaml_files import read_yaml
 from tests.trainings import LAKE, ROOT, TINY, fit, same, supervised, weights
 
 # In one process: most cases of a method share the training that nothing is changed in.

@@ -9,9 +9,9 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.config import ConfigError
 from pipeline.environments import sokoban
 from pipeline.environments.sokoban import MOVES, NODES, OPENING_NODES, Room, Sokoban, SokobanExpert, solve
+from pipeline.workspace.errors import UserError
 
 Cells = set[tuple[int, int]]
 
@@ -321,7 +321,7 @@ def test_the_state_key_is_the_whole_state_and_nothing_else() -> None:
     ],
 )
 def test_rooms_that_do_not_exist_are_searched_for_a_bounded_time(settings: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"^environments: no room found with size \d, boxes \d, inner_walls 0\.1, "):
+    with pytest.raises(UserError, match=r"^environments: no room found with size \d, boxes \d, inner_walls 0\.1, "):
         Sokoban(**settings).reset(seed=0)
 
 

@@ -9,9 +9,10 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import ConfigError, Environment, PretrainedPolicy, load
-from pipeline.sources import KNOWN, LARGE, file_hash, of_environment, of_policy
+from pipeline.settings.params import Environment, PretrainedPolicy, load
+from pipeline.sources.fingerprints import KNOWN, LARGE, file_hash, of_environment, of_policy
 from pipeline.training.result import training_key
+from pipeline.workspace.errors import UserError
 
 ROOT = Path(__file__).parents[1]
 MINE = """
@@ -143,7 +144,7 @@ def test_a_local_models_files_count_and_a_models_name_on_the_hub_has_none(projec
 
 
 def test_a_file_that_cannot_be_read_is_one_line(project: Path) -> None:
-    with pytest.raises(ConfigError, match=r"^nothing: cannot be read: No such file or directory$"):
+    with pytest.raises(UserError, match=r"^nothing: cannot be read: No such file or directory$"):
         file_hash(Path("nothing"))
 
 
@@ -170,7 +171,7 @@ def test_a_large_file_is_read_once_while_it_is_untouched_and_again_after_any_edi
     large.write_bytes(b"a" * LARGE)
     before = file_hash(large)
     assert not KNOWN.exists(), "it could still be written to within the same tick"
-    monkeypatch.setattr("pipeline.sources.TICK", -1)
+    monkeypatch.setattr("pipeline.sources.fingerprints.TICK", -1)
     assert file_hash(large) == before
     assert KNOWN.exists()
     with monkeypatch.context() as patch:

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
-from pipeline.evaluation.statistics import (
+from pipeline.analysis.statistics import (
     Difference,
     Interval,
     Scores,
@@ -24,7 +24,7 @@ from pipeline.evaluation.statistics import (
     resampled_means,
     t_interval,
 )
-from pipeline.randomness import generator
+from pipeline.workspace.randomness import generator
 
 RESAMPLES = 400
 

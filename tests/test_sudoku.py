@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.config import ConfigError
 from pipeline.environments import initial_states, sudoku
 from pipeline.environments.registry import SPLITS
 from pipeline.environments.sudoku import Sudoku, SudokuExpert
+from pipeline.workspace.errors import UserError
 
 SOLUTION = (1, 2, 3, 4, 3, 4, 1, 2, 2, 1, 4, 3, 4, 3, 2, 1)
 SEVEN = (1, 2, 0, 4, 0, 4, 1, 0, 0, 1, 4, 0, 4, 0, 0, 1)
@@ -233,7 +233,7 @@ def test_there_are_288_grids() -> None:
 
 def test_no_puzzle_found_is_a_config_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sudoku, "TRIES", 1)
-    with pytest.raises(ConfigError, match=r"^environments: no Sudoku with one solution found with givens 4$"):
+    with pytest.raises(UserError, match=r"^environments: no Sudoku with one solution found with givens 4$"):
         started(0, givens=4)
 
 

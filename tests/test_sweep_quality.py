@@ -13,16 +13,16 @@ from optuna.exceptions import TrialPruned
 from optuna.storages import InMemoryStorage
 from optuna.trial import Trial
 
-from pipeline.config import load
-from pipeline.processes import Report
-from pipeline.randomness import generator
-from pipeline.studies import MedianPruner, Value
+from pipeline.settings.params import load
+from pipeline.settings.sweep import MedianPruner, Value
 from pipeline.sweep.plan import Plan, plans
 from pipeline.sweep.queue import Queue
 from pipeline.sweep.result import Found, settings
 from pipeline.sweep.sampler import NumberedSampler
 from pipeline.sweep.space import to_value
 from pipeline.sweep.trial import Outcome, run_trial
+from pipeline.workspace.processes import Report
+from pipeline.workspace.randomness import generator
 
 ALPHA, BETA, TAU = (
     f"method.weight.{name}"

@@ -23,13 +23,13 @@ import sqlalchemy
 from optuna.exceptions import TrialPruned
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from pipeline.config import ConfigError
-from pipeline.processes import Report, in_own_process
 from pipeline.sweep import workers
 from pipeline.sweep.plan import Plan
 from pipeline.sweep.queue import KILLED, SILENT_BEATS, Queue, open_storage
 from pipeline.sweep.trial import CACHE, Outcome
 from pipeline.sweep.workers import Search, run_search
+from pipeline.workspace.errors import UserError
+from pipeline.workspace.processes import Report, in_own_process
 from tests.searches import (
     ALPHA,
     BETA,
@@ -429,7 +429,7 @@ def _taken_for_dead(plan: Plan) -> list[int]:
 
 def test_a_storage_that_cannot_be_used_is_one_line_without_the_password(tmp_path: Path) -> None:
     plan = toy_plan(tmp_path, "postgresql+psycopg://me:secret@127.0.0.1:1/sweeps")
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         run_search(Search(plan, Toy(tmp_path / "log")), 1)
     text = str(error.value)
     assert text.startswith("sweep.storage: postgresql+psycopg://…@127.0.0.1:1/sweeps: cannot be used: ")

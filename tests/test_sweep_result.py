@@ -15,15 +15,17 @@ from optuna.exceptions import TrialPruned
 from optuna.trial import Trial, TrialState
 from ruamel.yaml import YAML
 
-from pipeline.config import ConfigError, parse, read_yaml
-from pipeline.presets import overlay
-from pipeline.processes import Report
+from pipeline.settings.params import parse
+from pipeline.settings.presets import overlay
 from pipeline.sweep.confirm import confirmation, verdict
 from pipeline.sweep.figures import drawings, write_figures
 from pipeline.sweep.plan import Plan
 from pipeline.sweep.result import Found, best_overlay, importances, report_text, settings, summary, trials_table
 from pipeline.sweep.space import current, from_value
 from pipeline.sweep.trial import Outcome, run_trial
+from pipeline.workspace.errors import UserError
+from pipeline.workspace.processes import Report
+from pipeline.workspace.yaml_files import read_yaml
 from tests.searches import ALPHA, BETA, ROOT, TAU, searches
 
 
@@ -127,7 +129,7 @@ def test_without_a_trial_that_keeps_the_constraints_there_is_no_best(plan: Plan)
     assert summary(search)["best"] is None
     assert "no trial kept all constraints" in report_text([search])
     assert "methods" not in YAML(typ="safe").load(best_overlay([search]))
-    with pytest.raises(ConfigError, match="no trial of grpo_actfocus kept all constraints, nothing to confirm"):
+    with pytest.raises(UserError, match="no trial of grpo_actfocus kept all constraints, nothing to confirm"):
         confirmation([plan], [summary(search)], "out", ".")
 
 
@@ -277,7 +279,7 @@ def test_of_several_methods_each_is_confirmed_beside_itself_at_the_baseline(tmp_
 def test_an_outcome_of_other_settings_is_refused(tmp_path: Path) -> None:
     outcome = summary(found(searches(tmp_path / "a")[0], ROWS))
     plan = searches(tmp_path / "b", "actfocus", {"train": {"iterations": 20}})[0]
-    with pytest.raises(ConfigError, match="grpo_actfocus has not been searched with these settings; run `make sweep`"):
+    with pytest.raises(UserError, match="grpo_actfocus has not been searched with these settings; run `make sweep`"):
         confirmation([plan], [outcome], "out", ".")
 
 
@@ -288,7 +290,7 @@ def test_settings_outside_methods_are_confirmed_if_they_are_all_the_same(tmp_pat
     plan = searches(tmp_path, studies={"actfocus": {"space": space, "baselines": baselines}})[0]
     same = confirmation([plan], [summary(found(plan, [Row((16,), 0.5)]))], "out", ".")
     assert parse(same).train.minibatch == 16
-    with pytest.raises(ConfigError, match="its best and baselines differ in settings outside methods"):
+    with pytest.raises(UserError, match="its best and baselines differ in settings outside methods"):
         confirmation([plan], [summary(found(plan, [Row((32,), 0.5)]))], "out", ".")
 
 
@@ -348,7 +350,7 @@ def test_plain_repro_starts_no_sweep_and_a_sweep_depends_on_all_that_trains() ->
     stages = read_yaml(ROOT / "dvc.yaml")["stages"]
     text = json.dumps(stages)
     assert "stages.sweep" not in text
-    assert "stages.confirm" not in text
+    assert "pipeline.commands.confirm" not in text
     assert "reports/sweep" not in text, "an output of a sweep that plain repro needs would start it"
     stage = read_yaml(ROOT / "sweeps" / "dvc.yaml")["stages"]["sweep"]
     code = {dep for dep in stages["train"]["deps"] if dep.startswith("pipeline/")}

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from optuna.trial import Trial
 
-from pipeline.processes import Report
 from pipeline.sweep.trial import Outcome
 from pipeline.sweep.workers import Search, run_search
+from pipeline.workspace.processes import Report
 from tests.searches import ALPHA, BETA, TAU, searches
 
 

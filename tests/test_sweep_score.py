@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.studies import Constraints
+from pipeline.settings.sweep import Constraints
 from pipeline.sweep.score import success, tokens, validation, violations
 
 

@@ -13,11 +13,13 @@ import pytest
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from pipeline.config import Config, ConfigError, parse, read_yaml
-from pipeline.presets import overlay
-from pipeline.studies import Choice, Integer, Logarithmic, LogarithmicFromZero, Space, Uniform
+from pipeline.settings.params import Config, parse
+from pipeline.settings.presets import overlay
+from pipeline.settings.sweep import Choice, Integer, Logarithmic, LogarithmicFromZero, Space, Uniform
 from pipeline.sweep.plan import plans
 from pipeline.sweep.space import changes, configured, current, from_value, to_value
+from pipeline.workspace.errors import UserError
+from pipeline.workspace.yaml_files import read_yaml
 from tests.batches import properties
 from tests.searches import ALPHA, BETA, ROOT, TAU, params, searches
 
@@ -179,7 +181,7 @@ MISTAKES: list[tuple[dict[str, Any], str]] = [
 def test_a_mistake_is_found_before_anything_runs_and_is_one_line(
     tmp_path: Path, sweep: dict[str, Any], message: str
 ) -> None:
-    with pytest.raises(ConfigError) as error:
+    with pytest.raises(UserError) as error:
         searches(tmp_path, "actfocus", **sweep)
     text = str(error.value)
     assert "\n" not in text
@@ -189,14 +191,14 @@ def test_a_mistake_is_found_before_anything_runs_and_is_one_line(
 
 def test_trials_with_a_budget_of_tokens_are_not_pruned_by_iterations(tmp_path: Path) -> None:
     budget = {"train": {"tokens": 50000}}
-    with pytest.raises(ConfigError, match=r"sweep.studies.actfocus: train.tokens gives trials equal tokens, a pruner "):
+    with pytest.raises(UserError, match=r"sweep.studies.actfocus: train.tokens gives trials equal tokens, a pruner "):
         searches(tmp_path, "actfocus", budget)
     (plan,) = searches(tmp_path, "actfocus", budget, pruner={"kind": "none"})
     assert plan.configured(plan.baselines["paper"]).train.tokens == 50000
 
 
 def test_an_unknown_study_is_one_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"params.yaml: sweep.studies: 'alpha' is not there; allowed: actfocus, lear"):
+    with pytest.raises(UserError, match=r"params.yaml: sweep.studies: 'alpha' is not there; allowed: actfocus, lear"):
         searches(tmp_path, "alpha")
 
 

@@ -10,16 +10,16 @@ from mlflow import MlflowClient
 from optuna.exceptions import TrialPruned
 from optuna.trial import Trial
 
-from pipeline.files import write_json, write_text
-from pipeline.processes import Report, in_own_process
 from pipeline.report.sweep import read_sweeps
-from pipeline.studies import Value
+from pipeline.settings.sweep import Value
 from pipeline.sweep.figures import write_figures
 from pipeline.sweep.result import Found, best_overlay, summary, trials_table
 from pipeline.sweep.tracking import log_search, mean_curve, observer
 from pipeline.sweep.trial import Outcome
 from pipeline.sweep.workers import Search, run_search
 from pipeline.tracking.store import open_store, store_of
+from pipeline.workspace.files import write_json, write_text
+from pipeline.workspace.processes import Report, in_own_process
 from tests.searches import ALPHA, searches
 
 TRIALS = 7

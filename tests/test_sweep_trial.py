@@ -11,13 +11,14 @@ import pytest
 from optuna.exceptions import TrialPruned
 from optuna.trial import TrialState
 
-from pipeline.config import parse, read_yaml
+from pipeline.settings.params import parse
 from pipeline.sweep.plan import Plan, plans
 from pipeline.sweep.score import success, violations
 from pipeline.sweep.trial import CACHE, Outcome, TrainingObjective
 from pipeline.training.module import PolicyGradient
 from pipeline.training.result import training_task
 from pipeline.training.run import TrainingJob, train_one
+from pipeline.workspace.yaml_files import read_yaml
 from tests.searches import SMOKE, awaited, begin, kill_all, params, run, trials_asked_for, trials_of
 from tests.trainings import quiet, supervised
 

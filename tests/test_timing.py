@@ -9,8 +9,8 @@ from types import SimpleNamespace
 
 import pytest
 
+from pipeline.progress.timing import Phases
 from pipeline.report.timings import environment_shares, phase_seconds, time_table
-from pipeline.timing import Phases
 
 
 class Clock:
@@ -26,7 +26,7 @@ class Clock:
 @pytest.fixture
 def clock(monkeypatch: pytest.MonkeyPatch) -> Clock:
     made = Clock()
-    monkeypatch.setattr("pipeline.timing.time", SimpleNamespace(perf_counter=lambda: made.now))
+    monkeypatch.setattr("pipeline.progress.timing.time", SimpleNamespace(perf_counter=lambda: made.now))
     return made
 
 

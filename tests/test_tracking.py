@@ -19,8 +19,7 @@ import torch
 from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM
 
-from pipeline.config import Config, load, read_yaml
-from pipeline.files import write_json
+from pipeline.settings.params import Config, load
 from pipeline.tracking.comparison import best_training, log_comparison
 from pipeline.tracking.datasets import dvc_digest
 from pipeline.tracking.send import send_waiting
@@ -29,6 +28,8 @@ from pipeline.tracking.store import study_run
 from pipeline.tracking.study import log_study, log_trial
 from pipeline.tracking.training import Store, TrainingRun
 from pipeline.training.run import TrainingJob, train_until
+from pipeline.workspace.files import write_json
+from pipeline.workspace.yaml_files import read_yaml
 from tests.tracked import Training, apart, runs_of, steps, toy_job, toy_settings
 from tests.trainings import LAKE, configured, quiet
 

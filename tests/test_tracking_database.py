@@ -16,10 +16,10 @@ from typing import Any
 import pytest
 from mlflow import MlflowClient
 
-from pipeline.config import ConfigError
 from pipeline.tracking.database import SIDE_FILES
 from pipeline.tracking.store import open_store
 from pipeline.tracking.training import Store
+from pipeline.workspace.errors import UserError
 from tests.tracked import apart
 
 pytestmark = pytest.mark.xdist_group("tracking")
@@ -108,7 +108,7 @@ def test_an_unfinished_database_with_runs_is_left_as_it_is(migrated: Path, store
         opened.execute("INSERT INTO runs (run_uuid, experiment_id) VALUES ('a', 0)")
         opened.execute("UPDATE alembic_version SET version_num = '451aebb31d03'")
     before = hashlib.sha256(database.read_bytes()).hexdigest()
-    with pytest.raises(ConfigError) as caught:
+    with pytest.raises(UserError) as caught:
         apart(open_store, store, "lake")
     assert str(caught.value).startswith(f"tracking.uri: {store.uri}: cannot be used: Detected out-of-date database")
     assert "\n" not in str(caught.value)

@@ -13,11 +13,12 @@ from pathlib import Path
 import pytest
 from mlflow import MlflowClient
 
-from pipeline.config import Config, ConfigError
+from pipeline.settings.params import Config
 from pipeline.tracking import training as tracking_training
 from pipeline.tracking.send import send_waiting
 from pipeline.tracking.store import open_store
 from pipeline.tracking.training import Store, TrainingRun
+from pipeline.workspace.errors import UserError
 from tests.tracked import Server, Training, apart, runs_of, started, steps, toy_job, toy_settings
 from tests.trainings import LAKE, configured
 
@@ -195,6 +196,6 @@ def test_a_server_that_refuses_is_a_mistake_and_not_away(tmp_path: Path) -> None
     with http.server.HTTPServer(("127.0.0.1", 0), _Refuses) as refusing:
         threading.Thread(target=refusing.serve_forever, daemon=True).start()
         uri = f"http://127.0.0.1:{refusing.server_port}"
-        with pytest.raises(ConfigError, match=r"tracking\.uri: http://127.0.0.1:.* cannot be used"):
+        with pytest.raises(UserError, match=r"tracking\.uri: http://127.0.0.1:.* cannot be used"):
             open_store(Store(uri, tmp_path / ".cache"), LAKE)
         refusing.shutdown()

@@ -17,25 +17,25 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
 
-from pipeline.config import Config
+from pipeline.bootstrap.supervision import bootstrap
 from pipeline.energy.annotate import annotate, annotate_part
 from pipeline.environments import split_of
 from pipeline.evaluation.evaluate import episode_results, evaluate
+from pipeline.model.policy import Policy, load_policy, load_trained, save_replacing
 from pipeline.objective.batch import token_batch
 from pipeline.objective.methods import entropy_terms, select_groups, shape_rewards, token_advantages, token_weights
-from pipeline.policy.bootstrap import bootstrap
-from pipeline.policy.model import Policy, load_policy, load_trained, save_replacing
-from pipeline.presets import overlay
-from pipeline.randomness import generator
+from pipeline.progress.timing import Phases
 from pipeline.rollout.collector import collect, iteration_specs
 from pipeline.rollout.table import sample_slice
 from pipeline.rollout.transformers_engine import TransformersEngine
-from pipeline.timing import Phases
+from pipeline.settings.params import Config
+from pipeline.settings.presets import overlay
 from pipeline.training.collection import Collection
 from pipeline.training.iteration import Example, Iteration, _estimates, minibatches, prepare_iteration
 from pipeline.training.module import PolicyGradient, _Averages
 from pipeline.training.result import table_slice
-from pipeline.trajectory import CUT_OFF, RESPONSE_ROLES, Role, Trajectories, concatenate
+from pipeline.trajectories.trajectory import CUT_OFF, RESPONSE_ROLES, Role, Trajectories, concatenate
+from pipeline.workspace.randomness import generator
 from tests.trainings import LAKE, configured, fit, quiet, same, standing, supervised, weights
 
 # A user's own environment, outside the package: a gymnasium.Env with a few attributes, and an expert beside it.

@@ -16,8 +16,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline import trajectory
-from pipeline.trajectory import (
+from pipeline.trajectories import trajectory
+from pipeline.trajectories.trajectory import (
     CUT,
     RESPONSE_ROLES,
     SCHEMA_VERSION,

@@ -24,9 +24,9 @@ from transformers import (
     Qwen3Model,
 )
 
-from pipeline.kernels import library, native
-from pipeline.policy import trunk
-from pipeline.policy.trunk import hidden_states, packed_attention
+from pipeline.model import trunk
+from pipeline.model.kernels import library, native
+from pipeline.model.trunk import hidden_states, packed_attention
 
 VOCABULARY = 23
 LENGTHS = (5, 1, 18, 40, 16, 2)

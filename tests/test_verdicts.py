@@ -9,13 +9,13 @@ from typing import Any
 
 import pytest
 
-from pipeline.config import Config
+from pipeline.analysis.comparison import compare
+from pipeline.analysis.differences import difference_of, difference_text
+from pipeline.analysis.revisions import Revision, revisions_text
 from pipeline.report.charts import difference_charts
-from pipeline.report.comparison import compare
 from pipeline.report.comparison_tables import BRACKETS, READING, comparison_markdown, comparison_text, places, rows_at
-from pipeline.report.differences import difference_of, difference_text
 from pipeline.report.html import report_html
-from pipeline.report.revisions import Revision, revisions_text
+from pipeline.settings.params import Config
 from pipeline.sweep.confirm import verdict
 from tests.test_comparison import configuration, inputs
 
@@ -105,7 +105,7 @@ def test_the_words_of_a_verdict_are_written_in_one_place() -> None:
         for file in (ROOT / folder).rglob("*.py")
         if spoken.search(file.read_text(encoding="utf-8"))
     }
-    assert found == {"pipeline/evaluation/statistics.py"}
+    assert found == {"pipeline/analysis/statistics.py"}
 
 
 @pytest.mark.parametrize("seeds", [5, 6])

@@ -11,17 +11,17 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.config import Config, Environment
-from pipeline.contracts import check_environment
+from pipeline.bootstrap.tokenizer import train_tokenizer
+from pipeline.contracts.environment import check_environment
 from pipeline.environments import make
 from pipeline.environments.registry import initial_states
-from pipeline.environments.webshop import WebShop, WebShopExpert
-from pipeline.environments.webshop_catalogue import Shop, generated
-from pipeline.environments.webshop_pages import BACK, BUY, NEXT, NOTICE, PREVIOUS, item_page, option_names, results_page
-from pipeline.environments.webshop_score import Goal, Product, score
-from pipeline.policy.tokenizer import train_tokenizer
-from pipeline.prompting import Dialogue, decode
-from pipeline.trajectory import Trajectories
+from pipeline.environments.webshop.catalogue import Shop, generated
+from pipeline.environments.webshop.environment import WebShop, WebShopExpert
+from pipeline.environments.webshop.pages import BACK, BUY, NEXT, NOTICE, PREVIOUS, item_page, option_names, results_page
+from pipeline.environments.webshop.score import Goal, Product, score
+from pipeline.settings.params import Config, Environment
+from pipeline.trajectories.prompting import Dialogue, decode
+from pipeline.trajectories.trajectory import Trajectories
 from tests.test_collector import NAME, config, says
 from tests.test_collector import play as collected
 

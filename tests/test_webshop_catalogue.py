@@ -10,12 +10,12 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.config import ConfigError
-from pipeline.environments import webshop_search
-from pipeline.environments.webshop_catalogue import NO_BOUND, Shop, generated, load
-from pipeline.environments.webshop_generated import CATEGORIES, generate, named
-from pipeline.environments.webshop_score import alike, color_in, nouns
-from pipeline.environments.webshop_search import Search, words
+from pipeline.environments.webshop import search as webshop_search
+from pipeline.environments.webshop.catalogue import NO_BOUND, Shop, generated, load
+from pipeline.environments.webshop.generated import CATEGORIES, generate, named
+from pipeline.environments.webshop.score import alike, color_in, nouns
+from pipeline.environments.webshop.search import Search, words
+from pipeline.workspace.errors import UserError
 
 
 def product(asin: str = "B000000001", **changes: Any) -> dict[str, Any]:
@@ -150,13 +150,13 @@ def test_options_that_cannot_be_names_are_left_out_and_counted() -> None:
 def test_a_file_that_cannot_be_used_is_refused_in_a_line(
     tmp_path: Path, products: Any, attributes: Any, line: str
 ) -> None:
-    with pytest.raises(ConfigError, match=line) as caught:
+    with pytest.raises(UserError, match=line) as caught:
         load(*written(tmp_path, products, attributes), None, 1, None)
     assert "\n" not in str(caught.value)
 
 
 def test_a_missing_file_is_refused_in_a_line(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match=r"gone\.json: cannot be read: No such file"):
+    with pytest.raises(UserError, match=r"gone\.json: cannot be read: No such file"):
         load(str(tmp_path / "gone.json"), str(tmp_path / "gone.json"), None, 1, None)
 
 
@@ -176,7 +176,7 @@ def test_a_file_is_read_in_pieces_of_any_size(tmp_path: Path, monkeypatch: pytes
     for block in (1, 7, 4096):
         folder = tmp_path / str(block)
         folder.mkdir()
-        monkeypatch.setattr("pipeline.environments.webshop_json._BLOCK", block)
+        monkeypatch.setattr("pipeline.environments.webshop.json_files._BLOCK", block)
         read = load(*written(folder, products, attributes), None, 1, None)
         assert [(g.instruction, g.product.features) for g in read.goals] == [
             (g.instruction, g.product.features) for g in whole.goals

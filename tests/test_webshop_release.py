@@ -17,11 +17,11 @@ from typing import Any
 import numpy as np
 import pytest
 
-from pipeline.config import Environment
-from pipeline.contracts import check_environment
-from pipeline.environments.webshop import WebShopExpert
-from pipeline.environments.webshop_catalogue import Shop, load
-from pipeline.environments.webshop_score import _FUNCTION_WORDS, Product, nouns, title_score, type_score, words
+from pipeline.contracts.environment import check_environment
+from pipeline.environments.webshop.catalogue import Shop, load
+from pipeline.environments.webshop.environment import WebShopExpert
+from pipeline.environments.webshop.score import _FUNCTION_WORDS, Product, nouns, title_score, type_score, words
+from pipeline.settings.params import Environment
 from tests.test_webshop import ID, oracle, play, webshop
 
 FOLDER = Path(os.environ.get("WEBSHOP_DATA", ""))

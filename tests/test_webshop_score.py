@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.environments.webshop_score import (
+from pipeline.environments.webshop.score import (
     Goal,
     Product,
     Score,

@@ -22,7 +22,7 @@ from pipeline.objective.weights import (
     spurious_mask,
     top_entropy,
 )
-from pipeline.trajectory import RESPONSE_ROLES, Role
+from pipeline.trajectories.trajectory import RESPONSE_ROLES, Role
 from tests.batches import CLOSE, batches, method, noise, population, properties, sigmoid
 
 ROWS: tuple[dict[str, Any], ...] = (

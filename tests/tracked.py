@@ -18,7 +18,7 @@ from typing import Any
 
 from mlflow import MlflowClient
 
-from pipeline.config import Config
+from pipeline.settings.params import Config
 from pipeline.tracking.store import run_settings
 from pipeline.tracking.training import RunSettings, Store
 from pipeline.training.result import training_task

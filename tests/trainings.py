@@ -11,11 +11,12 @@ import lightning.pytorch as lightning
 import torch
 from torch import Tensor
 
-from pipeline.config import Config, parse, read_yaml
-from pipeline.policy.bootstrap import bootstrap
-from pipeline.policy.model import Policy
-from pipeline.presets import overlay
+from pipeline.bootstrap.supervision import bootstrap
+from pipeline.model.policy import Policy
+from pipeline.settings.params import Config, parse
+from pipeline.settings.presets import overlay
 from pipeline.training.module import PolicyGradient
+from pipeline.workspace.yaml_files import read_yaml
 
 ROOT = Path(__file__).parents[1]
 LAKE = "frozen_lake"

@@ -9,13 +9,13 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.config import Config
-from pipeline.finite import require_finite
-from pipeline.policy.model import Policy, load_trained
-from pipeline.policy.scoring import TokenScores, length_batches, predicting_hidden, score_tokens
-from pipeline.processes import Report
-from pipeline.progress import due, within
-from pipeline.trajectory import Trajectories, concatenate
+from pipeline.model.policy import Policy, load_trained
+from pipeline.model.scoring import TokenScores, length_batches, predicting_hidden, score_tokens
+from pipeline.progress.display import due, within
+from pipeline.settings.params import Config
+from pipeline.trajectories.trajectory import Trajectories, concatenate
+from pipeline.workspace.finite import require_finite
+from pipeline.workspace.processes import Report
 
 
 @torch.inference_mode()

@@ -14,8 +14,8 @@ import gymnasium
 import numpy as np
 from gymnasium.envs.toy_text.frozen_lake import FrozenLakeEnv
 
-from pipeline.config import ConfigError
 from pipeline.environments.speech import spoken
+from pipeline.workspace.errors import UserError
 
 MOVES = {"Left": (0, -1), "Down": (1, 0), "Right": (0, 1), "Up": (-1, 0)}
 """Action names in gymnasium's order, with the step in (row, column) that they intend."""
@@ -140,7 +140,7 @@ class FrozenLake(gymnasium.Env[str, str]):
                 said = "".join(f" {r} {c}" for r, c in sorted(holes)) or " none"
                 self._fixed = f"goal {goal[0]} {goal[1]} holes{said}"
                 return
-        raise ConfigError(
+        raise UserError(
             f"environments: no lake found with size {self.size}, frozen {self.frozen:g}, "
             f"least_distance {self.least_distance} and max_actions {self.max_actions}"
         )

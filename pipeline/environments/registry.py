@@ -18,9 +18,10 @@ from typing import Any, NoReturn, Protocol, cast
 import gymnasium
 import numpy as np
 
-from pipeline.config import ConfigError, Environment
-from pipeline.section import MOST
-from pipeline.trajectory import CUT_OFF
+from pipeline.settings.params import Environment
+from pipeline.settings.section import MOST
+from pipeline.trajectories.trajectory import CUT_OFF
+from pipeline.workspace.errors import UserError
 
 SPLITS = {"demonstrations": 30, "train": 50, "validation": 10, "test": 10}
 """Per cent of all states, by the hash of the state."""
@@ -30,7 +31,7 @@ OURS = {
     "actfocus/Sokoban-v1": "pipeline.environments.sokoban:Sokoban",
     "actfocus/Sudoku-v1": "pipeline.environments.sudoku:Sudoku",
     "actfocus/Bandit-v1": "pipeline.environments.bandit:Bandit",
-    "actfocus/WebShop-v1": "pipeline.environments.webshop:WebShop",
+    "actfocus/WebShop-v1": "pipeline.environments.webshop.environment:WebShop",
 }
 """Id -> class; a module is imported when its environment is made."""
 
@@ -79,37 +80,37 @@ def make(environment: Environment) -> TextEnvironment:
     """Construct an environment from its section of ``params.yaml``; its ``spec.id`` is the id that stands there.
 
     Raises:
-        ConfigError: unknown id, a module that cannot be imported, an extra that is not installed, or settings that the
+        UserError: unknown id, a module that cannot be imported, an extra that is not installed, or settings that the
             constructor refuses.
     """
     name = environment.id
     module, refused = name.rpartition(":")[0], f"environments: id {environment.id!r} cannot be made"
     _, extra = EXTRAS.get(name, ("", ""))
     if extra and importlib.util.find_spec(extra.replace("-", "_")) is None:
-        raise ConfigError(f"environments: id {name!r} needs the package {extra}: pip install -e '.[{extra}]'")
+        raise UserError(f"environments: id {name!r} needs the package {extra}: pip install -e '.[{extra}]'")
     try:
         if module:
             importlib.import_module(module)
     except ModuleNotFoundError as error:
-        raise ConfigError(f"{refused}: {_line(error)}; install it, or put its folder on PYTHONPATH") from error
+        raise UserError(f"{refused}: {_line(error)}; install it, or put its folder on PYTHONPATH") from error
     except Exception as error:
-        raise ConfigError(f"{refused}: importing {module} raised {_raised(error)}") from error
+        raise UserError(f"{refused}: importing {module} raised {_raised(error)}") from error
     try:
         bare: Any = gymnasium.make(name, disable_env_checker=True, **environment.settings).unwrapped
-    except ConfigError:
+    except UserError:
         raise
     except gymnasium.error.UnregisteredEnv:
-        raise ConfigError(f"{refused}: it is not registered{_close(name)}") from None
+        raise UserError(f"{refused}: it is not registered{_close(name)}") from None
     except gymnasium.error.Error as error:
-        raise ConfigError(f"{refused}: {_line(error)}") from error
+        raise UserError(f"{refused}: {_line(error)}") from error
     except (TypeError, ValueError) as error:
-        raise ConfigError(f"environments: {name!r} refuses its settings: {_line(error)}") from error
+        raise UserError(f"environments: {name!r} refuses its settings: {_line(error)}") from error
     except Exception as error:
-        raise ConfigError(f"{refused}: its constructor raised {_raised(error)}") from error
+        raise UserError(f"{refused}: its constructor raised {_raised(error)}") from error
     needed = ("instructions", "state_key", "success", "parse_action")
     missing = [n for n in needed if not hasattr(type(bare), n) and n not in vars(bare)]
     if missing:
-        raise ConfigError(f"environments: {name!r} lacks {', '.join(missing)} (see TextEnvironment)")
+        raise UserError(f"environments: {name!r} lacks {', '.join(missing)} (see TextEnvironment)")
     _check_numbers(bare, environment.settings)
     bare.spec.id = name  # gymnasium leaves the module out
     return cast(TextEnvironment, bare)
@@ -126,7 +127,7 @@ def _check_numbers(environment: Any, settings: dict[str, Any]) -> None:
         number = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
         if not number or not (whole or abs(value) <= MOST):
             said, allowed = str(value).lower(), "a whole number" if whole else f"a number from {-MOST:g} to {MOST:g}"
-            raise ConfigError(
+            raise UserError(
                 f"environments: {environment.spec.id!r} refuses its settings: {name}: {said}; allowed: {allowed}"
             )
 
@@ -135,7 +136,7 @@ def reset(environment: TextEnvironment, seed: int, state_seed: int | None) -> st
     """Start an episode; returns the observation. Without a ``state_seed`` the state is drawn from ``seed`` as well.
 
     Raises:
-        ConfigError: the environment raised, or did not return (text, dict).
+        UserError: the environment raised, or did not return (text, dict).
     """
     options = None if state_seed is None else {"state_seed": state_seed}
     try:
@@ -160,7 +161,7 @@ def transition(environment: TextEnvironment, action: str) -> tuple[str, float, b
     A reward is any real number, of NumPy too, or a truth value; a flag is a truth value, Python's or NumPy's.
 
     Raises:
-        ConfigError: the environment raised, or did not return (text, finite number, flag, flag, dict).
+        UserError: the environment raised, or did not return (text, finite number, flag, flag, dict).
     """
     place = ("step", action)
     try:
@@ -182,7 +183,7 @@ def parse_action(environment: TextEnvironment, text: str) -> str | None:
     """The canonical form of an action that is allowed now, or None.
 
     Raises:
-        ConfigError: the environment raised, or returned neither.
+        UserError: the environment raised, or returned neither.
     """
     place = ("parse_action", text)
     try:
@@ -200,7 +201,7 @@ def text_of(environment: TextEnvironment, name: str) -> str:
     """``instructions``, ``state_key`` or ``outcome``.
 
     Raises:
-        ConfigError: reading it raised, or it is not text.
+        UserError: reading it raised, or it is not text.
     """
     try:
         value = getattr(environment, name)
@@ -213,7 +214,7 @@ def success_of(environment: TextEnvironment) -> bool:
     """Whether the episode has reached its aim.
 
     Raises:
-        ConfigError: reading it raised, or it is not a truth value.
+        UserError: reading it raised, or it is not a truth value.
     """
     try:
         value: Any = environment.success
@@ -228,7 +229,7 @@ def actions_left_of(environment: TextEnvironment) -> int | None:
     """How many actions are left, if the environment says so: None if it has no ``actions_left``, or that is None.
 
     Raises:
-        ConfigError: reading it raised, or it is not a whole number of at least 0.
+        UserError: reading it raised, or it is not a whole number of at least 0.
     """
     try:
         value: Any = getattr(environment, "actions_left", None)
@@ -245,7 +246,7 @@ def outcome_of(environment: TextEnvironment) -> str:
     """How an episode that the environment has ended went: its ``outcome`` if it has one, else goal or failed.
 
     Raises:
-        ConfigError: reading it raised, it is not text, or it is one of ``CUT_OFF``.
+        UserError: reading it raised, it is not text, or it is one of ``CUT_OFF``.
     """
     if not hasattr(type(environment), "outcome") and "outcome" not in vars(environment):
         return "goal" if success_of(environment) else "failed"
@@ -260,7 +261,7 @@ def board_of(environment: TextEnvironment, state_key: str) -> list[list[str]] | 
     """Rows of cells that draw a state, by the function ``board(state_key)`` of the environment's module, if it has one.
 
     Raises:
-        ConfigError: the function raised, or did not return rows of text of one length.
+        UserError: the function raised, or did not return rows of text of one length.
     """
     draw = getattr(sys.modules[type(environment).__module__], "board", None)
     if draw is None:
@@ -287,10 +288,10 @@ Place = tuple[str, ...]
 """What was called, and with which text; put into words only where something is wrong."""
 
 
-def _failed(environment: TextEnvironment, place: Place, error: Exception) -> ConfigError:
-    if isinstance(error, ConfigError):
+def _failed(environment: TextEnvironment, place: Place, error: Exception) -> UserError:
+    if isinstance(error, UserError):
         return error
-    return ConfigError(f"environments: {id_of(environment)!r}: {_said(place)} raised {_raised(error)}")
+    return UserError(f"environments: {id_of(environment)!r}: {_said(place)} raised {_raised(error)}")
 
 
 def _information(environment: TextEnvironment, value: Any, place: Place) -> None:
@@ -318,7 +319,7 @@ def _text(environment: TextEnvironment, what: str, value: Any, place: Place, all
 
 def _refuse(environment: TextEnvironment, returned: str, place: Place, allowed: str) -> NoReturn:
     asked = f"{id_of(environment)!r} returned {returned} from {_said(place)}"
-    raise ConfigError(f"environments: {asked}; it must be {allowed}")
+    raise UserError(f"environments: {asked}; it must be {allowed}")
 
 
 def _said(place: Place) -> str:
@@ -380,7 +381,7 @@ def initial_states(
         distinct: refuse a state that is already among them.
 
     Raises:
-        ConfigError: fewer than ``count`` such states turned up in 400 tries for each, or see ``reset``.
+        UserError: fewer than ``count`` such states turned up in 400 tries for each, or see ``reset``.
     """
     found: list[int] = []
     seen: set[str] = set()
@@ -394,4 +395,4 @@ def initial_states(
         found.append(candidate)
         if len(found) == count:
             return found
-    raise ConfigError(f"environments: only {len(found)} of {count} initial states found in split {split!r}")
+    raise UserError(f"environments: only {len(found)} of {count} initial states found in split {split!r}")

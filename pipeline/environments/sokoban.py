@@ -18,8 +18,8 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 
-from pipeline.config import ConfigError
 from pipeline.environments.speech import spoken
+from pipeline.workspace.errors import UserError
 
 MOVES = {"Up": (-1, 0), "Down": (1, 0), "Left": (0, -1), "Right": (0, 1)}
 """Action names with their step in (row, column)."""
@@ -128,7 +128,7 @@ class Sokoban(gymnasium.Env[str, str]):
         """Start an episode in the room of ``options["state_seed"]`` (or ``seed``). Moves have no noise.
 
         Raises:
-            ConfigError: no room with these settings turned up.
+            UserError: no room with these settings turned up.
         """
         super().reset(seed=seed)
         state_seed = (options or {}).get("state_seed")
@@ -280,7 +280,7 @@ def _draw_room(
     """A room that the settings allow, and where player and boxes start.
 
     Raises:
-        ConfigError: none turned up.
+        UserError: none turned up.
     """
     steps, inside = list(_steps(size).values()), _inside(size)
     for _ in range(1_000):
@@ -301,7 +301,7 @@ def _draw_room(
             plan = solve(room, (player, boxes), OPENING_NODES, max_actions)
             if plan is not None and len(plan) >= least_moves:
                 return room, (player, boxes)
-    raise ConfigError(
+    raise UserError(
         f"environments: no room found with size {size}, boxes {count}, inner_walls {inner_walls:g}, "
         f"least_moves {least_moves} and max_actions {max_actions}"
     )

@@ -14,8 +14,8 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.config import ConfigError
 from pipeline.environments.speech import spoken
+from pipeline.workspace.errors import UserError
 
 SIDE, BOX = 4, 2
 CELLS, DIGITS = range(SIDE**2), range(1, SIDE + 1)
@@ -79,7 +79,7 @@ class Sudoku(gymnasium.Env[str, str]):
         """Start an episode: the puzzle comes from ``options["state_seed"]`` (or ``seed``); there is no noise.
 
         Raises:
-            ConfigError: no unique puzzle among ``TRIES``.
+            UserError: no unique puzzle among ``TRIES``.
         """
         super().reset(seed=seed)
         state_seed = (options or {}).get("state_seed")
@@ -157,7 +157,7 @@ class Sudoku(gymnasium.Env[str, str]):
                 self.solution = tuple(solution.tolist())
                 self.puzzle = tuple(self.solution[cell] if cell in given else 0 for cell in CELLS)
                 return
-        raise ConfigError(f"environments: no Sudoku with one solution found with givens {self.givens}")
+        raise UserError(f"environments: no Sudoku with one solution found with givens {self.givens}")
 
     def _fault(self, row: int, column: int, digit: int) -> str:
         """Why a move is invalid; empty if it is not."""

@@ -10,17 +10,17 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from pipeline.config import Config
 from pipeline.environments import initial_states, make
-from pipeline.finite import located
-from pipeline.policy.model import load_trained
-from pipeline.processes import Report
-from pipeline.progress import span, within
-from pipeline.randomness import generator
+from pipeline.model.policy import load_trained
+from pipeline.progress.display import span, within
 from pipeline.rollout.collector import EpisodeSpec, collect, group_specs
 from pipeline.rollout.engine import RolloutEngine
 from pipeline.rollout.transformers_engine import TransformersEngine
-from pipeline.trajectory import CUT_OFF, RESPONSES, Role, Trajectories
+from pipeline.settings.params import Config
+from pipeline.trajectories.trajectory import CUT_OFF, RESPONSES, Role, Trajectories
+from pipeline.workspace.finite import located
+from pipeline.workspace.processes import Report
+from pipeline.workspace.randomness import generator
 
 
 def evaluation_specs(

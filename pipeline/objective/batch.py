@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pipeline.trajectory import Role, Trajectories
+from pipeline.trajectories.trajectory import Role, Trajectories
 
 State = Mapping[str, float]
 """What an adaptive slot has kept from earlier iterations; empty at first."""

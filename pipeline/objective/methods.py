@@ -1,6 +1,6 @@
 """Composing a method from its slots: the tables in which settings meet functions. Nothing else dispatches on a choice.
 
-A function's keyword arguments are its section's settings. To add a choice: its section in ``pipeline/slots.py``, its
+A function's keyword arguments are its section's settings. To add a choice: its section in ``pipeline/settings/slots.py``, its
 function in the slot's file, and one entry here. ``python -m pipeline.objective.methods`` prints a params file's methods.
 """
 
@@ -15,14 +15,14 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pipeline import slots
-from pipeline.config import load
 from pipeline.objective import advantages, aggregation, filters, regularisers, rewards, surrogates, weights
 from pipeline.objective.advantages import AdvantageEstimate, Estimates
 from pipeline.objective.batch import State, TokenBatch
 from pipeline.objective.regularisers import EntropyTerms
 from pipeline.objective.surrogates import Plan, Surrogate, SurrogateLoss, UpdateTokens
-from pipeline.section import Section
+from pipeline.settings import slots
+from pipeline.settings.params import load
+from pipeline.settings.section import Section
 
 REWARDS: dict[type[Section], Callable[..., Tensor]] = {
     slots.PlainReward: rewards.plain,

@@ -9,7 +9,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pipeline.objective.batch import TokenBatch, positions
-from pipeline.trajectory import Role
+from pipeline.trajectories.trajectory import Role
 
 EPS = 1e-8
 """Inside the root of the standard deviation of the z-score."""

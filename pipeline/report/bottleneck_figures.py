@@ -14,8 +14,8 @@ from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
-from pipeline.energy.diagnostics import SCOPES, GroupEnergy, group_energy, role_energy
-from pipeline.trajectory import RESPONSE_ROLES, Role, Trajectories
+from pipeline.analysis.bottleneck import SCOPES, GroupEnergy, group_energy, role_energy
+from pipeline.trajectories.trajectory import RESPONSE_ROLES, Role, Trajectories
 
 STYLE: dict[Any, Any] = {
     "font.family": "DejaVu Sans",

@@ -14,12 +14,12 @@ from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
-from pipeline.config import Config
-from pipeline.evaluation.statistics import VERDICT_SEEDS, Interval
-from pipeline.report.comparison import REFERENCE
+from pipeline.analysis.comparison import REFERENCE
+from pipeline.analysis.differences import difference_of, difference_text
+from pipeline.analysis.statistics import VERDICT_SEEDS, Interval
 from pipeline.report.comparison_figures import COLOURS
 from pipeline.report.comparison_tables import Row, places, rows_at
-from pipeline.report.differences import difference_of, difference_text
+from pipeline.settings.params import Config
 
 GREY = "#8a8a8a"
 """Seen on white and on black."""

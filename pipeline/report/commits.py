@@ -7,7 +7,7 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
-from pipeline.files import read_json
+from pipeline.workspace.files import read_json
 
 MADE = re.compile(r"\n\nMade by (?:commits? |an unknown commit).*\.$")
 """The line at the end of a block that says so, and the empty one before it."""

@@ -14,9 +14,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from pipeline.report.comparison import REFERENCE, Curves, Inputs
+from pipeline.analysis.comparison import REFERENCE, Curves, Inputs
+from pipeline.analysis.curves import COSTS, HEALTH, costs, over_seeds, series_of, smoothed, spent, validations
 from pipeline.report.comparison_tables import places, rows_at
-from pipeline.report.curves import COSTS, HEALTH, costs, over_seeds, series_of, smoothed, spent, validations
 
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
 """Okabe and Ito's colours that stand out on white and are told apart without red-green vision."""

@@ -6,10 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from pipeline.evaluation.statistics import VERDICT_SEEDS
-from pipeline.report.comparison import REFERENCE
-from pipeline.report.differences import difference_of, difference_text
-from pipeline.trajectory import CUT_OFF, RESPONSES
+from pipeline.analysis.comparison import REFERENCE
+from pipeline.analysis.differences import difference_of, difference_text
+from pipeline.analysis.statistics import VERDICT_SEEDS
+from pipeline.trajectories.trajectory import CUT_OFF, RESPONSES
 
 Row = Mapping[str, Any]
 

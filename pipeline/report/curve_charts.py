@@ -8,11 +8,8 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from pipeline.config import Config
-from pipeline.report.charts import Chart, looks, rowed, trained_on, view
-from pipeline.report.comparison import Curves, Inputs
-from pipeline.report.comparison_figures import CROWD
-from pipeline.report.curves import (
+from pipeline.analysis.comparison import Curves, Inputs
+from pipeline.analysis.curves import (
     COSTS,
     HEALTH,
     SMOOTHING,
@@ -24,6 +21,9 @@ from pipeline.report.curves import (
     uneven,
     validations,
 )
+from pipeline.report.charts import Chart, looks, rowed, trained_on, view
+from pipeline.report.comparison_figures import CROWD
+from pipeline.settings.params import Config
 
 ROLES = {"action": "#d55e00", "reasoning": "#0072b2", "tag": "#56b4e9", "other": "#999999"}
 """Roles that the curves report together, with their colours."""

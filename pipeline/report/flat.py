@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.files import write_json, write_text
-from pipeline.report.comparison import Curves
+from pipeline.analysis.comparison import Curves
+from pipeline.workspace.files import write_json, write_text
 
 METRICS = {
     "success": "success_mean",

@@ -17,14 +17,14 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from pipeline.config import Config
+from pipeline.analysis.comparison import Inputs
 from pipeline.report.charts import Chart, difference_charts, plain, success_chart
-from pipeline.report.comparison import Inputs
 from pipeline.report.comparison_tables import READING, common_terms, places, result_table, training_table
 from pipeline.report.curve_charts import training_charts
 from pipeline.report.timings import time_table
 from pipeline.report.token_charts import token_charts
-from pipeline.trajectory import Trajectories
+from pipeline.settings.params import Config
+from pipeline.trajectories.trajectory import Trajectories
 
 FOLDER = Path(__file__).parent
 DIAGNOSED = {

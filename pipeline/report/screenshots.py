@@ -17,7 +17,7 @@ from urllib.error import URLError
 from urllib.parse import urlencode
 from urllib.request import urlopen
 
-from pipeline.config import ConfigError
+from pipeline.workspace.errors import UserError
 
 SIZE = {"width": 1280, "height": 860}
 PATIENCE = 90.0
@@ -32,12 +32,12 @@ def chromium() -> Iterator[Any]:
     """A headless browser: the machine's Chromium, else the one that playwright has installed.
 
     Raises:
-        ConfigError: playwright or Chromium is not there.
+        UserError: playwright or Chromium is not there.
     """
     try:
         from playwright.sync_api import Error, sync_playwright
     except ModuleNotFoundError:
-        raise ConfigError("screenshots: playwright is not installed; pip install -e '.[dev]'") from None
+        raise UserError("screenshots: playwright is not installed; pip install -e '.[dev]'") from None
     found = next(filter(None, map(shutil.which, NAMES)), None)
     # Chromium's sandbox refuses to run as root.
     arguments = ["--disable-gpu", *(["--no-sandbox"] if hasattr(os, "geteuid") and os.geteuid() == 0 else [])]
@@ -46,7 +46,7 @@ def chromium() -> Iterator[Any]:
             browser = started.chromium.launch(executable_path=found, args=arguments)
         except Error as error:
             said = str(error).splitlines()[0]
-            raise ConfigError(
+            raise UserError(
                 f"screenshots: no Chromium ({said}); install the package chromium, or `playwright install chromium`"
             ) from None
         try:
@@ -59,10 +59,10 @@ def shoot_report(browser: Any, report: Path, results: Path, viewer: Path) -> Non
     """Write two PNGs: the first results and charts, and, if the report has any, a tree, or two episodes beside each other.
 
     Raises:
-        ConfigError: there is no report.
+        UserError: there is no report.
     """
     if not report.exists():
-        raise ConfigError(f"{report}: no such file; `make repro` makes it")
+        raise UserError(f"{report}: no such file; `make repro` makes it")
     with _page(browser, offline=True) as page:
         page.goto(report.resolve().as_uri())
         page.locator("main > h2").first.evaluate("(heading) => heading.scrollIntoView()")
@@ -91,7 +91,7 @@ def shoot_mlflow(browser: Any, uri: str, experiment: str, runs: Sequence[str], t
         target: a PNG.
 
     Raises:
-        ConfigError: the server does not start, or does not know the experiment.
+        UserError: the server does not start, or does not know the experiment.
     """
     with _server(uri) as address, _page(browser) as page:
         try:
@@ -99,7 +99,7 @@ def shoot_mlflow(browser: Any, uri: str, experiment: str, runs: Sequence[str], t
             with urlopen(f"{address}/api/2.0/mlflow/experiments/get-by-name?{asked}", timeout=PATIENCE) as answer:
                 number = json.load(answer)["experiment"]["experiment_id"]
         except URLError as error:
-            raise ConfigError(f"screenshots: {address}: no experiment {experiment!r} ({error})") from None
+            raise UserError(f"screenshots: {address}: no experiment {experiment!r} ({error})") from None
         chosen = {"runs": list(runs), "experiments": [number], "metric": METRIC, "plot_metric_keys": [METRIC]}
         page.goto(f"{address}/#/metric?{urlencode({key: json.dumps(value) for key, value in chosen.items()})}")
         page.locator("svg.main-svg").first.wait_for(timeout=PATIENCE * 1000)
@@ -156,4 +156,4 @@ def _wait(server: subprocess.Popen[bytes], address: str) -> None:
                 return
         except OSError:
             time.sleep(0.3)
-    raise ConfigError(f"screenshots: `mlflow ui` has not answered on {address}")
+    raise UserError(f"screenshots: `mlflow ui` has not answered on {address}")

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import read_json
+from pipeline.workspace.files import read_json
 
 
 def read_sweeps(out: Path) -> list[dict[str, Any]]:

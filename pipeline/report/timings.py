@@ -6,7 +6,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from pipeline.report.comparison import Curves
+from pipeline.analysis.comparison import Curves
 from pipeline.report.comparison_tables import Table
 
 PREFIX = "seconds_"

@@ -9,11 +9,11 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from pipeline.config import Config
-from pipeline.energy.diagnostics import SCOPES, group_energy, role_energy
+from pipeline.analysis.bottleneck import SCOPES, group_energy, role_energy
 from pipeline.report.bottleneck_figures import COLOURS, rho_text
 from pipeline.report.charts import GREY, Chart, view
-from pipeline.trajectory import RESPONSE_ROLES, Trajectories
+from pipeline.settings.params import Config
+from pipeline.trajectories.trajectory import RESPONSE_ROLES, Trajectories
 
 BINS, TAIL = 80, 0.1
 """Of the histograms of energy, and the per cent of a role's tokens at each end that may lie beyond."""

@@ -11,12 +11,13 @@ import numpy as np
 import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
-from pipeline.config import Config, ConfigError
+from pipeline.analysis.comparison import REFERENCE
 from pipeline.environments.registry import board_of, make
-from pipeline.episodes import NUMBERS, episode_records, rounded
-from pipeline.prompting import plain_text
-from pipeline.report.comparison import REFERENCE
-from pipeline.trajectory import Role, Trajectories, TrajectoryError, read
+from pipeline.settings.params import Config
+from pipeline.trajectories.prompting import plain_text
+from pipeline.trajectories.records import NUMBERS, episode_records, rounded
+from pipeline.trajectories.trajectory import Role, Trajectories, TrajectoryError, read
+from pipeline.workspace.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -39,11 +40,11 @@ class SavedTokenizer:
         """From a policy's directory.
 
         Raises:
-            ConfigError: it has no tokenizer.json.
+            UserError: it has no tokenizer.json.
         """
         file = policy / "tokenizer.json"
         if not file.exists():
-            raise ConfigError(f"{file}: no such file; `dvc repro` makes it")
+            raise UserError(f"{file}: no such file; `dvc repro` makes it")
         return cls(Tokenizer.from_file(str(file)))
 
 
@@ -239,7 +240,7 @@ def read_all_played(config: Config, data: Path, annotated: Mapping[str, Trajecto
     """(environment, method) -> the first seed's last episodes; of the reference policy, that seed's first ones.
 
     Raises:
-        ConfigError: a file is missing or cannot be read.
+        UserError: a file is missing or cannot be read.
     """
     found = {}
     for environment in config.environments:
@@ -248,7 +249,7 @@ def read_all_played(config: Config, data: Path, annotated: Mapping[str, Trajecto
             try:
                 found[environment, method] = read_played(path)
             except TrajectoryError as error:
-                raise ConfigError(f"{error}; `dvc repro` makes it") from None
+                raise UserError(f"{error}; `dvc repro` makes it") from None
         table = annotated[environment]
         rows = [i for i, seed in enumerate(table.episodes["seed"]) if seed == config.seeds[0]]
         found[environment, REFERENCE] = Played(table.select(rows), {})

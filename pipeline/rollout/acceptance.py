@@ -7,12 +7,13 @@ from textwrap import shorten
 import numpy as np
 import torch
 
-from pipeline.config import Config, ConfigError
-from pipeline.policy.model import Policy, rounding
-from pipeline.prompting import END_OF_RESPONSE, Dialogue
-from pipeline.randomness import generator
+from pipeline.model.policy import Policy, rounding
 from pipeline.rollout.engine import Continuation, Request, Sampling
 from pipeline.rollout.transformers_engine import TransformersEngine
+from pipeline.settings.params import Config
+from pipeline.trajectories.prompting import END_OF_RESPONSE, Dialogue
+from pipeline.workspace.errors import UserError
+from pipeline.workspace.randomness import generator
 
 EPISODES, PROMPT, SAMPLED, OBSERVED = 3, 9, 5, 4
 """Of the trial: more episodes than slots, and how many tokens each part has."""
@@ -30,7 +31,7 @@ def accept(policy: Policy, source: str, config: Config) -> None:
         config: params.yaml.
 
     Raises:
-        ConfigError: it fails, or its chat template cannot lead a dialogue.
+        UserError: it fails, or its chat template cannot lead a dialogue.
     """
     for section in config.environments.values():
         Dialogue(policy.tokenizer, section.layout, config.rollout.prefill, section.response_tokens)
@@ -38,9 +39,9 @@ def accept(policy: Policy, source: str, config: Config) -> None:
         worst = _worst_difference(policy)
     except Exception as error:  # of any kind, as in ``load_policy``
         reason = shorten(str(error) or type(error).__name__, 160, placeholder=" …")
-        raise ConfigError(f"policy: {source!r} cannot be sampled from: {reason}") from None
+        raise UserError(f"policy: {source!r} cannot be sampled from: {reason}") from None
     if not worst <= 1:
-        raise ConfigError(
+        raise UserError(
             f"policy: {source!r} gives tokens other log-probabilities over the engine's cache than by transformers alone"
         )
 

@@ -15,13 +15,13 @@ from typing import Any, Literal, NamedTuple
 
 import numpy as np
 
-from pipeline import slots
-from pipeline.progress import span
-from pipeline.randomness import generator
+from pipeline.progress.display import span
 from pipeline.rollout.collector import Episode, EpisodeSpec, Setup, play
 from pipeline.rollout.engine import RolloutEngine
-from pipeline.section import Section
-from pipeline.trajectory import Role, Trajectories, build
+from pipeline.settings import slots
+from pipeline.settings.section import Section
+from pipeline.trajectories.trajectory import Role, Trajectories, build
+from pipeline.workspace.randomness import generator
 
 
 class Origin(NamedTuple):

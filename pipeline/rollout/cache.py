@@ -9,8 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.kernels import native
-from pipeline.policy.trunk import Attend, Heads
+from pipeline.model.kernels import native
+from pipeline.model.trunk import Attend, Heads
 
 TILE = native.LANES
 """Capacity is a multiple of it."""

@@ -6,15 +6,16 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.config import Config, ConfigError, Environment
 from pipeline.environments import environment_label, initial_states, make
 from pipeline.environments.registry import actions_left_of, outcome_of, parse_action, reset, step, success_of, text_of
-from pipeline.progress import beat, on_beat, within
-from pipeline.prompting import END_OF_RESPONSE, Dialogue, decode, parse_response, token_roles
-from pipeline.randomness import generator
+from pipeline.progress.display import beat, on_beat, within
+from pipeline.progress.timing import Phases
 from pipeline.rollout.engine import Continuation, Request, RolloutEngine, Sampling
-from pipeline.timing import Phases
-from pipeline.trajectory import CUT, EpisodeBuilder, Role, Trajectories, build
+from pipeline.settings.params import Config, Environment
+from pipeline.trajectories.prompting import END_OF_RESPONSE, Dialogue, decode, parse_response, token_roles
+from pipeline.trajectories.trajectory import CUT, EpisodeBuilder, Role, Trajectories, build
+from pipeline.workspace.errors import UserError
+from pipeline.workspace.randomness import generator
 
 INVALID = "Invalid response: the state is unchanged."
 """Opens the observation after a turn without a parsable, allowed action."""
@@ -95,7 +96,7 @@ def collect(
         The episodes in the order of ``specs``.
 
     Raises:
-        ConfigError: the environment raised, or returned what it must not (see ``registry.step``); its openings differ
+        UserError: the environment raised, or returned what it must not (see ``registry.step``); its openings differ
             within a group, or leave no room in ``context_tokens``.
     """
     setup = Setup(tokenizer, config, name, phases, closing)
@@ -182,11 +183,11 @@ class Setup:
         """An episode before its first response.
 
         Raises:
-            ConfigError: its environment opens it otherwise than the rest of its group, or see ``collect``.
+            UserError: its environment opens it otherwise than the rest of its group, or see ``collect``.
         """
         episode = Episode(self.section, self.dialogue, spec, self.phases, self.closing)
         if self._prompts.setdefault(spec.group_id, episode.prompt) != episode.prompt:  # invariant 3
-            raise ConfigError(
+            raise UserError(
                 f"environments: {self.section.id!r} opens group {spec.group_id} with different prompts; observation and "
                 "instructions after a reset must depend on state_seed alone"
             )
@@ -228,7 +229,7 @@ class Episode:
         self.builder.append_text(opening, Role.PROMPT)
         self.prompt = list(self.builder.ids)
         if len(opening) + len(dialogue.prefill_ids) >= section.context_tokens:
-            raise ConfigError(
+            raise UserError(
                 f"environments: a prompt of {len(opening)} tokens leaves no room in context_tokens "
                 f"({section.context_tokens}); raise it"
             )
@@ -248,7 +249,7 @@ class Episode:
 
         Raises:
             ValueError: the policy did not choose the token at ``split``.
-            ConfigError: the environment, led by the same actions, is not in the state that the parent was in.
+            UserError: the environment, led by the same actions, is not in the state that the parent was in.
         """
         spec = replace(spec, state_seed=parent.spec.state_seed, noise=parent.spec.noise)
         episode = cls(parent.section, parent.dialogue, spec, parent.phases, parent.closing)
@@ -331,7 +332,7 @@ class Episode:
     def _expect(self, state_key: str) -> None:
         """Be where the parent was."""
         if self._state_key() != state_key:
-            raise ConfigError(
+            raise UserError(
                 f"environments: {self.section.id!r} does not come to the same state by the same actions and seeds, so "
                 "that no episode of it can be continued; its noise must come from the seed of reset alone"
             )

@@ -6,7 +6,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.trajectory import Role, Trajectories
+from pipeline.trajectories.trajectory import Role, Trajectories
 
 
 def branch_scores(

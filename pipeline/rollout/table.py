@@ -7,13 +7,13 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.config import Config
-from pipeline.policy.model import load_trained
-from pipeline.processes import Report
-from pipeline.progress import span
+from pipeline.model.policy import load_trained
+from pipeline.progress.display import span
 from pipeline.rollout.collector import collect, iteration_specs
 from pipeline.rollout.transformers_engine import TransformersEngine
-from pipeline.trajectory import Trajectories
+from pipeline.settings.params import Config
+from pipeline.trajectories.trajectory import Trajectories
+from pipeline.workspace.processes import Report
 
 
 def sample_slice(task: tuple[Config, str, Path, list[int]], report: Report) -> dict[int, Trajectories]:

@@ -15,13 +15,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from pipeline.finite import NumericsError, require_finite
-from pipeline.kernels import native
-from pipeline.policy.model import Policy
-from pipeline.policy.trunk import hidden_states
-from pipeline.progress import beat, due
+from pipeline.model.kernels import native
+from pipeline.model.policy import Policy
+from pipeline.model.trunk import hidden_states
+from pipeline.progress.display import beat, due
 from pipeline.rollout.cache import SlotCache
 from pipeline.rollout.engine import Continuation, Follow, Request, Sampling
+from pipeline.workspace.finite import NumericsError, require_finite
 
 TOKENS_PER_STEP = 8192
 """Tokens that pass through the model together; what does not fit waits for the next step. Bounds the memory that prompts

@@ -10,13 +10,14 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.config import ConfigError, parse
-from pipeline.evaluation.statistics import VERDICT_SEEDS, Difference
-from pipeline.presets import overlay
+from pipeline.analysis.differences import NO_VERDICT, difference_of, difference_text
+from pipeline.analysis.statistics import VERDICT_SEEDS, Difference
 from pipeline.report.comparison_tables import rows_at
-from pipeline.report.differences import NO_VERDICT, difference_of, difference_text
-from pipeline.studies import Value
+from pipeline.settings.params import parse
+from pipeline.settings.presets import overlay
+from pipeline.settings.sweep import Value
 from pipeline.sweep.plan import Plan
+from pipeline.workspace.errors import UserError
 
 BEST = "best"
 """Name of the best settings where only one method was searched."""
@@ -36,7 +37,7 @@ def confirmation(plans: Sequence[Plan], searches: Sequence[Mapping[str, Any]], o
         root: path from that folder to the root.
 
     Raises:
-        ConfigError: a search has no best, or has been run with other settings than these.
+        UserError: a search has no best, or has been run with other settings than these.
     """
     first = plans[0]
     methods: dict[str, Any] = {}
@@ -49,7 +50,7 @@ def confirmation(plans: Sequence[Plan], searches: Sequence[Mapping[str, Any]], o
         best = BEST if len(plans) == 1 else plan.method
         taken = {best, *methods} & set(baselines)
         if taken:
-            raise ConfigError(f"sweep {plan.study}: {min(taken)!r} would name two methods; rename that baseline")
+            raise UserError(f"sweep {plan.study}: {min(taken)!r} would name two methods; rename that baseline")
         for name, point in {**baselines, best: outcome["best"]["settings"]}.items():
             methods[name] = _method(plan, point)
         control[best] = next(iter(baselines))
@@ -114,11 +115,11 @@ def _matched(plans: Sequence[Plan], searches: Sequence[Mapping[str, Any]]) -> li
     for plan in plans:
         outcome = by_name.get(plan.name)
         if outcome is None:
-            raise ConfigError(
+            raise UserError(
                 f"sweep {plan.study}: {plan.method} has not been searched with these settings; run `make sweep` again"
             )
         if outcome["best"] is None:
-            raise ConfigError(f"sweep {plan.study}: no trial of {plan.method} kept all constraints, nothing to confirm")
+            raise UserError(f"sweep {plan.study}: no trial of {plan.method} kept all constraints, nothing to confirm")
         found.append(outcome)
     return found
 
@@ -135,7 +136,7 @@ def _shared(plans: Sequence[Plan], outcomes: Sequence[Mapping[str, Any]]) -> dic
     """Settings of a search outside methods: all of a comparison's methods share them.
 
     Raises:
-        ConfigError: there are some, and they differ between what is compared.
+        UserError: there are some, and they differ between what is compared.
     """
     found: list[dict[str, Any]] = []
     for plan, outcome in zip(plans, outcomes, strict=True):
@@ -144,7 +145,7 @@ def _shared(plans: Sequence[Plan], outcomes: Sequence[Mapping[str, Any]]) -> dic
             changed.pop("methods", None)
             found.append(changed)
     if any(other != found[0] for other in found[1:]):
-        raise ConfigError(
+        raise UserError(
             f"sweep {plans[0].study}: its best and baselines differ in settings outside methods, which one comparison "
             "shares; use best.yaml as a preset's overlay and compare two runs (make compare)"
         )

@@ -18,10 +18,10 @@ from matplotlib import pyplot
 from matplotlib.axes import Axes
 from optuna.importance import FanovaImportanceEvaluator, PedAnovaImportanceEvaluator
 
-from pipeline.files import write_json
-from pipeline.studies import Logarithmic, LogarithmicFromZero
+from pipeline.settings.sweep import Logarithmic, LogarithmicFromZero
 from pipeline.sweep.result import Found, report_text, short_names, short_study, summary
 from pipeline.sweep.space import from_value, to_value
+from pipeline.workspace.files import write_json
 
 FEWEST = 4
 """Complete trials below which there is nothing to be drawn."""

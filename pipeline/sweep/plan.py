@@ -10,10 +10,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config, ConfigError, parse, read_yaml
-from pipeline.studies import Study, Value
+from pipeline.settings.params import Config, parse
+from pipeline.settings.sweep import Study, Value
 from pipeline.sweep.space import changes, configured, current, from_value, to_value
 from pipeline.training.result import training_key
+from pipeline.workspace.errors import UserError
+from pipeline.workspace.yaml_files import read_yaml
 
 STORAGE_VARIABLE = "SWEEP_STORAGE"
 """Environment variable with the storage's URL: a password does not belong into params.yaml."""
@@ -89,7 +91,7 @@ def plans(params: str | Path, study: str, policy: Path) -> list[Plan]:
     """The searches of a study, a plan per method; every one has been checked.
 
     Raises:
-        ConfigError: the study or one of its methods or keys is not there, a baseline is outside the space, the schema
+        UserError: the study or one of its methods or keys is not there, a baseline is outside the space, the schema
             refuses a corner of the space, a seed of the sweep is one of the comparison's, or trials are to be stopped
             early that have a budget of tokens.
     """
@@ -97,20 +99,20 @@ def plans(params: str | Path, study: str, policy: Path) -> list[Plan]:
     config = parse(raw, str(params))
     where = f"{params}: sweep.studies"
     if study not in config.sweep.studies:
-        raise ConfigError(f"{where}: {study!r} is not there; allowed: {', '.join(config.sweep.studies) or 'none'}")
+        raise UserError(f"{where}: {study!r} is not there; allowed: {', '.join(config.sweep.studies) or 'none'}")
     search = config.sweep.studies[study]
     environment = search.environment or next(iter(config.environments))
     if environment not in config.environments:
         allowed = ", ".join(config.environments)
-        raise ConfigError(f"{where}.{study}.environment: {environment!r} is not there; allowed: {allowed}")
+        raise UserError(f"{where}.{study}.environment: {environment!r} is not there; allowed: {allowed}")
     both = sorted({*config.sweep.seeds, *config.sweep.confirm_seeds} & set(config.seeds))
     if both:
-        raise ConfigError(f"{params}: sweep: {both} are seeds of the comparison; a sweep needs seeds of its own")
+        raise UserError(f"{params}: sweep: {both} are seeds of the comparison; a sweep needs seeds of its own")
     methods = list(config.methods) if search.methods == "all" else search.methods
     unknown = [method for method in methods if method not in config.methods]
     if unknown:
         allowed = ", ".join(config.methods)
-        raise ConfigError(f"{where}.{study}.methods: {unknown[0]!r} is not there; allowed: {allowed}")
+        raise UserError(f"{where}.{study}.methods: {unknown[0]!r} is not there; allowed: {allowed}")
     found = [Plan(raw, config, study, method, environment, policy) for method in methods]
     for plan in found:
         _check(plan, where)
@@ -124,27 +126,25 @@ def _check(plan: Plan, where: str) -> None:
         stray = [key for key in point if key not in search.space]
         if stray:
             allowed = ", ".join(search.space)
-            raise ConfigError(
-                f"{where}.{plan.study}.baselines.{name}: {stray[0]!r} is not searched; allowed: {allowed}"
-            )
+            raise UserError(f"{where}.{plan.study}.baselines.{name}: {stray[0]!r} is not searched; allowed: {allowed}")
     for key in search.space:
         try:
             current(plan.config, plan.method, key)
-        except ConfigError as error:
-            raise ConfigError(f"{where}.{plan.study}.space: {error}") from None
+        except UserError as error:
+            raise UserError(f"{where}.{plan.study}.space: {error}") from None
     for key, space in search.space.items():
         for name, point in plan.baselines.items():
             try:
                 from_value(space, point[key])
             except ValueError as error:
-                raise ConfigError(f"{where}.{plan.study}.baselines.{name}.{key}: {plan.method}: {error}") from None
+                raise UserError(f"{where}.{plan.study}.baselines.{name}.{key}: {plan.method}: {error}") from None
     points = list(plan.baselines.items())
     for place, (name, point) in enumerate(points):
         twin = next((other for other, same in points[:place] if same == point), None)
         if twin is not None:
-            raise ConfigError(f"{where}.{plan.study}.baselines.{name}: {plan.method}: the same settings as {twin}")
+            raise UserError(f"{where}.{plan.study}.baselines.{name}: {plan.method}: the same settings as {twin}")
         if plan.configured(point).train.tokens is not None and plan.config.sweep.pruner.kind != "none":
-            raise ConfigError(
+            raise UserError(
                 f"{where}.{plan.study}: train.tokens gives trials equal tokens, a pruner compares them after equal "
                 "iterations; set sweep.pruner: {kind: none}"
             )
@@ -166,7 +166,7 @@ def _ends(space: Any) -> list[Value]:
 def _accepted(plan: Plan, values: Mapping[str, Value], what: str) -> None:
     try:
         plan.configured(values)
-    except ConfigError as error:
+    except UserError as error:
         # A baseline may stand where another setting has no effect (strength 0); no draw does.
         if "has no effect" not in str(error):
-            raise ConfigError(f"{what}: {error}") from None
+            raise UserError(f"{what}: {error}") from None

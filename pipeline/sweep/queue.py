@@ -26,7 +26,7 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from pipeline.config import ConfigError
+from pipeline.workspace.errors import UserError
 
 SILENT_BEATS = 6
 """A worker elsewhere that misses so many heartbeats is taken for dead."""
@@ -40,7 +40,7 @@ def open_storage(url: str | None, journal: Path) -> BaseStorage:
     """The storage of a sweep: a journal file, or a database by URL.
 
     Raises:
-        ConfigError: the database cannot be used.
+        UserError: the database cannot be used.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if url is None:
@@ -50,7 +50,7 @@ def open_storage(url: str | None, journal: Path) -> BaseStorage:
         return _database(url)
     except Exception as error:  # SQLAlchemy's and the driver's errors have no common base
         shown = url if "@" not in url else f"{url.split('://')[0]}://…@{url.rsplit('@', 1)[1]}"
-        raise ConfigError(f"sweep.storage: {shown}: cannot be used: {str(error).splitlines()[0]}") from None
+        raise UserError(f"sweep.storage: {shown}: cannot be used: {str(error).splitlines()[0]}") from None
 
 
 def _database(url: str) -> RDBStorage:

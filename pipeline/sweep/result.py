@@ -13,12 +13,12 @@ import pandas as pd
 from optuna.importance import FanovaImportanceEvaluator, PedAnovaImportanceEvaluator
 from optuna.trial import FrozenTrial, TrialState
 
-from pipeline.config import Config
-from pipeline.presets import overlay
-from pipeline.studies import Value
+from pipeline.settings.params import Config
+from pipeline.settings.presets import overlay
+from pipeline.settings.sweep import Value
 from pipeline.sweep.plan import Plan
 from pipeline.sweep.queue import FINISHED
-from pipeline.yaml_files import yaml_text
+from pipeline.workspace.yaml_files import yaml_text
 
 
 @dataclass(frozen=True)

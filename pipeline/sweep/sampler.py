@@ -9,7 +9,7 @@ from optuna.samplers import BaseSampler, TPESampler
 from optuna.study import Study
 from optuna.trial import FrozenTrial
 
-from pipeline.randomness import key
+from pipeline.workspace.randomness import key
 
 
 class NumberedSampler(BaseSampler):

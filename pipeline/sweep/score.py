@@ -7,7 +7,7 @@ from typing import Literal
 
 import numpy as np
 
-from pipeline.studies import Constraints
+from pipeline.settings.sweep import Constraints
 
 Curves = Mapping[int, Sequence[Mapping[str, float]]]
 """Seed -> one row of metrics per iteration."""

@@ -15,9 +15,10 @@ from optuna.distributions import (
 )
 from optuna.trial import Trial
 
-from pipeline.config import Config, ConfigError, parse
-from pipeline.presets import overlay
-from pipeline.studies import Choice, Integer, Logarithmic, LogarithmicFromZero, Space, Uniform, Value
+from pipeline.settings.params import Config, parse
+from pipeline.settings.presets import overlay
+from pipeline.settings.sweep import Choice, Integer, Logarithmic, LogarithmicFromZero, Space, Uniform, Value
+from pipeline.workspace.errors import UserError
 
 METHOD = "method."
 """Opens a key of the searched method's own section."""
@@ -103,7 +104,7 @@ def configured(raw: Mapping[str, Any], method: str, values: Mapping[str, Value],
     """The params file with these values.
 
     Raises:
-        ConfigError: the schema refuses them.
+        UserError: the schema refuses them.
     """
     return parse(overlay(dict(raw), changes(raw, method, values)), source)
 
@@ -112,18 +113,18 @@ def current(config: Config, method: str, key: str) -> Value:
     """The value that a key of a search space has in params.yaml.
 
     Raises:
-        ConfigError: there is no such setting, or it is a section.
+        UserError: there is no such setting, or it is a section.
     """
     if not key.startswith(SEARCHABLE):
-        raise ConfigError(f"{key}: cannot be searched; allowed: keys of {', '.join(p.rstrip('.') for p in SEARCHABLE)}")
+        raise UserError(f"{key}: cannot be searched; allowed: keys of {', '.join(p.rstrip('.') for p in SEARCHABLE)}")
     found: Any = config.model_dump(mode="json")
     for part in _path(key, method):
         if not isinstance(found, dict) or part not in found:
             allowed = ", ".join(found) if isinstance(found, dict) else "nothing, it is no section"
-            raise ConfigError(f"{key}: {part!r} is no setting of {method}; allowed there: {allowed}")
+            raise UserError(f"{key}: {part!r} is no setting of {method}; allowed there: {allowed}")
         found = found[part]
     if isinstance(found, dict | list):
-        raise ConfigError(f"{key}: a section, not a setting; name one of {', '.join(map(str, found))}")
+        raise UserError(f"{key}: a section, not a setting; name one of {', '.join(map(str, found))}")
     return found  # type: ignore[no-any-return]
 
 

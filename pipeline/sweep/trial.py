@@ -10,17 +10,17 @@ from pathlib import Path
 from optuna.exceptions import TrialPruned
 from optuna.trial import Trial
 
-from pipeline.config import Train
-from pipeline.files import lock
-from pipeline.finite import NotFiniteError
-from pipeline.processes import Report
-from pipeline.studies import Value
+from pipeline.settings.params import Train
+from pipeline.settings.sweep import Value
 from pipeline.sweep.plan import Plan
 from pipeline.sweep.score import Curves, success, tokens, violations
 from pipeline.sweep.space import suggest
 from pipeline.training.budget import progress
 from pipeline.training.result import training_task
 from pipeline.training.run import Curve, TrainingJob, train_until
+from pipeline.workspace.files import lock
+from pipeline.workspace.finite import NotFiniteError
+from pipeline.workspace.processes import Report
 
 CACHE = Path(".cache/sweep")
 """Trials' trainings by key, so that one whose worker was killed goes on where it stopped; beside them the journal."""

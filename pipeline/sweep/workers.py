@@ -17,13 +17,13 @@ import optuna
 from optuna.exceptions import TrialPruned, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from pipeline.processes import begin_worker, in_own_process
-from pipeline.progress import Display, still, tell
-from pipeline.studies import Sweep
+from pipeline.progress.display import Display, still, tell
+from pipeline.settings.sweep import Sweep
 from pipeline.sweep.plan import Plan
 from pipeline.sweep.queue import FINISHED, Queue, open_storage
 from pipeline.sweep.sampler import NumberedSampler
 from pipeline.sweep.trial import CACHE, Objective, Outcome, run_trial
+from pipeline.workspace.processes import begin_worker, in_own_process
 
 Observer = Callable[[FrozenTrial, Outcome | None], None]
 """Told of every trial that this machine has finished; None stands for the outcome of one stopped early."""
@@ -48,7 +48,7 @@ def run_search(search: Search, workers: int) -> list[FrozenTrial]:
         workers: processes on this machine.
 
     Raises:
-        ConfigError: the storage cannot be used.
+        UserError: the storage cannot be used.
         BrokenProcessPool: every worker was killed; running again goes on.
         Exception: what a trial raised; the trial is marked as failed.
     """

@@ -8,7 +8,7 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline.prompting import plain_text
+from pipeline.trajectories.prompting import plain_text
 
 RETRY_AFTER = 30.0
 """Seconds for which a training leaves a store alone that did not answer it or another process."""

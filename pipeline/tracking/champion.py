@@ -17,7 +17,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
-from pipeline.policy.model import Policy, load_policy
+from pipeline.model.policy import Policy, load_policy
 from pipeline.tracking.datasets import dvc_digest
 from pipeline.tracking.send import Patience, patient
 from pipeline.tracking.spool import Record

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config
+from pipeline.settings.params import Config
 from pipeline.tracking.datasets import dvc_digest
 from pipeline.tracking.snapshot import Snapshot, log_snapshot
 from pipeline.tracking.spool import Record
@@ -22,7 +22,7 @@ Curves = Mapping[tuple[str, str], Mapping[str, list[dict[str, float]]]]
 
 
 Episodes = Mapping[str, Mapping[str, list[dict[str, Any]]]]
-"""Environment -> method -> records of ``pipeline.episodes``."""
+"""Environment -> method -> records of ``pipeline.trajectories.records``."""
 
 
 def log_comparison(
@@ -36,7 +36,7 @@ def log_comparison(
     Args:
         config: checked params.
         root: the project's root.
-        comparison: what ``pipeline.report.comparison.compare`` returns.
+        comparison: what ``pipeline.analysis.comparison.compare`` returns.
         curves: of all trainings.
         episodes: the sample.
         out: folder with data/, models/ and reports/.

@@ -9,7 +9,7 @@ and replaces tags and artifacts. Kinds of records, in the order in which a run h
 * ``inputs``: datasets, each with name, digest, source and context
 * ``metrics``: values, step, time
 * ``text``: path and text; ``file``: path (a folder in the run) and source (a file, sent as it is then)
-* ``trace``: episode (a record of ``pipeline.episodes``) and time
+* ``trace``: episode (a record of ``pipeline.trajectories.records``) and time
 * ``champion``: see ``champion.py``
 * ``end``: status and time
 
@@ -29,10 +29,10 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST, ErrorCode
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
-from pipeline.files import lock
 from pipeline.tracking.database import ready
 from pipeline.tracking.spool import Record
 from pipeline.tracking.traces import log_trace
+from pipeline.workspace.files import lock
 
 METRICS_AT_ONCE = 1000
 """MLflow's limit of metrics in a call; params and tags may be 100."""

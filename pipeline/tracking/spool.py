@@ -14,7 +14,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.files import lock, write_json
+from pipeline.workspace.files import lock, write_json
 
 Record = dict[str, Any]
 

@@ -14,7 +14,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from pipeline.config import Config, ConfigError
+from pipeline.settings.params import Config
 from pipeline.tracking.away import Away, readable
 from pipeline.tracking.database import ready
 from pipeline.tracking.datasets import dataset_inputs
@@ -23,7 +23,8 @@ from pipeline.tracking.send import PATIENT, patient, refusal, send_waiting
 from pipeline.tracking.spool import waiting
 from pipeline.tracking.study import StudyRun
 from pipeline.tracking.training import RunSettings, Store, flatten
-from pipeline.yaml_files import yaml_text
+from pipeline.workspace.errors import UserError
+from pipeline.workspace.yaml_files import yaml_text
 
 
 def store_of(config: Config, root: Path) -> Store:
@@ -42,7 +43,7 @@ def open_store(store: Store, experiment: str) -> tuple[int, int]:
         How many runs' records were sent, and how many are still kept.
 
     Raises:
-        ConfigError: the URI cannot be used. A server that does not answer is not a mistake: there is a warning.
+        UserError: the URI cannot be used. A server that does not answer is not a mistake: there is a warning.
     """
     quiet()
     try:
@@ -51,7 +52,7 @@ def open_store(store: Store, experiment: str) -> tuple[int, int]:
             experiment_id(MlflowClient(store.uri), experiment)
     except (MlflowException, SQLAlchemyError, CommandError, OSError) as error:
         if refusal(error) or not store.uri.startswith("http"):
-            raise ConfigError(f"tracking.uri: {readable(store.uri)}: cannot be used: {readable(str(error))}") from None
+            raise UserError(f"tracking.uri: {readable(store.uri)}: cannot be used: {readable(str(error))}") from None
         Away(store.cache / "tracking" / "away", store.uri).note(str(error))
         return 0, len(waiting(store.cache))
     return send_waiting(store.uri, store.cache)

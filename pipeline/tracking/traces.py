@@ -24,7 +24,7 @@ def log_trace(uri: str, experiment: str, run_id: str, record: Record) -> None:
         uri: tracking URI.
         experiment: its id.
         run_id: the run that the trace belongs to.
-        record: ``episode`` (see ``pipeline.episodes.episode_records``) and ``time`` in ms.
+        record: ``episode`` (see ``pipeline.trajectories.records.episode_records``) and ``time`` in ms.
     """
     episode, start = record["episode"], record["time"]
     digest = hashlib.sha256(f"{run_id} {episode['id']}".encode()).digest()[:16]

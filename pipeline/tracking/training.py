@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.episodes import episode_records
 from pipeline.tracking.spool import Record, Spool, now
 from pipeline.tracking.system import SystemMetrics
-from pipeline.trajectory import Trajectories
+from pipeline.trajectories.records import episode_records
+from pipeline.trajectories.trajectory import Trajectories
 
 EVERY = 5.0
 """Seconds between two times at which a training sends its metrics: one call for many iterations costs hardly more."""

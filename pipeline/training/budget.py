@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from pipeline.config import Train
+from pipeline.settings.params import Train
 
 Rows = Sequence[Mapping[str, float]]
 """A learning curve so far: one row of metrics per finished iteration."""

@@ -8,8 +8,8 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from pipeline.finite import NumericsError, require_finite
-from pipeline.trajectory import Trajectories
+from pipeline.trajectories.trajectory import Trajectories
+from pipeline.workspace.finite import NumericsError, require_finite
 
 BOUNDS = {torch.float32: (1e-4, 1e-4), torch.float16: (4e-3, 0.06), torch.bfloat16: (0.03, 0.4)}
 """Largest error of an episode that passes for rounding, in logits, by the policy's precision: at least, and at most.

@@ -8,18 +8,18 @@ from dataclasses import dataclass, replace
 import numpy as np
 import torch
 
-from pipeline.config import Config
 from pipeline.energy.annotate import annotate, score_trajectories
-from pipeline.policy.model import Policy
-from pipeline.progress import span
-from pipeline.randomness import generator
+from pipeline.model.policy import Policy
+from pipeline.progress.display import span
+from pipeline.progress.timing import Phases
 from pipeline.rollout.branching import Forest
 from pipeline.rollout.collector import EpisodeSpec, Setup, collect, iteration_specs
 from pipeline.rollout.engine import RolloutEngine
 from pipeline.rollout.scores import blank_tokens, branch_scores
-from pipeline.slots import BranchingSection, Independent, Positions
-from pipeline.timing import Phases
-from pipeline.trajectory import Trajectories, concatenate
+from pipeline.settings.params import Config
+from pipeline.settings.slots import BranchingSection, Independent, Positions
+from pipeline.trajectories.trajectory import Trajectories, concatenate
+from pipeline.workspace.randomness import generator
 
 SAMPLING, SCORING = (0.0, 0.6), (0.6, 0.7)
 """About which parts of an iteration these are; it is only for telling how far it is."""

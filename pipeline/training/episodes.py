@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from torch import Tensor
 
 from pipeline.training.iteration import Example, Iteration
-from pipeline.trajectory import Trajectories
+from pipeline.trajectories.trajectory import Trajectories
 
 COLUMNS = ("advantage", "weight", "coefficient")
 """What an update makes of a token: A_t, the weight that the weight slot gives it, and c_t after aggregation."""

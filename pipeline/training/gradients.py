@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.training.iteration import Example
-from pipeline.trajectory import RESPONSE_ROLES, Role
+from pipeline.trajectories.trajectory import RESPONSE_ROLES, Role
 
 if TYPE_CHECKING:
     from pipeline.training.module import PolicyGradient

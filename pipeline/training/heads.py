@@ -19,11 +19,11 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from pipeline import slots
+from pipeline.model.policy import Policy
+from pipeline.model.scoring import LOGITS_PER_CHUNK, predicting_hidden
 from pipeline.objective.regularisers import value_loss
 from pipeline.objective.soft import soft_policy_loss, soft_state
-from pipeline.policy.model import Policy
-from pipeline.policy.scoring import LOGITS_PER_CHUNK, predicting_hidden
+from pipeline.settings import slots
 from pipeline.training.masters import Masters
 
 

@@ -9,9 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.config import Config, Method
 from pipeline.evaluation.evaluate import summary
-from pipeline.finite import require_finite
+from pipeline.model.scoring import length_batches
 from pipeline.objective.batch import TokenBatch, token_batch
 from pipeline.objective.filters import group_deviation
 from pipeline.objective.methods import (
@@ -21,12 +20,14 @@ from pipeline.objective.methods import (
     token_advantages,
     token_weights,
 )
-from pipeline.policy.scoring import length_batches
-from pipeline.progress import span
-from pipeline.randomness import generator
+from pipeline.progress.display import span
+from pipeline.progress.timing import Phases
 from pipeline.rollout.branching import branches_by_role
-from pipeline.timing import Phases
-from pipeline.trajectory import CUT_OFF, Role, Trajectories
+from pipeline.settings.params import Config
+from pipeline.settings.slots import Method
+from pipeline.trajectories.trajectory import CUT_OFF, Role, Trajectories
+from pipeline.workspace.finite import require_finite
+from pipeline.workspace.randomness import generator
 
 Estimate = Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], dict[str, Tensor]]
 """From sequences and masks of wanted tokens to what a method's heads say: columns of one number per wanted token."""

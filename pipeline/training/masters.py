@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from pipeline.config import ConfigError
+from pipeline.workspace.errors import UserError
 
 ADAM_EPS = 1e-8
 """What Adam adds to its denominator: where a gradient is smaller, a step is smaller than the learning rate."""
@@ -99,7 +99,7 @@ def take_step(step: Callable[..., object], trained: Sequence[Masters]) -> None:
     the training would be none.
 
     Raises:
-        ConfigError: less than half of the weights that should have moved did.
+        UserError: less than half of the weights that should have moved did.
     """
     watched = [(masters, masters.watch()) for masters in trained if not masters.tried]
     step()
@@ -111,7 +111,7 @@ def take_step(step: Callable[..., object], trained: Sequence[Masters]) -> None:
             masters.tried = True
             share, least = float((after != before).float().mean()), float(before.abs().median()) * 2**-23
             if masters.rate is not None and not share >= LEAST_MOVED:
-                raise ConfigError(
+                raise UserError(
                     f"{masters.rate.key}: a step of {masters.rate.value:g} moves {share:.0%} of the weights and is lost in "
                     f"the rounding of the others to float32; allowed: {least:.0e} or more"
                 )

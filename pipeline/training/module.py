@@ -13,17 +13,16 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from pipeline.config import Config, Method
-from pipeline.finite import located, require_finite
+from pipeline.model.policy import Policy
+from pipeline.model.scoring import TokenScores, length_batches, predicting_hidden, score_tokens
 from pipeline.objective.methods import coefficients, policy_loss, surrogate_loss, surrogate_plan
 from pipeline.objective.regularisers import kl_penalty
 from pipeline.objective.surrogates import UpdateTokens
-from pipeline.policy.model import Policy
-from pipeline.policy.scoring import TokenScores, length_batches, predicting_hidden, score_tokens
-from pipeline.progress import span, within
-from pipeline.randomness import generator
+from pipeline.progress.display import span, within
+from pipeline.progress.timing import Phases
 from pipeline.rollout.transformers_engine import TransformersEngine
-from pipeline.timing import Phases
+from pipeline.settings.params import Config
+from pipeline.settings.slots import Method
 from pipeline.training.budget import progress, training_over
 from pipeline.training.checks import recomputed, require_finite_training, require_recomputed
 from pipeline.training.collection import Collection
@@ -32,7 +31,9 @@ from pipeline.training.gradients import gradient_share
 from pipeline.training.heads import Head, Scene, make_heads
 from pipeline.training.iteration import Example, Iteration, Memory, minibatches, prepare_iteration
 from pipeline.training.masters import ADAM_EPS, Masters, Rate, take_step
-from pipeline.trajectory import RESPONSE_ROLES, Role, Trajectories
+from pipeline.trajectories.trajectory import RESPONSE_ROLES, Role, Trajectories
+from pipeline.workspace.finite import located, require_finite
+from pipeline.workspace.randomness import generator
 
 UPDATES = 0.7, 1.0
 """About which part of an iteration they are; it is only for telling how far it is."""

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config import Config
-from pipeline.sources import of_code, of_environment, of_machine
-from pipeline.trajectory import Trajectories
+from pipeline.settings.params import Config
+from pipeline.sources.fingerprints import of_code, of_environment, of_machine
+from pipeline.trajectories.trajectory import Trajectories
 
-RESOLVED = ("pipeline.config", "pipeline.section", "pipeline.studies", "pipeline.yaml_files")
+RESOLVED = ("pipeline.settings", "pipeline.workspace.yaml_files")
 """The schema of what is in the key already: resolved settings."""
 ASIDE = ("pipeline.progress", "pipeline.sources", "pipeline.tracking")
 """What tells of a training and does not take part in it."""

@@ -16,17 +16,17 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from pipeline.evaluation.evaluate import summary, validate
-from pipeline.files import lock, read_json, write_json
-from pipeline.finite import located, require_finite
-from pipeline.policy.model import load_trained
-from pipeline.processes import Report
-from pipeline.progress import begin, span, within
+from pipeline.model.policy import load_trained
+from pipeline.progress.display import begin, span, within
 from pipeline.tracking.training import RunSettings, TrainingRun
 from pipeline.training.budget import progress, training_over
 from pipeline.training.episodes import write_episodes
 from pipeline.training.module import PolicyGradient
 from pipeline.training.result import TrainingTask, publish, table_slice
-from pipeline.trajectory import read
+from pipeline.trajectories.trajectory import read
+from pipeline.workspace.files import lock, read_json, write_json
+from pipeline.workspace.finite import located, require_finite
+from pipeline.workspace.processes import Report
 
 Curve = list[dict[str, float]]
 """One row of metrics per finished iteration."""

@@ -1,0 +1,1 @@
+"""What results say: comparisons, statistics and diagnostics, as numbers."""

@@ -1,0 +1,276 @@
+"""Which signal finds the decision points? Branches at the tokens that it ranks highest, and what they are worth.
+
+At a token, several candidates are sampled in its place, and from each several continuations: how much of the variance of
+returns lies between candidates is what that token decides (one-way analysis of variance, random effects, unbiased).
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, NamedTuple, get_args
+
+import numpy as np
+
+from pipeline.energy.annotate import annotate, score_trajectories
+from pipeline.model.policy import load_trained
+from pipeline.progress.display import span
+from pipeline.rollout.branching import ranked_positions
+from pipeline.rollout.collector import Episode, EpisodeSpec, Setup, iteration_specs, play
+from pipeline.rollout.scores import blank_tokens, branch_scores
+from pipeline.rollout.transformers_engine import TransformersEngine
+from pipeline.settings.params import Config
+from pipeline.settings.slots import Positions
+from pipeline.training.result import training_task
+from pipeline.training.run import TrainingJob, train_one
+from pipeline.trajectories.trajectory import Role, build
+from pipeline.workspace.errors import UserError
+from pipeline.workspace.processes import Report, run_in_processes
+from pipeline.workspace.randomness import generator
+
+SIGNALS: tuple[str, ...] = get_args(Positions.model_fields["signal"].annotation)
+ROLES = {Role.REASONING: "reasoning", Role.ACTION: "action", Role.THINK_TAG: "tag", Role.ANSWER_TAG: "tag"}
+"""Roles as figures have them; everything else is other."""
+RESAMPLES = 2000
+
+
+def control_of(signal: str) -> str:
+    """The signal that draws among the same tokens."""
+    return "action_random" if signal.startswith("action_") else "random"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How much is sampled."""
+
+    seeds: Sequence[int]
+    """Each gives ``rollout.groups`` initial states."""
+    positions: int
+    """Tokens per signal and initial state."""
+    candidates: int
+    """Sampled in place of each token, at least 2."""
+    continuations: int
+    """From each candidate on, at least 2."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """One seed's states, to be worked on in a process of their own."""
+
+    config: Config
+    name: str
+    policy: Path
+    method: str
+    seed: int
+    plan: Plan
+    cache: Path
+
+
+class Position(NamedTuple):
+    """One token, and what sampling it again told."""
+
+    signal: str
+    state: str
+    """Its initial state's group."""
+    role: str
+    between: float
+    """Variance of returns between candidates; unbiased, so it may be negative."""
+    within: float
+    """Variance within."""
+
+
+def decisions(config: Config, policy: Path, name: str, method: str, plan: Plan, cache: Path) -> dict[str, Any]:
+    """Roles and explained variance of the tokens that each signal ranks highest.
+
+    Args:
+        config: params.yaml.
+        policy: directory of the reference policy, which is what samples.
+        name: key in ``environments``.
+        method: key in ``methods``: one iteration of it moves the policy for APPO's branching score.
+        plan: how much is sampled.
+        cache: folder of these short trainings.
+
+    Returns:
+        Per signal that has found a token ``positions``, ``roles`` (shares), ``between`` (mean variance that a token
+        decides), ``explained`` (its share of all variance at these tokens) and ``minus_control`` (that share less the one of
+        the signal's control, None for a control), each of these three with a 95 % percentile bootstrap over states. The
+        reference policy plays all of them: nothing here is about trainings.
+
+    Raises:
+        UserError: the method branches itself, or the plan is too small.
+    """
+    if config.methods[method].branching.kind != "none":
+        raise UserError(f"methods.{method}: it shall move the policy once, and must not branch itself; name another")
+    if plan.candidates < 2 or plan.continuations < 2:
+        raise UserError("--candidates and --continuations must be at least 2: there is no variance in one")
+    tasks = {f"seed {seed}": Task(config, name, policy, method, seed, plan, cache) for seed in plan.seeds}
+    found = run_in_processes(_measure, tasks, config.workers, f"Decisions on {name}")
+    measured = [position for part in found.values() for position in part]
+    return {
+        "environment": name,
+        "states": len({position.state for position in measured}),
+        "plan": {"positions": plan.positions, "candidates": plan.candidates, "continuations": plan.continuations},
+        "signals": summarised(measured),
+    }
+
+
+def _measure(task: Task, report: Report) -> list[Position]:
+    config, plan = task.config, task.plan
+    once = config.model_copy(update={"train": config.train.model_copy(update={"iterations": 1, "tokens": None})})
+    training = training_task(once, task.name, task.method, task.seed, task.policy, task.cache)
+    report(0, config.rollout.groups, "initial states")
+    with span("one training iteration:", 0.0, 0.0):
+        moved = load_trained(train_one(TrainingJob(training, None, None), lambda *_: None) / "policy", config)
+    reference = load_trained(task.policy, config)
+    temperature, budget = config.rollout.temperature, config.train.tokens_per_forward
+    engine = TransformersEngine(reference, config.rollout.batch_episodes)
+    setup = Setup(reference.tokenizer, config, task.name)
+    specs = iteration_specs(config, task.name, task.seed, 0)
+    with span("initial episodes:", 0.0, 0.0):
+        episodes = play(engine, map(setup.begin, specs), temperature, count=len(specs))
+    with span("reference scores:", 0.0, 0.0):
+        table = annotate(build([episode.builder for episode in episodes]), reference, temperature, budget)
+    shift = score_trajectories(moved, table, temperature, budget)[0] - table.logprob
+    blank = blank_tokens(reference.tokenizer, table.input_ids)
+    scores = {
+        signal: branch_scores(signal, table, generator(task.seed, "decisions", signal), shift, blank=blank)
+        for signal in SIGNALS
+    }
+    rows = [slice(table.offsets[e], table.offsets[e + 1]) for e in range(len(table))]
+    result = []
+    for done, group in enumerate(dict.fromkeys(table.episodes["group_id"])):
+        members = [e for e, own in enumerate(table.episodes["group_id"]) if own == group]
+        sampled = [np.flatnonzero(table.sampled[rows[e]]) for e in members]
+        wanted = {
+            signal: [
+                (members[row], split)
+                for row, split in ranked_positions([own[rows[e]] for e in members], sampled, "before")[: plan.positions]
+            ]
+            for signal, own in scores.items()
+        }
+        places = list(dict.fromkeys(itertools.chain(*wanted.values())))
+        with span("branches:"):
+            found = resampled(engine, episodes, places, plan, temperature)
+        returns = dict(zip(places, found, strict=True))
+        for signal, chosen in wanted.items():
+            for place in chosen:
+                role = ROLES.get(Role(int(table.role[rows[place[0]]][place[1]])), "other")
+                result.append(Position(signal, group, role, *components(returns[place])))
+        report(done + 1, config.rollout.groups, "initial states")
+    return result
+
+
+def resampled(
+    engine: TransformersEngine,
+    episodes: Sequence[Episode],
+    places: Sequence[tuple[int, int]],
+    plan: Plan,
+    temperature: float,
+) -> list[np.ndarray]:
+    """Returns behind candidates for some tokens.
+
+    Args:
+        engine: samples.
+        episodes: finished.
+        places: index of an episode, and position of one of its sampled tokens.
+        plan: how many candidates, and continuations of each.
+        temperature: of sampling.
+
+    Returns:
+        Per place float64 (candidates, continuations). A candidate with which an episode ends has equal returns.
+    """
+    candidates = [
+        Episode.branch(episodes[row], _named(episodes[row].spec, split, number), split)
+        for row, split in places
+        for number in range(plan.candidates)
+    ]
+    with span("candidates", 0.0, 1 / plan.continuations):
+        first = play(engine, candidates, temperature)
+    following = [_after(episode) for episode in first]
+    again = [
+        Episode.branch(episode, _named(episode.spec, split, number), split)
+        for episode, split in zip(first, following, strict=True)
+        if split is not None
+        for number in range(plan.continuations - 1)
+    ]
+    with span("continuations", 1 / plan.continuations, 1.0):
+        second = iter(play(engine, again, temperature))
+    rows = []
+    for episode, split in zip(first, following, strict=True):
+        own = _return(episode)
+        others = [own if split is None else _return(next(second)) for _ in range(plan.continuations - 1)]
+        rows.append([own, *others])
+    return list(np.array(rows).reshape(len(places), plan.candidates, plan.continuations))
+
+
+def components(returns: np.ndarray) -> tuple[float, float]:
+    """Variance components of a one-way layout with random effects.
+
+    Args:
+        returns: (candidates, continuations).
+
+    Returns:
+        Between candidates, ``(MS_between - MS_within) / continuations``, and within, ``MS_within``: both unbiased.
+    """
+    size = returns.shape[1]
+    between = size * float(returns.mean(axis=1).var(ddof=1))
+    within = float(returns.var(axis=1, ddof=1).mean())
+    return (between - within) / size, within
+
+
+def summarised(positions: Sequence[Position]) -> dict[str, Any]:
+    """By signal: shares of roles, variances with intervals over states, and the difference to its control."""
+    states = list(dict.fromkeys(position.state for position in positions))
+    index = {state: number for number, state in enumerate(states)}
+    sums = {signal: np.zeros((len(states), 3)) for signal in SIGNALS}
+    for position in positions:
+        sums[position.signal][index[position.state]] += (position.between, position.within, 1.0)
+    draws = generator(0, "decisions bootstrap").integers(len(states), size=(RESAMPLES, len(states)))
+    rows = {}
+    for signal, own in sums.items():
+        roles = [position.role for position in positions if position.signal == signal]
+        if not roles:
+            continue
+        control = sums[control_of(signal)]
+        paired = np.concatenate([own, control], axis=1)
+        compared = control is not own and control.any()
+        rows[signal] = {
+            "positions": len(roles),
+            "roles": {role: roles.count(role) / len(roles) for role in ("reasoning", "action", "tag", "other")},
+            "between": _interval(own, draws, lambda total: total[..., 0] / np.maximum(total[..., 2], 1.0)),
+            "explained": _interval(own, draws, _share),
+            "minus_control": _interval(paired, draws, lambda total: _share(total) - _share(total[..., 3:]))
+            if compared
+            else None,
+        }
+    return rows
+
+
+def _interval(sums: np.ndarray, draws: np.ndarray, statistic: Any) -> dict[str, float]:
+    low, high = np.percentile(statistic(sums[draws].sum(axis=1)), [2.5, 97.5])
+    estimate = float(statistic(sums.sum(axis=0)))
+    return {"mean": round(estimate, 6), "low": round(float(low), 6), "high": round(float(high), 6)}
+
+
+def _share(total: np.ndarray) -> np.ndarray:
+    """Of sums of the variances between and within."""
+    between, variance = total[..., 0], total[..., 0] + total[..., 1]
+    return np.where(variance > 0, between / np.where(variance > 0, variance, 1.0), 0.0)
+
+
+def _named(spec: EpisodeSpec, split: int, number: int) -> EpisodeSpec:
+    """A continuation's own name and draws."""
+    return replace(spec, episode_id=f"{spec.episode_id}@{split}.{number}", draws=(*spec.draws, "again", split, number))
+
+
+def _after(episode: Episode) -> int | None:
+    """Position of the second token that a branch has sampled itself; None if it has sampled one."""
+    chosen = np.flatnonzero(episode.builder.tokens["sampled"])
+    own = chosen[chosen > episode.builder.identity["split"]]
+    return int(own[0]) if len(own) else None
+
+
+def _return(episode: Episode) -> float:
+    return float(episode.builder.outcome["return"])

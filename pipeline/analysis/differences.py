@@ -1,0 +1,36 @@
+"""Differences between methods in words: what every table, text, page and figure writes of one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.analysis.statistics import VERDICT_SEEDS, Difference, Interval
+
+NO_VERDICT = f"no verdict below {VERDICT_SEEDS} paired seeds"
+"""Why a difference is not put in words."""
+
+
+def difference_of(row: Mapping[str, Any], other: str) -> Difference | None:
+    """The difference of a comparison's row to ``reference``, ``uniform`` or ``control``, None if it has none."""
+    name = f"difference_to_{other}"
+    value, low, high = (row[f"{name}{part}"] for part in ("", "_ci_low", "_ci_high"))
+    if value is None:
+        return None
+    return Difference(value, None if low is None else Interval(low, high), tuple(row[f"{name}_by_seed"]))
+
+
+def difference_text(difference: Difference, against: str = "") -> str:
+    """The value with its interval and verdict; without one, with its range over the paired seeds.
+
+    Args:
+        difference: any.
+        against: words after the numbers.
+    """
+    seeds, words = difference.by_seed, difference.verdict
+    if words is not None and difference.interval is not None:
+        low, high = difference.interval.low, difference.interval.high
+        return f"{difference.value:+.3f} [{low:+.3f}, {high:+.3f}]{against}: {words}"
+    if len(seeds) == 1:
+        return f"{difference.value:+.3f} (1 seed){against}"
+    return f"{difference.value:+.3f} ({len(seeds)} seeds, {min(seeds):+.3f} to {max(seeds):+.3f}){against}"

@@ -1,0 +1,1 @@
+"""A small policy from scratch: its tokenizer, and supervision by demonstrations."""

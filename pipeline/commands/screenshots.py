@@ -1,0 +1,40 @@
+"""Take the documents' pictures of the report, its trajectory viewer and MLflow's comparison: docs/figures."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from pipeline.commands.command import configured, out_folder, parse_arguments, run
+
+PICTURES = ("report", "viewer", "mlflow")
+
+
+def main() -> str:
+    config = configured(parse_arguments(__doc__))
+    from pipeline.progress.display import doing
+    from pipeline.report.screenshots import chromium, shoot_mlflow, shoot_report
+    from pipeline.tracking.store import store_of
+    from pipeline.workspace.errors import UserError
+    from pipeline.workspace.files import read_json
+
+    out, folder = out_folder(config), Path("docs/figures")
+    environment = next(iter(config.environments))
+    noted = [read_json(out / "data" / "runs" / f"{environment}-{method}.json") for method in config.methods]
+    first = str(config.seeds[0])
+    runs = [entry["seeds"][first]["run_id"] for entry in noted if entry["seeds"][first]["run_id"]]
+    if not runs:
+        raise UserError(f"{out / 'data' / 'runs'}: no run of {environment} has reached MLflow's store")
+    folder.mkdir(parents=True, exist_ok=True)
+    prefix = "" if config.out == "." else f"{config.comparison}-"
+    targets = {name: folder / f"{prefix}{name}.png" for name in PICTURES}
+    doing("starting Chromium")
+    with chromium() as browser:
+        doing("the report")
+        shoot_report(browser, out / "reports" / "index.html", targets["report"], targets["viewer"])
+        doing("MLflow's comparison")
+        shoot_mlflow(browser, store_of(config, Path(".")).uri, environment, runs, targets["mlflow"])
+    return f"{folder}: {', '.join(path.name for path in targets.values())}. Next: look at them, then `make publish`"
+
+
+if __name__ == "__main__":
+    run(main)

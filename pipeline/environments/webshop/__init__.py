@@ -1,0 +1,1 @@
+"""WebShop: its catalogue, search, pages and score, and the environment."""

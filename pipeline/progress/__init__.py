@@ -1,0 +1,1 @@
+"""How far work is, and how long its phases take: told to people, never part of a result."""

@@ -1,0 +1,435 @@
+"""The schema of ``params.yaml``: every setting, its unit, its range and its default.
+
+``load`` reads a params file, checks it against the schema and returns a frozen ``Config``. Everything that is wrong is
+reported at once, one line each, with the dotted key, the value and what is allowed (``UserError``).
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal, Union, get_args
+
+from pydantic import Field, ValidationError, model_validator
+
+from pipeline.settings.section import (
+    PATTERNS,
+    Above,
+    Count,
+    Float,
+    Folder,
+    Int,
+    LearningRate,
+    Name,
+    Number,
+    Positive,
+    Probability,
+    Section,
+    Seed,
+    Temperature,
+)
+from pipeline.settings.slots import Method
+from pipeline.settings.sweep import Sweep
+from pipeline.workspace.errors import UserError
+from pipeline.workspace.yaml_files import read_yaml
+
+Words = Annotated[Int, Field(ge=0, le=1000)]
+Decay = Annotated[Float, Field(ge=0.0, lt=1.0)]
+
+
+class Environment(Section):
+    """One environment and the shape of its dialogue."""
+
+    id: str
+    """gymnasium id, ``module:Id-v0`` included; ours are ``actfocus/...`` (see pipeline/environments)."""
+    settings: dict[str, Any] = Field(default={})
+    """Keyword arguments of the environment's constructor."""
+    layout: Literal["compact", "published"] = "compact"
+    """Dialogue: ``compact`` sends the observation alone, ``published`` the wording of the published runs."""
+    max_turns: Count = 8
+    """Turns after which an episode is cut off."""
+    actions_per_turn: Count = 1
+    """Actions of one response that are executed; further ones are dropped."""
+    response_tokens: Count = 48
+    """Longest response of a turn, in tokens."""
+    context_tokens: Count = 1024
+    """Longest episode, in tokens; an episode that would outgrow it ends as ``context``."""
+    format_penalty: Number = -0.1
+    """Reward of a turn without a parsable, allowed action."""
+
+
+class Demonstrations(Section):
+    """Supervision that makes a from-scratch policy know the task, and play it badly."""
+
+    phases: list[Phase] = Field(min_length=1)
+    """Stages of supervision, in order: a first one with short reasoning and little noise makes acting learnable."""
+    action_weight: Positive = 12.0
+    """Weight of an action token in the supervised loss; other response tokens weigh 1."""
+    episodes: Count = 2000
+    """Demonstrated episodes per phase."""
+    batch_episodes: Count = 32
+    """Episodes per supervised step."""
+    learning_rate: LearningRate = 3e-3
+    """Peak learning rate of the supervision (AdamW, linear warm-up then cosine to zero over all phases)."""
+
+
+class Phase(Section):
+    """One stage of supervision."""
+
+    steps: Count
+    """Optimizer steps."""
+    reasoning_words: tuple[Words, Words]
+    """Least and greatest number of words in a turn's reasoning."""
+    action_noise: Probability
+    """Share of the expert's actions that are replaced by random ones (its ``random_action``)."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> Phase:
+        if not 0 <= self.reasoning_words[0] <= self.reasoning_words[1]:
+            raise ValueError("reasoning_words must be two numbers, 0 <= least <= greatest")
+        return self
+
+
+class ScratchPolicy(Section):
+    """A small Qwen2-architecture model and tokenizer, made on the spot; needs no download."""
+
+    kind: Literal["scratch"]
+    hidden_size: Annotated[Int, Field(ge=2, le=16_384)] = 64
+    """Width of the residual stream."""
+    layers: Annotated[Int, Field(ge=1, le=1024)] = 2
+    """Number of transformer blocks."""
+    heads: Annotated[Int, Field(ge=1, le=1024)] = 4
+    """Number of attention heads; divides hidden_size."""
+    rope_theta: Annotated[Float, Field(ge=100.0, le=1e12)] = 10_000.0
+    """Base of rotary positions (arXiv 2104.09864). The greater, the more of a head can match by content what stands hundreds
+    of tokens back: the slower pairs of dimensions hardly turn over such a distance."""
+    vocabulary: Annotated[Int, Field(ge=300, le=1_000_000)] = 420
+    """Tokenizer entries (byte-level BPE: 256 bytes, markers, the rest merges)."""
+    seed: Seed = 0
+    """Seed of initial weights, demonstrations and their order."""
+    demonstrations: Demonstrations
+
+    @model_validator(mode="after")
+    def _divisible(self) -> ScratchPolicy:
+        if self.hidden_size % (2 * self.heads):
+            raise ValueError(f"hidden_size {self.hidden_size} must be divisible by 2 * heads ({2 * self.heads})")
+        return self
+
+
+class PretrainedPolicy(Section):
+    """Any transformers causal language model."""
+
+    kind: Literal["pretrained"]
+    model: str
+    """Hub id or path of a local directory."""
+    revision: str | None = None
+    """Branch, tag or commit on the hub; give a commit to make runs repeatable."""
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+    """Precision in which the policy computes, and in which it is saved; anything below float32 changes numbers. Weights that
+    are trained have float32 masters, on which the optimizer works."""
+    trust_remote_code: bool = False
+    """Run Python code that comes with the model. Leave it off unless you have read that code."""
+
+
+class Rollout(Section):
+    """How episodes are sampled for training."""
+
+    groups: Count = 8
+    """Initial states per iteration."""
+    group_size: Annotated[Int, Field(ge=2, le=1_000_000)] = 16
+    """Episodes per initial state (G)."""
+    temperature: Temperature = 1.0
+    """Sampling temperature; log-probabilities, ratio and entropy are those of the tempered policy."""
+    prefill: Literal["", "<think>"] = ""
+    """Text that the protocol forces at the start of each response; recorded as not sampled, never trained on."""
+    batch_episodes: Annotated[Int, Field(ge=1, le=4096)] = 128
+    """Episodes that an engine decodes together."""
+
+
+class Bottleneck(Section):
+    """The Action Bottleneck diagnostic."""
+
+    groups: Count = 256
+    """Groups in the annotated table, sampled by the reference policy; a multiple of rollout.groups."""
+    resamples: Annotated[Int, Field(ge=100, le=1_000_000)] = 2000
+    """Bootstrap resamples of its intervals."""
+
+
+class Train(Section):
+    """The optimisation that all methods of a comparison share."""
+
+    iterations: Count = 40
+    """Collect, annotate, update: how many times, at most."""
+    tokens: Annotated[Int, Field(ge=1, le=10**15)] | None = None
+    """Sampled tokens after which a training ends, at the iteration that comes nearest; null: after ``iterations``."""
+    passes: Count = 2
+    """Passes over an iteration's episodes."""
+    minibatch: Count = 32
+    """Trajectories per optimizer step."""
+    gradient_clip: Positive = 1.0
+    """Largest norm of the gradient."""
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    """Adam's two decay rates."""
+    schedule: Literal["constant", "linear"] = "constant"
+    """Learning rate over the iterations, or over ``tokens`` where they are set; ``linear`` falls to zero."""
+    tokens_per_forward: Count = 4096
+    """Padded tokens that pass through the model at once; bounds memory, gradients are accumulated exactly."""
+    validate_every: Count = 10
+    """Iterations between two validations; one is made before training too."""
+
+
+class Evaluation(Section):
+    """Evaluation on held-out initial states."""
+
+    states: Count = 64
+    """Distinct initial states of the test split."""
+    rollouts: Count = 4
+    """Episodes per state, seed and temperature."""
+    temperatures: list[Temperature] = Field(default=[0.5, 1.0], min_length=1)
+    """Sampling temperatures; the first one is the headline."""
+    validation_states: Count = 32
+    """Initial states of the validation split, used during training."""
+    validation_rollouts: Count = 4
+    """Episodes per validation state."""
+
+    @model_validator(mode="after")
+    def _distinct(self) -> Evaluation:
+        if len({f"{temperature:g}" for temperature in self.temperatures}) != len(self.temperatures):
+            raise ValueError(f"temperatures must differ in their first six digits, got {self.temperatures}")
+        return self
+
+
+class Compare(Section):
+    """The statistical comparison."""
+
+    uniform: dict[str, str] = Field(default={})
+    """Method -> its uniform counterpart, for paired differences."""
+    control: dict[str, str] = Field(default={})
+    """Method -> its matched control, for paired differences."""
+    resamples: Annotated[Int, Field(ge=100, le=1_000_000)] = 5000
+    """Bootstrap resamples of the intervals of each method's success."""
+
+
+class Report(Section):
+    """Episodes of the report's trajectory viewer, from the first seed's last iteration of every method."""
+
+    states: Annotated[Int, Field(ge=0, le=1_000_000)] = 2
+    """Initial states: those whose returns vary most over the methods. 0 leaves the viewer out."""
+    episodes: Count = 4
+    """Episodes of each: half of them those with the highest returns, half those with the lowest."""
+
+
+class Tracking(Section):
+    """MLflow."""
+
+    uri: str | None = None
+    """Tracking URI; null is MLFLOW_TRACKING_URI or else mlflow.db in the project's root."""
+    traces: Annotated[Int, Field(ge=0, le=1_000_000)] = 4
+    """Episodes of a training's last iteration that are stored as traces, with a span per turn and every token's energy."""
+    episodes: Annotated[Int, Field(ge=0, le=1_000_000)] = 16
+    """Episodes of it that are stored as a table of texts, ``episodes.json``."""
+
+
+class Config(Section):
+    """All of ``params.yaml``."""
+
+    root: Above = "."
+    """Path from the params file's folder to the project's root; every other relative path is meant from there."""
+    out: Folder = "."
+    """Folder under the root that receives data/, models/ and reports/."""
+    params_file: Folder = "params.yaml"
+    """This file, relative to the root."""
+    comparison: Name
+    """Name that groups the comparison's runs in MLflow."""
+    seeds: list[Seed] = Field(min_length=1)
+    """Training seeds; every method is trained once per seed."""
+    environments: dict[Name, Environment] = Field(min_length=1)
+    """What is compared on."""
+    policy: Annotated[Union[ScratchPolicy, PretrainedPolicy], Field(discriminator="kind")]
+    """The reference policy."""
+    rollout: Rollout = Rollout()
+    bottleneck: Bottleneck = Bottleneck()
+    train: Train = Train()
+    method_defaults: Method
+    """Slots of a method that ``methods`` does not name."""
+    methods: dict[Name, Method] = Field(min_length=1)
+    """What is compared."""
+    evaluation: Evaluation = Evaluation()
+    compare: Compare = Compare()
+    report: Report = Report()
+    tracking: Tracking = Tracking()
+    sweep: Sweep = Sweep()
+    workers: Count = 2
+    """Single-threaded processes that sample, train and evaluate."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _inherit_slots(cls, raw: Any) -> Any:
+        """Fill each method's missing slots from ``method_defaults``; a slot is inherited whole, never merged."""
+        if not isinstance(raw, dict) or not isinstance(raw.get("methods"), dict):
+            return raw
+        defaults = raw.get("method_defaults")
+        if not isinstance(defaults, dict):
+            return raw
+        methods = {name: {**defaults, **own} if isinstance(own, dict) else own for name, own in raw["methods"].items()}
+        return {**raw, "methods": methods}
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Config:
+        if len(set(self.seeds)) != len(self.seeds):
+            raise ValueError(f"seeds must be distinct, got {self.seeds}")
+        if self.bottleneck.groups % self.rollout.groups:
+            raise ValueError(
+                f"bottleneck.groups ({self.bottleneck.groups}) must be a multiple of rollout.groups ({self.rollout.groups})"
+            )
+        episodes = self.rollout.groups * self.rollout.group_size
+        if self.train.minibatch > episodes:
+            raise ValueError(f"train.minibatch ({self.train.minibatch}) exceeds an iteration's {episodes} episodes")
+        for field in ("uniform", "control"):
+            for method, baseline in getattr(self.compare, field).items():
+                if method == baseline:
+                    raise ValueError(f"compare.{field}: {method} is compared with itself; name another method")
+                for name in (method, baseline):
+                    if name not in self.methods:
+                        raise ValueError(f"compare.{field}: unknown method {name!r}{_nearest(name, self.methods)}")
+        if "reference" in self.methods:
+            raise ValueError("methods: 'reference' is the reference policy's own name; choose another")
+        for name, method in self.methods.items():
+            self._branches(name, method)
+            # A filter leaves so many groups at most, prefix credit only the initial episodes of each.
+            groups = math.ceil(round(getattr(method.filter, "keep", 1.0) * self.rollout.groups, 9))
+            initial = getattr(method.branching, "initial", None) if method.advantage.kind == "prefix_credit" else None
+            kept = groups * (initial or self.rollout.group_size)
+            whole, rest = divmod(kept, self.train.minibatch)
+            passes = self.train.passes + method.branching.moved
+            updates = passes * max(1, whole + (2 * rest >= self.train.minibatch))
+            if updates == 1 and method.ratio_rule:
+                raise ValueError(
+                    f"methods.{name}.{method.ratio_rule}: a rule on the ratio does nothing with one update per "
+                    f"iteration of {kept} episodes; lower train.minibatch or raise train.passes"
+                )
+        return self
+
+    def _branches(self, name: str, method: Method) -> None:
+        """What a method's branching asks of the rollout."""
+        section, size = method.branching, self.rollout.group_size
+        where = f"methods.{name}.branching"
+        most = size if section.kind in ("entropy_rise", "tree_search") else size - 1
+        for key in ("initial", "width"):
+            value = getattr(section, key, None)
+            if isinstance(value, int) and value > most:
+                raise ValueError(f"{where}.{key}: {value} episodes of rollout.group_size ({size}); at most {most}")
+        for key in ("high", "low"):
+            if getattr(section, key, None) == self.rollout.temperature:
+                raise ValueError(f"{where}.{key}: {self.rollout.temperature} is rollout.temperature; choose another")
+
+
+Demonstrations.model_rebuild()
+
+
+def _nearest(name: str, allowed: Any) -> str:
+    close = difflib.get_close_matches(str(name), [str(a) for a in allowed], n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; allowed: {', '.join(sorted(map(str, allowed)))}"
+
+
+def load(path: str | Path = "params.yaml") -> Config:
+    """Read and check a params file.
+
+    Raises:
+        UserError: with one line per mistake, ``file: dotted.key: what is wrong; what is allowed``.
+    """
+    return parse(read_yaml(path), str(path))
+
+
+def parse(raw: Any, source: str = "params.yaml") -> Config:
+    """Check a parsed params file; ``source`` is what errors call it. Raises ``UserError`` like ``load``."""
+    if not isinstance(raw, dict):
+        raise UserError(f"{source}: must be a mapping of settings, got {type(raw).__name__}")
+    try:
+        return Config.model_validate(raw)
+    except ValidationError as error:
+        mistakes = [item for item in error.errors(include_url=False) if not _inherited(item["loc"], raw)]
+        raise UserError("\n".join(dict.fromkeys(_explain(source, item) for item in mistakes))) from None
+
+
+def _inherited(location: tuple[Any, ...], raw: dict[str, Any]) -> bool:
+    """Whether a method's mistake is in a slot that it has not written: ``method_defaults`` is where it is reported."""
+    if len(location) < 3 or location[0] != "methods" or location[2] == "[key]":
+        return False
+    own = raw["methods"].get(location[1])
+    return isinstance(own, dict) and location[2] not in own
+
+
+def _explain(source: str, error: Any) -> str:
+    path = _dotted(error["loc"]).removesuffix(".[key]")
+    value = error["input"]
+    kind = error["type"]
+    where = f"{source}: {path}" if path else source
+    if kind == "extra_forbidden":
+        allowed = _fields_at(error["loc"][:-1])
+        return f"{where}: unknown key{_nearest(str(error['loc'][-1]), allowed)}"
+    if kind == "missing":
+        return f"{where}: missing"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        expected = error["ctx"].get("expected_tags", "").replace("'", "") if "ctx" in error else ""
+        tag = value.get("kind") if isinstance(value, dict) else value
+        allowed = [t.strip() for t in expected.split(",") if t.strip()]
+        return (
+            f"{where}.kind: {tag!r} is not known{_nearest(str(tag), allowed)}" if allowed else f"{where}.kind: missing"
+        )
+    if kind == "string_pattern_mismatch":
+        return f"{where}: {value!r} is not allowed; allowed: {PATTERNS[error['ctx']['pattern']]}"
+    if kind == "value_error":
+        return f"{where}: {error['ctx']['error']}"
+    if kind == "literal_error":
+        return f"{where}: {value!r} is not allowed; allowed: {error['ctx']['expected']}"
+    return f"{where}: {error['msg'].lower()}, got {value!r}"
+
+
+def _dotted(location: tuple[Any, ...]) -> str:
+    """The key as the user wrote it: pydantic puts a union's chosen ``kind`` into the path, which is left out."""
+    parts: list[str] = []
+    section: Any = Config
+    for part in location:
+        if isinstance(part, str) and part.startswith(("function-", "constrained-", "literal[", "list[")):
+            continue  # the member of a union of values
+        chosen = _member(section, part)
+        if chosen is not None:
+            section = chosen
+            continue
+        parts.append(str(part))
+        section = _descend(section, part)
+    return ".".join(parts)
+
+
+def _member(annotation: Any, kind: Any) -> type[Section] | None:
+    """The member of a union of sections that has this ``kind``."""
+    if isinstance(annotation, type):
+        return None
+    for option in _sections(annotation):
+        tag = option.model_fields.get("kind")
+        if tag is not None and kind in get_args(tag.annotation) and len(_sections(annotation)) > 1:
+            return option
+    return None
+
+
+def _sections(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [s for argument in get_args(annotation) for s in _sections(argument)]
+
+
+def _descend(section: Any, part: Any) -> Any:
+    if isinstance(section, type) and issubclass(section, Section):
+        field = section.model_fields.get(str(part))
+        return field.annotation if field else None
+    arguments = get_args(section)
+    return arguments[-1] if arguments else None
+
+
+def _fields_at(location: tuple[Any, ...]) -> list[str]:
+    section: Any = Config
+    for part in location:
+        section = _member(section, part) or _descend(section, part)
+    return [name for option in _sections(section) for name in option.model_fields]

@@ -1,0 +1,1 @@
+"""What results are made from: closures of imports, and fingerprints of what params.yaml only names."""

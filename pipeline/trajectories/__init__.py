@@ -1,0 +1,1 @@
+"""What an episode is: its tokens and their roles, its prompts, and records of it for readers."""

@@ -1,0 +1,1 @@
+"""What every command stands on: paths, files, processes, errors and named random draws."""

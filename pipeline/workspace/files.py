@@ -1,0 +1,78 @@
+"""Small output files with stable bytes, replaced at once, and locks on what several commands may write."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from pipeline.workspace.errors import UserError
+from pipeline.workspace.finite import require_finite
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Sorted keys, one trailing newline; an existing file is replaced at once.
+
+    Raises:
+        NumericsError: a number is NaN or infinite; the file is left as it was.
+    """
+    _refuse_non_finite(str(path), value)
+    write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
+
+
+def read_json(path: Path) -> Any:
+    """Parse a JSON file.
+
+    Raises:
+        UserError: it is missing or not JSON.
+    """
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read: {error}") from None
+
+
+def write_text(path: Path, text: str) -> None:
+    """Write UTF-8; an existing file is replaced at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    partial.write_text(text, encoding="utf-8")
+    partial.replace(path)
+
+
+def _refuse_non_finite(name: str, value: Any) -> None:
+    if isinstance(value, float):
+        require_finite(name, value)
+    elif isinstance(value, dict | list | tuple):
+        for key, part in value.items() if isinstance(value, dict) else enumerate(value):
+            _refuse_non_finite(f"{name}: {key}", part)
+
+
+@contextmanager
+def lock(path: Path, wait: bool = True, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
+    """Hold a lock that other processes see; it ends with the process at the latest.
+
+    Args:
+        path: a file that is made for the lock, and stays.
+        wait: until whoever has the lock lets it go.
+        waiting: called once, if somebody has it.
+
+    Raises:
+        BlockingIOError: another process has it, and ``wait`` is off.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with open(path, "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            if not wait:
+                raise
+            waiting()
+            fcntl.flock(file, fcntl.LOCK_EX)
+        try:
+            yield
+        finally:  # closing it would not do: processes that were forked meanwhile have it open, too
+            fcntl.flock(file, fcntl.LOCK_UN)

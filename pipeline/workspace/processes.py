@@ -1,0 +1,144 @@
+"""Independent tasks in a pool of single-threaded processes, none of which outlives the one that started it."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import multiprocessing
+import os
+import queue
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from typing import Any, Protocol, TypeVar
+
+from pipeline.progress.display import Display, still, tell
+
+Task = TypeVar("Task")
+Result = TypeVar("Result")
+
+SET_DEATH_SIGNAL = 1
+"""PR_SET_PDEATHSIG of Linux's prctl."""
+
+_reports: Any = None
+
+
+class Report(Protocol):
+    """How a task says how far it is."""
+
+    def __call__(self, done: int, total: int, text: str = "") -> None: ...
+
+
+def _start(reports: Any, parent: int) -> None:
+    global _reports
+    _reports = reports
+    begin_worker(parent)
+    import torch
+
+    torch.set_num_threads(1)
+
+
+def _run(function: Callable[[Any, Report], Any], label: str, task: Any) -> Any:
+    report = tell(lambda done, total, text: _reports.put((label, done, total, text)))
+    report(0, 0, "starting")
+    return function(task, report)
+
+
+def run_in_processes(
+    function: Callable[[Task, Report], Result], tasks: Mapping[str, Task], workers: int, title: str
+) -> dict[str, Result]:
+    """Run ``function(task, report)`` for every task, at most ``workers`` at once.
+
+    Processes are forked, so what this one has imported is there already. A terminal shows a bar per task; elsewhere a
+    line is printed every 20 seconds (``Display``).
+
+    Args:
+        function: picklable; its result must be, too.
+        tasks: by label.
+        workers: processes.
+        title: what the tasks are.
+
+    Returns:
+        Results by label, in the order of ``tasks``.
+
+    Raises:
+        Exception: whatever a task raised. The others are cancelled, and those that have begun are killed, as they are
+            when this process is interrupted or killed itself.
+    """
+    if not tasks:
+        return {}
+    context = multiprocessing.get_context("fork")
+    reports = context.Queue()
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _start, (reports, os.getpid()))
+    with _ending(pool):
+        with still():
+            futures: dict[Future[Result], str] = {
+                pool.submit(_run, function, label, task): label for label, task in tasks.items()
+            }
+        with Display(title, list(tasks)) as display:
+            pending = set(futures)
+            while pending:
+                done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
+                with contextlib.suppress(queue.Empty):
+                    while True:
+                        display.update(*reports.get_nowait())
+                for future in done:
+                    future.result()
+                    display.finish(futures[future])
+        return {label: future.result() for future, label in futures.items()}
+
+
+def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
+    """Call a function in a process of its own, so that what it opens is not inherited by later ones."""
+    pool = ProcessPoolExecutor(1, multiprocessing.get_context("fork"), begin_worker, (os.getpid(),))
+    with _ending(pool):
+        with still():
+            future = pool.submit(function, *arguments)
+        return future.result()
+
+
+@contextlib.contextmanager
+def _ending(pool: ProcessPoolExecutor) -> Iterator[None]:
+    """Wait for a pool's processes at the end, or kill them where something was raised; all of them are idle or lost."""
+    earlier = set(multiprocessing.active_children())
+    with pool:
+        try:
+            yield
+        except BaseException:
+            pool.shutdown(wait=False, cancel_futures=True)
+            lost = set(multiprocessing.active_children()) - earlier
+            for process in lost:
+                process.kill()
+            for process in lost:
+                process.join()
+            raise
+
+
+def begin_worker(parent: int) -> None:
+    """To be called first in a forked process: it ends with its parent, which alone is told of Ctrl-C.
+
+    Args:
+        parent: id of the process that has forked this one.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    end_with_parent(signal.SIGKILL)
+    if os.getppid() != parent:  # it had ended before this process asked to be told
+        os._exit(1)
+
+
+def end_with_parent(number: int) -> None:
+    """Have this process sent a signal when the one that started it ends, in whatever way."""
+    if sys.platform == "linux" and ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, int(number)) == 0:
+        return
+    threading.Thread(target=_watch, args=(os.getppid(), number), daemon=True).start()
+
+
+def _watch(parent: int, number: int) -> None:
+    """Where the kernel does not tell: look once a second."""
+    while os.getppid() == parent:
+        time.sleep(1.0)
+    os.kill(os.getpid(), number)

@@ -1,0 +1,34 @@
+"""Measure the Action Bottleneck, and draw it: reports/bottleneck/<environment>."""
+
+from __future__ import annotations
+
+from pipeline.commands.command import configured, next_command, out_folder, parse_arguments, run
+from pipeline.trajectories.trajectory import read
+
+
+def main() -> str:
+    arguments = parse_arguments(__doc__, "environment")
+    config = configured(arguments)
+    name, out = arguments.environment, out_folder(config)
+    annotated = read(out / "data" / "annotated" / f"{name}.parquet")
+    from pipeline.analysis.bottleneck import bottleneck
+    from pipeline.progress.display import doing
+    from pipeline.report.bottleneck_figures import draw_bottleneck
+    from pipeline.workspace.files import write_json
+
+    doing("measuring the Action Bottleneck")
+    diagnostics = bottleneck(annotated, config.bottleneck.resamples)
+    folder = out / "reports" / "bottleneck" / name
+    write_json(folder / "bottleneck.json", diagnostics)
+    doing("drawing the Action Bottleneck")
+    draw_bottleneck(annotated, diagnostics, folder)
+    rho = {key: diagnostics[key]["spearman"] for key in ("action", "reasoning", "response")}
+    shown = ", ".join(f"{key} {value:+.3f}" if value is not None else f"{key} undefined" for key, value in rho.items())
+    return (
+        f"{folder}: {diagnostics['groups']} groups; Spearman of mean energy with return variance: {shown}. "
+        f"{next_command(arguments, 'train', environment=name, method=next(iter(config.methods)))}"
+    )
+
+
+if __name__ == "__main__":
+    run(main)
