@@ -8,8 +8,10 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from pipeline.settings.filter import AllGroups, RewardVariance
 
-def all_groups(returns: Float[Tensor, " e"], group: Int[Tensor, " e"]) -> Bool[Tensor, " e"]:
+
+def all_groups(returns: Float[Tensor, " e"], group: Int[Tensor, " e"], section: AllGroups) -> Bool[Tensor, " e"]:
     """Keep every trajectory."""
     return torch.ones_like(returns, dtype=torch.bool)
 
@@ -25,7 +27,9 @@ def group_deviation(returns: Float[Tensor, " e"], group: Int[Tensor, " e"]) -> F
     return deviation
 
 
-def reward_variance(returns: Float[Tensor, " e"], group: Int[Tensor, " e"], keep: float) -> Bool[Tensor, " e"]:
+def reward_variance(
+    returns: Float[Tensor, " e"], group: Int[Tensor, " e"], section: RewardVariance
+) -> Bool[Tensor, " e"]:
     """Keep the ``ceil(keep * g)`` groups whose returns vary most (StarPO-S, arXiv 2504.20073).
 
     Groups of equal returns are always dropped (DAPO, arXiv 2503.14476), so fewer may remain, or none. Ties go to the
@@ -34,7 +38,7 @@ def reward_variance(returns: Float[Tensor, " e"], group: Int[Tensor, " e"], keep
     Args:
         returns: one per trajectory.
         group: index of its group.
-        keep: share of groups, in (0, 1].
+        section: ``keep``, share of groups, in (0, 1].
 
     Returns:
         Which trajectories are trained on.
@@ -42,6 +46,6 @@ def reward_variance(returns: Float[Tensor, " e"], group: Int[Tensor, " e"], keep
     deviation = group_deviation(returns, group)
     order = torch.sort(deviation, descending=True, stable=True).indices
     chosen = torch.zeros(len(deviation), dtype=torch.bool)
-    room = max(1, math.ceil(round(keep * len(deviation), 9)))  # 0.28 * 25 is 7.000000000000001
+    room = max(1, math.ceil(round(section.keep * len(deviation), 9)))  # 0.28 * 25 is 7.000000000000001
     chosen[order[:room]] = True
     return (chosen & (deviation > 0))[group]
