@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -48,61 +48,70 @@ class Collection:
     closing: bool = False
     """Episodes that are cut off end with the observation after their last response, of which a critic is asked."""
 
-    def rounds(self, number: int) -> Iterator[Trajectories]:
-        """The annotated episodes of an iteration, to be trained on.
+    def collect(self, number: int) -> Iterator[list[Trajectories]]:
+        """The episodes of an iteration, round by round, each sampled with the policy as it is when it is asked for.
 
         There is one round, or two where branches are placed by how the policy has moved: the initial episodes, and, once
-        the policy has been updated on these, all of them with their branches.
+        the policy has been updated on these, all of them with their branches. Those of a round come in waves, in the order
+        of sampling; a wave is annotated already if it is from the table, or what branches begin in.
         """
-        if not isinstance(self.branching, Independent):
-            yield from self._grown(number)
-        elif number == 0 and self.first is not None and not self.closing:
-            yield self.first
-        else:
-            specs = self._specs(number)
-            with self.phases.phase("collect"), span("sampling", *SAMPLING):
-                sampled = collect(
-                    self.engine,
-                    self.policy.tokenizer,
-                    self.config,
-                    self.name,
-                    specs,
-                    self.config.rollout.temperature,
-                    phases=self.phases,
-                    closing=self.closing,
-                )
-            yield self._annotated(sampled)
-
-    def _grown(self, number: int) -> Iterator[Trajectories]:
-        setup = Setup(self.policy.tokenizer, self.config, self.name, self.phases, self.closing)
-        temperature = self.config.rollout.temperature
-        forest = Forest(self.engine, setup, self._specs(number), self.branching, temperature)
         self.engine.forget()
-        parts: list[Trajectories] = []
-        while (sampled := self._wave(forest)) is not None:
-            parts.append(self._annotated(sampled))
-            if isinstance(self.branching, Positions) and len(parts) == 1:
-                if self.branching.moved:
-                    yield parts[0]
-                    self.engine.forget()  # the policy is another one now
-                forest.score(parts[0], self._scores(self.branching, parts[0]))
-        grown = concatenate(parts)
-        place = {name: index for index, name in enumerate(grown.episodes["episode_id"])}
-        yield grown.select([place[name] for name in forest.order()])
+        self.engine.policy_version = number
+        if not isinstance(self.branching, Independent):
+            yield from self._grown(self._specs(number))
+        elif number == 0 and self.first is not None and not self.closing:
+            yield [self.first]
+        else:
+            yield [self._played(self._specs(number))]
 
     def _specs(self, number: int) -> list[EpisodeSpec]:
         with self.phases.phase("reset"):  # states are drawn by resetting
             return iteration_specs(self.config, self.name, self.seed, number)
 
+    def _played(self, specs: Sequence[EpisodeSpec]) -> Trajectories:
+        tokenizer, temperature = self.policy.tokenizer, self.config.rollout.temperature
+        with self.phases.phase("collect"), span("sampling", *SAMPLING):
+            return collect(
+                self.engine,
+                tokenizer,
+                self.config,
+                self.name,
+                specs,
+                temperature,
+                phases=self.phases,
+                closing=self.closing,
+            )
+
+    def _grown(self, specs: Sequence[EpisodeSpec]) -> Iterator[list[Trajectories]]:
+        setup = Setup(self.policy.tokenizer, self.config, self.name, self.phases, self.closing)
+        forest = Forest(self.engine, setup, specs, self.branching, self.config.rollout.temperature)
+        waves: list[Trajectories] = []
+        while (wave := self._wave(forest)) is not None:
+            waves.append(wave)
+            if isinstance(self.branching, Positions) and len(waves) == 1:
+                waves = [self.annotate(waves)]
+                if self.branching.moved:
+                    yield waves
+                    self.engine.forget()  # the policy is another one now
+                forest.score(waves[0], self._scores(self.branching, waves[0]))
+        yield waves
+
     def _wave(self, forest: Forest) -> Trajectories | None:
         with self.phases.phase("collect"), span("sampling", *SAMPLING):
             return forest.wave()
 
-    def _annotated(self, sampled: Trajectories) -> Trajectories:
+    def annotate(self, waves: Sequence[Trajectories]) -> Trajectories:
+        """A round's episodes, those of a group together, with the reference policy's scores.
+
+        Wave by wave, because float rounding depends on what shares a forward pass.
+        """
+        settings = self.config.rollout.temperature, self.config.train.tokens_per_forward
         with self.phases.phase("annotate"), span("reference scores", *SCORING):
-            return annotate(
-                sampled, self.reference, self.config.rollout.temperature, self.config.train.tokens_per_forward
-            )
+            parts = [wave if wave.annotated else annotate(wave, self.reference, *settings) for wave in waves]
+        if len(parts) == 1:
+            return parts[0]
+        grown = concatenate(parts)
+        return grown.select(np.argsort(grown.groups, kind="stable"))
 
     def _scores(self, section: Positions, initial: Trajectories) -> np.ndarray:
         moved = self.now(initial)[0] - initial.logprob if section.moved else np.zeros(len(initial.input_ids))
