@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import time
+from pathlib import Path
 from typing import Any
 
 from lightning.pytorch.callbacks import Callback
@@ -14,7 +15,6 @@ from pipeline.tracking.training import TrainingRun
 from pipeline.training.budget import progress, training_over
 from pipeline.training.episodes import write_episodes
 from pipeline.training.module import PolicyGradient
-from pipeline.training.result import TrainingTask
 from pipeline.workspace.finite import located, require_finite
 from pipeline.workspace.processes import Report
 
@@ -58,10 +58,8 @@ class Validation(Callback):
             require_finite(f"iteration {done - 1}: {name}", value)
 
     def _validate(self, module: PolicyGradient) -> dict[str, float]:
-        after, place = (
-            float(len(module.curve) > module.current_epoch),
-            f"validation after {len(module.curve)} iterations",
-        )
+        done = len(module.curve)
+        after, place = float(done > module.current_epoch), f"validation after {done} iterations"
         with module.phases.phase("validation"), span("validation:", after, after), located(place):
             played = validate(module.engine, module.policy.tokenizer, module.config, module.name, module.seed)
         return summary(played)
@@ -106,32 +104,25 @@ class Log(Callback):
             self._run.log(row, int(row.pop("iteration")))
 
 
-class Episodes(Callback):
-    """Keeps the last iteration's episodes, before its checkpoint says that it is over."""
-
-    def __init__(self, task: TrainingTask) -> None:
-        self._task = task
-
-    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        if pl_module.last_update:
-            write_episodes(self._task.cache / "episodes.parquet", pl_module.last_episodes, pl_module.last_update)
-
-
 class Checkpoint(Callback):
-    """Saves after every iteration, replacing the last checkpoint at once; counts iterations begun in begun.log."""
+    """Saves after every iteration, replacing the last checkpoint at once; counts iterations begun in begun.log.
 
-    def __init__(self, task: TrainingTask) -> None:
-        self._task = task
+    The last iteration's episodes are kept before its checkpoint says that the training is over.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        with open(self._task.cache / "begun.log", "a", encoding="utf-8") as log:
+        with open(self._folder / "begun.log", "a", encoding="utf-8") as log:
             log.write(f"{trainer.current_epoch}\n")
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        partial = self._task.cache / "checkpoint.partial"
+        if pl_module.last_update:
+            write_episodes(self._folder / "episodes.parquet", pl_module.last_episodes, pl_module.last_update)
         with pl_module.phases.phase("checkpoint"):
-            trainer.save_checkpoint(partial)
-            os.replace(partial, self._task.cache / "checkpoint.ckpt")
+            trainer.save_checkpoint(self._folder / "checkpoint.partial")
+            os.replace(self._folder / "checkpoint.partial", self._folder / "checkpoint.ckpt")
 
 
 class End(Callback):

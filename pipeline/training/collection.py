@@ -13,12 +13,12 @@ from pipeline.model.policy import Policy
 from pipeline.progress.display import span
 from pipeline.progress.timing import Phases
 from pipeline.rollout.branching import Forest
-from pipeline.rollout.collector import EpisodeSpec, Setup, collect, iteration_specs
+from pipeline.rollout.collector import Setup, iteration_specs, play
 from pipeline.rollout.engine import RolloutEngine
 from pipeline.rollout.scores import blank_tokens, branch_scores
 from pipeline.settings.params import Config
 from pipeline.settings.slots import BranchingSection, Independent, Positions
-from pipeline.trajectories.trajectory import Trajectories, concatenate
+from pipeline.trajectories.trajectory import Trajectories, build, concatenate
 from pipeline.workspace.randomness import generator
 
 SAMPLING, SCORING = (0.0, 0.6), (0.6, 0.7)
@@ -57,34 +57,22 @@ class Collection:
         """
         self.engine.forget()
         self.engine.policy_version = number
-        if not isinstance(self.branching, Independent):
-            yield from self._grown(self._specs(number))
-        elif number == 0 and self.first is not None and not self.closing:
+        alone = isinstance(self.branching, Independent)
+        if alone and number == 0 and self.first is not None and not self.closing:
             yield [self.first]
-        else:
-            yield [self._played(self._specs(number))]
-
-    def _specs(self, number: int) -> list[EpisodeSpec]:
+            return
         with self.phases.phase("reset"):  # states are drawn by resetting
-            return iteration_specs(self.config, self.name, self.seed, number)
-
-    def _played(self, specs: Sequence[EpisodeSpec]) -> Trajectories:
-        tokenizer, temperature = self.policy.tokenizer, self.config.rollout.temperature
-        with self.phases.phase("collect"), span("sampling", *SAMPLING):
-            return collect(
-                self.engine,
-                tokenizer,
-                self.config,
-                self.name,
-                specs,
-                temperature,
-                phases=self.phases,
-                closing=self.closing,
-            )
-
-    def _grown(self, specs: Sequence[EpisodeSpec]) -> Iterator[list[Trajectories]]:
+            specs = iteration_specs(self.config, self.name, self.seed, number)
+        temperature = self.config.rollout.temperature
         setup = Setup(self.policy.tokenizer, self.config, self.name, self.phases, self.closing)
-        forest = Forest(self.engine, setup, specs, self.branching, self.config.rollout.temperature)
+        if alone:
+            with self.phases.phase("collect"), span("sampling", *SAMPLING):
+                episodes = play(self.engine, map(setup.begin, specs), temperature, count=len(specs))
+            yield [build([episode.builder for episode in episodes])]
+        else:
+            yield from self._grow(Forest(self.engine, setup, specs, self.branching, temperature))
+
+    def _grow(self, forest: Forest) -> Iterator[list[Trajectories]]:
         waves: list[Trajectories] = []
         while (wave := self._wave(forest)) is not None:
             waves.append(wave)

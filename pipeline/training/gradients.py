@@ -6,6 +6,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.objective.methods import surrogate_loss
 from pipeline.training.tokens import TokenTable
 from pipeline.training.update import SHARES, Learner
 from pipeline.trajectories.trajectory import RESPONSE_ROLES
@@ -34,7 +35,8 @@ def gradient_share(learner: Learner, minibatch: TokenTable, draws: np.random.Gen
         trajectory = minibatch.select([index])
         if len(trajectory["role"]) == 0:
             continue
-        loss = learner.surrogate_losses(trajectory)
+        _, tokens, plan = learner.read(trajectory)
+        loss = tokens.coefficient * surrogate_loss(learner.method, tokens, plan).loss
         for role in RESPONSE_ROLES:
             own = torch.nonzero(trajectory["role"] == role).squeeze(-1).numpy()
             for token in draws.permutation(own)[:TOKENS_PER_ROLE]:

@@ -25,7 +25,7 @@ from pipeline.training.checks import recomputed, require_recomputed
 from pipeline.training.collection import Collection
 from pipeline.training.gradients import gradient_share
 from pipeline.training.tokens import TokenTable, token_table
-from pipeline.training.update import Averages, Learner, moved, update
+from pipeline.training.update import Learner, averages, moved, update
 from pipeline.trajectories.trajectory import Role, Trajectories
 from pipeline.workspace.randomness import generator
 
@@ -60,7 +60,7 @@ def run_iteration(collection: Collection, learner: Learner, optimizer: Any, memo
     There is one round, or two where branches are placed by how the policy has moved: a pass over the initial ones moves it.
     """
     config, method, phases = learner.config, learner.method, collection.phases
-    number, record, updates, earlier = len(curve), Averages(), 0, frozenset[str]()
+    number, measured, updates, earlier = len(curve), list[dict[str, float]](), 0, frozenset[str]()
     for waves in collection.collect(number):
         episodes = collection.annotate(waves)
         tempered = collection.at_temperature(episodes)
@@ -93,12 +93,14 @@ def run_iteration(collection: Collection, learner: Learner, optimizer: Any, memo
         if minibatches and whole and number % config.train.validate_every == 0:
             with phases.phase("gradients"), span("measuring gradients", UPDATES[0], UPDATES[0]):
                 draws = generator(collection.seed, "gradients", number)
-                record.add(gradient_share(learner, table.select(minibatches[0]), draws))
+                measured.append(gradient_share(learner, table.select(minibatches[0]), draws))
         with phases.phase("update"), span("updates:", *UPDATES):
             for rows in _told(minibatches):
-                update(learner, optimizer, table.select(rows), number, record)
+                measured.append(update(learner, optimizer, table.select(rows), number))
         updates += len(minibatches)
-    metrics |= record.means() | learner.head_parameters() | {"updates": float(updates)}
+    metrics |= averages(measured) | {"updates": float(updates)}
+    if learner.heads:  # what they cost in memory
+        metrics["head_parameters"] = float(sum(p.numel() for head in learner.heads for p in head.parameters()))
     if minibatches:
         with phases.phase("moved"):
             metrics |= moved(learner, table.select(minibatches[-1]))

@@ -16,7 +16,7 @@ from pipeline.model.policy import load_trained
 from pipeline.progress.display import begin, within
 from pipeline.tracking.training import RunSettings, TrainingRun
 from pipeline.training.budget import progress, training_over
-from pipeline.training.callbacks import Checkpoint, Clock, End, Episodes, Log, Progress, Validation
+from pipeline.training.callbacks import Checkpoint, Clock, End, Log, Progress, Validation
 from pipeline.training.module import PolicyGradient
 from pipeline.training.result import TrainingTask, publish, table_slice
 from pipeline.trajectories.trajectory import read
@@ -87,8 +87,7 @@ def _train_until(job: TrainingJob, iterations: int, report: Report) -> Curve:
             Validation(),
             Progress(report),
             *([Log(run)] if run else []),
-            Episodes(task),
-            Checkpoint(task),
+            Checkpoint(task.cache),
             End(),
         ],
     )

@@ -10,7 +10,6 @@ import torch
 from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
-from pipeline.model.scoring import length_batches
 from pipeline.objective.advantages import AdvantageEstimate
 from pipeline.objective.batch import TokenBatch
 from pipeline.objective.regularisers import EntropyTerms
@@ -60,10 +59,6 @@ class TokenTable:
         rows = torch.arange(int(self.lengths.sum())).split(self.lengths.tolist())
         index = torch.cat([torch.zeros(0, dtype=torch.long), *(rows[i] for i in chosen.tolist())])
         return TokenTable(self.lengths[chosen], {name: column[index] for name, column in self.columns.items()})
-
-    def pieces(self, tokens: int) -> list[np.ndarray]:
-        """Trajectories of similar length that are scored together, by their indices (see ``length_batches``)."""
-        return length_batches(self.lengths.numpy(), tokens)
 
 
 def token_table(

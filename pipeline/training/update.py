@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -13,8 +14,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pipeline.model.policy import Policy
-from pipeline.model.scoring import TokenScores, predicting_hidden, score_tokens
-from pipeline.objective.methods import coefficients, policy_loss, surrogate_loss, surrogate_plan
+from pipeline.model.scoring import TokenScores, length_batches, predicting_hidden, score_tokens
+from pipeline.objective.methods import coefficients, policy_loss, surrogate_plan
 from pipeline.objective.regularisers import kl_penalty
 from pipeline.objective.surrogates import UpdateTokens
 from pipeline.progress.display import within
@@ -35,22 +36,18 @@ SHARES = {
 """Roles that are reported together."""
 
 
-class Averages:
-    """Means (and sums) of metrics over an iteration's updates."""
+SUMMED = ("non_finite_losses", "skipped_steps")
+"""Of these a training is told how many there were, of all other metrics the mean."""
 
-    def __init__(self) -> None:
-        self._sums: dict[str, float] = {}
-        self._counts: dict[str, int] = {}
 
-    def add(self, values: Mapping[str, float], summed: bool = False) -> None:
-        """Count some numbers in."""
-        for key, value in values.items():
-            self._sums[key] = self._sums.get(key, 0.0) + value
-            self._counts[key] = 1 if summed else self._counts.get(key, 0) + 1
-
-    def means(self) -> dict[str, float]:
-        """Of all that were added; of those that are summed, their sum."""
-        return {key: total / self._counts[key] for key, total in self._sums.items()}
+def averages(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The metrics of an iteration from those of its updates; each is in some of the rows."""
+    sums, counts = dict[str, float](), Counter[str]()
+    for row in rows:
+        for key, value in row.items():
+            sums[key] = sums.get(key, 0.0) + value
+            counts[key] += key not in SUMMED
+    return {key: total / (counts[key] or 1) for key, total in sums.items()}
 
 
 @dataclass(frozen=True)
@@ -65,12 +62,6 @@ class Learner:
     heads: Sequence[Head]
     masters: Sequence[Masters]
     """Of the policy, then of each head."""
-
-    def head_parameters(self) -> dict[str, float]:
-        """How many parameters the heads have, which is what they cost in memory; nothing if there are none."""
-        return (
-            {"head_parameters": float(sum(p.numel() for h in self.heads for p in h.parameters()))} if self.heads else {}
-        )
 
     def scene(self, sequences: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> Scene:
         """Sequences with the policy's hidden states that predict the wanted tokens."""
@@ -102,8 +93,8 @@ class Learner:
         return scene, scores
 
     def pieces(self, minibatch: TokenTable) -> list[np.ndarray]:
-        """What is scored at once, of a minibatch."""
-        return minibatch.pieces(self.config.train.tokens_per_forward)
+        """Trajectories of similar length that are scored at once, by their indices."""
+        return length_batches(minibatch.lengths.numpy(), self.config.train.tokens_per_forward)
 
     def with_coefficients(self, minibatch: TokenTable) -> TokenTable:
         """The minibatch with c_t of its tokens."""
@@ -131,11 +122,6 @@ class Learner:
         soft = next((s for head in self.heads if (s := head.soft_objective(scene)) is not None), None)
         plan = piece["plan"].to(scene.hidden.device) if "plan" in piece.columns else None
         return scene, update_tokens(piece, scores.logprob, scores.entropy, soft), plan
-
-    def surrogate_losses(self, piece: TokenTable) -> Float[Tensor, " m"]:
-        """``c_t * surrogate_t`` of each trainable token of planned trajectories, with gradient."""
-        _, tokens, plan = self.read(piece)
-        return tokens.coefficient * surrogate_loss(self.method, tokens, plan).loss
 
     def loss(self, piece: TokenTable, sizes: Sizes, warming: bool) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """A piece's part of its minibatch's loss, of policy and heads, and of what is measured in it.
@@ -181,7 +167,7 @@ class Sizes(NamedTuple):
     """Tokens with a target, by head."""
 
 
-def update(learner: Learner, optimizer: Any, minibatch: TokenTable, iteration: int, record: Averages) -> None:
+def update(learner: Learner, optimizer: Any, minibatch: TokenTable, iteration: int) -> dict[str, float]:
     """One optimizer step; gradients of the pieces add up to the minibatch's exactly.
 
     It is left out where a loss or a gradient is not finite, and the policy's part of it where the policy has gone further
@@ -192,7 +178,9 @@ def update(learner: Learner, optimizer: Any, minibatch: TokenTable, iteration: i
         optimizer: of its masters.
         minibatch: to train on.
         iteration: its number, from 0; a head may have to warm up.
-        record: is given what is measured.
+
+    Returns:
+        What is measured; of an update that is not finite only that it is none.
 
     Raises:
         NumericsError: a log-probability is not finite.
@@ -209,12 +197,13 @@ def update(learner: Learner, optimizer: Any, minibatch: TokenTable, iteration: i
     skipped = limit is not None and not totals["kl_behaviour"] <= limit
     if skipped:  # the policy stands still, heads go on
         learner.masters[0].stand_still()
-    if finite:
-        take_step(optimizer.step, learner.masters)
-        for head in learner.heads:
-            head.after_step()
-        record.add(totals | gradient_asked(minibatch))
-    record.add({"non_finite_losses": float(not finite), "skipped_steps": float(skipped)}, summed=True)
+    counted = {"non_finite_losses": float(not finite), "skipped_steps": float(skipped)}
+    if not finite:
+        return counted
+    take_step(optimizer.step, learner.masters)
+    for head in learner.heads:
+        head.after_step()
+    return totals | gradient_asked(minibatch) | counted
 
 
 def _accumulate_gradients(learner: Learner, minibatch: TokenTable, iteration: int) -> dict[str, float]:
