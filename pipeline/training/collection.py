@@ -6,7 +6,6 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
 from pipeline.energy.annotate import annotate, score_trajectories
 from pipeline.model.policy import Policy
@@ -108,15 +107,8 @@ class Collection:
             rows = [row for row, own in enumerate(initial.episodes["group_id"]) if own == group]
             tokens = np.isin(initial.token_episode, rows)
             draws = generator(self.seed, "branch scores", group)
-            scores[tokens] = branch_scores(
-                section.signal,
-                initial.select(rows),
-                draws,
-                moved[tokens],
-                section.discount,
-                section.bounds,
-                blank[tokens],
-            )
+            omega = moved[tokens], section.discount, section.bounds, blank[tokens]
+            scores[tokens] = branch_scores(section.signal, initial.select(rows), draws, *omega)
         return scores
 
     def at_temperature(self, trajectories: Trajectories) -> Trajectories:
@@ -136,15 +128,12 @@ class Collection:
     def now(self, trajectories: Trajectories, temperature: float | None = None) -> list[np.ndarray]:
         """Log-probability and entropy of every sampled token under the policy as it is, at ``rollout.temperature`` or
         another one."""
-        was_training = self.policy.model.training
+        temperature, was_training = temperature or self.config.rollout.temperature, self.policy.model.training
         self.policy.model.eval()
         try:
-            with self.phases.phase("annotate"), torch.inference_mode():
-                return score_trajectories(
-                    self.policy,
-                    trajectories,
-                    temperature or self.config.rollout.temperature,
-                    self.config.train.tokens_per_forward,
-                )[:2]
+            with self.phases.phase("annotate"):
+                return score_trajectories(self.policy, trajectories, temperature, self.config.train.tokens_per_forward)[
+                    :2
+                ]
         finally:
             self.policy.model.train(was_training)

@@ -20,15 +20,11 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from pipeline.model.policy import Policy
-from pipeline.model.scoring import LOGITS_PER_CHUNK, length_batches, predicting_hidden
+from pipeline.model.scoring import LOGITS_PER_CHUNK, predicting_hidden
 from pipeline.objective.regularisers import value_loss
 from pipeline.objective.soft import soft_policy_loss, soft_state
 from pipeline.settings import slots
 from pipeline.training.masters import Masters
-from pipeline.trajectories.trajectory import CUT_OFF, Trajectories
-
-Estimate = Callable[[Sequence[np.ndarray], Sequence[np.ndarray]], dict[str, Tensor]]
-"""From sequences and masks of wanted tokens to what a method's heads say: columns of one number per wanted token."""
 
 
 @dataclass(frozen=True)
@@ -175,34 +171,6 @@ HEADS: dict[type[Any], Callable[..., Head]] = {slots.Critic: ValueHead, slots.QF
 def make_heads(settings: Mapping[str, slots.Head], reference: Policy) -> list[Head]:
     """The heads that a method declares."""
     return [HEADS[type(section)](name, section, reference) for name, section in settings.items()]
-
-
-def estimates_of(
-    trajectories: Trajectories, estimate: Estimate, tokens_per_forward: int, asked: Sequence[str]
-) -> tuple[dict[str, Float[Tensor, " n"]], dict[str, Float[Tensor, " e"]]]:
-    """The heads' columns over all tokens, 0 where not trainable; and behind the last ones.
-
-    The second are ``<name>_behind`` of the names asked for, one number per episode: of the state behind the last token
-    where the episode was cut off, 0 elsewhere. A head reads them where the next response would begin, as it reads the value
-    of any response's first token: what is collected for that is ``closing``.
-    """
-    flat, trainable, tokens = dict[str, Tensor](), trajectories.trainable, len(trajectories.input_ids)
-    more = np.isin(trajectories.episodes["end_reason"], CUT_OFF) & bool(asked)
-    for batch in length_batches(trajectories.lengths + more, tokens_per_forward):
-        sequences, wanted, index = list[np.ndarray](), list[np.ndarray](), list[np.ndarray]()
-        for e in batch:
-            span = np.arange(trajectories.offsets[e], trajectories.offsets[e + 1])
-            ids, chosen = trajectories.input_ids[span], trainable[span]
-            # Which token is put behind the last does not matter: what predicts it has not seen it.
-            sequences.append(np.append(ids, ids[-1:]) if more[e] else ids)
-            wanted.append(np.append(chosen, True) if more[e] else chosen)
-            index += [span[chosen], np.array([tokens + e] if more[e] else [], dtype=span.dtype)]
-        places = torch.from_numpy(np.concatenate(index))
-        for name, values in estimate(sequences, wanted).items():
-            column = flat.setdefault(name, torch.zeros(tokens + len(trajectories)))
-            column[places] = values.float().cpu()
-    columns = {name: column[:tokens] for name, column in flat.items()}
-    return columns, {f"{name}_behind": flat[name][tokens:] for name in asked}
 
 
 def _zero_linear(width: int, outputs: int) -> nn.Linear:

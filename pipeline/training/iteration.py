@@ -85,7 +85,8 @@ def run_iteration(collection: Collection, learner: Learner, optimizer: Any, memo
             weight = token_weights(method, batch)
         terms, state = entropy_terms(method, batch, memory.get("regulariser"))
         remembered = {"advantage": estimate.state, "regulariser": state}
-        metrics |= _explained_variances(values, estimate) | _flat(remembered)
+        metrics |= _explained_variances(values, estimate)
+        metrics |= {f"{slot}_{key}": value for slot, own in remembered.items() for key, value in own.items()}
 
         table = token_table(episodes, kept, batch, values, estimate, weight, terms)
         whole = len(episodes) == config.rollout.groups * config.rollout.group_size
@@ -186,10 +187,6 @@ def _explained_variances(values: Mapping[str, Tensor], estimate: AdvantageEstima
             error, spread = (target - values[name])[mask].var(unbiased=False), target[mask].var(unbiased=False)
             result[f"{name}_explained_variance"] = float(1 - error / spread) if spread > 0 else 0.0
     return result
-
-
-def _flat(memory: Memory) -> dict[str, float]:
-    return {f"{slot}_{key}": value for slot, state in memory.items() for key, value in state.items()}
 
 
 def _mean(values: Tensor) -> float:

@@ -6,6 +6,7 @@ import logging
 import shutil
 import warnings
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import lightning.pytorch as lightning
@@ -52,13 +53,10 @@ def train_until(job: TrainingJob, iterations: int, report: Report) -> Curve:
     process does the same training, this one waits and goes on from there.
     """
     if not job.task.finished:
-        with lock(job.task.cache / "lock", waiting=_waiting):
+        waiting = partial(within, 0.0, "waiting for another command, which does this training", insist=True)
+        with lock(job.task.cache / "lock", waiting=waiting):
             return _train_until(job, iterations, report)
     return _train_until(job, iterations, report)
-
-
-def _waiting() -> None:
-    within(0.0, "waiting for another command, which does this training", insist=True)
 
 
 def _train_until(job: TrainingJob, iterations: int, report: Report) -> Curve:

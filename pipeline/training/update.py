@@ -6,7 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -21,10 +21,10 @@ from pipeline.objective.surrogates import UpdateTokens
 from pipeline.progress.display import within
 from pipeline.settings.params import Config
 from pipeline.settings.slots import Method
-from pipeline.training.heads import Head, Scene, estimates_of
+from pipeline.training.heads import Head, Scene
 from pipeline.training.masters import Masters, take_step
 from pipeline.training.tokens import TokenTable
-from pipeline.trajectories.trajectory import Role, Trajectories
+from pipeline.trajectories.trajectory import CUT_OFF, Role, Trajectories
 from pipeline.workspace.finite import require_finite
 
 SHARES = {
@@ -75,11 +75,31 @@ class Learner:
         return {name: column for head in self.heads for name, column in head.estimate(scene).items()}
 
     def estimates(self, trajectories: Trajectories) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        """What the heads say of all tokens, and of what is behind the last ones (see ``estimates_of``)."""
-        if not self.heads:
-            return {}, {}
-        asked, tokens = self.method.advantage.behind(), self.config.train.tokens_per_forward
-        return estimates_of(trajectories, self.estimate, tokens, asked)
+        """The heads' columns over all tokens, 0 where not trainable; and behind the last ones.
+
+        The second are ``<name>_behind`` of what the advantage asks for, one number per episode: of the state behind the
+        last token where the episode was cut off, 0 elsewhere. A head reads them where the next response would begin, as it
+        reads the value of any response's first token: what is collected for that is ``closing``.
+        """
+        flat, trainable, tokens = dict[str, Tensor](), trajectories.trainable, len(trajectories.input_ids)
+        asked = self.method.advantage.behind()
+        more = np.isin(trajectories.episodes["end_reason"], CUT_OFF) & bool(asked)
+        lengths = trajectories.lengths + more
+        for batch in length_batches(lengths, self.config.train.tokens_per_forward) if self.heads else ():
+            sequences, wanted, index = list[np.ndarray](), list[np.ndarray](), list[np.ndarray]()
+            for e in batch:
+                span = np.arange(trajectories.offsets[e], trajectories.offsets[e + 1])
+                ids, chosen = trajectories.input_ids[span], trainable[span]
+                # Which token is put behind the last does not matter: what predicts it has not seen it.
+                sequences.append(np.append(ids, ids[-1:]) if more[e] else ids)
+                wanted.append(np.append(chosen, True) if more[e] else chosen)
+                index += [span[chosen], np.array([tokens + e] if more[e] else [], dtype=span.dtype)]
+            places = torch.from_numpy(np.concatenate(index))
+            for name, values in self.estimate(sequences, wanted).items():
+                column = flat.setdefault(name, torch.zeros(tokens + len(trajectories)))
+                column[places] = values.float().cpu()
+        columns = {name: column[:tokens] for name, column in flat.items()}
+        return columns, {f"{name}_behind": flat[name][tokens:] for name in asked}
 
     def score(self, piece: TokenTable) -> tuple[Scene, TokenScores]:
         """The trainable tokens' scores under the policy as it is.
@@ -123,16 +143,16 @@ class Learner:
         plan = piece["plan"].to(scene.hidden.device) if "plan" in piece.columns else None
         return scene, update_tokens(piece, scores.logprob, scores.entropy, soft), plan
 
-    def loss(self, piece: TokenTable, sizes: Sizes, warming: bool) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+    def loss(self, piece: TokenTable, whole: TokenTable, warming: bool) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """A piece's part of its minibatch's loss, of policy and heads, and of what is measured in it.
 
         Args:
             piece: planned trajectories.
-            sizes: of the whole minibatch.
+            whole: the minibatch; its means divide by all its tokens, or all that a head has a target for.
             warming: only the heads learn, and a trunk that they share with the policy does not.
         """
         scene, tokens, plan = self.read(piece)
-        parts = policy_loss(self.method, tokens, plan, sizes.tokens)
+        parts = policy_loss(self.method, tokens, plan, int(whole.columns["trainable"].sum()))
         terms = {
             "loss": parts.surrogate,
             "policy_entropy": parts.entropy,
@@ -144,7 +164,7 @@ class Learner:
         columns = {name: piece[name].to(scene.hidden.device) for name in piece.columns} if self.heads else {}
         for head in self.heads:
             errors = head.loss(scene, columns, train_trunk=not warming) * columns[f"{head.name}_mask"]
-            error = errors.sum() / sizes.targets[head.name]
+            error = errors.sum() / max(1.0, float(whole[f"{head.name}_mask"].sum()))
             terms[f"{head.name}_loss"] = error
             total = total + head.settings.coefficient * error
         return total, terms
@@ -157,14 +177,6 @@ def update_tokens(
     names = ("logprob_old", "ref_logprob", "advantage", "coefficient", "entropy_terms", "noise")
     columns = {name: table[name].to(logprob.device) for name in names}
     return UpdateTokens(logprob, entropy, trajectory=table.trajectory.to(logprob.device), soft=soft, **columns)
-
-
-class Sizes(NamedTuple):
-    """What a minibatch's means divide by."""
-
-    tokens: int
-    targets: Mapping[str, float]
-    """Tokens with a target, by head."""
 
 
 def update(learner: Learner, optimizer: Any, minibatch: TokenTable, iteration: int) -> dict[str, float]:
@@ -209,15 +221,12 @@ def update(learner: Learner, optimizer: Any, minibatch: TokenTable, iteration: i
 def _accumulate_gradients(learner: Learner, minibatch: TokenTable, iteration: int) -> dict[str, float]:
     """Backward passes over all pieces of a planned minibatch; returns the sums of what is measured in them."""
     warming = any(iteration < head.settings.warmup_iterations for head in learner.heads)
-    masks = {head.name: minibatch[f"{head.name}_mask"] for head in learner.heads}
-    targets = {name: max(1.0, float(mask.sum())) for name, mask in masks.items()}
-    sizes = Sizes(int(minibatch.columns["trainable"].sum()), targets)
     totals: dict[str, float] = {}
     done = 0
     for piece in learner.pieces(minibatch):
         within(done / len(minibatch), f"{done} of {len(minibatch)} episodes of the next")
         done += len(piece)
-        loss, terms = learner.loss(minibatch.select(piece), sizes, warming)
+        loss, terms = learner.loss(minibatch.select(piece), minibatch, warming)
         loss.backward()
         for masters in learner.masters:
             masters.gather()
