@@ -35,8 +35,8 @@ Memory = Mapping[str, Mapping[str, float]]
 UPDATES = 0.7, 1.0
 """About which part of an iteration they are; it is only for telling how far it is."""
 
-
 NOTHING = TokenTable(torch.zeros(0, dtype=torch.long), {})
+"""What is trained on where no group has passed the filter."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,7 @@ def run_iteration(collection: Collection, learner: Learner, optimizer: Any, memo
     There is one round, or two where branches are placed by how the policy has moved: a pass over the initial ones moves it.
     """
     config, method, phases = learner.config, learner.method, collection.phases
-    number, measured, updates, earlier = len(curve), list[dict[str, float]](), 0, frozenset[str]()
+    number, updates, earlier = len(curve), list[dict[str, float]](), frozenset[str]()
     for waves in collection.collect(number):
         episodes = collection.annotate(waves)
         tempered = collection.at_temperature(episodes)
@@ -94,12 +94,12 @@ def run_iteration(collection: Collection, learner: Learner, optimizer: Any, memo
         if minibatches and whole and number % config.train.validate_every == 0:
             with phases.phase("gradients"), span("measuring gradients", UPDATES[0], UPDATES[0]):
                 draws = generator(collection.seed, "gradients", number)
-                measured.append(gradient_share(learner, table.select(minibatches[0]), draws))
+                metrics |= gradient_share(learner, table.select(minibatches[0]), draws)
         with phases.phase("update"), span("updates:", *UPDATES):
             for rows in _told(minibatches):
-                measured.append(update(learner, optimizer, table.select(rows), number))
-        updates += len(minibatches)
-    metrics |= averages(measured) | {"updates": float(updates)}
+                updates.append(update(learner, optimizer, table.select(rows), number))
+
+    metrics |= averages(updates) | {"updates": float(len(updates))}
     if learner.heads:  # what they cost in memory
         metrics["head_parameters"] = float(sum(p.numel() for head in learner.heads for p in head.parameters()))
     if minibatches:
