@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -557,9 +557,14 @@ def collection_of(policy: Policy, method: str, changed: Config) -> Collection:
     )
 
 
+def rounds_of(collection: Collection, number: int) -> Iterator[Trajectories]:
+    """The annotated episodes of each of an iteration's rounds."""
+    return map(collection.annotate, collection.collect(number))
+
+
 def test_appos_omega_is_one_before_an_update_and_another_after_it(policy: Policy) -> None:
     changed = branching_config()
-    (table,) = collection_of(policy, "grpo", changed).rounds(0)
+    (table,) = rounds_of(collection_of(policy, "grpo", changed), 0)
 
     def leads() -> np.ndarray:
         now = score_trajectories(policy, table, 1.0, 4096)[0]
@@ -591,7 +596,7 @@ def test_appo_updates_on_its_initial_episodes_then_samples_its_branches_and_upda
 def test_rounds_of_a_collection(policy: Policy) -> None:
     """Where the policy has to move first the initial episodes come first, and again among all."""
     for method in METHODS:
-        found = list(collection_of(policy, method, branching_config()).rounds(1))
+        found = list(rounds_of(collection_of(policy, method, branching_config()), 1))
         assert [len(episodes) for episodes in found] == ([4, 8] if method == "appo" else [8])
         assert all(episodes.annotated for episodes in found)
         assert set(found[-1].episodes["iteration"]) == {1}
@@ -602,7 +607,7 @@ def test_rounds_of_a_collection(policy: Policy) -> None:
 
 def test_branches_after_an_update_are_sampled_by_the_policy_as_it_is_then(policy: Policy) -> None:
     """Nothing of their prefixes is left that the policy before it has computed."""
-    rounds = collection_of(policy, "appo", branching_config()).rounds(0)
+    rounds = rounds_of(collection_of(policy, "appo", branching_config()), 0)
     next(rounds)
     with torch.no_grad():
         for parameter in policy.model.parameters():
@@ -621,7 +626,7 @@ def test_scores_of_a_group_do_not_depend_on_other_groups(policy: Policy, method:
     """The same state beside one other and beside three: its branches begin at the same places."""
     few = branching_config()
     many = branching_config({"rollout": {"groups": 4}, "bottleneck": {"groups": 4}})
-    tables = [list(collection_of(policy, method, changed).rounds(0))[-1] for changed in (few, many)]
+    tables = [list(rounds_of(collection_of(policy, method, changed), 0))[-1] for changed in (few, many)]
     places = [list(zip(table.episodes["parent"], table.episodes["split"], strict=True))[:8] for table in tables]
     assert places[0] == places[1]
     assert any(split for _, split in places[0])
@@ -630,7 +635,7 @@ def test_scores_of_a_group_do_not_depend_on_other_groups(policy: Policy, method:
 def test_what_was_sampled_at_another_temperature_is_trained_on_at_the_rollouts(policy: Policy) -> None:
     changed = branching_config()
     collection = collection_of(policy, "switch", changed)
-    (sampled,) = collection.rounds(0)
+    (sampled,) = rounds_of(collection, 0)
     assert sampled.episodes["temperature"] == [1.0, 1.0, 2.0, 2.0] * 2
     trained = collection.at_temperature(sampled)
     policy.model.eval()

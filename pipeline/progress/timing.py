@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
-
-Item = TypeVar("Item")
 
 
 class Phases:
@@ -20,16 +16,6 @@ class Phases:
     def phase(self, name: str) -> Phase:
         """Count what happens inside under ``name``."""
         return Phase(self, name)
-
-    def each(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
-        """Count under ``name`` what it takes to get each item, not what is done with it."""
-        following, end = iter(items), object()
-        while True:
-            with self.phase(name):
-                item = next(following, end)
-            if item is end:
-                return
-            yield item  # type: ignore[misc]
 
     def add(self, name: str, seconds: float) -> None:
         """Add to a phase."""
