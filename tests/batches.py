@@ -11,7 +11,7 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from pipeline.objective.batch import TokenBatch
-from pipeline.settings.slots import Method
+from pipeline.settings.method import Method
 from pipeline.trajectories.trajectory import RESPONSE_ROLES, Role
 
 properties = settings(max_examples=60)

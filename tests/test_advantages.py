@@ -31,8 +31,8 @@ from pipeline.objective.advantages import (
 )
 from pipeline.objective.batch import TokenBatch
 from pipeline.objective.methods import shape_rewards, token_advantages
+from pipeline.settings.method import Method
 from pipeline.settings.params import parse
-from pipeline.settings.slots import Method
 from pipeline.trajectories.trajectory import Role
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.yaml_files import read_yaml

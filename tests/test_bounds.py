@@ -21,10 +21,10 @@ from pipeline.environments.registry import OURS, make, reset
 from pipeline.evaluation.evaluate import EvaluationTask, evaluate_policy
 from pipeline.model.policy import load_policy
 from pipeline.rollout.table import sample_slice
+from pipeline.settings.method import Method
 from pipeline.settings.params import Config, Environment, ScratchPolicy, parse
 from pipeline.settings.presets import overlay
 from pipeline.settings.section import Section
-from pipeline.settings.slots import Method
 from pipeline.training.result import training_task
 from pipeline.training.run import TrainingJob, train_one
 from pipeline.workspace.errors import UserError

@@ -29,7 +29,7 @@ from pipeline.objective.methods import (
 )
 from pipeline.objective.regularisers import kl_penalty, value_loss
 from pipeline.objective.surrogates import UpdateTokens, dual_clip, ppo_clip
-from pipeline.settings.slots import Method
+from pipeline.settings.method import Method
 from pipeline.trajectories.trajectory import Role
 from tests.batches import method
 

@@ -13,9 +13,9 @@ from ruamel.yaml import YAML
 
 from pipeline.model.policy import Policy
 from pipeline.objective.methods import SLOTS
+from pipeline.settings.method import Method
 from pipeline.settings.params import Config, load, parse
 from pipeline.settings.presets import overlay
-from pipeline.settings.slots import Method
 from pipeline.training.module import PolicyGradient
 from pipeline.workspace.yaml_files import read_yaml
 from tests.trainings import LAKE, ROOT, TINY, fit

@@ -27,7 +27,7 @@ from pipeline.objective.methods import (
 from pipeline.objective.regularisers import kl_penalty, value_loss
 from pipeline.objective.surrogates import UpdateTokens, ppo_clip
 from pipeline.objective.weights import actfocus_weights, signal_values, uniform_weights, z_score
-from pipeline.settings.slots import Method
+from pipeline.settings.method import Method
 from pipeline.trajectories.trajectory import EpisodeBuilder, Role, build
 from tests.batches import CLOSE, batches, method, noise, population, properties, sigmoid
 

@@ -16,7 +16,7 @@ from pipeline.objective import methods
 from pipeline.objective.batch import TokenBatch
 from pipeline.objective.methods import entropy_terms
 from pipeline.objective.regularisers import EntropyTerms, entropy_band, entropy_loss, entropy_target, fixed
-from pipeline.settings.slots import Method
+from pipeline.settings.method import Method
 from pipeline.trajectories.trajectory import Role
 from tests.batches import CLOSE, batches, method, noise, properties
 

@@ -36,7 +36,7 @@ from pipeline.report.replay_figures import draw_replay, replay_text
 from pipeline.rollout.collector import collect, iteration_specs
 from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.settings.params import Config
-from pipeline.settings.slots import ActFocusWeight, Signal
+from pipeline.settings.weight import ActFocusWeight, Signal
 from pipeline.trajectories.trajectory import Trajectories
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.randomness import generator

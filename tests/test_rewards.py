@@ -15,7 +15,7 @@ from pipeline.objective import methods
 from pipeline.objective.batch import TokenBatch, positions
 from pipeline.objective.filters import all_groups, reward_variance
 from pipeline.objective.methods import select_groups, shape_rewards
-from pipeline.settings.slots import Method
+from pipeline.settings.method import Method
 from pipeline.trajectories.trajectory import Role
 from tests.batches import CLOSE, batches, method, noise, properties
 

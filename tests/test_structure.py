@@ -197,7 +197,7 @@ def test_a_seeds_key_changes_with_code_and_build_that_decide_and_with_nothing_el
     assert key(copied, **variables) == key(copied, ACTFOCUS_KERNELS="off") == before
     keys = [before]
     for file in (
-        "pipeline/settings/slots.py",
+        "pipeline/objective/weights.py",
         "pipeline/model/kernels/kernels.c",
         "pipeline/workspace/processes.py",
         "pipeline/workspace/randomness.py",

@@ -32,7 +32,7 @@ from pipeline.objective.surrogates import (
     plan_covariance_kl,
     ppo_clip,
 )
-from pipeline.settings.slots import Method
+from pipeline.settings.method import Method
 from tests.batches import CLOSE, batches, method, noise, properties
 
 SURROGATE_ROWS: dict[str, dict[str, Any]] = {

@@ -28,7 +28,7 @@ from pipeline.objective.methods import shape_rewards, token_advantages
 from pipeline.objective.weights import signal_values, z_score
 from pipeline.progress.display import within
 from pipeline.settings.params import Config
-from pipeline.settings.slots import ActFocusWeight
+from pipeline.settings.weight import ActFocusWeight
 from pipeline.trajectories.trajectory import Role, Trajectories
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.processes import Report, run_in_processes

@@ -22,7 +22,7 @@ def main() -> str:
     parser.add_argument("--tau", type=float, nargs="+", default=[1.0])
     parser.add_argument("--signal", nargs="+", default=["reference_energy", "reference_entropy"])
     arguments = parser.parse_args()
-    from pipeline.settings.slots import ActFocusWeight, Signal
+    from pipeline.settings.weight import ActFocusWeight, Signal
     from pipeline.workspace.errors import UserError
 
     for name, values, least in (("alpha", arguments.alpha, 0.0), ("beta", arguments.beta, 0.0)):

@@ -1,6 +1,6 @@
 """Composing a method from its slots: the tables in which settings meet functions. Nothing else dispatches on a choice.
 
-A function's keyword arguments are its section's settings. To add a choice: its section in ``pipeline/settings/slots.py``, its
+A function's keyword arguments are its section's settings. To add a choice: its section in the slot's file in pipeline/settings, its
 function in the slot's file, and one entry here. ``python -m pipeline.objective.methods`` prints a params file's methods.
 """
 
@@ -20,65 +20,110 @@ from pipeline.objective.advantages import AdvantageEstimate, Estimates
 from pipeline.objective.batch import State, TokenBatch
 from pipeline.objective.regularisers import EntropyTerms
 from pipeline.objective.surrogates import Plan, Surrogate, SurrogateLoss, UpdateTokens
-from pipeline.settings import slots
+from pipeline.settings.advantage import (
+    GAE,
+    BilevelGAE,
+    EntropyGAE,
+    GroupAdvantage,
+    PrefixCreditAdvantage,
+    ReinforcedAdvantage,
+    SharedPrefixAdvantage,
+    SiblingAdvantage,
+    SoftQ,
+    StepGroupAdvantage,
+    TokenGroupAdvantage,
+    TurnGAE,
+)
+from pipeline.settings.aggregation import ConstantNormaliser, SequenceMean, TokenMean, WeightSum
+from pipeline.settings.filter import AllGroups, RewardVariance
+from pipeline.settings.heads import Critic, QFunction
+from pipeline.settings.method import Method
 from pipeline.settings.params import load
+from pipeline.settings.regulariser import EntropyBand, EntropyTarget, FixedRegulariser
+from pipeline.settings.reward import (
+    EntropyRateReward,
+    PlainReward,
+    ReferenceKLReward,
+    SequenceEntropyReward,
+    TokenEntropyReward,
+)
 from pipeline.settings.section import Section
+from pipeline.settings.surrogate import (
+    BalancedClip,
+    CovarianceClip,
+    CovarianceKL,
+    DetachedClip,
+    PPOClip,
+    ProcedureClip,
+    SequenceClip,
+    SoftQSurrogate,
+    StraightThroughClip,
+)
+from pipeline.settings.weight import (
+    ActFocusWeight,
+    AttenuatedWeight,
+    PivotWeight,
+    RoleRampWeight,
+    SpuriousMaskWeight,
+    TopEntropyWeight,
+    UniformWeight,
+)
 
 REWARDS: dict[type[Section], Callable[..., Tensor]] = {
-    slots.PlainReward: rewards.plain,
-    slots.TokenEntropyReward: rewards.token_entropy,
-    slots.SequenceEntropyReward: rewards.sequence_entropy,
-    slots.EntropyRateReward: rewards.entropy_rate,
-    slots.ReferenceKLReward: rewards.reference_kl,
+    PlainReward: rewards.plain,
+    TokenEntropyReward: rewards.token_entropy,
+    SequenceEntropyReward: rewards.sequence_entropy,
+    EntropyRateReward: rewards.entropy_rate,
+    ReferenceKLReward: rewards.reference_kl,
 }
 FILTERS: dict[type[Section], Callable[..., Tensor]] = {
-    slots.AllGroups: filters.all_groups,
-    slots.RewardVariance: filters.reward_variance,
+    AllGroups: filters.all_groups,
+    RewardVariance: filters.reward_variance,
 }
 ADVANTAGES: dict[type[Section], Callable[..., AdvantageEstimate]] = {
-    slots.GroupAdvantage: advantages.from_group,
-    slots.TokenGroupAdvantage: advantages.from_token_group,
-    slots.StepGroupAdvantage: advantages.from_step_group,
-    slots.GAE: advantages.from_gae,
-    slots.TurnGAE: advantages.from_turn_gae,
-    slots.BilevelGAE: advantages.from_bilevel_gae,
-    slots.EntropyGAE: advantages.from_entropy_gae,
-    slots.SoftQ: advantages.from_soft_q,
-    slots.SharedPrefixAdvantage: advantages.from_shared_prefix,
-    slots.PrefixCreditAdvantage: advantages.from_prefix_credit,
-    slots.SiblingAdvantage: advantages.from_siblings,
-    slots.ReinforcedAdvantage: advantages.from_reinforced,
+    GroupAdvantage: advantages.from_group,
+    TokenGroupAdvantage: advantages.from_token_group,
+    StepGroupAdvantage: advantages.from_step_group,
+    GAE: advantages.from_gae,
+    TurnGAE: advantages.from_turn_gae,
+    BilevelGAE: advantages.from_bilevel_gae,
+    EntropyGAE: advantages.from_entropy_gae,
+    SoftQ: advantages.from_soft_q,
+    SharedPrefixAdvantage: advantages.from_shared_prefix,
+    PrefixCreditAdvantage: advantages.from_prefix_credit,
+    SiblingAdvantage: advantages.from_siblings,
+    ReinforcedAdvantage: advantages.from_reinforced,
 }
 WEIGHTS: dict[type[Section], Callable[..., Tensor]] = {
-    slots.UniformWeight: weights.uniform_weights,
-    slots.ActFocusWeight: weights.actfocus_weights,
-    slots.RoleRampWeight: weights.role_ramp,
-    slots.TopEntropyWeight: weights.top_entropy,
-    slots.SpuriousMaskWeight: weights.spurious_mask,
-    slots.AttenuatedWeight: weights.attenuated,
-    slots.PivotWeight: weights.pivots,
+    UniformWeight: weights.uniform_weights,
+    ActFocusWeight: weights.actfocus_weights,
+    RoleRampWeight: weights.role_ramp,
+    TopEntropyWeight: weights.top_entropy,
+    SpuriousMaskWeight: weights.spurious_mask,
+    AttenuatedWeight: weights.attenuated,
+    PivotWeight: weights.pivots,
 }
 AGGREGATIONS: dict[type[Section], Callable[..., Tensor]] = {
-    slots.WeightSum: aggregation.weight_sum,
-    slots.TokenMean: aggregation.token_mean,
-    slots.SequenceMean: aggregation.sequence_mean,
-    slots.ConstantNormaliser: aggregation.constant,
+    WeightSum: aggregation.weight_sum,
+    TokenMean: aggregation.token_mean,
+    SequenceMean: aggregation.sequence_mean,
+    ConstantNormaliser: aggregation.constant,
 }
 SURROGATES: dict[type[Section], Surrogate] = {
-    slots.PPOClip: Surrogate(surrogates.token_clip),
-    slots.SequenceClip: Surrogate(surrogates.sequence_clip),
-    slots.DetachedClip: Surrogate(surrogates.detached_clip),
-    slots.StraightThroughClip: Surrogate(surrogates.straight_through_clip),
-    slots.CovarianceClip: Surrogate(surrogates.covariance_clip, surrogates.plan_covariance_clip),
-    slots.CovarianceKL: Surrogate(surrogates.covariance_kl, surrogates.plan_covariance_kl),
-    slots.BalancedClip: Surrogate(surrogates.balanced_clip, surrogates.plan_balanced_clip),
-    slots.ProcedureClip: Surrogate(surrogates.procedure_clip, surrogates.plan_procedure_clip),
-    slots.SoftQSurrogate: Surrogate(surrogates.soft_q),
+    PPOClip: Surrogate(surrogates.token_clip),
+    SequenceClip: Surrogate(surrogates.sequence_clip),
+    DetachedClip: Surrogate(surrogates.detached_clip),
+    StraightThroughClip: Surrogate(surrogates.straight_through_clip),
+    CovarianceClip: Surrogate(surrogates.covariance_clip, surrogates.plan_covariance_clip),
+    CovarianceKL: Surrogate(surrogates.covariance_kl, surrogates.plan_covariance_kl),
+    BalancedClip: Surrogate(surrogates.balanced_clip, surrogates.plan_balanced_clip),
+    ProcedureClip: Surrogate(surrogates.procedure_clip, surrogates.plan_procedure_clip),
+    SoftQSurrogate: Surrogate(surrogates.soft_q),
 }
 REGULARISERS: dict[type[Section], Callable[..., tuple[EntropyTerms, dict[str, float]]]] = {
-    slots.FixedRegulariser: regularisers.fixed,
-    slots.EntropyBand: regularisers.entropy_band,
-    slots.EntropyTarget: regularisers.entropy_target,
+    FixedRegulariser: regularisers.fixed,
+    EntropyBand: regularisers.entropy_band,
+    EntropyTarget: regularisers.entropy_target,
 }
 
 
@@ -87,19 +132,19 @@ def settings(section: Section, *elsewhere: str) -> dict[str, Any]:
     return {name: getattr(section, name) for name in type(section).model_fields if name not in ("kind", *elsewhere)}
 
 
-def select_groups(method: slots.Method, returns: Float[Tensor, " e"], group: Int[Tensor, " e"]) -> Bool[Tensor, " e"]:
+def select_groups(method: Method, returns: Float[Tensor, " e"], group: Int[Tensor, " e"]) -> Bool[Tensor, " e"]:
     """S2: which trajectories the iteration trains on."""
     return FILTERS[type(method.filter)](returns, group, **settings(method.filter))
 
 
-def shape_rewards(method: slots.Method, batch: TokenBatch) -> TokenBatch:
+def shape_rewards(method: Method, batch: TokenBatch) -> TokenBatch:
     """S7: the batch with reshaped rewards and their returns."""
     reward = REWARDS[type(method.reward)](batch, **settings(method.reward))
     return batch if reward is batch.reward else replace(batch, reward=reward, returns=batch.per_trajectory(reward))
 
 
 def token_advantages(
-    method: slots.Method, batch: TokenBatch, estimates: Estimates, state: State | None = None
+    method: Method, batch: TokenBatch, estimates: Estimates, state: State | None = None
 ) -> AdvantageEstimate:
     """S3: advantages of all tokens, the targets of the method's heads, and what an adaptive advantage will remember.
 
@@ -119,18 +164,18 @@ def token_advantages(
         raise ValueError(f"advantage {section.kind} needs the estimates of its heads: {', '.join(missing)}")
     if bool((batch.reward[~batch.trainable] != 0).any()):
         raise ValueError("a reward stands on a token that the policy did not choose")
-    elsewhere = (*(name for name, field in section if isinstance(field, slots.Head)), "entropy_scale", "cut_off")
+    elsewhere = (*(name for name, field in section if isinstance(field, Critic | QFunction)), "entropy_scale", "cut_off")
     estimate = ADVANTAGES[type(section)](batch, estimates, state or {}, **settings(section, *elsewhere))
     return estimate._replace(advantage=advantages.scaled_by_entropy(batch, estimate.advantage, section.entropy_scale))
 
 
-def token_weights(method: slots.Method, batch: TokenBatch) -> Float[Tensor, " n"]:
+def token_weights(method: Method, batch: TokenBatch) -> Float[Tensor, " n"]:
     """S4: weights of all tokens; the batch knows its advantages."""
     return WEIGHTS[type(method.weight)](batch, **settings(method.weight))
 
 
 def coefficients(
-    method: slots.Method,
+    method: Method,
     weight: Float[Tensor, " n"],
     trainable: Bool[Tensor, " n"],
     trajectory: Int[Tensor, " n"],
@@ -157,7 +202,7 @@ def coefficients(
     return AGGREGATIONS[type(section)](weight, trainable, trajectory, **settings(section, "count"))
 
 
-def surrogate_plan(method: slots.Method) -> Callable[[UpdateTokens], Plan] | None:
+def surrogate_plan(method: Method) -> Callable[[UpdateTokens], Plan] | None:
     """S5: what the surrogate must know of a whole minibatch before its loss; None if nothing."""
     section = method.surrogate
     function = SURROGATES[type(section)].plan
@@ -165,7 +210,7 @@ def surrogate_plan(method: slots.Method) -> Callable[[UpdateTokens], Plan] | Non
 
 
 def entropy_terms(
-    method: slots.Method, batch: TokenBatch, state: State | None = None
+    method: Method, batch: TokenBatch, state: State | None = None
 ) -> tuple[EntropyTerms, dict[str, float]]:
     """S6: entropy terms of all tokens, and what an adaptive regulariser will remember."""
     section = method.regulariser
@@ -173,7 +218,7 @@ def entropy_terms(
     return REGULARISERS[type(section)](batch, state or {}, **settings(section, *elsewhere))
 
 
-def surrogate_loss(method: slots.Method, tokens: UpdateTokens, plan: Plan | None) -> SurrogateLoss:
+def surrogate_loss(method: Method, tokens: UpdateTokens, plan: Plan | None) -> SurrogateLoss:
     """S5: the loss of each token; ``plan`` holds their rows of the surrogate's plan, if it has one."""
     section = method.surrogate
     return SURROGATES[type(section)].loss(tokens, plan, **settings(section))
@@ -191,7 +236,7 @@ class PolicyLoss(NamedTuple):
     """KL of the policy from the behaviour policy (k3)."""
 
 
-def policy_loss(method: slots.Method, tokens: UpdateTokens, plan: Plan | None, count: int) -> PolicyLoss:
+def policy_loss(method: Method, tokens: UpdateTokens, plan: Plan | None, count: int) -> PolicyLoss:
     """S5 and S6: ``sum_t c_t * surrogate_t + mean entropy loss + c_KL * mean KL``.
 
     The means are over tokens whatever the token weights are, as ActFocus's paper leaves these terms untouched.
@@ -219,12 +264,12 @@ def policy_loss(method: slots.Method, tokens: UpdateTokens, plan: Plan | None, c
 SLOTS = ("branching", "reward", "filter", "advantage", "weight", "aggregation", "surrogate", "regulariser")
 
 
-def described(method: slots.Method) -> dict[str, str]:
+def described(method: Method) -> dict[str, str]:
     """Each slot's choice with its settings, as in params.yaml."""
     return {slot: _written(getattr(method, slot)) for slot in SLOTS}
 
 
-def method_table(methods: Mapping[str, slots.Method], defaults: slots.Method) -> str:
+def method_table(methods: Mapping[str, Method], defaults: Method) -> str:
     """One paragraph per method: name, status, source, and the slots in which it differs from the defaults."""
     usual, lines = described(defaults), []
     for name, method in methods.items():

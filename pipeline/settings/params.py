@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, Union, get_args
 
 from pydantic import Field, ValidationError, model_validator
 
+from pipeline.settings.method import Method
 from pipeline.settings.section import (
     PATTERNS,
     Above,
@@ -29,7 +30,6 @@ from pipeline.settings.section import (
     Seed,
     Temperature,
 )
-from pipeline.settings.slots import Method
 from pipeline.settings.sweep import Sweep
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.yaml_files import read_yaml

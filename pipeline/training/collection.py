@@ -16,8 +16,8 @@ from pipeline.rollout.branching import Forest
 from pipeline.rollout.collector import EpisodeSpec, Setup, collect, iteration_specs
 from pipeline.rollout.engine import RolloutEngine
 from pipeline.rollout.scores import blank_tokens, branch_scores
+from pipeline.settings.branching import BranchingSection, Independent, Positions
 from pipeline.settings.params import Config
-from pipeline.settings.slots import BranchingSection, Independent, Positions
 from pipeline.trajectories.trajectory import Trajectories, concatenate
 from pipeline.workspace.randomness import generator
 

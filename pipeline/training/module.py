@@ -21,8 +21,8 @@ from pipeline.objective.surrogates import UpdateTokens
 from pipeline.progress.display import span, within
 from pipeline.progress.timing import Phases
 from pipeline.rollout.transformers_engine import TransformersEngine
+from pipeline.settings.method import Method
 from pipeline.settings.params import Config
-from pipeline.settings.slots import Method
 from pipeline.training.budget import progress, training_over
 from pipeline.training.checks import recomputed, require_finite_training, require_recomputed
 from pipeline.training.collection import Collection
