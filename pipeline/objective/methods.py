@@ -164,7 +164,11 @@ def token_advantages(
         raise ValueError(f"advantage {section.kind} needs the estimates of its heads: {', '.join(missing)}")
     if bool((batch.reward[~batch.trainable] != 0).any()):
         raise ValueError("a reward stands on a token that the policy did not choose")
-    elsewhere = (*(name for name, field in section if isinstance(field, Critic | QFunction)), "entropy_scale", "cut_off")
+    elsewhere = (
+        *(name for name, field in section if isinstance(field, Critic | QFunction)),
+        "entropy_scale",
+        "cut_off",
+    )
     estimate = ADVANTAGES[type(section)](batch, estimates, state or {}, **settings(section, *elsewhere))
     return estimate._replace(advantage=advantages.scaled_by_entropy(batch, estimate.advantage, section.entropy_scale))
 

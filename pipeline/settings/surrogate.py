@@ -6,6 +6,7 @@ from typing import Annotated, ClassVar, Literal, Union
 
 from pydantic import Field, model_validator
 
+from pipeline.settings.custom import Custom
 from pipeline.settings.section import MOST, Float, Number, Positive, Probability, Section, Share
 
 Low = Annotated[Float, Field(gt=0.0, lt=1.0)]
@@ -154,6 +155,14 @@ class SoftQSurrogate(SurrogateSection):
     kind: Literal["soft_q"]
 
 
+class CustomSurrogate(SurrogateSection, Custom):
+    """S5: a function of one's own. Whether it has a rule on the ratio is not known, so one update is allowed."""
+
+    slot: ClassVar[str] = "surrogate"
+    given: ClassVar[tuple[str, ...]] = ("tokens",)
+    needs_two_updates: ClassVar[bool] = False
+
+
 Surrogate = Annotated[
     Union[
         PPOClip,
@@ -165,6 +174,7 @@ Surrogate = Annotated[
         BalancedClip,
         ProcedureClip,
         SoftQSurrogate,
+        CustomSurrogate,
     ],
     Field(discriminator="kind"),
 ]
