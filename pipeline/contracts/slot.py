@@ -1,19 +1,16 @@
 """The contracts that a slot's function keeps, and a suite that looks for broken ones in a function of one's own.
 
-    python -m pipeline.contracts.slot --slot weight --function mine:late --settings '{"strength": 1.0}'
+    actfocus contracts --slot weight --function mine:late --settings '{"strength": 1.0}'
 
 ``CONTRACTS`` says what is checked, in order, on made-up batches. What a function may return is in pipeline/objective/custom.py.
 """
 
 from __future__ import annotations
 
-import argparse
 import dataclasses
 import inspect
-import json
 import pickle
 import random
-import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -343,22 +340,3 @@ CONTRACTS: dict[str, tuple[Callable[[_Suite], Iterator[str]], tuple[str, ...]]] 
     "settings": (settings, ("memory",)),
 }
 """Each contract with those without which its verdict means nothing."""
-
-
-def main() -> int:
-    """The command; its exit code is 1 if a contract is broken."""
-    parser = argparse.ArgumentParser(description="Look for contracts that a slot's function breaks.")
-    parser.add_argument("--slot", required=True, choices=list(SECTIONS))
-    parser.add_argument("--function", required=True, help="module:name")
-    parser.add_argument("--settings", type=json.loads, default={}, help="its keyword arguments, as JSON")
-    arguments = parser.parse_args()
-    try:
-        lines = check_slot(arguments.slot, arguments.function, arguments.settings)
-    except UserError as error:
-        lines = [str(error)]
-    print("\n".join(lines) or "ok")
-    return int(bool(lines))
-
-
-if __name__ == "__main__":
-    sys.exit(main())

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import importlib
 import inspect
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 from jaxtyping import Bool, Float, Int
@@ -27,28 +27,30 @@ from pipeline.objective.regularisers import EntropyTerms, _without_band
 from pipeline.objective.surrogates import Plan, SurrogateLoss, UpdateTokens
 from pipeline.objective.weights import _shuffled
 from pipeline.settings.custom import Custom, custom_sections
+from pipeline.settings.params import Config
 from pipeline.settings.weight import CustomWeight
 from pipeline.trajectories.trajectory import RESPONSE_ROLES
 from pipeline.workspace.errors import UserError, raised
 
 
-def mistakes(methods: Iterable[tuple[str, Any]]) -> list[str]:
-    """Look for functions that methods name and cannot use.
+def check_functions(config: Config, source: str) -> None:
+    """Find every function that a params file names; ``source`` is what errors call the file.
 
-    Args:
-        methods: dotted key of each method's section, and the method.
-
-    Returns:
-        A line per mistake: dotted key, value, what is allowed. One in a slot that several share is told once.
+    Raises:
+        UserError: a line per one that cannot be used, with its key, its value and what is allowed.
     """
-    lines: dict[tuple[str, str], str] = {}
-    for key, method in methods:
-        for slot, section in custom_sections(method).items():
-            try:
-                find(section)
-            except UserError as error:
-                lines.setdefault((slot, section.model_dump_json()), f"{key}.{error}")
-    return list(lines.values())
+    named = {f"method_defaults.{slot}": section for slot, section in custom_sections(config.method_defaults).items()}
+    for name, method in config.methods.items():
+        own = custom_sections(method).items()
+        named |= {f"methods.{name}.{slot}": s for slot, s in own if s != getattr(config.method_defaults, slot)}
+    lines = []
+    for key, section in named.items():
+        try:
+            find(section)
+        except UserError as error:
+            lines.append(f"{source}: {key.rpartition('.')[0]}.{error}")
+    if lines:
+        raise UserError("\n".join(lines))
 
 
 def find(section: Custom) -> Callable[..., Any]:
