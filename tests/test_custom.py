@@ -118,7 +118,11 @@ WRONG: dict[str, tuple[str, Callable[..., Any], str]] = {
     "negative": ("weight", lambda batch: -batch.entropy, "returned the weight -"),
     "no truth": ("filter", lambda batch: batch.returns, "allowed: a tensor of shape (12,), torch.bool, on cpu"),
     "no gradient": ("surrogate", lambda tokens: tokens.advantage, "a loss without a gradient"),
-    "factor": ("aggregation", lambda weight, trainable, trajectory: weight + 1, "a factor of a token that has no weight"),
+    "factor": (
+        "aggregation",
+        lambda weight, trainable, trajectory: weight + 1,
+        "a factor of a token that has no weight",
+    ),
     "bonus": ("regulariser", lambda batch: batch.returns, "returned a tensor of shape (12,)"),
     "raised": ("weight", lambda batch: batch.nothing, "raised AttributeError: 'TokenBatch' object has no attribute"),
 }
@@ -147,9 +151,15 @@ def lake(changes: dict[str, Any]) -> Config:
 
 
 REFUSED: dict[str, tuple[dict[str, Any], str]] = {
-    "module": ({"function": "custom_test_nowhere:f"}, "function: 'custom_test_nowhere:f' cannot be used: No module named"),
+    "module": (
+        {"function": "custom_test_nowhere:f"},
+        "function: 'custom_test_nowhere:f' cannot be used: No module named",
+    ),
     "name": ({"function": f"{MODULE}:wieght"}, f"function: '{MODULE}:wieght' cannot be used: {MODULE} has no function"),
-    "unknown": ({"settings": {"strenght": 1}}, f"settings.strenght: no setting of {MODULE}:function; allowed: strength, b"),
+    "unknown": (
+        {"settings": {"strenght": 1}},
+        f"settings.strenght: no setting of {MODULE}:function; allowed: strength, b",
+    ),
     "missing": ({}, f"settings.strength: missing, and {MODULE}:function has no default for it"),
 }
 
@@ -177,22 +187,30 @@ def test_a_module_that_cannot_be_imported_is_one_line(tmp_path: Path, monkeypatc
     (tmp_path / "custom_test_broken.py").write_text("import math\n1 / 0\n")
     monkeypatch.syspath_prepend(tmp_path)
     broken = {"mine": {"weight": custom() | {"function": "custom_test_broken:f"}}}
-    with pytest.raises(UserError, match=r"raised ZeroDivisionError: division by zero \(custom_test_broken.py, line 2\)$"):
+    with pytest.raises(
+        UserError, match=r"raised ZeroDivisionError: division by zero \(custom_test_broken.py, line 2\)$"
+    ):
         check_functions(lake({"methods": broken}), "params.yaml")
 
 
 @pytest.mark.parametrize(
     ("slots", "line"),
     [
-        ({"weight": {"kind": "custom", "function": "weight"}}, "weight.function: 'weight' is not allowed; allowed: module"),
+        (
+            {"weight": {"kind": "custom", "function": "weight"}},
+            "weight.function: 'weight' is not allowed; allowed: module",
+        ),
         ({"weight": {"kind": "custom"}}, "weight.function: missing"),
         ({"branching": custom()}, "branching.kind: 'custom' is not known; allowed: entropy_rise, none"),
         ({"regulariser": custom(entropy=0.1)}, "regulariser: entropy has no effect while the function gives the bonus"),
-        ({"reward": custom(), "branching": {"kind": "tree_search"}, "advantage": {"kind": "siblings"}}, "reward custom is"),
+        (
+            {"reward": custom(), "branching": {"kind": "tree_search"}, "advantage": {"kind": "siblings"}},
+            "reward custom is",
+        ),
     ],
 )
 def test_the_schema_refuses(slots: dict[str, Any], line: str) -> None:
-    with pytest.raises(UserError, match="^params.yaml: methods.mine") as error:
+    with pytest.raises(UserError, match=r"^params\.yaml: methods\.mine") as error:
         lake({"methods": {"mine": slots}})
     assert line in str(error.value)
 
