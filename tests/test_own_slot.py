@@ -44,7 +44,7 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
         folder,
         ["sources"],
         ["policy"],
-        *([stage, *played] for stage in ("rollout", "annotate")),
+        *([stage, *played] for stage in ("rollout", "annotate", "bottleneck")),
         *(["train", *played, "--method", name] for name in METHODS),
         *(["evaluate", *played, "--method", name] for name in (*METHODS, "reference")),
         ["compare"],
