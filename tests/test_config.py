@@ -125,7 +125,7 @@ def sections(section: type[Section] = Section) -> list[type[Section]]:
     return [
         s
         for child in section.__subclasses__()
-        if child.__module__.startswith("pipeline.settings.")
+        if child.__module__.startswith("pipeline.settings.") and child.__module__ != "pipeline.settings.sweep"
         for s in [child, *sections(child)]
     ]
 

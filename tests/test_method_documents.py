@@ -12,7 +12,7 @@ import torch
 from ruamel.yaml import YAML
 
 from pipeline.model.policy import Policy
-from pipeline.objective.methods import SLOTS
+from pipeline.report.methods import SLOTS
 from pipeline.settings.method import Method
 from pipeline.settings.params import Config, load, parse
 from pipeline.settings.presets import overlay

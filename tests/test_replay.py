@@ -81,7 +81,7 @@ def test_parts_add_up_to_the_weights(
         malformed_weight=tags,
         answer_tag_weight=0.8,
     )
-    expected = actfocus_weights(batch, **weight.model_dump(exclude={"kind"}))
+    expected = actfocus_weights(batch, weight)
     factors = torch.from_numpy(part_factors(Point(alpha, beta, tau, signal), pairs, weight))
     torch.testing.assert_close(part_weights(batch, pairs) @ factors, expected)
 

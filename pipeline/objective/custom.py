@@ -21,11 +21,11 @@ from typing import Any, NoReturn
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pipeline.objective.advantages import AdvantageEstimate, Estimates
 from pipeline.objective.batch import State, TokenBatch
-from pipeline.objective.regularisers import EntropyTerms, _without_band
-from pipeline.objective.surrogates import Plan, SurrogateLoss, UpdateTokens
-from pipeline.objective.weights import _shuffled
+from pipeline.objective.estimates import AdvantageEstimate, Estimates
+from pipeline.objective.regularisers import EntropyTerms, without_band
+from pipeline.objective.surrogates import MinibatchPlan, SurrogateLoss, UpdateTokens
+from pipeline.objective.weights import shuffled
 from pipeline.settings.custom import Custom, custom_sections
 from pipeline.settings.params import Config
 from pipeline.settings.weight import CustomWeight
@@ -111,7 +111,7 @@ def weight(batch: TokenBatch, section: CustomWeight) -> Float[Tensor, " n"]:
     if bool((given < 0).any()):
         _refuse(section, f"the weight {float(given.min()):g}", "at least 0")
     for role in RESPONSE_ROLES if section.shuffle else ():
-        given = _shuffled(given, batch.of(role), batch.noise)
+        given = shuffled(given, batch.of(role), batch.noise)
     return given
 
 
@@ -125,7 +125,7 @@ def aggregation(
     return given
 
 
-def surrogate(tokens: UpdateTokens, plan: Plan | None, section: Custom) -> SurrogateLoss:
+def surrogate(tokens: UpdateTokens, plan: MinibatchPlan | None, section: Custom) -> SurrogateLoss:
     """S5: the loss of each token. A loss that is not finite is the training's to count: weights may have led there."""
     given = _called(section, tokens)
     loss, clipped = (
@@ -141,7 +141,7 @@ def regulariser(batch: TokenBatch, state: State, section: Custom) -> tuple[Entro
     """S6: the entropy terms of each token; it remembers nothing."""
     given = _called(section, batch)
     if not isinstance(given, EntropyTerms):
-        return _without_band(_shaped(section, given, batch.entropy)), {}
+        return without_band(_shaped(section, given, batch.entropy)), {}
     for name, values in given._asdict().items():
         _shaped(section, values, batch.entropy, finite=name in ("bonus", "penalty"))
     return given, {}

@@ -18,18 +18,6 @@ class AdvantageSection(Section):
     """``A_t * (1 + entropy_scale * z(H_t))`` with the behaviour policy's entropy, z-scored over the batch's trainable
     tokens (AEPO, arXiv 2510.14545: 0.2); 0 for none."""
 
-    def heads(self) -> dict[str, Critic | QFunction]:
-        """Networks beside the policy that this advantage needs, by name."""
-        return {}
-
-    def estimates(self) -> tuple[str, ...]:
-        """What these networks must say of every token before the update."""
-        return tuple(self.heads())
-
-    def behind(self) -> tuple[str, ...]:
-        """Which of these are also asked of the state behind the last token of episodes that were cut off."""
-        return ()
-
 
 class CriticAdvantage(AdvantageSection):
     """What every choice has that learns values."""
@@ -37,9 +25,6 @@ class CriticAdvantage(AdvantageSection):
     cut_off: Literal["end", "bootstrap"] = "end"
     """What is behind an episode that no turn or no room was left for (end_reason ``turns`` or ``context``): nothing, as
     behind one that the environment has ended; or what the networks say where the next response would have begun."""
-
-    def behind(self) -> tuple[str, ...]:
-        return self.estimates() if self.cut_off == "bootstrap" else ()
 
 
 class StandardisedAdvantage(AdvantageSection):
@@ -116,9 +101,6 @@ class GAE(CriticAdvantage):
             refuse_ignored(self, "gamma is 1", "discount")
         return self
 
-    def heads(self) -> dict[str, Critic | QFunction]:
-        return {"value": self.critic}
-
 
 class TurnGAE(CriticAdvantage):
     """S3: GAE over turns; a response's tokens share its advantage (turn-level PPO). The value is that of its first token."""
@@ -131,9 +113,6 @@ class TurnGAE(CriticAdvantage):
     whiten: bool = True
     """Standardise advantages over the iteration's sampled tokens."""
     critic: Critic = Critic()
-
-    def heads(self) -> dict[str, Critic | QFunction]:
-        return {"value": self.critic}
 
 
 class BilevelGAE(CriticAdvantage):
@@ -151,9 +130,6 @@ class BilevelGAE(CriticAdvantage):
     whiten: bool = True
     """Standardise advantages over the iteration's sampled tokens."""
     critic: Critic = Critic()
-
-    def heads(self) -> dict[str, Critic | QFunction]:
-        return {"value": self.critic}
 
 
 class EntropyGAE(CriticAdvantage):
@@ -179,9 +155,6 @@ class EntropyGAE(CriticAdvantage):
     entropy_critic: Critic = Critic()
     """Value function of entropy."""
 
-    def heads(self) -> dict[str, Critic | QFunction]:
-        return {"value": self.critic, "entropy_value": self.entropy_critic}
-
 
 class SoftQ(CriticAdvantage):
     """S3: token-level soft Bellman targets of Q over the vocabulary (ETPO, arXiv 2402.06700); goes with surrogate soft_q."""
@@ -195,15 +168,6 @@ class SoftQ(CriticAdvantage):
     def _effective(self) -> SoftQ:
         refuse_ignored(self, "the policy learns from Q itself", "entropy_scale")
         return self
-
-    def heads(self) -> dict[str, Critic | QFunction]:
-        return {"q": self.q}
-
-    def estimates(self) -> tuple[str, ...]:
-        return ("soft_value", "taken")
-
-    def behind(self) -> tuple[str, ...]:
-        return ("soft_value",) if self.cut_off == "bootstrap" else ()
 
 
 class SharedPrefixAdvantage(StandardisedAdvantage):

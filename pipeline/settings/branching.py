@@ -1,8 +1,11 @@
-"""Slot S1: where episodes come from. What each choice does is in pipeline/rollout/branching.py."""
+"""Slot S1: where episodes come from. What each choice does is in pipeline/rollout/branching.py.
+
+The budget, ``rollout.group_size`` episodes per initial state, is the same for all.
+"""
 
 from __future__ import annotations
 
-from typing import Annotated, ClassVar, Literal, Union
+from typing import Annotated, Literal, Union
 
 from pydantic import Field, model_validator
 
@@ -18,25 +21,13 @@ from pipeline.settings.section import (
 )
 
 
-class BranchingSection(Section):
-    """What every choice of S1 has. The budget, ``rollout.group_size`` episodes per initial state, is the same for all."""
-
-    scored: ClassVar[bool] = False
-    """Episodes are annotated, and their tokens scored, before others branch from them."""
-
-    @property
-    def moved(self) -> bool:
-        """Whether branches are placed by how the policy has moved: it is updated once before there are any."""
-        return False
-
-
-class Independent(BranchingSection):
+class Independent(Section):
     """S1: every episode begins at the initial state."""
 
     kind: Literal["none"] = "none"
 
 
-class EntropyRise(BranchingSection):
+class EntropyRise(Section):
     """S1: branch where an observation has raised the entropy (ARPO, arXiv 2507.19849; AEPO, arXiv 2510.14545).
 
     At the beginning of each response but the first, ``width`` more episodes begin if
@@ -75,13 +66,12 @@ class EntropyRise(BranchingSection):
         return self
 
 
-class Positions(BranchingSection):
+class Positions(Section):
     """S1: branch at the tokens of highest score (APPO, arXiv 2606.12384; after TLPO, arXiv 2604.26553).
 
     The budget beyond ``initial`` goes to branches, ``width`` at each position, best first.
     """
 
-    scored: ClassVar[bool] = True
     kind: Literal["positions"]
     initial: Count = 8
     """Episodes that begin at the initial state."""
@@ -103,21 +93,16 @@ class Positions(BranchingSection):
     bounds: tuple[Positive, Positive] = (0.8, 1.2)
     """Omega is clipped to these."""
 
-    @property
-    def moved(self) -> bool:
-        """See ``BranchingSection.moved``."""
-        return self.signal == "branching_score"
-
     @model_validator(mode="after")
     def _effective(self) -> Positions:
-        if not self.moved:
+        if self.signal != "branching_score":
             refuse_ignored(self, f"signal is {self.signal}", "discount", "bounds")
         if not self.bounds[0] < 1 < self.bounds[1]:
             raise ValueError("bounds must be two numbers, low < 1 < high")
         return self
 
 
-class TreeSearch(BranchingSection):
+class TreeSearch(Section):
     """S1: Monte-Carlo tree search over turns, with whole episodes as simulations (after SEEA-R1, arXiv 2506.21669)."""
 
     kind: Literal["tree_search"]
@@ -127,7 +112,7 @@ class TreeSearch(BranchingSection):
     """c of ``Q + c * sqrt(ln N / n)``, with Q in [0, 1]. Ours."""
 
 
-class TemperatureSwitch(BranchingSection):
+class TemperatureSwitch(Section):
     """S1: episodes at another temperature, switched on entropy (Arbitrary Entropy PO, arXiv 2510.08141)."""
 
     kind: Literal["temperature_switch"]

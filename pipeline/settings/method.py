@@ -6,7 +6,14 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from pipeline.settings.advantage import GAE, TREE_ADVANTAGES, Advantage, CustomAdvantage, GroupAdvantage
+from pipeline.settings.advantage import (
+    GAE,
+    TREE_ADVANTAGES,
+    Advantage,
+    CriticAdvantage,
+    CustomAdvantage,
+    GroupAdvantage,
+)
 from pipeline.settings.aggregation import Aggregation
 from pipeline.settings.branching import Branching, Independent
 from pipeline.settings.filter import Filter
@@ -54,15 +61,15 @@ class Method(Section):
             raise ValueError(
                 "reward token_entropy and advantage token_group go together: such a reward stands on every token"
             )
-        if self.aggregation.count == "with_advantage" and self.advantage.heads():
+        if self.aggregation.count == "with_advantage" and isinstance(self.advantage, CriticAdvantage):
             raise ValueError(
                 f"aggregation.count with_advantage has no effect with advantage {self.advantage.kind}: one that comes "
                 "from a critic is 0 nowhere; it needs one that compares within groups"
             )
-        self._legal_trees()
         return self
 
-    def _legal_trees(self) -> None:
+    @model_validator(mode="after")
+    def _legal_on_trees(self) -> Method:
         """What is defined on trees, and only there."""
         branching, advantage = self.branching, self.advantage
         if (branching.kind == "temperature_switch") != (advantage.kind == "reinforced"):
@@ -70,7 +77,7 @@ class Method(Section):
         if branching.kind == "none":
             if isinstance(advantage, TREE_ADVANTAGES):
                 raise ValueError(f"advantage {advantage.kind} needs branches, and branching is none")
-            return
+            return self
         if advantage.kind == "prefix_credit" and branching.kind != "positions":
             raise ValueError("advantage prefix_credit needs branching positions, whose initial episodes are one group")
         if not isinstance(advantage, (*TREE_ADVANTAGES, GroupAdvantage, GAE, CustomAdvantage)):
@@ -79,10 +86,4 @@ class Method(Section):
             raise ValueError(f"reward {self.reward.kind} is not defined on branches")
         if self.weight.kind == "pivots":
             raise ValueError("weight pivots is not defined on branches: it goes by progress in the whole trajectory")
-
-    @property
-    def ratio_rule(self) -> str | None:
-        """The slot, if any, with a rule on the ratio: it does nothing in the first update after a rollout."""
-        if self.surrogate.needs_two_updates:
-            return "surrogate"
-        return "regulariser.skip_above_kl" if self.regulariser.skip_above_kl is not None else None
+        return self

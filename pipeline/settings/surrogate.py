@@ -13,14 +13,7 @@ Low = Annotated[Float, Field(gt=0.0, lt=1.0)]
 Dual = Annotated[Float, Field(gt=1.0, le=MOST)]
 
 
-class SurrogateSection(Section):
-    """What every choice of S5 has."""
-
-    needs_two_updates: ClassVar[bool] = True
-    """Its rules on the ratio do nothing in the first update after a rollout."""
-
-
-class PPOClip(SurrogateSection):
+class PPOClip(Section):
     """S5: the clipped surrogate with two bounds (arXiv 1707.06347, arXiv 2503.14476)."""
 
     kind: Literal["ppo_clip"]
@@ -33,7 +26,7 @@ class PPOClip(SurrogateSection):
     bound, as in PPO's paper and in TRL."""
 
 
-class SequenceClip(SurrogateSection):
+class SequenceClip(Section):
     """S5: the ratio of a trajectory is the geometric mean of its tokens' (GSPO, arXiv 2507.18071)."""
 
     kind: Literal["sequence_clip"]
@@ -43,7 +36,7 @@ class SequenceClip(SurrogateSection):
     """The trajectory's ratio is not pushed above 1 + high."""
 
 
-class DetachedClip(SurrogateSection):
+class DetachedClip(Section):
     """S5: ``-sg(clip(r)) A log pi``: no token loses its gradient (CISPO, arXiv 2506.13585)."""
 
     kind: Literal["detached_clip"]
@@ -53,7 +46,7 @@ class DetachedClip(SurrogateSection):
     """The weight is at most 1 + high. Ours: the published value is not known to us."""
 
 
-class StraightThroughClip(SurrogateSection):
+class StraightThroughClip(Section):
     """S5: above the upper bound the value is clipped and the gradient kept (AEPO, arXiv 2510.14545)."""
 
     kind: Literal["straight_through_clip"]
@@ -65,7 +58,7 @@ class StraightThroughClip(SurrogateSection):
     """Where A < 0 a ratio above this counts as this, without a gradient: 3 in the released code; null: no bound."""
 
 
-class CovarianceClip(SurrogateSection):
+class CovarianceClip(Section):
     """S5: PPO's clip, and no loss on random tokens of high covariance (Clip-Cov, arXiv 2505.22617)."""
 
     kind: Literal["covariance_clip"]
@@ -85,7 +78,7 @@ class CovarianceClip(SurrogateSection):
         return self
 
 
-class CovarianceKL(SurrogateSection):
+class CovarianceKL(Section):
     """S5: the plain ratio, and a penalty on tokens of highest covariance (KL-Cov, arXiv 2505.22617)."""
 
     kind: Literal["covariance_kl"]
@@ -95,7 +88,7 @@ class CovarianceKL(SurrogateSection):
     """Of ``abs(log pi - log pi_old)`` on these tokens."""
 
 
-class BalancedClip(SurrogateSection):
+class BalancedClip(Section):
     """S5: bounds of the ratio move until positive advantages carry their share of the loss (BAPO, arXiv 2510.18927)."""
 
     kind: Literal["balanced_clip"]
@@ -119,7 +112,7 @@ class BalancedClip(SurrogateSection):
         return self
 
 
-class ProcedureClip(SurrogateSection):
+class ProcedureClip(Section):
     """S5: PPO's clip with a dual bound, scaled by where each token leads (APPO, arXiv 2606.12384).
 
     The loss of a token is multiplied by ``1 + strength * f_t`` (raw) or ``1 + strength * (f_t - 1)`` (centred), with
@@ -148,19 +141,17 @@ class ProcedureClip(SurrogateSection):
     source's 6 beside 3: such a token has no gradient by then."""
 
 
-class SoftQSurrogate(SurrogateSection):
+class SoftQSurrogate(Section):
     """S5: ``sum_v pi(v) (b log(pi(v) / ref(v)) - Q(v))`` over the vocabulary (ETPO, arXiv 2402.06700)."""
 
-    needs_two_updates: ClassVar[bool] = False
     kind: Literal["soft_q"]
 
 
-class CustomSurrogate(SurrogateSection, Custom):
+class CustomSurrogate(Custom):
     """S5: a function of one's own. Whether it has a rule on the ratio is not known, so one update is allowed."""
 
     slot: ClassVar[str] = "surrogate"
     given: ClassVar[tuple[str, ...]] = ("tokens",)
-    needs_two_updates: ClassVar[bool] = False
 
 
 Surrogate = Annotated[

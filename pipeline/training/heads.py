@@ -1,7 +1,7 @@
 """Networks beside the policy that a method declares: value functions, and Q with its target network.
 
 One interface for all: ``estimate`` before the update, ``loss`` in it, ``after_step`` behind each step. What a method
-declares is in its advantage's settings (``heads()``); ``HEADS`` has the class for each kind of settings.
+declares is in its advantage's settings (``estimates.declared_heads``); ``HEADS`` has the class for each kind of settings.
 """
 
 from __future__ import annotations

@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader
 
 from pipeline.model.policy import Policy
 from pipeline.model.scoring import TokenScores, length_batches, predicting_hidden, score_tokens
+from pipeline.objective.estimates import declared_heads, needed_behind
 from pipeline.objective.methods import coefficients, policy_loss, surrogate_loss, surrogate_plan
 from pipeline.objective.regularisers import kl_penalty
 from pipeline.objective.surrogates import UpdateTokens
@@ -62,7 +63,7 @@ class PolicyGradient(lightning.LightningModule):
         self.policy = policy
         # In a tuple, so that Lightning neither trains nor saves it.
         self._frozen = (policy.frozen_copy(),)
-        self.heads = torch.nn.ModuleList(make_heads(self.method.advantage.heads(), self.reference))
+        self.heads = torch.nn.ModuleList(make_heads(declared_heads(self.method.advantage), self.reference))
         self.masters = torch.nn.ModuleList(self._trained(f"{config.params_file}: methods.{method_name}"))
         self.memory: Memory = {}
         """What adaptive slots keep from one iteration for the next."""
@@ -78,7 +79,7 @@ class PolicyGradient(lightning.LightningModule):
             self.reference,
             self.phases,
             first,
-            closing=bool(self.method.advantage.behind()),
+            closing=bool(needed_behind(self.method.advantage)),
         )
         self.curve: list[dict[str, float]] = []
         """One row of metrics per finished iteration."""
