@@ -223,8 +223,15 @@ def test_rules_that_need_to_know_a_choice_leave_ones_own_alone() -> None:
         {"surrogate": custom(), "aggregation": custom(count="with_advantage"), "advantage": custom()},
     ):
         row = method(**slots)
-        assert row.ratio_rule == (None if "surrogate" in slots else "surrogate")
         assert set(custom_sections(row)) == {slot for slot, section in slots.items() if section["kind"] == "custom"}
+
+
+def test_a_surrogate_of_ones_own_may_have_one_update() -> None:
+    raw = read_yaml(ROOT / "params.yaml") | {"compare": {}, "methods": {"mine": {"surrogate": custom()}}}
+    raw["train"] |= {"minibatch": 128, "passes": 1}
+    parse(raw)
+    with pytest.raises(UserError, match="one update per iteration"):
+        parse(raw | {"methods": {"mine": {"weight": custom()}}})
 
 
 # ------------------------------------------------------------------------------------------------ sweeps and tables
