@@ -15,6 +15,7 @@ def main() -> str:
     arguments = parse_arguments(__doc__)
     arguments.params = os.path.normpath(arguments.params)
     config = configured(arguments)
+    from pipeline.settings.custom import custom_sections
     from pipeline.sources.fingerprints import of_environment, of_machine, of_policy
     from pipeline.workspace.errors import UserError
     from pipeline.workspace.files import write_json
@@ -23,6 +24,10 @@ def main() -> str:
         raise UserError(
             f"{arguments.params}: params_file: {config.params_file!r} is another file; allowed: {arguments.params}"
         )
+    if any(map(custom_sections, (config.method_defaults, *config.methods.values()))):
+        from pipeline.objective.custom import check_functions  # seconds, of which most params files need none
+
+        check_functions(config, arguments.params)
     folder = out_folder(config) / "data" / "sources"
     for name, section in config.environments.items():
         write_json(folder / "environments" / f"{name}.json", of_environment(section))

@@ -29,6 +29,7 @@ from pipeline.objective.turns import first_of_turn, last_of_turn, turn_rewards
 from pipeline.settings.advantage import (
     GAE,
     BilevelGAE,
+    CustomAdvantage,
     EntropyGAE,
     GroupAdvantage,
     SoftQ,
@@ -44,7 +45,11 @@ from pipeline.workspace.yaml_files import read_yaml
 from tests.batches import BRANCHES, CLOSE, batches, method, noise, population, properties, section
 
 ROOT = Path(__file__).parents[1]
-KINDS = [get_args(choice.model_fields["kind"].annotation)[0] for choice in methods.ADVANTAGES]
+KINDS = [
+    get_args(choice.model_fields["kind"].annotation)[0]
+    for choice in methods.ADVANTAGES
+    if choice is not CustomAdvantage
+]
 WITH_HEADS = {
     "gae": "value",
     "turn_gae": "value",

@@ -17,11 +17,15 @@ from pipeline.objective.batch import TokenBatch
 from pipeline.objective.methods import entropy_terms
 from pipeline.objective.regularisers import EntropyTerms, entropy_band, entropy_loss, entropy_target, fixed
 from pipeline.settings.method import Method
-from pipeline.settings.regulariser import EntropyBand, EntropyTarget, FixedRegulariser
+from pipeline.settings.regulariser import CustomRegulariser, EntropyBand, EntropyTarget, FixedRegulariser
 from pipeline.trajectories.trajectory import Role
 from tests.batches import CLOSE, batches, method, noise, properties, section
 
-KINDS = [get_args(choice.model_fields["kind"].annotation)[0] for choice in methods.REGULARISERS]
+KINDS = [
+    get_args(choice.model_fields["kind"].annotation)[0]
+    for choice in methods.REGULARISERS
+    if choice is not CustomRegulariser
+]
 PATHS = st.lists(batches(), min_size=3, max_size=4)
 
 

@@ -174,7 +174,7 @@ def test_the_table_holds_the_flat_batch_of_what_passed_the_filter(policy: Policy
     values = token_number if slots.advantage.kind == "gae" else None
     iteration = prepared(config, method, policy, values)
     everything = token_batch(iteration.episodes, generator(0, "slots", 0))
-    kept = select_groups(slots, everything.returns, everything.group)
+    kept = select_groups(slots, everything)
     table = iteration.table
     assert iteration.metrics["kept_trajectories"] == len(table) == int(kept.sum()) == 4
     selected = iteration.episodes.select(np.flatnonzero(kept))

@@ -17,6 +17,7 @@ from torch import Tensor
 from pipeline.objective import (
     aggregation,
     critic_advantages,
+    custom,
     filters,
     group_advantages,
     regularisers,
@@ -33,6 +34,7 @@ from pipeline.objective.surrogates import MinibatchPlan, SurrogateLoss, UpdateTo
 from pipeline.settings.advantage import (
     GAE,
     BilevelGAE,
+    CustomAdvantage,
     EntropyGAE,
     GroupAdvantage,
     PrefixCreditAdvantage,
@@ -44,11 +46,12 @@ from pipeline.settings.advantage import (
     TokenGroupAdvantage,
     TurnGAE,
 )
-from pipeline.settings.aggregation import ConstantNormaliser, SequenceMean, TokenMean, WeightSum
-from pipeline.settings.filter import AllGroups, RewardVariance
+from pipeline.settings.aggregation import ConstantNormaliser, CustomAggregation, SequenceMean, TokenMean, WeightSum
+from pipeline.settings.filter import AllGroups, CustomFilter, RewardVariance
 from pipeline.settings.method import Method
-from pipeline.settings.regulariser import EntropyBand, EntropyTarget, FixedRegulariser
+from pipeline.settings.regulariser import CustomRegulariser, EntropyBand, EntropyTarget, FixedRegulariser
 from pipeline.settings.reward import (
+    CustomReward,
     EntropyRateReward,
     PlainReward,
     ReferenceKLReward,
@@ -60,6 +63,7 @@ from pipeline.settings.surrogate import (
     BalancedClip,
     CovarianceClip,
     CovarianceKL,
+    CustomSurrogate,
     DetachedClip,
     PPOClip,
     ProcedureClip,
@@ -70,6 +74,7 @@ from pipeline.settings.surrogate import (
 from pipeline.settings.weight import (
     ActFocusWeight,
     AttenuatedWeight,
+    CustomWeight,
     PivotWeight,
     RoleRampWeight,
     SpuriousMaskWeight,
@@ -83,10 +88,12 @@ REWARDS: dict[type[Section], Callable[..., Tensor]] = {
     SequenceEntropyReward: rewards.sequence_entropy,
     EntropyRateReward: rewards.entropy_rate,
     ReferenceKLReward: rewards.reference_kl,
+    CustomReward: custom.reward,
 }
 FILTERS: dict[type[Section], Callable[..., Tensor]] = {
     AllGroups: filters.all_groups,
     RewardVariance: filters.reward_variance,
+    CustomFilter: custom.keep,
 }
 ADVANTAGES: dict[type[Section], Callable[..., AdvantageEstimate]] = {
     GroupAdvantage: group_advantages.from_group,
@@ -101,6 +108,7 @@ ADVANTAGES: dict[type[Section], Callable[..., AdvantageEstimate]] = {
     PrefixCreditAdvantage: tree_advantages.from_prefix_credit,
     SiblingAdvantage: tree_advantages.from_siblings,
     ReinforcedAdvantage: tree_advantages.from_reinforced,
+    CustomAdvantage: custom.advantage,
 }
 WEIGHTS: dict[type[Section], Callable[..., Tensor]] = {
     UniformWeight: weights.uniform,
@@ -110,12 +118,14 @@ WEIGHTS: dict[type[Section], Callable[..., Tensor]] = {
     SpuriousMaskWeight: weights.spurious_mask,
     AttenuatedWeight: weights.attenuated,
     PivotWeight: weights.pivots,
+    CustomWeight: custom.weight,
 }
 AGGREGATIONS: dict[type[Section], Callable[..., Tensor]] = {
     WeightSum: aggregation.weight_sum,
     TokenMean: aggregation.token_mean,
     SequenceMean: aggregation.sequence_mean,
     ConstantNormaliser: aggregation.constant,
+    CustomAggregation: custom.aggregation,
 }
 SURROGATES: dict[type[Section], Callable[..., SurrogateLoss]] = {
     PPOClip: surrogates.token_clip,
@@ -127,6 +137,7 @@ SURROGATES: dict[type[Section], Callable[..., SurrogateLoss]] = {
     BalancedClip: surrogates.balanced_clip,
     ProcedureClip: surrogates.procedure_clip,
     SoftQSurrogate: surrogates.soft_q,
+    CustomSurrogate: custom.surrogate,
 }
 PLANS: dict[type[Section], Callable[..., MinibatchPlan]] = {
     CovarianceClip: surrogates.plan_covariance_clip,
@@ -139,12 +150,13 @@ REGULARISERS: dict[type[Section], Callable[..., tuple[EntropyTerms, dict[str, fl
     FixedRegulariser: regularisers.fixed,
     EntropyBand: regularisers.entropy_band,
     EntropyTarget: regularisers.entropy_target,
+    CustomRegulariser: custom.regulariser,
 }
 
 
-def select_groups(method: Method, returns: Float[Tensor, " e"], group: Int[Tensor, " e"]) -> Bool[Tensor, " e"]:
+def select_groups(method: Method, batch: TokenBatch) -> Bool[Tensor, " e"]:
     """S2: which trajectories the iteration trains on."""
-    return FILTERS[type(method.filter)](returns, group, method.filter)
+    return FILTERS[type(method.filter)](batch, method.filter)
 
 
 def shape_rewards(method: Method, batch: TokenBatch) -> TokenBatch:

@@ -33,7 +33,7 @@ def entropy_loss(entropy: Float[Tensor, " n"], terms: EntropyTerms) -> Float[Ten
 
 def fixed(batch: TokenBatch, state: State, section: FixedRegulariser) -> tuple[EntropyTerms, dict[str, float]]:
     """The same bonus on every token."""
-    return _without_band(torch.full_like(batch.entropy, section.entropy)), {}
+    return without_band(torch.full_like(batch.entropy, section.entropy)), {}
 
 
 def entropy_band(batch: TokenBatch, state: State, section: EntropyBand) -> tuple[EntropyTerms, dict[str, float]]:
@@ -48,7 +48,7 @@ def entropy_band(batch: TokenBatch, state: State, section: EntropyBand) -> tuple
         first = torch.full((batch.trajectories,), len(index), dtype=torch.long)
         first = first.scatter_reduce(0, batch.turn_trajectory, index, "amin")
         number = (index - first[batch.turn_trajectory])[batch.turn.clamp_min(0)]
-    terms = _without_band(torch.full_like(batch.entropy, section.entropy))
+    terms = without_band(torch.full_like(batch.entropy, section.entropy))
     kept = dict(state)
     for turn in sorted(set(number[inside].tolist())):
         own = inside & (number == turn)
@@ -79,10 +79,11 @@ def entropy_target(batch: TokenBatch, state: State, section: EntropyTarget) -> t
     members = nothing.index_add(0, batch.group, torch.ones_like(batch.group, dtype=nothing.dtype)).clamp_min(1)
     failed = nothing.index_add(0, batch.group, (~batch.success).to(nothing.dtype)) / members
     bonus = coefficient * (1 + section.hardness * failed[batch.group][batch.trajectory])
-    return _without_band(bonus), {"first_entropy": first, "coefficient": coefficient}
+    return without_band(bonus), {"first_entropy": first, "coefficient": coefficient}
 
 
-def _without_band(bonus: Float[Tensor, " n"]) -> EntropyTerms:
+def without_band(bonus: Float[Tensor, " n"]) -> EntropyTerms:
+    """A bonus alone, no penalty anywhere."""
     nothing = torch.zeros_like(bonus)
     return EntropyTerms(bonus, nothing.clone(), nothing - torch.inf, nothing + torch.inf)
 

@@ -42,7 +42,7 @@ def signal_values(batch: TokenBatch, signal: str, focus: Bool[Tensor, " n"]) -> 
         "reference_entropy": lambda: batch.ref_entropy,
         "behaviour_nll": lambda: -batch.logprob,
         "logprob_shift": lambda: batch.logprob - batch.ref_logprob,
-        "shuffled_energy": lambda: _shuffled(batch.energy, focus, batch.noise),
+        "shuffled_energy": lambda: shuffled(batch.energy, focus, batch.noise),
     }[signal]()
 
 
@@ -155,7 +155,7 @@ def _by_role(batch: TokenBatch, fixed: dict[Role, float]) -> Float[Tensor, " n"]
     return weights
 
 
-def _shuffled(values: Float[Tensor, " n"], mask: Bool[Tensor, " n"], noise: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+def shuffled(values: Float[Tensor, " n"], mask: Bool[Tensor, " n"], noise: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     """The masked values in the order of their noise."""
     index = torch.nonzero(mask).squeeze(-1)
     result = values.clone()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from typing import Any
 
 from pipeline.settings.method import Method
 from pipeline.settings.section import Section
@@ -27,14 +28,14 @@ def method_table(methods: Mapping[str, Method], defaults: Method) -> str:
     return "\n".join(lines)
 
 
-def _written(section: Section) -> str:
+def _written(section: Section | Mapping[str, Any]) -> str:
     parts = []
-    for name, value in section:
-        if name == "kind":
+    for name, value in section.items() if isinstance(section, Mapping) else section:
+        if name == "kind" or value == {}:
             continue
-        if isinstance(value, Section):
+        if isinstance(value, Section | Mapping):
             parts.append(f"{name} ({_written(value)})")
         else:
             parts.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}")
     kind = getattr(section, "kind", "")
-    return f"{kind}: {', '.join(parts)}" if parts else str(kind)
+    return f"{kind}: {', '.join(parts)}" if parts and kind else kind or ", ".join(parts)

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Union
+from typing import Annotated, ClassVar, Literal, Union
 
 from pydantic import Field, model_validator
 
+from pipeline.settings.custom import Custom
 from pipeline.settings.heads import Critic, QFunction
 from pipeline.settings.section import Epsilon, Float, NonNegative, Positive, Probability, Section, refuse_ignored
 
@@ -210,6 +211,12 @@ class ReinforcedAdvantage(StandardisedAdvantage):
     """Advantage of their tokens. Ours."""
 
 
+class CustomAdvantage(AdvantageSection, Custom):
+    """S3: a function of one's own, without a critic; it may go by branches (``parent`` and ``split`` of the batch)."""
+
+    slot: ClassVar[str] = "advantage"
+
+
 TREE_ADVANTAGES = (SharedPrefixAdvantage, PrefixCreditAdvantage, SiblingAdvantage, ReinforcedAdvantage)
 
 Advantage = Annotated[
@@ -226,6 +233,7 @@ Advantage = Annotated[
         PrefixCreditAdvantage,
         SiblingAdvantage,
         ReinforcedAdvantage,
+        CustomAdvantage,
     ],
     Field(discriminator="kind"),
 ]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Union
+from typing import Annotated, ClassVar, Literal, Union
 
 from pydantic import Field
 
+from pipeline.settings.custom import Custom
 from pipeline.settings.section import Positive, Section
 
 
@@ -43,4 +44,13 @@ class ConstantNormaliser(AggregationSection):
     """That constant: published as the longest response; for a whole episode max_turns * response_tokens."""
 
 
-Aggregation = Annotated[Union[WeightSum, TokenMean, SequenceMean, ConstantNormaliser], Field(discriminator="kind")]
+class CustomAggregation(AggregationSection, Custom):
+    """S4: a function of one's own."""
+
+    slot: ClassVar[str] = "aggregation"
+    given: ClassVar[tuple[str, ...]] = ("weight", "trainable", "trajectory")
+
+
+Aggregation = Annotated[
+    Union[WeightSum, TokenMean, SequenceMean, ConstantNormaliser, CustomAggregation], Field(discriminator="kind")
+]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Union
+from typing import Annotated, ClassVar, Literal, Union
 
 from pydantic import Field
 
+from pipeline.settings.custom import Custom
 from pipeline.settings.section import Section, Share
 
 
@@ -23,4 +24,10 @@ class RewardVariance(Section):
     """Share of the iteration's groups that is kept, by standard deviation of their returns."""
 
 
-Filter = Annotated[Union[AllGroups, RewardVariance], Field(discriminator="kind")]
+class CustomFilter(Custom):
+    """S2: a function of one's own; it may also drop single trajectories."""
+
+    slot: ClassVar[str] = "filter"
+
+
+Filter = Annotated[Union[AllGroups, RewardVariance, CustomFilter], Field(discriminator="kind")]

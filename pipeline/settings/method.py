@@ -6,7 +6,14 @@ from typing import Literal
 
 from pydantic import model_validator
 
-from pipeline.settings.advantage import GAE, TREE_ADVANTAGES, Advantage, CriticAdvantage, GroupAdvantage
+from pipeline.settings.advantage import (
+    GAE,
+    TREE_ADVANTAGES,
+    Advantage,
+    CriticAdvantage,
+    CustomAdvantage,
+    GroupAdvantage,
+)
 from pipeline.settings.aggregation import Aggregation
 from pipeline.settings.branching import Branching, Independent
 from pipeline.settings.filter import Filter
@@ -49,7 +56,8 @@ class Method(Section):
     def _legal(self) -> Method:
         if (self.advantage.kind == "soft_q") != (self.surrogate.kind == "soft_q"):
             raise ValueError("advantage soft_q and surrogate soft_q go together: one is of no use without the other")
-        if (self.reward.kind == "token_entropy") != (self.advantage.kind == "token_group"):
+        rewarded, compared = self.reward.kind == "token_entropy", self.advantage.kind == "token_group"
+        if rewarded != compared and "custom" not in (self.reward.kind, self.advantage.kind):
             raise ValueError(
                 "reward token_entropy and advantage token_group go together: such a reward stands on every token"
             )
@@ -72,7 +80,7 @@ class Method(Section):
             return self
         if advantage.kind == "prefix_credit" and branching.kind != "positions":
             raise ValueError("advantage prefix_credit needs branching positions, whose initial episodes are one group")
-        if not isinstance(advantage, (*TREE_ADVANTAGES, GroupAdvantage, GAE)):
+        if not isinstance(advantage, (*TREE_ADVANTAGES, GroupAdvantage, GAE, CustomAdvantage)):
             raise ValueError(f"advantage {advantage.kind} is not defined on branches")
         if self.reward.kind != "none":
             raise ValueError(f"reward {self.reward.kind} is not defined on branches")

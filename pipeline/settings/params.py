@@ -301,7 +301,7 @@ class Config(Section):
 
     def _updates_twice(self, name: str, method: Method) -> None:
         """Rules on the ratio do nothing in the first update after a rollout: there must be another one."""
-        if method.surrogate.kind == "soft_q" and method.regulariser.skip_above_kl is None:
+        if method.surrogate.kind in ("soft_q", "custom") and method.regulariser.skip_above_kl is None:
             return
         # A filter leaves so many groups at most, prefix credit only the initial episodes of each.
         groups = math.ceil(round(getattr(method.filter, "keep", 1.0) * self.rollout.groups, 9))
@@ -311,7 +311,7 @@ class Config(Section):
         # By this score branches are placed where the policy has moved: it is updated once before there are any.
         moved = getattr(method.branching, "signal", None) == "branching_score"
         if (self.train.passes + moved) * max(1, whole + (2 * rest >= self.train.minibatch)) == 1:
-            rule = "regulariser.skip_above_kl" if method.surrogate.kind == "soft_q" else "surrogate"
+            rule = "regulariser.skip_above_kl" if method.surrogate.kind in ("soft_q", "custom") else "surrogate"
             raise ValueError(
                 f"methods.{name}.{rule}: a rule on the ratio does nothing with one update per "
                 f"iteration of {kept} episodes; lower train.minibatch or raise train.passes"

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Union
+from typing import Annotated, ClassVar, Literal, Union
 
 from pydantic import Field, model_validator
 
+from pipeline.settings.custom import Custom
 from pipeline.settings.section import NonNegative, Positive, Section, refuse_ignored
 
 
@@ -73,4 +74,17 @@ class EntropyTarget(RegulariserSection):
     """A group's coefficient is larger by this times its failure rate. Ours."""
 
 
-Regulariser = Annotated[Union[FixedRegulariser, EntropyBand, EntropyTarget], Field(discriminator="kind")]
+class CustomRegulariser(RegulariserSection, Custom):
+    """S6: a function of one's own gives each token's entropy terms; the KL terms are as in every choice."""
+
+    slot: ClassVar[str] = "regulariser"
+
+    @model_validator(mode="after")
+    def _effective(self) -> CustomRegulariser:
+        refuse_ignored(self, "the function gives the bonus", "entropy")
+        return self
+
+
+Regulariser = Annotated[
+    Union[FixedRegulariser, EntropyBand, EntropyTarget, CustomRegulariser], Field(discriminator="kind")
+]

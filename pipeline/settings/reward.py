@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Union
+from typing import Annotated, ClassVar, Literal, Union
 
 from pydantic import Field
 
+from pipeline.settings.custom import Custom
 from pipeline.settings.section import NonNegative, Positive, Section
 
 
@@ -51,7 +52,13 @@ class ReferenceKLReward(Section):
     """Reward lost per nat."""
 
 
+class CustomReward(Custom):
+    """S7: a function of one's own."""
+
+    slot: ClassVar[str] = "reward"
+
+
 Reward = Annotated[
-    Union[PlainReward, TokenEntropyReward, SequenceEntropyReward, EntropyRateReward, ReferenceKLReward],
+    Union[PlainReward, TokenEntropyReward, SequenceEntropyReward, EntropyRateReward, ReferenceKLReward, CustomReward],
     Field(discriminator="kind"),
 ]

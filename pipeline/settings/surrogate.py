@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Union
+from typing import Annotated, ClassVar, Literal, Union
 
 from pydantic import Field, model_validator
 
+from pipeline.settings.custom import Custom
 from pipeline.settings.section import MOST, Float, Number, Positive, Probability, Section, Share
 
 Low = Annotated[Float, Field(gt=0.0, lt=1.0)]
@@ -146,6 +147,13 @@ class SoftQSurrogate(Section):
     kind: Literal["soft_q"]
 
 
+class CustomSurrogate(Custom):
+    """S5: a function of one's own. Whether it has a rule on the ratio is not known, so one update is allowed."""
+
+    slot: ClassVar[str] = "surrogate"
+    given: ClassVar[tuple[str, ...]] = ("tokens",)
+
+
 Surrogate = Annotated[
     Union[
         PPOClip,
@@ -157,6 +165,7 @@ Surrogate = Annotated[
         BalancedClip,
         ProcedureClip,
         SoftQSurrogate,
+        CustomSurrogate,
     ],
     Field(discriminator="kind"),
 ]

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Literal, Union
+from typing import Annotated, ClassVar, Literal, Union
 
 from pydantic import Field, model_validator
 
+from pipeline.settings.custom import Custom
 from pipeline.settings.section import Int, NonNegative, Probability, Section, Share, Temperature, refuse_ignored
 
 
@@ -122,6 +123,14 @@ class PivotWeight(Section):
         return self
 
 
+class CustomWeight(Custom):
+    """S4: a function of one's own."""
+
+    slot: ClassVar[str] = "weight"
+    shuffle: bool = False
+    """A control: each role's tokens have the function's weights in a random order."""
+
+
 Weight = Annotated[
     Union[
         UniformWeight,
@@ -131,6 +140,7 @@ Weight = Annotated[
         SpuriousMaskWeight,
         AttenuatedWeight,
         PivotWeight,
+        CustomWeight,
     ],
     Field(discriminator="kind"),
 ]

@@ -66,7 +66,7 @@ def run_iteration(collection: Collection, learner: Learner, optimizer: Any, memo
         tempered = collection.at_temperature(episodes)
 
         everything = _token_batch(collection, tempered, number)
-        passed = select_groups(method, everything.returns, everything.group)
+        passed = select_groups(method, everything)
         metrics = _collection_metrics(method, tempered, everything, passed)
         metrics["sampling_error"] = _sampling_error(collection, episodes, earlier, metrics, curve)
         earlier = frozenset(episodes.episodes["episode_id"])
