@@ -42,7 +42,7 @@ from pipeline.training.result import table_slice
 from pipeline.trajectories.trajectory import Trajectories, TrajectoryError, read
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.files import write_json
-from pipeline.workspace.processes import Report, run_in_processes
+from pipeline.workspace.processes import Tell, run_in_processes
 from pipeline.workspace.yaml_files import read_yaml
 
 REPEATS = 5
@@ -343,7 +343,7 @@ def training_task(setup: Setup, method: str, iterations: int, folder: Path) -> A
     return TrainingJob(task, setup.table, run_settings(config, folder, ENVIRONMENT, method, made_from)[0])
 
 
-def train(job: Any, report: Report) -> list[dict[str, float]]:
+def train(job: Any, report: Tell) -> list[dict[str, float]]:
     """Train; returns what each iteration took."""
     from pipeline.training.run import train_one
 

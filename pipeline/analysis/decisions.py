@@ -27,7 +27,7 @@ from pipeline.training.result import training_task
 from pipeline.training.run import TrainingJob, train_one
 from pipeline.trajectories.trajectory import Role, build
 from pipeline.workspace.errors import UserError
-from pipeline.workspace.processes import Report, run_in_processes
+from pipeline.workspace.processes import Tell, run_in_processes
 from pipeline.workspace.randomness import generator
 
 SIGNALS: tuple[str, ...] = get_args(Positions.model_fields["signal"].annotation)
@@ -116,7 +116,7 @@ def decisions(config: Config, policy: Path, name: str, method: str, plan: Plan, 
     }
 
 
-def _measure(task: Task, report: Report) -> list[Position]:
+def _measure(task: Task, report: Tell) -> list[Position]:
     config, plan = task.config, task.plan
     once = config.model_copy(update={"train": config.train.model_copy(update={"iterations": 1, "tokens": None})})
     training = training_task(once, task.name, task.method, task.seed, task.policy, task.cache)

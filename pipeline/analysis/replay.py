@@ -31,7 +31,7 @@ from pipeline.settings.params import Config
 from pipeline.settings.slots import ActFocusWeight
 from pipeline.trajectories.trajectory import Role, Trajectories
 from pipeline.workspace.errors import UserError
-from pipeline.workspace.processes import Report, run_in_processes
+from pipeline.workspace.processes import Tell, run_in_processes
 from pipeline.workspace.randomness import generator
 
 SKETCH = 2**15
@@ -163,7 +163,7 @@ def part_factors(point: Point, pairs: Sequence[tuple[str, float]], weight: ActFo
     return np.array(fixed + [point.beta * (pair == (point.signal, point.tau)) for pair in pairs])
 
 
-def group_gradients(task: Task, report: Report) -> np.ndarray:
+def group_gradients(task: Task, report: Tell) -> np.ndarray:
     """(groups, parts, SKETCH): sketched gradients of ``sum_t part_t * A_t * log pi_t`` by the policy's parameters."""
     report(0, len(task.groups), "groups")
     config, policy = task.config, load_trained(task.policy, task.config)

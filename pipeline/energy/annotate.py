@@ -15,7 +15,7 @@ from pipeline.progress.display import due, within
 from pipeline.settings.params import Config
 from pipeline.trajectories.trajectory import Trajectories, concatenate
 from pipeline.workspace.finite import require_finite
-from pipeline.workspace.processes import Report
+from pipeline.workspace.processes import Tell
 
 
 @torch.inference_mode()
@@ -76,7 +76,7 @@ def annotate(
     return replace(trajectories, energy=-logsumexp, ref_logprob=logprob, ref_entropy=entropy)
 
 
-def annotate_part(task: tuple[Config, Path, Trajectories], report: Report) -> Trajectories:
+def annotate_part(task: tuple[Config, Path, Trajectories], report: Tell) -> Trajectories:
     """Annotate some slices in a process of its own; ``task`` is config, reference policy's directory and episodes.
 
     Slice by slice, because float rounding depends on what shares a forward pass: a slice's numbers are to be exactly

@@ -19,7 +19,7 @@ from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.settings.params import Config
 from pipeline.trajectories.trajectory import CUT_OFF, RESPONSES, Role, Trajectories
 from pipeline.workspace.finite import located
-from pipeline.workspace.processes import Report
+from pipeline.workspace.processes import Tell
 from pipeline.workspace.randomness import generator
 
 
@@ -62,7 +62,7 @@ class EvaluationTask:
     temperature: float
 
 
-def evaluate_policy(task: EvaluationTask, report: Report) -> pa.Table:
+def evaluate_policy(task: EvaluationTask, report: Tell) -> pa.Table:
     """Load a policy in a process of its own and play the test split; returns ``episode_results``."""
     within(0.0, "loading the policy", insist=True)
     policy = load_trained(task.policy, task.config)

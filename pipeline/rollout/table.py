@@ -13,10 +13,10 @@ from pipeline.rollout.collector import collect, iteration_specs
 from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.settings.params import Config
 from pipeline.trajectories.trajectory import Trajectories
-from pipeline.workspace.processes import Report
+from pipeline.workspace.processes import Tell
 
 
-def sample_slice(task: tuple[Config, str, Path, list[int]], report: Report) -> dict[int, Trajectories]:
+def sample_slice(task: tuple[Config, str, Path, list[int]], report: Tell) -> dict[int, Trajectories]:
     """Sample the slices of some seeds; ``task`` is config, environment, policy directory and seeds."""
     config, name, directory, seeds = task
     policy = load_trained(directory, config)

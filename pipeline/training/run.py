@@ -26,7 +26,7 @@ from pipeline.training.result import TrainingTask, publish, table_slice
 from pipeline.trajectories.trajectory import read
 from pipeline.workspace.files import lock, read_json, write_json
 from pipeline.workspace.finite import located, require_finite
-from pipeline.workspace.processes import Report
+from pipeline.workspace.processes import Tell
 
 Curve = list[dict[str, float]]
 """One row of metrics per finished iteration."""
@@ -43,13 +43,13 @@ class TrainingJob:
     """Where and under which tags MLflow holds the run; None for a training that has no run of its own."""
 
 
-def train_one(job: TrainingJob, report: Report) -> Path:
+def train_one(job: TrainingJob, report: Tell) -> Path:
     """Train one seed, or go on where it was killed; returns the folder of its result."""
     train_until(job, job.task.config.train.iterations, report)
     return job.task.result
 
 
-def train_until(job: TrainingJob, iterations: int, report: Report) -> Curve:
+def train_until(job: TrainingJob, iterations: int, report: Tell) -> Curve:
     """Train one seed for so many of its iterations, or go on where it stopped; returns its learning curve so far.
 
     It stops with a checkpoint; the result appears with the training's last iteration (see ``training_over``). Where another
@@ -65,7 +65,7 @@ def _waiting() -> None:
     within(0.0, "waiting for another command, which does this training", insist=True)
 
 
-def _train_until(job: TrainingJob, iterations: int, report: Report) -> Curve:
+def _train_until(job: TrainingJob, iterations: int, report: Tell) -> Curve:
     """See ``train_until``; nobody else works on this training."""
     task, table = job.task, job.table
     if task.finished:
@@ -182,7 +182,7 @@ class _Validation(Callback):
 class _Progress(Callback):
     """Reports after every iteration: how many of them, or of the tokens that may be sampled, have been spent."""
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, report: Tell) -> None:
         self._report = report
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
