@@ -31,7 +31,8 @@ from benchmarks.baselines import GenerateEngine, padded_scores
 from benchmarks.flops import forward_flops, sampling_flops
 from pipeline.energy.annotate import annotate
 from pipeline.model.kernels.library import library
-from pipeline.model.policy import Policy, load_trained
+from pipeline.model.loading import load_trained
+from pipeline.model.policy import Policy
 from pipeline.model.scoring import length_batches, predicting_hidden, score_tokens
 from pipeline.model.trunk import Attend, Heads, packed_attention, padded_attention
 from pipeline.rollout.collector import collect, iteration_specs
@@ -39,7 +40,8 @@ from pipeline.rollout.engine import Continuation, Request, Sampling
 from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.settings.params import Config, load
 from pipeline.training.result import table_slice
-from pipeline.trajectories.trajectory import Trajectories, TrajectoryError, read
+from pipeline.trajectories.table import read
+from pipeline.trajectories.trajectory import Trajectories, TrajectoryError
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.files import write_json
 from pipeline.workspace.processes import Tell, run_in_processes

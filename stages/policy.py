@@ -13,7 +13,8 @@ def main() -> str:
     from pipeline.bootstrap.supervision import bootstrap, expert_of
     from pipeline.environments import make
     from pipeline.environments.registry import reset
-    from pipeline.model.policy import load_policy, longest_context, save_replacing
+    from pipeline.model.loading import load_policy, longest_context
+    from pipeline.model.policy import save_replacing
     from pipeline.progress.display import Display, doing
     from pipeline.rollout.acceptance import accept
     from pipeline.workspace.errors import UserError

@@ -13,6 +13,7 @@ def main() -> str:
 
     from pipeline.progress.display import doing
     from pipeline.rollout.table import sample_slice
+    from pipeline.trajectories.table import write
     from pipeline.trajectories.trajectory import RESPONSES, concatenate
     from pipeline.workspace.processes import run_in_processes
 
@@ -27,7 +28,7 @@ def main() -> str:
     doing("writing the table")
     table = concatenate([by_seed[seed] for seed in slices])
     target = out / "data" / "trajectories" / f"{name}.parquet"
-    table.write(target)
+    write(table, target)
     success = sum(table.episodes["success"]) / len(table)
     responses = table.responses
     turns = ", ".join(f"{responses.count(kind)} {kind}" for kind in RESPONSES)

@@ -20,7 +20,8 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BertConfig, BertL
 
 from pipeline.bootstrap.tokenizer import train_tokenizer
 from pipeline.energy.annotate import annotate
-from pipeline.model.policy import Policy, load_policy, longest_context
+from pipeline.model.loading import load_policy, longest_context
+from pipeline.model.policy import Policy
 from pipeline.rollout.acceptance import accept
 from pipeline.rollout.collector import collect, iteration_specs
 from pipeline.rollout.transformers_engine import TransformersEngine

@@ -19,7 +19,7 @@ from pipeline.bootstrap.supervision import bootstrap
 from pipeline.energy.annotate import annotate
 from pipeline.environments.registry import OURS, make, reset
 from pipeline.evaluation.evaluate import EvaluationTask, evaluate_policy
-from pipeline.model.policy import load_policy
+from pipeline.model.loading import load_policy
 from pipeline.rollout.table import sample_slice
 from pipeline.settings.params import Config, Environment, ScratchPolicy, parse
 from pipeline.settings.presets import overlay

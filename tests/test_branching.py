@@ -37,8 +37,10 @@ from pipeline.training.collection import Collection
 from pipeline.training.module import PolicyGradient
 from pipeline.training.result import TrainingTask, training_task
 from pipeline.training.run import TrainingJob, train_one
-from pipeline.trajectories.prompting import Dialogue, decode, token_roles
-from pipeline.trajectories.trajectory import Role, Trajectories, read
+from pipeline.trajectories.parsing import decode, token_roles
+from pipeline.trajectories.prompting import Dialogue
+from pipeline.trajectories.table import read, to_table, write
+from pipeline.trajectories.trajectory import Role, Trajectories
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.files import read_json
 from pipeline.workspace.randomness import generator
@@ -182,7 +184,7 @@ def test_any_forest_meets_its_budget_with_branches_of_its_own_episodes(
     if share == 1 and isinstance(section, slots.Positions):
         assert (made.parents == -1).all()
     again = planted(changed, section, specs=specs, score=score)
-    assert again.to_table().equals(made.to_table())
+    assert to_table(again).equals(to_table(made))
 
 
 def test_branches_grow_from_branches_and_siblings_at_one_place_go_their_own_ways() -> None:
@@ -478,8 +480,8 @@ def test_without_branches_a_forest_is_the_table_of_the_independent_engine(
     """Byte for byte."""
     changed = at_temperature(0.8)
     specs = iteration_specs(changed, NAME, 0, 0)
-    collect(engine_of(speaker), speaker.tokenizer, changed, NAME, specs, 0.8).write(tmp_path / "independent")
-    planted(changed, UNBRANCHED[growth], engine_of(speaker), speaker.tokenizer).write(tmp_path / "forest")
+    write(collect(engine_of(speaker), speaker.tokenizer, changed, NAME, specs, 0.8), tmp_path / "independent")
+    write(planted(changed, UNBRANCHED[growth], engine_of(speaker), speaker.tokenizer), tmp_path / "forest")
     assert (tmp_path / "forest").read_bytes() == (tmp_path / "independent").read_bytes()
 
 
@@ -597,7 +599,7 @@ def test_rounds_of_a_collection(policy: Policy) -> None:
         assert set(found[-1].episodes["iteration"]) == {1}
         if method == "appo":
             again = found[1].select([e for e, parent in enumerate(found[1].parents) if parent < 0])
-            assert again.to_table().equals(found[0].to_table())
+            assert to_table(again).equals(to_table(found[0]))
 
 
 def test_branches_after_an_update_are_sampled_by_the_policy_as_it_is_then(policy: Policy) -> None:
@@ -643,7 +645,7 @@ def test_what_was_sampled_at_another_temperature_is_trained_on_at_the_rollouts(p
     module = fit(PolicyGradient(changed, LAKE, "switch", 0, policy), 1)
     assert module.curve[0]["recompute_error"] < 1e-4
     assert module.last_episodes is not None
-    assert module.last_episodes.to_table().equals(sampled.to_table())
+    assert to_table(module.last_episodes).equals(to_table(sampled))
 
 
 # ------------------------------------------------------------------------------------------------- killed and run again

@@ -29,7 +29,8 @@ from pipeline.rollout.branching import (
 from pipeline.rollout.collector import iteration_specs
 from pipeline.rollout.scores import action_starts, blank_tokens, branch_scores, omega, standardised
 from pipeline.settings import slots
-from pipeline.trajectories.trajectory import EpisodeBuilder, Role, Trajectories, build
+from pipeline.trajectories.builder import EpisodeBuilder, build
+from pipeline.trajectories.trajectory import Role, Trajectories
 from tests.batches import properties
 from tests.forests import lake, planted, rows
 from tests.test_collector import NAME, TOKENIZER

@@ -28,7 +28,8 @@ from pipeline.objective.regularisers import kl_penalty, value_loss
 from pipeline.objective.surrogates import UpdateTokens, ppo_clip
 from pipeline.objective.weights import actfocus_weights, signal_values, uniform_weights, z_score
 from pipeline.settings.slots import Method
-from pipeline.trajectories.trajectory import EpisodeBuilder, Role, build
+from pipeline.trajectories.builder import EpisodeBuilder, build
+from pipeline.trajectories.trajectory import Role
 from tests.batches import CLOSE, batches, method, noise, population, properties, sigmoid
 
 SIGNALS = ("reference_energy", "reference_entropy", "behaviour_nll", "logprob_shift")

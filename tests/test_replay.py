@@ -28,7 +28,8 @@ from pipeline.analysis.replay import (
     signal_to_noise,
 )
 from pipeline.energy.annotate import annotate
-from pipeline.model.policy import Policy, load_policy
+from pipeline.model.loading import load_policy
+from pipeline.model.policy import Policy
 from pipeline.objective.batch import TokenBatch, token_batch
 from pipeline.objective.methods import token_advantages
 from pipeline.objective.weights import actfocus_weights

@@ -21,7 +21,8 @@ from pipeline.bootstrap.supervision import bootstrap
 from pipeline.energy.annotate import annotate, annotate_part
 from pipeline.environments import split_of
 from pipeline.evaluation.evaluate import episode_results, evaluate
-from pipeline.model.policy import Policy, load_policy, load_trained, save_replacing
+from pipeline.model.loading import load_policy, load_trained
+from pipeline.model.policy import Policy, save_replacing
 from pipeline.objective.batch import token_batch
 from pipeline.objective.methods import entropy_terms, select_groups, shape_rewards, token_advantages, token_weights
 from pipeline.progress.timing import Phases
@@ -34,6 +35,7 @@ from pipeline.training.collection import Collection
 from pipeline.training.iteration import Example, Iteration, _estimates, minibatches, prepare_iteration
 from pipeline.training.module import PolicyGradient, _Averages
 from pipeline.training.result import table_slice
+from pipeline.trajectories.table import write
 from pipeline.trajectories.trajectory import CUT_OFF, RESPONSE_ROLES, Role, Trajectories, concatenate
 from pipeline.workspace.randomness import generator
 from tests.trainings import LAKE, configured, fit, quiet, same, standing, supervised, weights
@@ -201,14 +203,14 @@ def test_the_first_iteration_from_the_table_is_the_one_sampled_afresh(directory:
     slices = sample_slice((config, LAKE, directory, [0, 1, 2]), quiet)
     parts = [concatenate([slices[0], slices[1]]), slices[2]]
     table = concatenate([annotate_part((config, directory, part), quiet) for part in parts])
-    table.write(tmp_path / "table.parquet")
+    write(table, tmp_path / "table.parquet")
     for seed in range(3):
         policy = load_trained(directory, config)
         (fresh,) = collection(config, "grpo", policy, seed).rounds(0)
         cut = table_slice(table, config, LAKE, seed)
         assert cut is not None
-        cut.write(tmp_path / "cut.parquet")
-        fresh.write(tmp_path / "fresh.parquet")
+        write(cut, tmp_path / "cut.parquet")
+        write(fresh, tmp_path / "fresh.parquet")
         assert (tmp_path / "cut.parquet").read_bytes() == (tmp_path / "fresh.parquet").read_bytes()
     assert table_slice(table, config, LAKE, 3) is None
 

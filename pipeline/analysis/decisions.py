@@ -15,7 +15,7 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 
 from pipeline.energy.annotate import annotate, score_trajectories
-from pipeline.model.policy import load_trained
+from pipeline.model.loading import load_trained
 from pipeline.progress.display import span
 from pipeline.rollout.branching import ranked_positions
 from pipeline.rollout.collector import Episode, EpisodeSpec, Setup, iteration_specs, play
@@ -25,7 +25,8 @@ from pipeline.settings.params import Config
 from pipeline.settings.slots import Positions
 from pipeline.training.result import training_task
 from pipeline.training.run import TrainingJob, train_one
-from pipeline.trajectories.trajectory import Role, build
+from pipeline.trajectories.builder import build
+from pipeline.trajectories.trajectory import Role
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.processes import Tell, run_in_processes
 from pipeline.workspace.randomness import generator

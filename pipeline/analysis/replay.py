@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pipeline.model.policy import load_trained
+from pipeline.model.loading import load_trained
 from pipeline.model.scoring import length_batches, predicting_hidden, score_tokens
 from pipeline.objective.batch import TokenBatch, token_batch
 from pipeline.objective.methods import shape_rewards, token_advantages

@@ -21,7 +21,7 @@ def main() -> str:
     config = configured(arguments)
     from pipeline.energy.annotate import annotate
     from pipeline.evaluation.evaluate import evaluation_specs
-    from pipeline.model.policy import load_trained
+    from pipeline.model.loading import load_trained
     from pipeline.progress.display import doing
     from pipeline.rollout.collector import collect
     from pipeline.rollout.transformers_engine import TransformersEngine

@@ -9,7 +9,8 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from pipeline.model.policy import Policy, load_trained
+from pipeline.model.loading import load_trained
+from pipeline.model.policy import Policy
 from pipeline.model.scoring import TokenScores, length_batches, predicting_hidden, score_tokens
 from pipeline.progress.display import due, within
 from pipeline.settings.params import Config

@@ -11,7 +11,7 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.environments import initial_states, make
-from pipeline.model.policy import load_trained
+from pipeline.model.loading import load_trained
 from pipeline.progress.display import span, within
 from pipeline.rollout.collector import EpisodeSpec, collect, group_specs
 from pipeline.rollout.engine import RolloutEngine

@@ -7,11 +7,13 @@ from textwrap import shorten
 import numpy as np
 import torch
 
-from pipeline.model.policy import Policy, rounding
+from pipeline.model.loading import rounding
+from pipeline.model.policy import Policy
 from pipeline.rollout.engine import Continuation, Request, Sampling
 from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.settings.params import Config
-from pipeline.trajectories.prompting import END_OF_RESPONSE, Dialogue
+from pipeline.trajectories.parsing import END_OF_RESPONSE
+from pipeline.trajectories.prompting import Dialogue
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.randomness import generator
 

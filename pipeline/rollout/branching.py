@@ -20,7 +20,8 @@ from pipeline.rollout.collector import Episode, EpisodeSpec, Setup, play
 from pipeline.rollout.engine import RolloutEngine
 from pipeline.settings import slots
 from pipeline.settings.section import Section
-from pipeline.trajectories.trajectory import Role, Trajectories, build
+from pipeline.trajectories.builder import build
+from pipeline.trajectories.trajectory import Role, Trajectories
 from pipeline.workspace.randomness import generator
 
 

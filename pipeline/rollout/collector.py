@@ -12,8 +12,10 @@ from pipeline.progress.display import beat, on_beat, within
 from pipeline.progress.timing import Phases
 from pipeline.rollout.engine import Continuation, Request, RolloutEngine, Sampling
 from pipeline.settings.params import Config, Environment
-from pipeline.trajectories.prompting import END_OF_RESPONSE, Dialogue, decode, parse_response, token_roles
-from pipeline.trajectories.trajectory import CUT, EpisodeBuilder, Role, Trajectories, build
+from pipeline.trajectories.builder import EpisodeBuilder, build
+from pipeline.trajectories.parsing import END_OF_RESPONSE, decode, parse_response, token_roles
+from pipeline.trajectories.prompting import Dialogue
+from pipeline.trajectories.trajectory import CUT, Role, Trajectories
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.randomness import generator
 

@@ -16,14 +16,13 @@ import torch
 from lightning.pytorch.callbacks import Callback
 
 from pipeline.evaluation.evaluate import summary, validate
-from pipeline.model.policy import load_trained
+from pipeline.model.loading import load_trained
 from pipeline.progress.display import begin, span, within
 from pipeline.tracking.training import RunSettings, TrainingRun
 from pipeline.training.budget import progress, training_over
-from pipeline.training.episodes import write_episodes
 from pipeline.training.module import PolicyGradient
 from pipeline.training.result import TrainingTask, publish, table_slice
-from pipeline.trajectories.trajectory import read
+from pipeline.trajectories.table import read, write
 from pipeline.workspace.files import lock, read_json, write_json
 from pipeline.workspace.finite import located, require_finite
 from pipeline.workspace.processes import Tell
@@ -226,7 +225,7 @@ class _Episodes(Callback):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if pl_module.last_update:
-            write_episodes(self._task.cache / "episodes.parquet", pl_module.last_episodes, pl_module.last_update)
+            write(pl_module.last_episodes, self._task.cache / "episodes.parquet", pl_module.last_update)
 
 
 class _Checkpoint(Callback):
