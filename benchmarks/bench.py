@@ -35,8 +35,9 @@ from pipeline.model.loading import load_trained
 from pipeline.model.policy import Policy
 from pipeline.model.scoring import length_batches, predicting_hidden, score_tokens
 from pipeline.model.trunk import Attend, Heads, packed_attention, padded_attention
-from pipeline.rollout.collector import collect, iteration_specs
+from pipeline.rollout.collector import collect
 from pipeline.rollout.engine import Continuation, Request, Sampling
+from pipeline.rollout.specs import iteration_specs
 from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.settings.params import Config, load
 from pipeline.training.result import table_slice

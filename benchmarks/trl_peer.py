@@ -37,8 +37,9 @@ from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 
 from pipeline.model.loading import load_policy
-from pipeline.rollout.collector import collect, iteration_specs
+from pipeline.rollout.collector import collect
 from pipeline.rollout.engine import Continuation, Follow, Request, Sampling
+from pipeline.rollout.specs import iteration_specs
 from pipeline.settings.params import Config, load
 from pipeline.trajectories.parsing import END_OF_RESPONSE
 

@@ -12,7 +12,7 @@ def main() -> str:
     import transformers.models.auto.modeling_auto  # noqa: F401  (imported before the processes fork)
 
     from pipeline.progress.display import doing
-    from pipeline.rollout.table import sample_slice
+    from pipeline.rollout.slices import sample_slice
     from pipeline.trajectories.table import write
     from pipeline.trajectories.trajectory import RESPONSES, concatenate
     from pipeline.workspace.processes import run_in_processes

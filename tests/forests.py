@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.rollout.branching import Forest
-from pipeline.rollout.collector import EpisodeSpec, Setup, iteration_specs
 from pipeline.rollout.engine import Continuation, Follow, Request, Sampling
+from pipeline.rollout.episode import Setup
+from pipeline.rollout.forest import Forest
+from pipeline.rollout.specs import EpisodeSpec, iteration_specs
 from pipeline.settings import slots
 from pipeline.settings.params import Config
 from pipeline.settings.section import Section

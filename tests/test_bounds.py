@@ -20,7 +20,7 @@ from pipeline.energy.annotate import annotate
 from pipeline.environments.registry import OURS, make, reset
 from pipeline.evaluation.evaluate import EvaluationTask, evaluate_policy
 from pipeline.model.loading import load_policy
-from pipeline.rollout.table import sample_slice
+from pipeline.rollout.slices import sample_slice
 from pipeline.settings.params import Config, Environment, ScratchPolicy, parse
 from pipeline.settings.presets import overlay
 from pipeline.settings.section import Section

@@ -25,10 +25,12 @@ from pipeline.environments import make
 from pipeline.environments.registry import EXTRAS, parse_action, reset, step
 from pipeline.model.policy import Policy
 from pipeline.progress.timing import Phases
-from pipeline.rollout.branching import Forest, branches_by_role
-from pipeline.rollout.collector import Episode, EpisodeSpec, Setup, collect, iteration_specs
+from pipeline.rollout.branch_scores import omega
+from pipeline.rollout.collector import collect
 from pipeline.rollout.engine import Continuation, Sampling
-from pipeline.rollout.scores import omega
+from pipeline.rollout.episode import Episode, Setup
+from pipeline.rollout.forest import Forest, branches_by_role
+from pipeline.rollout.specs import EpisodeSpec, iteration_specs
 from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.settings import slots
 from pipeline.settings.params import Config, Environment

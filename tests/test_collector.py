@@ -27,8 +27,10 @@ from pipeline.model.policy import Policy
 from pipeline.objective.batch import token_batch
 from pipeline.objective.weights import actfocus_weights
 from pipeline.progress.timing import Phases
-from pipeline.rollout.collector import EpisodeSpec, Setup, collect, group_specs, iteration_specs
+from pipeline.rollout.collector import collect
 from pipeline.rollout.engine import Continuation, Follow, Request, Sampling
+from pipeline.rollout.episode import Setup
+from pipeline.rollout.specs import EpisodeSpec, group_specs, iteration_specs
 from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.settings.params import Config, Environment, Phase, parse
 from pipeline.trajectories.parsing import END_OF_RESPONSE

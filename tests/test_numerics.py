@@ -20,7 +20,8 @@ from pipeline.energy.annotate import annotate
 from pipeline.evaluation import evaluate as evaluation
 from pipeline.model.loading import load_policy
 from pipeline.model.policy import Policy
-from pipeline.rollout.collector import collect, iteration_specs
+from pipeline.rollout.collector import collect
+from pipeline.rollout.specs import iteration_specs
 from pipeline.rollout.transformers_engine import TransformersEngine, sample
 from pipeline.training.checks import recomputed
 from pipeline.training.iteration import Example

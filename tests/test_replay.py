@@ -34,7 +34,8 @@ from pipeline.objective.batch import TokenBatch, token_batch
 from pipeline.objective.methods import token_advantages
 from pipeline.objective.weights import actfocus_weights
 from pipeline.report.replay_figures import draw_replay, replay_text
-from pipeline.rollout.collector import collect, iteration_specs
+from pipeline.rollout.collector import collect
+from pipeline.rollout.specs import iteration_specs
 from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.settings.params import Config
 from pipeline.settings.slots import ActFocusWeight, Signal

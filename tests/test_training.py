@@ -26,8 +26,9 @@ from pipeline.model.policy import Policy, save_replacing
 from pipeline.objective.batch import token_batch
 from pipeline.objective.methods import entropy_terms, select_groups, shape_rewards, token_advantages, token_weights
 from pipeline.progress.timing import Phases
-from pipeline.rollout.collector import collect, iteration_specs
-from pipeline.rollout.table import sample_slice
+from pipeline.rollout.collector import collect
+from pipeline.rollout.slices import sample_slice
+from pipeline.rollout.specs import iteration_specs
 from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.settings.params import Config
 from pipeline.settings.presets import overlay

@@ -17,10 +17,13 @@ import numpy as np
 from pipeline.energy.annotate import annotate, score_trajectories
 from pipeline.model.loading import load_trained
 from pipeline.progress.display import span
-from pipeline.rollout.branching import ranked_positions
-from pipeline.rollout.collector import Episode, EpisodeSpec, Setup, iteration_specs, play
-from pipeline.rollout.scores import blank_tokens, branch_scores
-from pipeline.rollout.transformers_engine import TransformersEngine
+from pipeline.rollout.branch_scores import blank_tokens, branch_scores
+from pipeline.rollout.collector import play
+from pipeline.rollout.engine import RolloutEngine
+from pipeline.rollout.episode import Episode, Setup
+from pipeline.rollout.growths import ranked_positions
+from pipeline.rollout.making import make_engine
+from pipeline.rollout.specs import EpisodeSpec, iteration_specs
 from pipeline.settings.params import Config
 from pipeline.settings.slots import Positions
 from pipeline.training.result import training_task
@@ -126,7 +129,7 @@ def _measure(task: Task, report: Tell) -> list[Position]:
         moved = load_trained(train_one(TrainingJob(training, None, None), lambda *_: None) / "policy", config)
     reference = load_trained(task.policy, config)
     temperature, budget = config.rollout.temperature, config.train.tokens_per_forward
-    engine = TransformersEngine(reference, config.rollout.batch_episodes)
+    engine = make_engine(config, reference)
     setup = Setup(reference.tokenizer, config, task.name)
     specs = iteration_specs(config, task.name, task.seed, 0)
     with span("initial episodes:", 0.0, 0.0):
@@ -164,7 +167,7 @@ def _measure(task: Task, report: Tell) -> list[Position]:
 
 
 def resampled(
-    engine: TransformersEngine,
+    engine: RolloutEngine,
     episodes: Sequence[Episode],
     places: Sequence[tuple[int, int]],
     plan: Plan,

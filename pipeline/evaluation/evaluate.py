@@ -13,9 +13,10 @@ import pyarrow as pa
 from pipeline.environments import initial_states, make
 from pipeline.model.loading import load_trained
 from pipeline.progress.display import span, within
-from pipeline.rollout.collector import EpisodeSpec, collect, group_specs
+from pipeline.rollout.collector import collect
 from pipeline.rollout.engine import RolloutEngine
-from pipeline.rollout.transformers_engine import TransformersEngine
+from pipeline.rollout.making import make_engine
+from pipeline.rollout.specs import EpisodeSpec, group_specs
 from pipeline.settings.params import Config
 from pipeline.trajectories.trajectory import CUT_OFF, RESPONSES, Role, Trajectories
 from pipeline.workspace.finite import located
@@ -73,7 +74,7 @@ def evaluate_policy(task: EvaluationTask, report: Tell) -> pa.Table:
         done += episodes
         report(done, total, "episodes")
 
-    engine = TransformersEngine(policy, task.config.rollout.batch_episodes)
+    engine = make_engine(task.config, policy)
     progress(0)
     with span("", 0, total), located(str(task.policy)):
         played = evaluate(

@@ -19,8 +19,8 @@ from pipeline.model.kernels import native
 from pipeline.model.policy import Policy
 from pipeline.model.trunk import hidden_states
 from pipeline.progress.display import beat, due
-from pipeline.rollout.cache import SlotCache
 from pipeline.rollout.engine import Continuation, Follow, Request, Sampling
+from pipeline.rollout.key_value_cache import SlotCache
 from pipeline.workspace.finite import NumericsError, require_finite
 
 TOKENS_PER_STEP = 8192

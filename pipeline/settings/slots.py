@@ -1,7 +1,7 @@
 """The schema of a method: one section per choice in a slot, with every setting, its range, its default and its source.
 
 What a section's numbers do is a function of the same settings in pipeline/objective; ``pipeline/objective/methods.py``
-has the tables that join them, and pipeline/rollout/branching.py that of S1.
+has the tables that join them, and pipeline/rollout/growths.py that of S1.
 """
 
 from __future__ import annotations

@@ -12,10 +12,13 @@ from pipeline.energy.annotate import annotate, score_trajectories
 from pipeline.model.policy import Policy
 from pipeline.progress.display import span
 from pipeline.progress.timing import Phases
-from pipeline.rollout.branching import Forest
-from pipeline.rollout.collector import EpisodeSpec, Setup, collect, iteration_specs
+from pipeline.rollout.branch_scores import blank_tokens, branch_scores
+from pipeline.rollout.collector import collect
 from pipeline.rollout.engine import RolloutEngine
-from pipeline.rollout.scores import blank_tokens, branch_scores
+from pipeline.rollout.episode import Setup
+from pipeline.rollout.forest import Forest
+from pipeline.rollout.growths import moved
+from pipeline.rollout.specs import EpisodeSpec, iteration_specs
 from pipeline.settings.params import Config
 from pipeline.settings.slots import BranchingSection, Independent, Positions
 from pipeline.trajectories.trajectory import Trajectories, concatenate
@@ -82,7 +85,7 @@ class Collection:
         while (sampled := self._wave(forest)) is not None:
             parts.append(self._annotated(sampled))
             if isinstance(self.branching, Positions) and len(parts) == 1:
-                if self.branching.moved:
+                if moved(self.branching):
                     yield parts[0]
                     self.engine.forget()  # the policy is another one now
                 forest.score(parts[0], self._scores(self.branching, parts[0]))
@@ -105,7 +108,7 @@ class Collection:
             )
 
     def _scores(self, section: Positions, initial: Trajectories) -> np.ndarray:
-        moved = self.now(initial)[0] - initial.logprob if section.moved else np.zeros(len(initial.input_ids))
+        shift = self.now(initial)[0] - initial.logprob if moved(section) else np.zeros(len(initial.input_ids))
         scores, blank = np.zeros(len(initial.input_ids)), blank_tokens(self.policy.tokenizer, initial.input_ids)
         for group in dict.fromkeys(initial.episodes["group_id"]):  # each with draws of its own
             rows = [row for row, own in enumerate(initial.episodes["group_id"]) if own == group]
@@ -115,7 +118,7 @@ class Collection:
                 section.signal,
                 initial.select(rows),
                 draws,
-                moved[tokens],
+                shift[tokens],
                 section.discount,
                 section.bounds,
                 blank[tokens],

@@ -22,7 +22,7 @@ from pipeline.objective.methods import (
 )
 from pipeline.progress.display import span
 from pipeline.progress.timing import Phases
-from pipeline.rollout.branching import branches_by_role
+from pipeline.rollout.forest import branches_by_role
 from pipeline.settings.params import Config
 from pipeline.settings.slots import Method
 from pipeline.trajectories.trajectory import CUT_OFF, Role, Trajectories

@@ -20,7 +20,7 @@ from pipeline.objective.regularisers import kl_penalty
 from pipeline.objective.surrogates import UpdateTokens
 from pipeline.progress.display import span, within
 from pipeline.progress.timing import Phases
-from pipeline.rollout.transformers_engine import TransformersEngine
+from pipeline.rollout.making import make_engine
 from pipeline.settings.params import Config
 from pipeline.settings.slots import Method
 from pipeline.training.budget import progress, training_over
@@ -66,7 +66,7 @@ class PolicyGradient(lightning.LightningModule):
         self.masters = torch.nn.ModuleList(self._trained(f"{config.params_file}: methods.{method_name}"))
         self.memory: Memory = {}
         """What adaptive slots keep from one iteration for the next."""
-        self.engine = TransformersEngine(policy, config.rollout.batch_episodes)
+        self.engine = make_engine(config, policy)
         self.phases = Phases()
         self.collection = Collection(
             config,
