@@ -16,7 +16,7 @@ from pipeline.rollout.specs import EpisodeSpec, iteration_specs
 from pipeline.settings import slots
 from pipeline.settings.params import Config
 from pipeline.settings.section import Section
-from pipeline.trajectories.trajectory import Trajectories, concatenate
+from pipeline.trajectories.trajectory import Trajectories
 from tests.test_collector import EOS, NAME, TOKENIZER, config, says
 from tests.test_engine import one_by_one
 
@@ -97,12 +97,6 @@ def grow(
             forest.score(wave, score(wave))
 
 
-def in_order(forest: Forest, waves: Iterable[Trajectories]) -> Trajectories:
-    table = concatenate(list(waves))
-    place = {name: index for index, name in enumerate(table.episodes["episode_id"])}
-    return table.select([place[name] for name in forest.order()])
-
-
 def planted(
     changed: Config,
     section: Section,
@@ -115,7 +109,7 @@ def planted(
     chosen = iteration_specs(changed, NAME, 0, 0) if specs is None else specs
     setup = Setup(tokenizer, changed, NAME)
     forest = Forest(engine or Chatter(), setup, chosen, section, changed.rollout.temperature)
-    return in_order(forest, grow(forest, **score))
+    return forest.in_order(list(grow(forest, **score)))
 
 
 def rows(table: Trajectories) -> list[dict[str, Any]]:

@@ -40,7 +40,6 @@ from pipeline.training.module import PolicyGradient
 from pipeline.training.result import TrainingTask, training_task
 from pipeline.training.run import TrainingJob, train_one
 from pipeline.trajectories.parsing import decode, token_roles
-from pipeline.trajectories.prompting import Dialogue
 from pipeline.trajectories.table import read, to_table, write
 from pipeline.trajectories.trajectory import Role, Trajectories
 from pipeline.workspace.errors import UserError
@@ -263,9 +262,7 @@ def test_a_branch_may_say_as_much_as_was_left_and_draws_as_its_name_says(number:
 
 def test_what_a_response_turns_out_to_be_decides_on_the_beginning_that_it_shares() -> None:
     """An action is one only if its tag is closed; the parent's stays what it was."""
-    section = lake().environments[NAME]
-    dialogue = Dialogue(TOKENIZER, "compact", "", section.response_tokens)
-    parent = Episode(section, dialogue, EpisodeSpec("p", "g", 1, 0, 0, 0, (0, "t")), Phases())
+    parent = Episode(Setup(TOKENIZER, lake(), NAME), EpisodeSpec("p", "g", 1, 0, 0, 0, (0, "t")))
     said, start = TOKENIZER(says("Up"), add_special_tokens=False)["input_ids"], len(parent.builder)
     parent.take(Continuation(said, [0.0] * len(said), [0.0] * len(said), "stop", 0))
     closed = list(parent.builder.tokens["role"])
@@ -296,12 +293,11 @@ def test_a_replayed_environment_is_the_one_that_was_there(name: str, monkeypatch
     monkeypatch.syspath_prepend(EXAMPLES)
     limits = {"max_turns": 9, "response_tokens": 400, "context_tokens": 100_000, "actions_per_turn": 2}
     section = SOUND.get(name, Environment(id=name)).model_copy(update=limits)
-    dialogue = Dialogue(TOKENIZER, "compact", "", section.response_tokens)
-    compared = 0
+    setup, compared = Setup(TOKENIZER, config().model_copy(update={"environments": {NAME: section}}), NAME), 0
     for state in range(3):
         draws = np.random.default_rng(state)
         spec = EpisodeSpec(str(state), str(state), state, 0, 0, 70 + state, (0, "tokens", state))
-        episode, copies = Episode(section, dialogue, spec, Phases()), list[Any]()
+        episode, copies = Episode(setup, spec), list[Any]()
         while not episode.done:
             copies.append((copy.deepcopy(episode.environment), episode.observation))
             actions = [random_action(episode.environment, draws) for _ in range(2)]
@@ -347,11 +343,11 @@ def test_an_environment_that_cannot_be_led_there_again_is_named_in_one_line() ->
     changed = config({"group_size": 6}, max_turns=12, context_tokens=900)
     walk = changed.environments[NAME].model_copy(update={"id": "Forgetful-v0", "settings": {}})
     changed = changed.model_copy(update={"environments": {NAME: walk}})
-    dialogue = Dialogue(TOKENIZER, "compact", "", walk.response_tokens)
+    setup = Setup(TOKENIZER, changed, NAME)
     said = TOKENIZER(says("left"), add_special_tokens=False)["input_ids"]
     refusals = []
     for state in range(20):
-        episode = Episode(walk, dialogue, EpisodeSpec("e", "g", state, 0, 0, state, (0, "t")), Phases())
+        episode = Episode(setup, EpisodeSpec("e", "g", state, 0, 0, state, (0, "t")))
         while not episode.done:
             episode.take(Continuation(said, [0.0] * len(said), [0.0] * len(said), "stop", 0))
         try:
@@ -658,7 +654,7 @@ def killed_within_a_tree(task: TrainingTask) -> None:
     wave = Forest.wave
 
     def fatal(forest: Forest) -> Trajectories | None:
-        if forest.trees[0].specs[0].iteration == 1 and forest.order():
+        if forest.trees[0].specs[0].iteration == 1 and forest.trees[0].episodes:
             os.kill(os.getpid(), signal.SIGKILL)
         return wave(forest)
 

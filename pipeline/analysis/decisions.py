@@ -142,7 +142,7 @@ def _measure(task: Task, report: Tell) -> list[Position]:
         signal: branch_scores(signal, table, generator(task.seed, "decisions", signal), shift, blank=blank)
         for signal in SIGNALS
     }
-    rows = [slice(table.offsets[e], table.offsets[e + 1]) for e in range(len(table))]
+    rows = [table.tokens(e) for e in range(len(table))]
     result = []
     for done, group in enumerate(dict.fromkeys(table.episodes["group_id"])):
         members = [e for e, own in enumerate(table.episodes["group_id"]) if own == group]

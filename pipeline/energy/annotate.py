@@ -38,7 +38,7 @@ def score_trajectories(
     result = [np.zeros(len(trajectories.input_ids), dtype=np.float32) for _ in TokenScores._fields]
     done = 0
     for batch in length_batches(trajectories.lengths, tokens_per_forward):
-        spans = [slice(trajectories.offsets[e], trajectories.offsets[e + 1]) for e in batch]
+        spans = [trajectories.tokens(e) for e in batch]
         wanted = [trajectories.sampled[span] for span in spans]
         hidden = predicting_hidden(policy, [trajectories.input_ids[span] for span in spans], wanted)
         flat = np.concatenate([np.arange(s.start, s.stop)[w] for s, w in zip(spans, wanted, strict=True)])

@@ -49,16 +49,14 @@ class Policy:
         model.requires_grad_(False)
         return Policy(model, self.tokenizer)
 
-    def save(self, directory: str | Path) -> None:
-        """Write weights (safetensors), configuration and tokenizer; equal policies give equal bytes."""
-        self.model.save_pretrained(directory)
-        self.tokenizer.save_pretrained(directory)
+    def save(self, directory: Path) -> None:
+        """Write weights (safetensors), configuration and tokenizer; equal policies give equal bytes.
 
-
-def save_replacing(policy: Policy, directory: Path) -> None:
-    """Write a policy beside its target first, so that an interrupted save leaves the old one."""
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    policy.save(partial)
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
+        An existing directory is replaced at the end, so that an interrupted save leaves it as it was.
+        """
+        partial = directory.with_name(directory.name + ".partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        self.model.save_pretrained(partial)
+        self.tokenizer.save_pretrained(partial)
+        shutil.rmtree(directory, ignore_errors=True)
+        partial.rename(directory)

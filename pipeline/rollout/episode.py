@@ -10,7 +10,7 @@ from pipeline.environments.registry import actions_left_of, outcome_of, parse_ac
 from pipeline.progress.timing import Phases
 from pipeline.rollout.engine import Continuation, Request
 from pipeline.rollout.specs import EpisodeSpec
-from pipeline.settings.params import Config, Environment
+from pipeline.settings.params import Config
 from pipeline.trajectories.builder import EpisodeBuilder
 from pipeline.trajectories.parsing import decode, parse_response, token_roles
 from pipeline.trajectories.prompting import INVALID, Dialogue
@@ -45,7 +45,7 @@ class Setup:
         Raises:
             UserError: its environment opens it otherwise than the rest of its group, or see ``collect``.
         """
-        episode = Episode(self.section, self.dialogue, spec, self.phases, self.closing)
+        episode = Episode(self, spec)
         if self._prompts.setdefault(spec.group_id, episode.prompt) != episode.prompt:  # invariant 3
             raise UserError(
                 f"environments: {self.section.id!r} opens group {spec.group_id} with different prompts; observation and "
@@ -58,40 +58,35 @@ class Episode:
     """One environment, its dialogue and the tokens so far.
 
     Args:
-        section: the environment's.
-        dialogue: renders its texts.
+        setup: what it shares with the environment's other episodes.
         spec: what to play.
-        phases: told how long the environment takes.
-        closing: see ``Setup``.
     """
 
-    def __init__(
-        self, section: Environment, dialogue: Dialogue, spec: EpisodeSpec, phases: Phases, closing: bool = False
-    ) -> None:
-        self.section, self.dialogue, self.spec, self.done, self.turn = section, dialogue, spec, False, 1
-        self.phases, self.closing = phases, closing
+    def __init__(self, setup: Setup, spec: EpisodeSpec) -> None:
+        self.setup, self.spec, self.done, self.turn = setup, spec, False, 1
+        self.section, self.dialogue, self.phases = setup.section, setup.dialogue, setup.phases
         self.draws = generator(*spec.draws)
         self._begun: list[int] = []
         """Sampled tokens of the present response that a branch has from its parent."""
-        with phases.phase("reset"):
-            self.environment = make(section)
+        with self.phases.phase("reset"):
+            self.environment = make(self.section)
             self.observation = reset(self.environment, spec.noise, spec.state_seed)
             instructions = text_of(self.environment, "instructions")
         self.builder = EpisodeBuilder(
             episode_id=spec.episode_id,
             group_id=spec.group_id,
-            environment=section.id,
+            environment=self.section.id,
             state_key=self._state_key(),
             seed=spec.seed,
             iteration=spec.iteration,
         )
-        opening = dialogue.opening(instructions, self.observation, actions_left_of(self.environment))
+        opening = self.dialogue.opening(instructions, self.observation, actions_left_of(self.environment))
         self.builder.append_text(opening, Role.PROMPT)
         self.prompt = list(self.builder.ids)
-        if len(opening) + len(dialogue.prefill_ids) >= section.context_tokens:
+        if len(opening) + len(self.dialogue.prefill_ids) >= self.section.context_tokens:
             raise UserError(
                 f"environments: a prompt of {len(opening)} tokens leaves no room in context_tokens "
-                f"({section.context_tokens}); raise it"
+                f"({self.section.context_tokens}); raise it"
             )
         self._open_response()
 
@@ -112,7 +107,7 @@ class Episode:
             UserError: the environment, led by the same actions, is not in the state that the parent was in.
         """
         spec = replace(spec, state_seed=parent.spec.state_seed, noise=parent.spec.noise)
-        episode = cls(parent.section, parent.dialogue, spec, parent.phases, parent.closing)
+        episode = cls(parent.setup, spec)
         episode.builder = parent.builder.before(split, **episode.builder.identity)
         with episode.phases.phase("step"):
             for turn in episode.builder.turns:
@@ -153,7 +148,7 @@ class Episode:
         self.builder.close_turn(self._start, reward, action, valid, state_key, written is not None, ended)
         if over:
             self._finish(_storable(outcome_of(self.environment)))
-        elif self.turn == self.section.max_turns and not self.closing:
+        elif self.turn == self.section.max_turns and not self.setup.closing:
             self._finish("turns")
         else:
             self._next_turn(reward, answer.finish == "eos")
@@ -203,7 +198,7 @@ class Episode:
         following = self.dialogue.following(self.turn, self.observation, reward, ended_by_eos, left)
         full = len(self.builder) + len(following) + len(self.dialogue.prefill_ids) >= self.section.context_tokens
         reason = "turns" if self.turn > self.section.max_turns else "context" if full else None
-        if reason is None or self.closing:
+        if reason is None or self.setup.closing:
             self.builder.append_text(following, Role.OBSERVATION)
             self._open_response()
         if reason is not None:

@@ -15,7 +15,7 @@ from pipeline.rollout.specs import EpisodeSpec
 from pipeline.rollout.tree import ROOT, Origin, Tree
 from pipeline.settings.section import Section
 from pipeline.trajectories.builder import build
-from pipeline.trajectories.trajectory import Role, Trajectories
+from pipeline.trajectories.trajectory import Role, Trajectories, concatenate
 from pipeline.workspace.randomness import generator
 
 
@@ -50,27 +50,22 @@ class Forest:
         planned = [(tree, origin) for tree, origins in zip(self.trees, wanted, strict=True) for origin in origins]
         if not planned:
             return None
-        number = {id(tree): len(tree.episodes) for tree in self.trees}
-        begun: list[Episode] = []
-        for tree, origin in planned:
-            begun.append(self._begin(tree, tree.specs[number[id(tree)]], origin))
-            number[id(tree)] += 1
-        temperatures = [origin.temperature or self.temperature for _, origin in planned]
         budget, earlier = sum(len(tree.specs) for tree in self.trees), sum(len(tree.episodes) for tree in self.trees)
+        begun = [self._begin(tree, origin) for tree, origin in planned]
+        temperatures = [origin.temperature or self.temperature for _, origin in planned]
         for temperature in dict.fromkeys(temperatures):
             chosen = [episode for episode, own in zip(begun, temperatures, strict=True) if own == temperature]
             later = earlier + len(chosen)
             with span(f"({earlier} of {budget} before)" if earlier else "", earlier / budget, later / budget):
                 play(self.engine, chosen, temperature)
             earlier = later
-        for (tree, origin), episode in zip(planned, begun, strict=True):
-            tree.episodes.append(episode)
-            tree.origins.append(origin)
         return build([episode.builder for episode in begun])
 
-    def order(self) -> list[str]:
-        """Ids of all episodes so far, tree by tree in the order of their specs."""
-        return [episode.spec.episode_id for tree in self.trees for episode in tree.episodes]
+    def in_order(self, waves: Sequence[Trajectories]) -> Trajectories:
+        """The episodes of all waves so far, tree by tree in the order of their specs."""
+        grown = concatenate(waves)
+        place = {name: index for index, name in enumerate(grown.episodes["episode_id"])}
+        return grown.select([place[episode.spec.episode_id] for tree in self.trees for episode in tree.episodes])
 
     def score(self, trajectories: Trajectories, scores: np.ndarray) -> None:
         """Tell the trees a score of every token of the given episodes.
@@ -79,10 +74,7 @@ class Forest:
             trajectories: all episodes so far.
             scores: float64 (N,).
         """
-        by_id = {
-            name: scores[trajectories.offsets[e] : trajectories.offsets[e + 1]]
-            for e, name in enumerate(trajectories.episodes["episode_id"])
-        }
+        by_id = {name: scores[trajectories.tokens(e)] for e, name in enumerate(trajectories.episodes["episode_id"])}
         for tree in self.trees:
             tree.scores = [by_id[episode.spec.episode_id] for episode in tree.episodes]
 
@@ -94,10 +86,14 @@ class Forest:
                 return [tree.owner(origin) for origin in origins[: tree.room]]
         return [ROOT] * tree.room
 
-    def _begin(self, tree: Tree, spec: EpisodeSpec, origin: Origin) -> Episode:
-        if origin.parent is None:
-            return self.setup.begin(spec)
-        return Episode.branch(tree.episodes[origin.parent], spec, origin.split)
+    def _begin(self, tree: Tree, origin: Origin) -> Episode:
+        """The tree's next episode."""
+        spec, parent = tree.specs[len(tree.episodes)], origin.parent
+        tree.episodes.append(
+            self.setup.begin(spec) if parent is None else Episode.branch(tree.episodes[parent], spec, origin.split)
+        )
+        tree.origins.append(origin)
+        return tree.episodes[-1]
 
 
 def branches_by_role(trajectories: Trajectories) -> dict[str, float]:

@@ -21,7 +21,7 @@ from pipeline.rollout.growths import moved
 from pipeline.rollout.specs import EpisodeSpec, iteration_specs
 from pipeline.settings.params import Config
 from pipeline.settings.slots import BranchingSection, Independent, Positions
-from pipeline.trajectories.trajectory import Trajectories, concatenate
+from pipeline.trajectories.trajectory import Trajectories
 from pipeline.workspace.randomness import generator
 
 SAMPLING, SCORING = (0.0, 0.6), (0.6, 0.7)
@@ -89,9 +89,7 @@ class Collection:
                     yield parts[0]
                     self.engine.forget()  # the policy is another one now
                 forest.score(parts[0], self._scores(self.branching, parts[0]))
-        grown = concatenate(parts)
-        place = {name: index for index, name in enumerate(grown.episodes["episode_id"])}
-        yield grown.select([place[name] for name in forest.order()])
+        yield forest.in_order(parts)
 
     def _specs(self, number: int) -> list[EpisodeSpec]:
         with self.phases.phase("reset"):  # states are drawn by resetting

@@ -7,14 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.trajectories.trajectory import (
-    EPISODE_COLUMNS,
-    TOKEN_COLUMNS,
-    TURN_COLUMNS,
-    Role,
-    Trajectories,
-    offsets_of,
-)
+from pipeline.trajectories.trajectory import PER_EPISODE, PER_TOKEN, PER_TURN, Role, Trajectories, offsets_of
 
 
 class EpisodeBuilder:
@@ -22,7 +15,7 @@ class EpisodeBuilder:
 
     def __init__(self, **identity: Any) -> None:
         self.identity = identity
-        self.tokens: dict[str, list[Any]] = {name: [] for name in TOKEN_COLUMNS}
+        self.tokens: dict[str, list[Any]] = {name: [] for name in PER_TOKEN}
         self.turns: list[dict[str, Any]] = []
         self.outcome: dict[str, Any] = {}
 
@@ -112,13 +105,12 @@ def build(builders: Sequence[EpisodeBuilder]) -> Trajectories:
     """Finished episodes as one ``Trajectories``."""
     rows = [{"temperature": None, "parent": None, "split": None, **b.identity, **b.outcome} for b in builders]
     flat = {
-        name: np.array([v for b in builders for v in b.tokens[name]], dtype=dtype)
-        for name, dtype in TOKEN_COLUMNS.items()
+        name: np.array([v for b in builders for v in b.tokens[name]], dtype=dtype) for name, dtype in PER_TOKEN.items()
     }
     return Trajectories(
-        episodes={name: [row[name] for row in rows] for name in EPISODE_COLUMNS},
+        episodes={name: [row[name] for row in rows] for name in PER_EPISODE},
         offsets=offsets_of(np.array([len(b) for b in builders], dtype=np.int64)),
         turn_offsets=offsets_of(np.array([len(b.turns) for b in builders], dtype=np.int64)),
-        turns={name: [turn[name] for b in builders for turn in b.turns] for name in TURN_COLUMNS},
+        turns={name: [turn[name] for b in builders for turn in b.turns] for name in PER_TURN},
         **flat,
     )

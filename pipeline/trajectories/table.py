@@ -11,9 +11,9 @@ import pyarrow.parquet as pq
 
 from pipeline.trajectories.trajectory import (
     ANNOTATION,
-    EPISODE_COLUMNS,
-    TOKEN_COLUMNS,
-    TURN_COLUMNS,
+    PER_EPISODE,
+    PER_TOKEN,
+    PER_TURN,
     Trajectories,
     TrajectoryError,
     offsets_of,
@@ -25,14 +25,14 @@ SCHEMA_VERSION = 3
 def to_table(trajectories: Trajectories) -> pa.Table:
     """One row per episode, as in the Parquet file: scalars, a list of turns, lists of token values."""
     columns: dict[str, pa.Array] = {
-        name: pa.array(trajectories.episodes[name], type=kind) for name, kind in EPISODE_COLUMNS.items()
+        name: pa.array(trajectories.episodes[name], type=kind) for name, kind in PER_EPISODE.items()
     }
     struct = pa.StructArray.from_arrays(
-        [pa.array(trajectories.turns[name], type=kind) for name, kind in TURN_COLUMNS.items()], names=list(TURN_COLUMNS)
+        [pa.array(trajectories.turns[name], type=kind) for name, kind in PER_TURN.items()], names=list(PER_TURN)
     )
     columns["turns"] = pa.ListArray.from_arrays(pa.array(trajectories.turn_offsets, type=pa.int32()), struct)
     token_offsets = pa.array(trajectories.offsets, type=pa.int32())
-    for name in (*TOKEN_COLUMNS, *ANNOTATION):
+    for name in (*PER_TOKEN, *ANNOTATION):
         values = getattr(trajectories, name)
         if values is not None:
             columns[name] = pa.ListArray.from_arrays(token_offsets, pa.array(values))
@@ -49,7 +49,7 @@ def from_table(table: pa.Table) -> Trajectories:
     if version != str(SCHEMA_VERSION):
         again = "another version of this code wrote it, `dvc repro` makes it again"
         raise TrajectoryError(f"{again}: trajectory schema {version} found, {SCHEMA_VERSION} expected")
-    missing = [name for name in (*EPISODE_COLUMNS, "turns", *TOKEN_COLUMNS) if name not in table.column_names]
+    missing = [name for name in (*PER_EPISODE, "turns", *PER_TOKEN) if name not in table.column_names]
     if missing:
         raise TrajectoryError(f"missing columns: {', '.join(missing)}")
     table = table.combine_chunks()
@@ -61,20 +61,20 @@ def from_table(table: pa.Table) -> Trajectories:
 
     offsets, _ = ragged("input_ids")
     turn_offsets, struct = ragged("turns")
-    absent = [f"turns.{name}" for name in TURN_COLUMNS if struct.type.get_field_index(name) < 0]
+    absent = [f"turns.{name}" for name in PER_TURN if struct.type.get_field_index(name) < 0]
     if absent:
         raise TrajectoryError(f"missing columns: {', '.join(absent)}")
     tokens: dict[str, np.ndarray] = {}
-    for name in (*TOKEN_COLUMNS, *(a for a in ANNOTATION if a in table.column_names)):
+    for name in (*PER_TOKEN, *(a for a in ANNOTATION if a in table.column_names)):
         own_offsets, values = ragged(name)
         if not np.array_equal(own_offsets, offsets):
             raise TrajectoryError(f"column {name} differs in length from input_ids")
         tokens[name] = values.to_numpy(zero_copy_only=False)
     return Trajectories(
-        episodes={name: table.column(name).to_pylist() for name in EPISODE_COLUMNS},
+        episodes={name: table.column(name).to_pylist() for name in PER_EPISODE},
         offsets=offsets,
         turn_offsets=turn_offsets,
-        turns={name: struct.field(name).to_pylist() for name in TURN_COLUMNS},
+        turns={name: struct.field(name).to_pylist() for name in PER_TURN},
         **tokens,
     )
 

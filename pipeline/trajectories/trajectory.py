@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -46,7 +46,7 @@ class TrajectoryError(Exception):
     """A trajectory file that cannot be used, in one line."""
 
 
-EPISODE_COLUMNS = {
+PER_EPISODE = {
     "episode_id": pa.string(),
     "group_id": pa.string(),
     "environment": pa.string(),
@@ -61,7 +61,7 @@ EPISODE_COLUMNS = {
     "success": pa.bool_(),
     "end_reason": pa.string(),
 }
-TURN_COLUMNS = {
+PER_TURN = {
     "start": pa.int32(),
     "end": pa.int32(),
     "reward": pa.float64(),
@@ -71,7 +71,7 @@ TURN_COLUMNS = {
     "well_formed": pa.bool_(),
     "ended": pa.string(),
 }
-TOKEN_COLUMNS: dict[str, np.dtype[Any]] = {
+PER_TOKEN: dict[str, np.dtype[Any]] = {
     "input_ids": np.dtype(np.int32),
     "role": np.dtype(np.uint8),
     "sampled": np.dtype(np.bool_),
@@ -122,6 +122,10 @@ class Trajectories:
     def lengths(self) -> np.ndarray:
         """int64 (E,): tokens per episode."""
         return np.diff(self.offsets)
+
+    def tokens(self, episode: int) -> slice:
+        """Where an episode's tokens are."""
+        return slice(self.offsets[episode], self.offsets[episode + 1])
 
     @property
     def annotated(self) -> bool:
@@ -209,9 +213,7 @@ class Trajectories:
         tokens = _ragged_take(self.offsets, chosen)
         turns = _ragged_take(self.turn_offsets, chosen)
         changes: dict[str, Any] = {
-            name: getattr(self, name)[tokens]
-            for name in (*TOKEN_COLUMNS, *ANNOTATION)
-            if getattr(self, name) is not None
+            name: getattr(self, name)[tokens] for name in (*PER_TOKEN, *ANNOTATION) if getattr(self, name) is not None
         }
         return replace(
             self,
@@ -232,14 +234,12 @@ def response_kind(valid: bool, well_formed: bool, ended: str) -> str:
 
 def concatenate(parts: Sequence[Trajectories]) -> Trajectories:
     """The episodes of all parts, in order; annotated if all are."""
-    first = parts[0]
-    annotated = all(part.annotated for part in parts)
-    names = [f.name for f in fields(first) if f.name in TOKEN_COLUMNS or (annotated and f.name in ANNOTATION)]
+    names = [*PER_TOKEN, *(ANNOTATION if all(part.annotated for part in parts) else ())]
     return Trajectories(
-        episodes={name: [v for part in parts for v in part.episodes[name]] for name in EPISODE_COLUMNS},
+        episodes={name: [v for part in parts for v in part.episodes[name]] for name in PER_EPISODE},
         offsets=offsets_of(np.concatenate([part.lengths for part in parts])),
         turn_offsets=offsets_of(np.concatenate([np.diff(part.turn_offsets) for part in parts])),
-        turns={name: [v for part in parts for v in part.turns[name]] for name in TURN_COLUMNS},
+        turns={name: [v for part in parts for v in part.turns[name]] for name in PER_TURN},
         **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names},
     )
 
