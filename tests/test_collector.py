@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,9 +27,10 @@ from pipeline.model.policy import Policy
 from pipeline.objective.batch import token_batch
 from pipeline.objective.weights import actfocus_weights
 from pipeline.progress.timing import Phases
+from pipeline.rollout import collector
 from pipeline.rollout.collector import collect
 from pipeline.rollout.engine import Continuation, Follow, Request, Sampling
-from pipeline.rollout.episode import Setup
+from pipeline.rollout.episode import Episode, Setup
 from pipeline.rollout.specs import EpisodeSpec, group_specs, iteration_specs
 from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.settings.params import Config, Environment, Phase, parse
@@ -619,17 +620,19 @@ def test_the_environment_is_timed_apart() -> None:
     assert min(taken.values()) > 0
 
 
-def test_every_finished_episode_is_reported() -> None:
-    settings, reported = config(), list[tuple[int, int]]()
-    specs = iteration_specs(settings, NAME, 0, 0)
+def test_an_episode_begins_when_there_is_room_for_it() -> None:
+    settings, begun = config(), list[Episode]()
+    specs, setup = iteration_specs(settings, NAME, 0, 0), Setup(TOKENIZER, settings, NAME)
+
+    def episodes() -> Iterator[Episode]:
+        for spec in specs:
+            assert sum(not episode.done for episode in begun) < 2
+            begun.append(setup.begin(spec))
+            yield begun[-1]
+
     engine = ScriptedEngine(wander, [spec.episode_id for spec in specs], 2)
-
-    def progress(episodes: int) -> None:
-        reported.append((episodes, len(engine.asked)))
-
-    collect(engine, TOKENIZER, settings, NAME, specs, 1.0, progress)
-    assert [episodes for episodes, _ in reported] == [1] * len(specs)
-    assert reported[0][1] == 2  # when the first one ends, only two have begun
+    assert collector.play(engine, episodes(), 1.0) == begun
+    assert len(begun) == len(specs)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import torch
 from pipeline.model.loading import load_trained
 from pipeline.model.policy import Policy
 from pipeline.model.scoring import TokenScores, length_batches, predicting_hidden, score_tokens
-from pipeline.progress.display import due, within
+from pipeline.progress.display import due, span, within
 from pipeline.settings.params import Config
 from pipeline.trajectories.trajectory import Trajectories, concatenate
 from pipeline.workspace.finite import require_finite
@@ -21,11 +20,7 @@ from pipeline.workspace.processes import Tell
 
 @torch.inference_mode()
 def score_trajectories(
-    policy: Policy,
-    trajectories: Trajectories,
-    temperature: float,
-    tokens_per_forward: int,
-    progress: Callable[[int], None] = lambda episodes: None,
+    policy: Policy, trajectories: Trajectories, temperature: float, tokens_per_forward: int
 ) -> list[np.ndarray]:
     """Log-probability, entropy and log-partition of every sampled token.
 
@@ -46,7 +41,6 @@ def score_trajectories(
         for values, scored in zip(result, score_tokens(hidden, tokens, policy.head, temperature), strict=True):
             values[flat] = scored.float().cpu().numpy()
         done += len(batch)
-        progress(len(batch))
         if due():
             within(done / len(trajectories), f"{done} of {len(trajectories)} episodes")
     for name, values in zip(TokenScores._fields, result, strict=True):
@@ -55,11 +49,7 @@ def score_trajectories(
 
 
 def annotate(
-    trajectories: Trajectories,
-    reference: Policy,
-    temperature: float,
-    tokens_per_forward: int,
-    progress: Callable[[int], None] = lambda episodes: None,
+    trajectories: Trajectories, reference: Policy, temperature: float, tokens_per_forward: int
 ) -> Trajectories:
     """Add the reference policy's energy, log-probability and entropy to trajectories.
 
@@ -71,9 +61,8 @@ def annotate(
         reference: the frozen reference policy.
         temperature: of log-probability and entropy, as in sampling.
         tokens_per_forward: padded tokens per forward pass.
-        progress: called with episodes done, batch by batch.
     """
-    logprob, entropy, logsumexp = score_trajectories(reference, trajectories, temperature, tokens_per_forward, progress)
+    logprob, entropy, logsumexp = score_trajectories(reference, trajectories, temperature, tokens_per_forward)
     return replace(trajectories, energy=-logsumexp, ref_logprob=logprob, ref_entropy=entropy)
 
 
@@ -84,15 +73,11 @@ def annotate_part(task: tuple[Config, Path, Trajectories], report: Tell) -> Traj
     those of a training that samples and annotates it itself.
     """
     config, directory, part = task
-    done, size = 0, config.rollout.groups * config.rollout.group_size
-
-    def progress(episodes: int) -> None:
-        nonlocal done
-        done += episodes
-        report(done, len(part), "episodes")
-
     report(0, len(part), "loading the policy")
-    reference = load_trained(directory, config)
-    slices = [part.select(range(start, min(start + size, len(part)))) for start in range(0, len(part), size)]
-    temperature, budget = config.rollout.temperature, config.train.tokens_per_forward
-    return concatenate([annotate(piece, reference, temperature, budget, progress) for piece in slices])
+    reference, size, annotated = load_trained(directory, config), config.rollout.groups * config.rollout.group_size, []
+    for done in range(0, len(part), size):
+        report(done, len(part), "episodes")
+        piece = part.select(range(done, min(done + size, len(part))))
+        with span("", 0, len(piece)):
+            annotated.append(annotate(piece, reference, config.rollout.temperature, config.train.tokens_per_forward))
+    return concatenate(annotated)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -37,18 +36,12 @@ def evaluation_specs(
 
 
 def evaluate(
-    engine: RolloutEngine,
-    tokenizer: Any,
-    config: Config,
-    name: str,
-    seed: int,
-    temperature: float,
-    progress: Callable[[int], None] = lambda episodes: None,
+    engine: RolloutEngine, tokenizer: Any, config: Config, name: str, seed: int, temperature: float
 ) -> Trajectories:
     """Play the test split at one temperature, as ``evaluation`` in params.yaml says."""
     plan = config.evaluation
     specs = evaluation_specs(config, name, "test", plan.states, plan.rollouts, seed, f"test at {temperature:g}")
-    return collect(engine, tokenizer, config, name, specs, temperature, progress)
+    return collect(engine, tokenizer, config, name, specs, temperature)
 
 
 @dataclass(frozen=True)
@@ -67,19 +60,10 @@ def evaluate_policy(task: EvaluationTask, report: Tell) -> pa.Table:
     """Load a policy in a process of its own and play the test split; returns ``episode_results``."""
     within(0.0, "loading the policy", insist=True)
     policy = load_trained(task.policy, task.config)
-    total, done = task.config.evaluation.states * task.config.evaluation.rollouts, 0
-
-    def progress(episodes: int) -> None:
-        nonlocal done
-        done += episodes
-        report(done, total, "episodes")
-
-    engine = make_engine(task.config, policy)
-    progress(0)
+    engine, total = make_engine(task.config, policy), task.config.evaluation.states * task.config.evaluation.rollouts
+    report(0, total, "episodes")
     with span("", 0, total), located(str(task.policy)):
-        played = evaluate(
-            engine, policy.tokenizer, task.config, task.environment, task.seed, task.temperature, progress
-        )
+        played = evaluate(engine, policy.tokenizer, task.config, task.environment, task.seed, task.temperature)
     labels = {"environment": task.environment, "method": task.method, "seed": task.seed}
     return episode_results(played, **labels, temperature=task.temperature)
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any
 
 from pipeline.progress.display import beat, on_beat, within
@@ -23,7 +23,6 @@ def collect(
     name: str,
     specs: Sequence[EpisodeSpec],
     temperature: float,
-    progress: Callable[[int], None] = lambda episodes: None,
     phases: Phases | None = None,
     closing: bool = False,
 ) -> Trajectories:
@@ -36,7 +35,6 @@ def collect(
         name: key in ``environments``.
         specs: what to play.
         temperature: of sampling.
-        progress: called with 1 whenever an episode is finished.
         phases: told how long the environment takes: ``reset`` and ``step``.
         closing: see ``Setup``.
 
@@ -49,17 +47,11 @@ def collect(
     """
     setup = Setup(tokenizer, config, name, phases, closing)
     engine.forget()
-    episodes = play(engine, (setup.begin(spec) for spec in specs), temperature, progress, len(specs))
+    episodes = play(engine, (setup.begin(spec) for spec in specs), temperature, len(specs))
     return build([episode.builder for episode in episodes])
 
 
-def play(
-    engine: RolloutEngine,
-    episodes: Iterable[Episode],
-    temperature: float,
-    progress: Callable[[int], None] = lambda episodes: None,
-    count: int = 0,
-) -> list[Episode]:
+def play(engine: RolloutEngine, episodes: Iterable[Episode], temperature: float, count: int = 0) -> list[Episode]:
     """Play episodes to their end, each begun when the engine has room for it; returns them in order.
 
     What the engine has computed for their beginnings, in this call or an earlier one, is not computed again. ``count`` is
@@ -81,10 +73,7 @@ def play(
         episode.take(answer)
         sampled, unfinished = sampled + len(answer.ids), max(0, unfinished - len(answer.ids))
         beat(unfinished)
-        if not episode.done:
-            return episode.request()
-        progress(1)
-        return None
+        return None if episode.done else episode.request()
 
     def said(tokens: int) -> None:
         nonlocal unfinished
