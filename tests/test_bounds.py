@@ -20,7 +20,7 @@ from pipeline.energy.annotate import annotate
 from pipeline.environments.registry import OURS, make, reset
 from pipeline.evaluation.evaluate import EvaluationTask, evaluate_policy
 from pipeline.model.loading import load_policy
-from pipeline.rollout.slices import sample_slice
+from pipeline.rollout.slices import sample_slices
 from pipeline.settings.params import Config, Environment, ScratchPolicy, parse
 from pipeline.settings.presets import overlay
 from pipeline.settings.section import Section
@@ -162,7 +162,7 @@ def test_a_drawn_params_file_rolls_out_annotates_trains_and_evaluates(
     print(
         config.model_dump(include={"seeds", "rollout", "train", "evaluation", "environments"}), config.methods["drawn"]
     )
-    (table,) = sample_slice((config, LAKE, directory, [0]), quiet).values()
+    (table,) = sample_slices((config, LAKE, directory, [0]), quiet).values()
     annotated = annotate(table, load_policy(directory), config.rollout.temperature, config.train.tokens_per_forward)
     assert np.isfinite(annotated.energy[annotated.sampled]).all()
     bottleneck(annotated, 100)

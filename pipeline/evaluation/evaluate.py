@@ -84,15 +84,7 @@ def episode_results(trajectories: Trajectories, **labels: Any) -> pa.Table:
     state's episodes), success, return, end_reason, turns, of these valid_turns, disallowed_turns, malformed_turns
     and cut_turns (see ``trajectory.RESPONSES``), tokens (sampled), action_tokens.
     """
-    turns, responses = np.diff(trajectories.turn_offsets), np.array(trajectories.responses)
-    counts = {
-        f"{kind}_turns": np.add.reduceat((responses == kind).astype(np.int64), trajectories.turn_offsets[:-1])
-        for kind in RESPONSES
-    }
-    sampled = np.add.reduceat(trajectories.sampled.astype(np.int64), trajectories.offsets[:-1])
-    action = np.add.reduceat(
-        (trajectories.sampled & (trajectories.role == Role.ACTION)).astype(np.int64), trajectories.offsets[:-1]
-    )
+    responses, sampled = np.array(trajectories.responses), trajectories.sampled
     seen: dict[str, int] = {}
     rollout = []
     for group in trajectories.episodes["group_id"]:
@@ -107,12 +99,18 @@ def episode_results(trajectories: Trajectories, **labels: Any) -> pa.Table:
             "success": trajectories.episodes["success"],
             "return": trajectories.episodes["return"],
             "end_reason": trajectories.episodes["end_reason"],
-            "turns": turns,
-            **counts,
-            "tokens": sampled,
-            "action_tokens": action,
+            "turns": np.diff(trajectories.turn_offsets),
+            **{f"{kind}_turns": _counts(responses == kind, trajectories.turn_offsets) for kind in RESPONSES},
+            "tokens": _counts(sampled, trajectories.offsets),
+            "action_tokens": _counts(sampled & (trajectories.role == Role.ACTION), trajectories.offsets),
         }
     )
+
+
+def _counts(marked: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """int64 (E,): how many of each episode's turns or tokens are marked."""
+    counts: np.ndarray = np.add.reduceat(marked.astype(np.int64), offsets[:-1])
+    return counts
 
 
 def summary(trajectories: Trajectories) -> dict[str, float]:

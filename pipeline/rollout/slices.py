@@ -17,7 +17,7 @@ from pipeline.trajectories.trajectory import Trajectories
 from pipeline.workspace.processes import Tell
 
 
-def sample_slice(task: tuple[Config, str, Path, list[int]], report: Tell) -> dict[int, Trajectories]:
+def sample_slices(task: tuple[Config, str, Path, list[int]], report: Tell) -> dict[int, Trajectories]:
     """Sample the slices of some seeds; ``task`` is config, environment, policy directory and seeds."""
     config, name, directory, seeds = task
     policy = load_trained(directory, config)

@@ -11,7 +11,7 @@ from pipeline.trajectories.trajectory import PER_EPISODE, PER_TOKEN, PER_TURN, R
 
 
 class EpisodeBuilder:
-    """Grows one episode: ``append`` tokens, close each turn, then ``build`` many into ``Trajectories``."""
+    """Grows one episode: append tokens, close each turn, then ``build`` many into ``Trajectories``."""
 
     def __init__(self, **identity: Any) -> None:
         self.identity = identity
@@ -29,13 +29,14 @@ class EpisodeBuilder:
 
     def append_text(self, ids: Sequence[int], role: Role) -> None:
         """Tokens that the policy did not choose."""
-        self._append(ids, [role] * len(ids), False, [0.0] * len(ids), [0.0] * len(ids))
+        size = len(ids)
+        self._append(ids, [role] * size, [False] * size, [0.0] * size, [0.0] * size)
 
     def append_sampled(
         self, ids: Sequence[int], roles: Sequence[int], logprob: Sequence[float], entropy: Sequence[float]
     ) -> None:
         """Tokens that the policy chose."""
-        self._append(ids, roles, True, logprob, entropy)
+        self._append(ids, roles, [True] * len(ids), logprob, entropy)
 
     def before(self, split: int, **identity: Any) -> EpisodeBuilder:
         """A branch: another episode with the first ``split`` tokens and the turns that were over by then.
@@ -54,19 +55,9 @@ class EpisodeBuilder:
         """Give the last tokens other roles."""
         self.tokens["role"][len(self) - len(roles) :] = roles
 
-    def _append(
-        self,
-        ids: Sequence[int],
-        roles: Sequence[int],
-        sampled: bool,
-        logprob: Sequence[float],
-        entropy: Sequence[float],
-    ) -> None:
-        self.tokens["input_ids"] += list(ids)
-        self.tokens["role"] += list(roles)
-        self.tokens["sampled"] += [sampled] * len(ids)
-        self.tokens["logprob"] += list(logprob)
-        self.tokens["entropy"] += list(entropy)
+    def _append(self, *columns: Sequence[Any]) -> None:
+        for name, values in zip(PER_TOKEN, columns, strict=True):
+            self.tokens[name].extend(values)
 
     def close_turn(
         self,
@@ -79,18 +70,8 @@ class EpisodeBuilder:
         ended: str = "stop",
     ) -> None:
         """End the turn whose response began at token ``start``."""
-        self.turns.append(
-            {
-                "start": start,
-                "end": len(self),
-                "reward": reward,
-                "action": action,
-                "valid": valid,
-                "state_key": state_key,
-                "well_formed": well_formed,
-                "ended": ended,
-            }
-        )
+        turn = (start, len(self), reward, action, valid, state_key, well_formed, ended)
+        self.turns.append(dict(zip(PER_TURN, turn, strict=True)))
 
     def finish(self, success: bool, end_reason: str) -> None:
         """Record the outcome; the return is the sum of the turns' rewards."""
