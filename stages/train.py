@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from urllib.parse import quote
 
 from pipeline.commands.command import configured, next_command, out_folder, parse_arguments, run
-from pipeline.trajectories.trajectory import TrajectoryError, read
+from pipeline.trajectories.table import read
+from pipeline.trajectories.trajectory import TrajectoryError
 from pipeline.workspace.files import lock, read_json, write_json
 
 if TYPE_CHECKING:

@@ -18,8 +18,10 @@ from torch import Tensor
 from pipeline.commands.command import run
 from pipeline.energy.annotate import annotate
 from pipeline.evaluation import evaluate as evaluation
-from pipeline.model.policy import Policy, load_policy
-from pipeline.rollout.collector import collect, iteration_specs
+from pipeline.model.loading import load_policy
+from pipeline.model.policy import Policy
+from pipeline.rollout.collector import collect
+from pipeline.rollout.specs import iteration_specs
 from pipeline.rollout.transformers_engine import TransformersEngine, sample
 from pipeline.training.checks import recomputed
 from pipeline.training.iteration import Iteration, run_iteration

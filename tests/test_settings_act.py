@@ -13,7 +13,7 @@ import torch
 from pydantic.fields import FieldInfo
 
 from pipeline.model.policy import Policy
-from pipeline.rollout.branching import GROWTHS
+from pipeline.rollout.growths import GROWTHS
 from pipeline.settings.params import Config, parse
 from pipeline.settings.presets import overlay
 from pipeline.settings.section import Section

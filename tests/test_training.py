@@ -23,12 +23,14 @@ from pipeline.bootstrap.supervision import bootstrap
 from pipeline.energy.annotate import annotate, annotate_part
 from pipeline.environments import split_of
 from pipeline.evaluation.evaluate import episode_results, evaluate
-from pipeline.model.policy import Policy, load_policy, load_trained, save_replacing
+from pipeline.model.loading import load_policy, load_trained
+from pipeline.model.policy import Policy
 from pipeline.objective.batch import token_batch
 from pipeline.objective.methods import entropy_terms, select_groups, shape_rewards, token_advantages, token_weights
 from pipeline.progress.timing import Phases
-from pipeline.rollout.collector import collect, iteration_specs
-from pipeline.rollout.table import sample_slice
+from pipeline.rollout.collector import collect
+from pipeline.rollout.slices import sample_slices
+from pipeline.rollout.specs import iteration_specs
 from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.settings.params import Config
 from pipeline.settings.presets import overlay
@@ -38,6 +40,7 @@ from pipeline.training.module import PolicyGradient
 from pipeline.training.result import table_slice
 from pipeline.training.tokens import TokenTable
 from pipeline.training.update import Learner, averages
+from pipeline.trajectories.table import write
 from pipeline.trajectories.trajectory import CUT_OFF, RESPONSE_ROLES, Role, Trajectories, concatenate
 from pipeline.workspace.randomness import generator
 from tests.trainings import LAKE, configured, fit, quiet, same, standing, supervised, unmoved, updated, weights
@@ -147,7 +150,7 @@ def test_a_bootstrapped_policy_is_reproducible_and_reloads(policy: Policy, direc
 
 def test_a_policys_rotary_base_is_the_one_that_was_set_also_when_it_was_saved(policy: Policy, tmp_path: Path) -> None:
     slow = supervised(configured({"policy": {"rope_theta": 1e6}}))
-    save_replacing(slow, tmp_path / "slow")
+    slow.save(tmp_path / "slow")
     for made, base in ((policy, 1e4), (slow, 1e6), (load_policy(str(tmp_path / "slow")), 1e6)):
         pairs = torch.arange(8) / 8  # heads are 16 wide
         torch.testing.assert_close(made.model.model.rotary_emb.inv_freq, base**-pairs)
@@ -215,17 +218,17 @@ def test_the_table_holds_the_flat_batch_of_what_passed_the_filter(policy: Policy
 def test_the_first_iteration_from_the_table_is_the_one_sampled_afresh(directory: Path, tmp_path: Path) -> None:
     """Byte for byte, however the rollout and annotate stages have cut their work."""
     config = configured({"train": {"tokens_per_forward": 700}, "bottleneck": {"groups": 6}})
-    slices = sample_slice((config, LAKE, directory, [0, 1, 2]), quiet)
+    slices = sample_slices((config, LAKE, directory, [0, 1, 2]), quiet)
     parts = [concatenate([slices[0], slices[1]]), slices[2]]
     table = concatenate([annotate_part((config, directory, part), quiet) for part in parts])
-    table.write(tmp_path / "table.parquet")
+    write(table, tmp_path / "table.parquet")
     for seed in range(3):
         policy = load_trained(directory, config)
         fresh = collected(collection(config, "grpo", policy, seed))
         cut = table_slice(table, config, LAKE, seed)
         assert cut is not None
-        cut.write(tmp_path / "cut.parquet")
-        fresh.write(tmp_path / "fresh.parquet")
+        write(cut, tmp_path / "cut.parquet")
+        write(fresh, tmp_path / "fresh.parquet")
         assert (tmp_path / "cut.parquet").read_bytes() == (tmp_path / "fresh.parquet").read_bytes()
     assert table_slice(table, config, LAKE, 3) is None
 

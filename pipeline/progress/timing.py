@@ -13,9 +13,9 @@ class Phases:
         self.inner = 0.0
         """Seconds of phases that have ended inside the one that is open."""
 
-    def phase(self, name: str) -> Phase:
+    def phase(self, name: str) -> Stopwatch:
         """Count what happens inside under ``name``."""
-        return Phase(self, name)
+        return Stopwatch(self, name)
 
     def add(self, name: str, seconds: float) -> None:
         """Add to a phase."""
@@ -27,7 +27,7 @@ class Phases:
         return taken
 
 
-class Phase:
+class Stopwatch:
     """A stretch of time; a class, not a generator, because environments are timed step by step."""
 
     __slots__ = ("around", "began", "name", "phases")

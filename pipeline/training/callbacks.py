@@ -13,10 +13,10 @@ from pipeline.evaluation.evaluate import summary, validate
 from pipeline.progress.display import span
 from pipeline.tracking.training import TrainingRun
 from pipeline.training.budget import progress, training_over
-from pipeline.training.episodes import write_episodes
 from pipeline.training.module import PolicyGradient
+from pipeline.trajectories.table import write
 from pipeline.workspace.finite import located, require_finite
-from pipeline.workspace.processes import Report
+from pipeline.workspace.processes import Tell
 
 
 class Clock(Callback):
@@ -68,7 +68,7 @@ class Validation(Callback):
 class Progress(Callback):
     """Reports after every iteration: how many of them, or of the tokens that may be sampled, have been spent."""
 
-    def __init__(self, report: Report) -> None:
+    def __init__(self, report: Tell) -> None:
         self._report = report
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -119,7 +119,7 @@ class Checkpoint(Callback):
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if pl_module.last_update:
-            write_episodes(self._folder / "episodes.parquet", pl_module.last_episodes, pl_module.last_update)
+            write(pl_module.last_episodes, self._folder / "episodes.parquet", pl_module.last_update)
         with pl_module.phases.phase("checkpoint"):
             trainer.save_checkpoint(self._folder / "checkpoint.partial")
             os.replace(self._folder / "checkpoint.partial", self._folder / "checkpoint.ckpt")

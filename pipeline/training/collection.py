@@ -11,13 +11,17 @@ from pipeline.energy.annotate import annotate, score_trajectories
 from pipeline.model.policy import Policy
 from pipeline.progress.display import span
 from pipeline.progress.timing import Phases
-from pipeline.rollout.branching import Forest
-from pipeline.rollout.collector import Setup, iteration_specs, play
+from pipeline.rollout.branch_scores import blank_tokens, branch_scores
+from pipeline.rollout.collector import play
 from pipeline.rollout.engine import RolloutEngine
-from pipeline.rollout.scores import blank_tokens, branch_scores
+from pipeline.rollout.episode import Setup
+from pipeline.rollout.forest import Forest
+from pipeline.rollout.growths import moved
+from pipeline.rollout.specs import iteration_specs
 from pipeline.settings.branching import Branching, Independent, Positions
 from pipeline.settings.params import Config
-from pipeline.trajectories.trajectory import Trajectories, build, concatenate
+from pipeline.trajectories.builder import build
+from pipeline.trajectories.trajectory import Trajectories, concatenate
 from pipeline.workspace.randomness import generator
 
 SAMPLING, SCORING = (0.0, 0.6), (0.6, 0.7)
@@ -77,7 +81,7 @@ class Collection:
             waves.append(wave)
             if isinstance(self.branching, Positions) and len(waves) == 1:
                 waves = [self.annotate(waves)]
-                if self.branching.signal == "branching_score":
+                if moved(self.branching):
                     yield waves
                     self.engine.forget()  # the policy is another one now
                 forest.score(waves[0], self._scores(self.branching, waves[0]))
@@ -101,17 +105,13 @@ class Collection:
         return grown.select(np.argsort(grown.groups, kind="stable"))
 
     def _scores(self, section: Positions, initial: Trajectories) -> np.ndarray:
-        moved = (
-            self.now(initial)[0] - initial.logprob
-            if section.signal == "branching_score"
-            else np.zeros(len(initial.input_ids))
-        )
+        shift = self.now(initial)[0] - initial.logprob if moved(section) else np.zeros(len(initial.input_ids))
         scores, blank = np.zeros(len(initial.input_ids)), blank_tokens(self.policy.tokenizer, initial.input_ids)
         for group in dict.fromkeys(initial.episodes["group_id"]):  # each with draws of its own
             rows = [row for row, own in enumerate(initial.episodes["group_id"]) if own == group]
             tokens = np.isin(initial.token_episode, rows)
             draws = generator(self.seed, "branch scores", group)
-            omega = moved[tokens], section.discount, section.bounds, blank[tokens]
+            omega = shift[tokens], section.discount, section.bounds, blank[tokens]
             scores[tokens] = branch_scores(section.signal, initial.select(rows), draws, *omega)
         return scores
 

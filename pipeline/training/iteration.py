@@ -17,7 +17,7 @@ from pipeline.objective.estimates import AdvantageEstimate
 from pipeline.objective.filters import group_deviation
 from pipeline.objective.methods import entropy_terms, select_groups, shape_rewards, token_advantages, token_weights
 from pipeline.progress.display import span
-from pipeline.rollout.branching import branches_by_role
+from pipeline.rollout.forest import branches_by_role
 from pipeline.settings.method import Method
 from pipeline.settings.params import Train
 from pipeline.training.budget import Rows

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader
 from pipeline.model.policy import Policy
 from pipeline.objective.estimates import declared_heads, needed_behind
 from pipeline.progress.timing import Phases
-from pipeline.rollout.transformers_engine import TransformersEngine
+from pipeline.rollout.making import make_engine
 from pipeline.settings.method import Method
 from pipeline.settings.params import Config
 from pipeline.training.budget import progress, training_over
@@ -54,7 +54,7 @@ class PolicyGradient(lightning.LightningModule):
         masters = masters_of(method, policy, heads, f"{config.params_file}: methods.{method_name}")
         self.masters = torch.nn.ModuleList(masters)
         self.learner = Learner(config, method, policy, reference, heads, masters)
-        self.engine = TransformersEngine(policy, config.rollout.batch_episodes)
+        self.engine = make_engine(config, policy)
         self.phases = Phases()
         closing = bool(needed_behind(method.advantage))
         self.collection = Collection(

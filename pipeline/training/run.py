@@ -13,17 +13,17 @@ import lightning.pytorch as lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 
-from pipeline.model.policy import load_trained
+from pipeline.model.loading import load_trained
 from pipeline.progress.display import begin, within
 from pipeline.tracking.training import RunSettings, TrainingRun
 from pipeline.training.budget import progress, training_over
 from pipeline.training.callbacks import Checkpoint, Clock, End, Log, Progress, Validation
 from pipeline.training.module import PolicyGradient
 from pipeline.training.result import TrainingTask, publish, table_slice
-from pipeline.trajectories.trajectory import read
+from pipeline.trajectories.table import read
 from pipeline.workspace.files import lock, read_json, write_json
 from pipeline.workspace.finite import located
-from pipeline.workspace.processes import Report
+from pipeline.workspace.processes import Tell
 
 Curve = list[dict[str, float]]
 """One row of metrics per finished iteration."""
@@ -40,13 +40,13 @@ class TrainingJob:
     """Where and under which tags MLflow holds the run; None for a training that has no run of its own."""
 
 
-def train_one(job: TrainingJob, report: Report) -> Path:
+def train_one(job: TrainingJob, report: Tell) -> Path:
     """Train one seed, or go on where it was killed; returns the folder of its result."""
     train_until(job, job.task.config.train.iterations, report)
     return job.task.result
 
 
-def train_until(job: TrainingJob, iterations: int, report: Report) -> Curve:
+def train_until(job: TrainingJob, iterations: int, report: Tell) -> Curve:
     """Train one seed for so many of its iterations, or go on where it stopped; returns its learning curve so far.
 
     It stops with a checkpoint; the result appears with the training's last iteration (see ``training_over``). Where another
@@ -59,7 +59,7 @@ def train_until(job: TrainingJob, iterations: int, report: Report) -> Curve:
     return _train_until(job, iterations, report)
 
 
-def _train_until(job: TrainingJob, iterations: int, report: Report) -> Curve:
+def _train_until(job: TrainingJob, iterations: int, report: Tell) -> Curve:
     """See ``train_until``; nobody else works on this training."""
     task, train, checkpoint = job.task, job.task.config.train, job.task.cache / "checkpoint.ckpt"
     if task.finished:
