@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 
 from pipeline.energy.annotate import score_trajectories
 from pipeline.environments import make
-from pipeline.environments.registry import EXTRAS, parse_action, reset, step
+from pipeline.environments.making import EXTRAS
+from pipeline.environments.playing import parse_action, reset, step
 from pipeline.model.policy import Policy
 from pipeline.progress.timing import Phases
 from pipeline.rollout.branching import Forest, branches_by_role

@@ -24,8 +24,8 @@ from ruamel.yaml import YAML
 
 from pipeline.contracts import environment as contracts
 from pipeline.contracts.environment import CONTRACTS, Bounds, Seen, check_environment, proceed
-from pipeline.environments import make, registry
-from pipeline.environments.registry import OURS
+from pipeline.environments import make, playing
+from pipeline.environments.making import OURS
 from pipeline.settings.params import Config, Environment, parse
 from pipeline.settings.presets import overlay
 from pipeline.workspace.errors import UserError
@@ -605,9 +605,9 @@ def test_the_suite_and_the_pipeline_take_the_same_numbers_and_flags(number: str,
     section = Environment(id=f"{__name__}:OtherNumbers-v0", settings={"number": number, "flag": flag})
     assert check_environment(section, WalkExpert()) == []
     environment = make(section)
-    registry.reset(environment, 0, 0)
-    _, reward, over = registry.step(environment, "left")
-    taken = (reward, over, registry.success_of(environment), registry.actions_left_of(environment))
+    playing.reset(environment, 0, 0)
+    _, reward, over = playing.step(environment, "left")
+    taken = (reward, over, playing.success_of(environment), playing.actions_left_of(environment))
     assert [type(value) for value in taken] == [float, bool, bool, int]
 
 
@@ -642,9 +642,9 @@ def test_the_suite_and_the_pipeline_refuse_the_same(case: int) -> None:
     section = Environment(id=f"{__name__}:ReturnsWrong-v0", settings={"case": case})
     (line,) = check_environment(section, WalkExpert())
     environment = make(section)
-    registry.reset(environment, 0, 0)
+    playing.reset(environment, 0, 0)
     with pytest.raises(UserError, match=f"returned {WRONG[case][1]}") as caught:
-        registry.step(environment, "left")
+        playing.step(environment, "left")
     words = str(caught.value).removeprefix("environments: ")
     assert line.replace("'right'", "'left'").startswith(f"step: {words} (state_seed 0, ")
 

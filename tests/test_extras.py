@@ -18,7 +18,7 @@ import pytest
 from pipeline.contracts.environment import check_environment
 from pipeline.environments import initial_states, make
 from pipeline.environments.foreign import Enclosure, free_text
-from pipeline.environments.registry import EXTRAS, OURS
+from pipeline.environments.making import EXTRAS, OURS
 from pipeline.settings.params import Environment, parse
 from pipeline.settings.presets import overlay
 from pipeline.workspace.errors import UserError
@@ -404,7 +404,7 @@ def test_a_groups_members_share_the_start_but_not_what_follows() -> None:
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"max_actions": 0}, "max_actions must be at least 1, got 0"),
+        ({"max_actions": 0}, "max_actions must be a whole number from 1 on, got 0"),
         ({"game": "GuessNumber-v0"}, "game must be one of TextArena's, got 'GuessNumber-v0'; did you mean 'Guess"),
         ({"game": "Nim-v0"}, "game 'Nim-v0' cannot be played alone: AssertionError: The number of players has to be 2"),
         ({"game": "MarketEntryGame-v0"}, "game 'MarketEntryGame-v0' is for several players"),

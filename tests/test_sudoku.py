@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from pipeline.environments import initial_states, sudoku
-from pipeline.environments.registry import SPLITS
+from pipeline.environments.splits import SPLITS
 from pipeline.environments.sudoku import Sudoku, SudokuExpert
 from pipeline.workspace.errors import UserError
 
@@ -363,11 +363,11 @@ def test_numbers_outside_the_board_are_an_action_but_an_invalid_move() -> None:
     ("settings", "said"),
     [
         ({"size": 9}, "size must be 4, got 9"),
-        ({"givens": 3}, "givens must be 4 to 15, got 3"),
-        ({"givens": 16}, "givens must be 4 to 15, got 16"),
-        ({"givens": 8.5}, "givens must be 4 to 15, got 8.5"),
-        ({"givens": 8.0}, "givens must be 4 to 15, got 8.0"),
-        ({"givens": "few"}, "givens must be 4 to 15, got 'few'"),
+        ({"givens": 3}, "givens must be a whole number from 4 to 15, got 3"),
+        ({"givens": 16}, "givens must be a whole number from 4 to 15, got 16"),
+        ({"givens": 8.5}, "givens must be a whole number from 4 to 15, got 8.5"),
+        ({"givens": 8.0}, "givens must be a whole number from 4 to 15, got 8.0"),
+        ({"givens": "few"}, "givens must be a whole number from 4 to 15, got 'few'"),
         ({"max_actions": 7}, "max_actions must be a whole number from 8 on, got 7"),
         ({"givens": 4, "max_actions": 11}, "max_actions must be a whole number from 12 on, got 11"),
         ({"max_actions": 16.5}, "max_actions must be a whole number from 8 on, got 16.5"),

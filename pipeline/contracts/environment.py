@@ -29,10 +29,10 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from pipeline.environments.registry import (
+from pipeline.environments.making import make
+from pipeline.environments.playing import (
     actions_left_of,
     board_of,
-    make,
     outcome_of,
     parse_action,
     reset,

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
 from dataclasses import dataclass, replace
 from typing import Any
 
-from pipeline.environments import environment_label, initial_states, make
-from pipeline.environments.registry import actions_left_of, outcome_of, parse_action, reset, step, success_of, text_of
+from pipeline.environments import initial_states, make
+from pipeline.environments.playing import actions_left_of, outcome_of, parse_action, reset, step, success_of, text_of
 from pipeline.progress.display import beat, on_beat, within
 from pipeline.progress.timing import Phases
 from pipeline.rollout.engine import Continuation, Request, RolloutEngine, Sampling
@@ -96,7 +96,7 @@ def collect(
         The episodes in the order of ``specs``.
 
     Raises:
-        UserError: the environment raised, or returned what it must not (see ``registry.step``); its openings differ
+        UserError: the environment raised, or returned what it must not (see ``playing.step``); its openings differ
             within a group, or leave no room in ``context_tokens``.
     """
     setup = Setup(tokenizer, config, name, phases, closing)
@@ -220,7 +220,7 @@ class Episode:
         self.builder = EpisodeBuilder(
             episode_id=spec.episode_id,
             group_id=spec.group_id,
-            environment=environment_label(section),
+            environment=section.id,
             state_key=self._state_key(),
             seed=spec.seed,
             iteration=spec.iteration,
