@@ -23,7 +23,8 @@ import pytest
 from ruamel.yaml import YAML
 
 from pipeline.contracts import environment as contracts
-from pipeline.contracts.environment import CONTRACTS, Bounds, Seen, check_environment, proceed
+from pipeline.contracts.environment import CONTRACTS, Bounds, check_environment
+from pipeline.contracts.environment.suite import Seen, proceed
 from pipeline.environments import make, playing
 from pipeline.environments.making import OURS
 from pipeline.settings.params import Config, Environment, parse

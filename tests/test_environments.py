@@ -1,6 +1,6 @@
 """Every registered environment in a rollout and in splits, and FrozenLake's own rules.
 
-What any environment has to keep is in pipeline/contracts/environment.py, which test_contracts.py runs over all of them.
+What any environment has to keep is in pipeline/contracts/environment/, which test_contracts.py runs over all of them.
 """
 
 from __future__ import annotations
