@@ -56,9 +56,10 @@ from tests.forests import (
     switch_section,
 )
 from tests.test_collector import NAME, TOKENIZER, config, says
-from tests.test_contracts import EXAMPLES, SOUND, Walk
+from tests.test_contracts_kept import EXAMPLES, SOUND
 from tests.test_engine import random_policy
 from tests.trainings import LAKE, configured, fit, left, quiet
+from tests.walks import Walk
 
 # ------------------------------------------------------------------------------------- whole forests, without a model
 
