@@ -8,8 +8,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from pipeline.environments.draws import one_of, state_draws
-from pipeline.environments.speech import spoken, wording
+from pipeline.environments.draws import one_of, spoken, state_draws, wording
 
 SAFE = (
     ("steady", "calm", "quiet", "patient", "modest", "sturdy", "gentle", "trusty", "sober", "careful"),

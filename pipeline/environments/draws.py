@@ -1,8 +1,8 @@
-"""How environments and their experts draw: the initial state apart from the noise, and one of several."""
+"""How environments and their experts draw: the initial state apart from the noise, one of several, facts in any order."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -25,3 +25,23 @@ def state_draws(noise: np.random.Generator, options: dict[str, Any] | None, *apa
 def one_of(options: Sequence[T], draws: np.random.Generator) -> T:
     """One of the options, each as likely as the others."""
     return options[int(draws.integers(len(options)))]
+
+
+def wording(draws: np.random.Generator) -> Callable[..., str]:
+    """A function that gives one of the phrases it is given."""
+    return lambda *phrases: one_of(phrases, draws)
+
+
+def spoken(facts: Callable[[], list[str]], words: int, draws: np.random.Generator) -> str:
+    """Facts in random order until there are ``words`` words; asked for again when all have been said.
+
+    Args:
+        facts: gives a non-empty list, in words that ``draws`` may vary.
+        words: exactly so many, at least 0.
+        draws: choose the order.
+    """
+    left, said = facts(), list[str]()
+    while len(said) < words:
+        left = left or facts()
+        said += left.pop(int(draws.integers(len(left)))).split()
+    return " ".join(said[:words])

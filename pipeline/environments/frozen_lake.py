@@ -14,9 +14,8 @@ import gymnasium
 import numpy as np
 from gymnasium.envs.toy_text.frozen_lake import FrozenLakeEnv
 
-from pipeline.environments.draws import one_of, state_draws
+from pipeline.environments.draws import one_of, spoken, state_draws, wording
 from pipeline.environments.limits import check_whole
-from pipeline.environments.speech import spoken, wording
 from pipeline.workspace.errors import UserError
 
 MOVES = {"Left": (0, -1), "Down": (1, 0), "Right": (0, 1), "Up": (-1, 0)}

@@ -26,10 +26,8 @@ def reset(environment: TextEnvironment, seed: int, state_seed: int | None) -> st
     """
     options = None if state_seed is None else {"state_seed": state_seed}
     returned = _called(environment, ("reset",), environment.reset, seed=seed, options=options)
-    if not isinstance(returned, tuple) or len(returned) != 2:
-        _refuse(environment, _shape(returned), ("reset",), "(observation, information)")
-    _information(environment, returned[1], ("reset",))
-    return _text(environment, "an observation", returned[0], ("reset",))
+    (observation,) = _parts(environment, returned, ("reset",), "observation, information")
+    return _text(environment, "an observation", observation, ("reset",))
 
 
 def step(environment: TextEnvironment, action: str) -> tuple[str, float, bool]:
@@ -48,14 +46,12 @@ def transition(environment: TextEnvironment, action: str) -> tuple[str, float, b
     """
     place = ("step", action)
     returned = _called(environment, place, environment.step, action)
-    if not isinstance(returned, tuple) or len(returned) != 5:
-        _refuse(environment, _shape(returned), place, "(observation, reward, terminated, truncated, information)")
-    observation, given, terminated, truncated, information = returned
+    parts = _parts(environment, returned, place, "observation, reward, terminated, truncated, information")
+    observation, given, terminated, truncated = parts
     reward = _reward(environment, given, place)
     for name, value in (("terminated", terminated), ("truncated", truncated)):
         if not isinstance(value, _BOOLS):
             _refuse(environment, f"{name} {reprlib.repr(value)}", place, "True or False")
-    _information(environment, information, place)
     return _text(environment, "an observation", observation, place), reward, bool(terminated), bool(truncated)
 
 
@@ -157,9 +153,14 @@ def _called(environment: TextEnvironment, place: Place, ask: Callable[..., Any],
         raise UserError(f"environments: {id_of(environment)!r}: {_said(place)} raised {raised(error)}") from error
 
 
-def _information(environment: TextEnvironment, value: Any, place: Place) -> None:
-    if not isinstance(value, dict):
-        _refuse(environment, f"information of type {type(value).__name__}", place, "a dict")
+def _parts(environment: TextEnvironment, returned: Any, place: Place, names: str) -> tuple[Any, ...]:
+    """The parts of a tuple with these names; the last one, information, is checked and left out."""
+    if not isinstance(returned, tuple) or len(returned) != names.count(",") + 1:
+        kind = f"tuple of {len(returned)}" if isinstance(returned, tuple) else type(returned).__name__
+        _refuse(environment, f"a {kind}", place, f"({names})")
+    if not isinstance(returned[-1], dict):
+        _refuse(environment, f"information of type {type(returned[-1]).__name__}", place, "a dict")
+    return returned[:-1]
 
 
 def _reward(environment: TextEnvironment, value: Any, place: Place) -> float:
@@ -188,10 +189,6 @@ def _refuse(environment: TextEnvironment, returned: str, place: Place, allowed: 
 def _said(place: Place) -> str:
     name, *arguments = place
     return f"{name}({reprlib.repr(arguments[0])})" if arguments else name
-
-
-def _shape(returned: Any) -> str:
-    return f"a tuple of {len(returned)}" if isinstance(returned, tuple) else f"a {type(returned).__name__}"
 
 
 def line_of(error: Exception) -> str:

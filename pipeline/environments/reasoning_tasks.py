@@ -16,9 +16,8 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from pipeline.environments.draws import one_of
+from pipeline.environments.draws import one_of, spoken
 from pipeline.environments.foreign import Enclosure, free_text
-from pipeline.environments.speech import spoken
 
 
 @contextmanager

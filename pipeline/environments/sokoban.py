@@ -18,9 +18,8 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 
-from pipeline.environments.draws import one_of
+from pipeline.environments.draws import one_of, spoken, wording
 from pipeline.environments.limits import check_whole
-from pipeline.environments.speech import spoken, wording
 from pipeline.workspace.errors import UserError
 
 MOVES = {"Up": (-1, 0), "Down": (1, 0), "Left": (0, -1), "Right": (0, 1)}

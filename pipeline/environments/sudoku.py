@@ -14,9 +14,8 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.environments.draws import one_of, state_draws
+from pipeline.environments.draws import one_of, spoken, state_draws, wording
 from pipeline.environments.limits import check_whole
-from pipeline.environments.speech import spoken, wording
 from pipeline.workspace.errors import UserError
 
 SIDE, BOX = 4, 2
@@ -215,13 +214,9 @@ def _placing(cell: int, digit: int) -> str:
 
 def _peers(cell: int) -> tuple[int, ...]:
     """The other cells of a cell's row, column and box."""
-
-    def units(cell: int) -> tuple[int, int, int]:
-        row, column = divmod(cell, SIDE)
-        return row, column, row // BOX * BOX + column // BOX
-
-    own = units(cell)
-    return tuple(c for c in CELLS if c != cell and any(a == b for a, b in zip(own, units(c), strict=True)))
+    row, column = divmod(np.arange(SIDE**2), SIDE)
+    units = np.stack([row, column, row // BOX * BOX + column // BOX])
+    return tuple(c for c in np.flatnonzero((units == units[:, [cell]]).any(0)).tolist() if c != cell)
 
 
 _PEERS = [_peers(cell) for cell in CELLS]

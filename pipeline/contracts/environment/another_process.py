@@ -22,8 +22,7 @@ def another_process(suite: Suite) -> Iterator[str]:
         yield f"nothing came back (is the environment registered on import of {suite.module}?): {child['error']}"
     for (seed, state, played), (openings, course) in zip(child["asked"], child["seen"], strict=True):
         here = [suite.opening(environment, seed, None), suite.opening(environment, seed, state)]
-        difference = parting(here, openings) or parting(proceed(environment, played), course)
-        if difference:
+        if difference := parting(here, openings) or parting(proceed(environment, played), course):
             yield f"differs there: {difference}"
 
 

@@ -12,15 +12,14 @@ from pipeline.environments.playing import actions_left_of
 
 def redoing(suite: Suite) -> Iterator[str]:
     """From a state_key back to the same state_key, the episode going on, the rewards sum to at most 0."""
-    environment = suite.fresh()
-    for state, seed in suite.states():
+    for environment, state, seed in suite.rounds():
         for loop in (0, 0, 0, 1, 1, 1, 2, 2, 2, 2, 3, 3):
             key = suite.opening(environment, seed, state)["state_key"]
             earned, done, least = 0.0, list[str](), {key: (0.0, 0)}
-            for action, _, reward, terminated, truncated in suite.play(environment, seed, state, loop):
+            for action, _, reward, over in suite.play(environment, seed, state, loop):
                 earned += reward
                 done.append(action)
-                if terminated or truncated:
+                if over:
                     break
                 key = environment.state_key
                 before, since = least.get(key, (math.inf, 0))
@@ -33,20 +32,16 @@ def redoing(suite: Suite) -> Iterator[str]:
 
 def ends(suite: Suite) -> Iterator[str]:
     """Random play, and one allowed action again and again, end by themselves."""
-    environment = suite.fresh()
-    for state, seed in suite.states():
+    for environment, state, seed in suite.rounds():
         for loop in (0, 1, 1, 2):
             course = list(suite.play(environment, seed, state, loop))
-            if len(course) == suite.bounds.longest:
-                *_, terminated, truncated = course[-1]
-                if not (terminated or truncated):
-                    yield f"not over after {len(course)} actions, the last ones {course[-2][0]!r} {course[-1][0]!r}"
+            if len(course) == suite.bounds.longest and not course[-1][-1]:
+                yield f"not over after {len(course)} actions, the last ones {course[-2][0]!r} {course[-1][0]!r}"
 
 
 def actions_left(suite: Suite) -> Iterator[str]:
     """``actions_left``, if there is one, is what the prompt states: it never rises, and no episode outlasts it."""
-    environment = suite.fresh()
-    for state, seed in suite.states():
+    for environment, state, seed in suite.rounds():
         suite.reset(environment, seed, state)
         left = allowed = actions_left_of(environment)
         if allowed is None:
@@ -64,10 +59,9 @@ def actions_left(suite: Suite) -> Iterator[str]:
 
 def after_the_end(suite: Suite) -> Iterator[str]:
     """``step`` raises before the first reset and after the end."""
-    environment = suite.fresh()
-    for state, seed in suite.states():
-        for action, _, _, terminated, truncated in suite.play(environment, seed, state):
-            if terminated or truncated:
+    for environment, state, seed in suite.rounds():
+        for action, _, _, over in suite.play(environment, seed, state):
+            if over:
                 if _accepts(environment, action):
                     yield f"step({action!r}) is accepted after the end"
                 if _accepts(suite.fresh(), action):

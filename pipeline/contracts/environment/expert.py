@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from pipeline.contracts.environment.suite import Suite
-from pipeline.environments.playing import parse_action, transition
+from pipeline.environments.playing import parse_action, step
 
 
 def expert(suite: Suite) -> Iterator[str]:
@@ -34,8 +34,7 @@ def expert(suite: Suite) -> Iterator[str]:
                     action = getattr(player, name)(environment, suite.draws)
                     if parse_action(environment, action) != action:
                         yield f"{name} gives {action!r}, which is not allowed or not its canonical form"
-                _, _, terminated, truncated = transition(environment, action)
-                if terminated or truncated:
+                if step(environment, action)[-1]:
                     break
             if environment.success:
                 break

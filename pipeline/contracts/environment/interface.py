@@ -29,8 +29,7 @@ def form(suite: Suite) -> Iterator[str]:
 
 def actions(suite: Suite) -> Iterator[str]:
     """After every reset an allowed action is found: the expert's, or one that the texts name."""
-    environment = suite.fresh()
-    for state, seed in suite.states():
+    for environment, state, seed in suite.rounds():
         observation = suite.reset(environment, seed, state)
         if suite.action(environment, observation) is None:
             yield "parse_action allows nothing that the expert does or, without one, that the texts name"
@@ -38,8 +37,7 @@ def actions(suite: Suite) -> Iterator[str]:
 
 def step(suite: Suite) -> Iterator[str]:
     """``step`` returns (str, finite number, flag, flag, dict) as the pipeline takes them; the attributes keep their types."""
-    environment = suite.fresh()
-    for state, seed in suite.states():
+    for environment, state, seed in suite.rounds():
         for _ in zip(suite.play(environment, seed, state), range(30), strict=False):
             _read(environment)
     yield from ()
@@ -47,8 +45,7 @@ def step(suite: Suite) -> Iterator[str]:
 
 def texts(suite: Suite) -> Iterator[str]:
     """Observations and instructions are not empty; observations and actions are as long as their spaces say."""
-    environment = suite.fresh()
-    for state, seed in suite.states():
+    for environment, state, seed in suite.rounds():
         opening = suite.opening(environment, seed, state)
         for name in ("observation", "instructions", "state_key"):
             if not opening[name].strip():
@@ -63,29 +60,26 @@ def texts(suite: Suite) -> Iterator[str]:
 
 def outcome(suite: Suite) -> Iterator[str]:
     """``outcome``, if there is one, is text where an episode has ended, and none of the words for being cut off."""
-    environment = suite.fresh()
-    for state, seed in suite.states():
-        for _, _, _, terminated, truncated in suite.play(environment, seed, state):
-            if terminated or truncated:
+    for environment, state, seed in suite.rounds():
+        for *_, over in suite.play(environment, seed, state):
+            if over:
                 outcome_of(environment)
     yield from ()
 
 
 def board(suite: Suite) -> Iterator[str]:
     """``board``, if the module has it, draws every state that a turn may begin in: the report calls it after training."""
-    environment = suite.fresh()
-    for state, seed in suite.states():
+    for environment, state, seed in suite.rounds():
         board_of(environment, suite.opening(environment, seed, state)["state_key"])
-        for _, _, _, terminated, truncated in suite.play(environment, seed, state):
-            if not (terminated or truncated):
+        for *_, over in suite.play(environment, seed, state):
+            if not over:
                 board_of(environment, environment.state_key)
     yield from ()
 
 
 def parsing(suite: Suite) -> Iterator[str]:
     """``parse_action`` leaves its own results as they are, and refuses what is no action."""
-    environment = suite.fresh()
-    for state, seed in suite.states():
+    for environment, state, seed in suite.rounds():
         observation = suite.reset(environment, seed, state)
         for text in (*REFUSED, "x" * (environment.action_space.max_length + 1)):
             if parse_action(environment, text) is not None:

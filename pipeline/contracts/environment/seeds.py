@@ -17,8 +17,7 @@ def same_seed(suite: Suite) -> Iterator[str]:
         for given in (None, state):
             first = suite.opening(one, seed, given)
             for again in (one, other):
-                difference = parting([first], [suite.opening(again, seed, given)])
-                if difference:
+                if difference := parting([first], [suite.opening(again, seed, given)]):
                     yield f"{'two instances' if again is other else 'two resets'} differ: {difference}"
 
 
@@ -43,19 +42,16 @@ def state_key(suite: Suite) -> Iterator[str]:
     for state in range(10 * suite.bounds.states):
         opening = suite.opening(environment, 0, state)
         first, place = met.setdefault(opening["state_key"], (opening, state))
-        difference = parting([first], [opening])
-        if difference:
+        if difference := parting([first], [opening]):
             yield f"state_key {short(opening['state_key'])} also belongs to state_seed {place}, but {difference}"
 
 
 def group(suite: Suite) -> Iterator[str]:
     """Members of a group, equal in state_seed and not in seed, share observation, instructions and state_key."""
-    environment = suite.fresh()
-    for state, seed in suite.states():
+    for environment, state, seed in suite.rounds():
         first = suite.opening(environment, seed, state)
         for member in (0, 1, 2**31 - 1):
-            difference = parting([first], [suite.opening(environment, member, state)])
-            if difference:
+            if difference := parting([first], [suite.opening(environment, member, state)]):
                 yield f"differs from the member with seed {seed}: {difference}"
 
 
@@ -66,30 +62,26 @@ def replay(suite: Suite) -> Iterator[str]:
         played = suite.actions(seed, state)
         first = suite.replay(one, seed, state, played)
         for again in (one, other):
-            difference = parting(first, suite.replay(again, seed, state, played))
-            if difference:
+            if difference := parting(first, suite.replay(again, seed, state, played)):
                 yield f"the same actions again: {difference}"
 
 
 def reading(suite: Suite) -> Iterator[str]:
     """Reading state_key, instructions and success, and parsing, change nothing."""
-    environment = suite.fresh()
-    for state, seed in suite.states():
+    for environment, state, seed in suite.rounds():
         suite.reset(environment, seed, state)
         keys = [environment.state_key for _ in range(3)]
         if len(set(keys)) > 1:
             yield f"state_key changes when read: {short(keys)}"
         played = suite.actions(seed, state)
         quiet = suite.replay(environment, seed, state, played, reads=0)
-        difference = parting(quiet, suite.replay(environment, seed, state, played, reads=3))
-        if difference:
+        if difference := parting(quiet, suite.replay(environment, seed, state, played, reads=3)):
             yield f"goes on differently after reading: {difference}"
 
 
 def copies(suite: Suite) -> Iterator[str]:
     """A deep copy in mid-episode goes on as the original does, and neither disturbs the other."""
-    environment = suite.fresh()
-    for state, seed in suite.states():
+    for environment, state, seed in suite.rounds():
         played = suite.actions(seed, state)
         for cut in {0, len(played) // 2}:
             whole = suite.replay(environment, seed, state, played)[cut:]
@@ -98,6 +90,5 @@ def copies(suite: Suite) -> Iterator[str]:
             if twin.state_key != environment.state_key:
                 yield f"state_key {short(environment.state_key)} of the original, {short(twin.state_key)} of the copy"
             for name, continued in (("copy", twin), ("original", environment)):
-                difference = parting(whole, proceed(continued, played[cut:]))
-                if difference:
+                if difference := parting(whole, proceed(continued, played[cut:])):
                     yield f"copied after {cut} actions, the {name} goes on differently: {difference}"

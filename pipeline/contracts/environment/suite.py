@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.environments.making import make
-from pipeline.environments.playing import actions_left_of, parse_action, reset, transition
+from pipeline.environments.playing import actions_left_of, parse_action, reset, step, transition
 from pipeline.settings.params import Environment
 
 Seen = dict[str, Any]
@@ -72,6 +72,11 @@ class Suite:
         """State seeds, each with a seed for the noise."""
         return ((state, 1000 + state) for state in range(self.bounds.states))
 
+    def rounds(self) -> Iterator[tuple[Any, int, int]]:
+        """An instance again and again, each time with a state seed and a seed for the noise."""
+        environment = self.fresh()
+        return ((environment, state, seed) for state, seed in self.states())
+
     def action(self, environment: Any, observation: str) -> Any:
         """An action that is allowed now: the expert's random ones, or else what the texts name."""
         random_action = getattr(self.expert, "random_action", None)
@@ -88,7 +93,7 @@ class Suite:
 
     def play(
         self, environment: Any, seed: int, state_seed: int, loop: int = 0
-    ) -> Iterator[tuple[str, str, float, bool, bool]]:
+    ) -> Iterator[tuple[str, str, float, bool]]:
         """Actions and what followed: at random, or after a random beginning the same ``loop`` actions again and again."""
         observation = self.reset(environment, seed, state_seed)
         start, chosen = int(self.draws.integers(4)), list[str]()
@@ -101,9 +106,9 @@ class Suite:
                 return
             if looping and len(chosen) < loop:
                 chosen.append(action)
-            observation, reward, terminated, truncated = transition(environment, action)
-            yield action, observation, reward, terminated, truncated
-            if terminated or truncated:
+            observation, reward, over = step(environment, action)
+            yield action, observation, reward, over
+            if over:
                 return
 
     def actions(self, seed: int, state_seed: int) -> list[str]:

@@ -12,9 +12,8 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from pipeline.environments.draws import one_of, state_draws
+from pipeline.environments.draws import one_of, spoken, state_draws, wording
 from pipeline.environments.limits import check_whole
-from pipeline.environments.speech import spoken, wording
 from pipeline.environments.webshop import pages
 from pipeline.environments.webshop.catalogue import Shop, generated, load
 from pipeline.environments.webshop.generated import LEAST, MOST
