@@ -19,7 +19,9 @@ def state_draws(noise: np.random.Generator, options: dict[str, Any] | None, *apa
         apart: a number more, which keeps state and noise independent where their seeds are the same number.
     """
     state_seed = (options or {}).get("state_seed")
-    return noise if state_seed is None else np.random.default_rng([state_seed, *apart])
+    if state_seed is None:
+        return noise
+    return np.random.default_rng([state_seed, *apart] if apart else state_seed)
 
 
 def one_of(options: Sequence[T], draws: np.random.Generator) -> T:
