@@ -42,6 +42,7 @@ from pipeline.training.result import table_slice
 from pipeline.trajectories.trajectory import Trajectories, TrajectoryError, read
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.files import write_json
+from pipeline.workspace.layout import Layout
 from pipeline.workspace.processes import Report, run_in_processes
 from pipeline.workspace.yaml_files import read_yaml
 
@@ -543,7 +544,7 @@ def memory(setup: Setup) -> dict[str, float]:
 def peak_of(name: str, out: str) -> None:
     """Do one thing and print the process's highest resident megabytes."""
     torch.set_num_threads(1)
-    setup = default_setup(Path("params.yaml"), Path(out), "cpu")
+    setup = default_setup(Path("params.yaml"), Layout(Path(out)), "cpu")
     if name == "rollout":
         rollout_rates(setup, 128, 128, 1)
     if name == "update":
@@ -602,11 +603,10 @@ def on_gpu(setup: Setup, large: Large = LARGE) -> dict[str, Any]:
     }
 
 
-def default_setup(params: Path, out: Path, device: str) -> Setup:
+def default_setup(params: Path, layout: Layout, device: str) -> Setup:
     """The reference policy and table that ``make repro`` has made."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    table = out / "data" / "annotated" / f"{ENVIRONMENT}.parquet"
-    return Setup(load(params), out / "models" / "policy", table, torch.device(device), dtype)
+    return Setup(load(params), layout.policy, layout.annotated(ENVIRONMENT), torch.device(device), dtype)
 
 
 def machine() -> dict[str, Any]:
@@ -676,7 +676,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
-    setup = default_setup(arguments.params, Path("."), arguments.device)
+    setup = default_setup(arguments.params, Layout(Path(".")), arguments.device)
 
     def trl_section() -> dict[str, Any]:
         if arguments.trl is None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.commands.command import configured, next_command, out_folder, parse_arguments, run
+from pipeline.commands.command import configured, layout_of, next_command, parse_arguments, run
 
 
 def main() -> str:
@@ -16,15 +16,14 @@ def main() -> str:
     from pipeline.evaluation.evaluate import EvaluationTask, evaluate_policy
     from pipeline.workspace.processes import run_in_processes
 
-    environment, method, out = arguments.environment, arguments.method, out_folder(config)
-    reference, trained = out / "models" / "policy", out / "models" / "trained" / f"{environment}-{method}"
+    environment, method, layout = arguments.environment, arguments.method, layout_of(config)
     tasks = {
         f"seed {seed} at {temperature:g}": EvaluationTask(
             config,
             environment,
             method,
             seed,
-            reference if method == "reference" else trained / f"seed-{seed}",
+            layout.final_policy(environment, method, seed),
             temperature,
         )
         for seed in config.seeds
@@ -32,7 +31,7 @@ def main() -> str:
     }
     results = run_in_processes(evaluate_policy, tasks, config.workers, f"evaluate {environment}-{method}")
     table = pa.concat_tables(results.values())
-    target = out / "data" / "evaluations" / f"{environment}-{method}.parquet"
+    target = layout.evaluations(environment, method)
     target.parent.mkdir(parents=True, exist_ok=True)
     pq.write_table(table, target, compression="zstd")
     success = [

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pipeline.commands.command import configured, next_command, out_folder, parse_arguments, run
+from pipeline.commands.command import configured, layout_of, next_command, parse_arguments, run
 
 
 def main() -> str:
@@ -23,7 +23,7 @@ def main() -> str:
         raise UserError(
             f"{arguments.params}: params_file: {config.params_file!r} is another file; allowed: {arguments.params}"
         )
-    folder = out_folder(config) / "data" / "sources"
+    folder = layout_of(config).sources
     for name, section in config.environments.items():
         write_json(folder / "environments" / f"{name}.json", of_environment(section))
     write_json(folder / "policy.json", of_policy(config.policy))

@@ -27,6 +27,7 @@ from pipeline.model.kernels.library import build
 from pipeline.settings.params import Environment, PretrainedPolicy, ScratchPolicy
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.files import write_text
+from pipeline.workspace.layout import Cache
 
 LIBRARIES = ("lightning", "numpy", "tokenizers", "torch", "transformers")
 """Packages whose versions decide numbers."""
@@ -36,7 +37,7 @@ CACHE = "cache"
 """A setting of this name is a folder that an environment fills itself; it decides nothing."""
 LARGE = 2**20
 """Bytes from which a file's hash is kept in ``KNOWN`` and used again while the file is untouched."""
-KNOWN = Path(".cache/sources.json")
+KNOWN = Cache().hashes
 TICK = 2 * 10**9
 """Nanoseconds within which a file may be written twice and show the same times."""
 

@@ -14,6 +14,7 @@ from sqlalchemy.exc import SQLAlchemyError
 from pipeline.tracking.away import Away, warn
 from pipeline.tracking.remote import METRICS_AT_ONCE, RemoteRun, remote_run
 from pipeline.tracking.spool import Record, Spool, waiting
+from pipeline.workspace.layout import Cache
 
 
 @dataclass(frozen=True)
@@ -42,7 +43,7 @@ class Sender:
 
     def __init__(self, spool: Spool, uri: str, cache: Path) -> None:
         self._spool, self._uri, self._cache = spool, uri, cache
-        self._away = Away(cache / "tracking" / "away", uri)
+        self._away = Away(Cache(cache).tracking / "away", uri)
         self._run: RemoteRun | None = None
         self._refused = False
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.workspace.files import lock, write_json
+from pipeline.workspace.layout import Cache
 
 Record = dict[str, Any]
 
@@ -123,7 +124,12 @@ class Spool:
 
 def waiting(cache: Path) -> list[Spool]:
     """The spools under a cache folder that hold something unsent."""
-    files = sorted([*cache.glob("train/*/tracking/records.jsonl"), *cache.glob("tracking/**/records.jsonl")])
+    files = sorted(
+        [
+            *Cache(cache).training("*").parent.glob("*/tracking/records.jsonl"),
+            *Cache(cache).tracking.glob("**/records.jsonl"),
+        ]
+    )
     return [spool for spool in (Spool(file.parent) for file in files) if spool.waiting]
 
 

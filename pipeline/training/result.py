@@ -13,6 +13,7 @@ from typing import Any
 from pipeline.settings.params import Config
 from pipeline.sources.fingerprints import of_code, of_environment, of_machine
 from pipeline.trajectories.trajectory import Trajectories
+from pipeline.workspace.layout import Cache
 
 RESOLVED = ("pipeline.settings", "pipeline.workspace.yaml_files")
 """The schema of what is in the key already: resolved settings."""
@@ -49,7 +50,7 @@ class TrainingTask:
 def training_task(config: Config, environment: str, method: str, seed: int, policy: Path, cache: Path) -> TrainingTask:
     """Name a training by the hash of its resolved inputs."""
     key = training_key(config, environment, method, seed, policy)
-    return TrainingTask(config, environment, method, seed, policy, key, cache / "train" / key)
+    return TrainingTask(config, environment, method, seed, policy, key, Cache(cache).training(key))
 
 
 def training_key(config: Config, environment: str, method: str, seed: int, policy: Path) -> str:
