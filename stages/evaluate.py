@@ -14,6 +14,7 @@ def main() -> str:
     import transformers.models.auto.modeling_auto  # noqa: F401  (imported before the processes fork)
 
     from pipeline.evaluation.evaluate import EvaluationTask, evaluate_policy
+    from pipeline.workspace.files import replacing
     from pipeline.workspace.processes import run_in_processes
 
     environment, method, layout = arguments.environment, arguments.method, layout_of(config)
@@ -32,8 +33,8 @@ def main() -> str:
     results = run_in_processes(evaluate_policy, tasks, config.workers, f"evaluate {environment}-{method}")
     table = pa.concat_tables(results.values())
     target = layout.evaluations(environment, method)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, target, compression="zstd")
+    with replacing(target) as partial:
+        pq.write_table(table, partial, compression="zstd")
     success = [
         f"{pc.mean(table.filter(pc.equal(table['temperature'], t))['success']).as_py():.3f} at temperature {t:g}"
         for t in config.evaluation.temperatures

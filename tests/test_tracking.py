@@ -16,6 +16,7 @@ from typing import Any
 import mlflow
 import pytest
 import torch
+from filelock import Timeout
 from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM
 
@@ -72,7 +73,7 @@ def test_a_spool_gives_back_what_was_added_and_forgets_a_line_that_was_cut_off(t
 
 def test_only_one_process_sends_a_spool(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "run")
-    with spool.locked(), pytest.raises(BlockingIOError), Spool(tmp_path / "run").locked(wait=False):
+    with spool.locked(), pytest.raises(Timeout), Spool(tmp_path / "run").locked(wait=False):
         pass
     with spool.locked(wait=False):
         pass

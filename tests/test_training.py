@@ -21,7 +21,7 @@ from pipeline.bootstrap.supervision import bootstrap
 from pipeline.energy.annotate import annotate, annotate_part
 from pipeline.environments import split_of
 from pipeline.evaluation.evaluate import episode_results, evaluate
-from pipeline.model.policy import Policy, load_policy, load_trained, save_replacing
+from pipeline.model.policy import Policy, load_policy, load_trained
 from pipeline.objective.batch import token_batch
 from pipeline.objective.methods import entropy_terms, select_groups, shape_rewards, token_advantages, token_weights
 from pipeline.progress.timing import Phases
@@ -138,7 +138,7 @@ def test_a_bootstrapped_policy_is_reproducible_and_reloads(policy: Policy, direc
 
 def test_a_policys_rotary_base_is_the_one_that_was_set_also_when_it_was_saved(policy: Policy, tmp_path: Path) -> None:
     slow = supervised(configured({"policy": {"rope_theta": 1e6}}))
-    save_replacing(slow, tmp_path / "slow")
+    slow.save(tmp_path / "slow")
     for made, base in ((policy, 1e4), (slow, 1e6), (load_policy(str(tmp_path / "slow")), 1e6)):
         pairs = torch.arange(8) / 8  # heads are 16 wide
         torch.testing.assert_close(made.model.model.rotary_emb.inv_freq, base**-pairs)

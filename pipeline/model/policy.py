@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -139,15 +138,6 @@ def load_trained(directory: str | Path, config: Config) -> Policy:
 def longest_context(config: Config) -> int:
     """Tokens of the longest sequence that a policy is given."""
     return max(section.context_tokens for section in config.environments.values())
-
-
-def save_replacing(policy: Policy, directory: Path) -> None:
-    """Write a policy beside its target first, so that an interrupted save leaves the old one."""
-    partial = directory.with_name(directory.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    policy.save(partial)
-    shutil.rmtree(directory, ignore_errors=True)
-    partial.rename(directory)
 
 
 def _load_tokenizer(source: str | Path, options: dict[str, Any]) -> Any:

@@ -8,6 +8,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import Timeout
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
@@ -69,7 +70,7 @@ class Sender:
         try:
             with self._spool.locked(wait=False), patient(patience):
                 self._send(insist)
-        except BlockingIOError:  # another process sends these very records
+        except Timeout:  # another process sends these very records
             return False
         except (MlflowException, SQLAlchemyError, NotImplementedError, OSError) as error:
             self._run = None

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from pipeline.training.iteration import Example, Iteration
 from pipeline.trajectories.trajectory import Trajectories
+from pipeline.workspace.files import replacing
 
 COLUMNS = ("advantage", "weight", "coefficient")
 """What an update makes of a token: A_t, the weight that the weight slot gives it, and c_t after aggregation."""
@@ -46,6 +47,5 @@ def write_episodes(path: Path, trajectories: Trajectories, columns: Mapping[str,
     for name, values in columns.items():
         numbers = pa.array(values, type=pa.float32(), from_pandas=True)
         table = table.append_column(name, pa.ListArray.from_arrays(offsets, numbers))
-    partial = path.with_name(path.name + ".partial")
-    pq.write_table(table, partial, compression="zstd", row_group_size=1024, write_page_checksum=True)
-    partial.replace(path)
+    with replacing(path) as partial:
+        pq.write_table(table, partial, compression="zstd", row_group_size=1024, write_page_checksum=True)

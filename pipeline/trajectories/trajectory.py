@@ -17,6 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.workspace.files import replacing
+
 SCHEMA_VERSION = 3
 
 
@@ -281,11 +283,8 @@ class Trajectories:
 
     def write(self, path: str | Path) -> None:
         """Write as zstd Parquet; equal trajectories give equal bytes. An existing file is replaced at once."""
-        target = Path(path)
-        target.parent.mkdir(parents=True, exist_ok=True)
-        partial = target.with_name(target.name + ".partial")
-        pq.write_table(self.to_table(), partial, compression="zstd", row_group_size=1024, write_page_checksum=True)
-        partial.replace(target)
+        with replacing(Path(path)) as partial:
+            pq.write_table(self.to_table(), partial, compression="zstd", row_group_size=1024, write_page_checksum=True)
 
 
 def read(path: str | Path) -> Trajectories:
