@@ -38,6 +38,7 @@ from pipeline.rollout.collector import collect, iteration_specs
 from pipeline.rollout.engine import Continuation, Request, Sampling
 from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.settings.params import Config, load
+from pipeline.settings.presets import resolve_preset
 from pipeline.training.result import table_slice
 from pipeline.trajectories.trajectory import Trajectories, TrajectoryError, read
 from pipeline.workspace.errors import UserError
@@ -457,6 +458,7 @@ def trl(setup: Setup, python: Path, params: Path) -> dict[str, Any]:
 
 def dvc_cost(repeats: int = 2) -> dict[str, Any]:
     """The smoke preset's stages through ``dvc repro`` and called one after another, in turn."""
+    resolve_preset("smoke", Path("."))
     lock = Path("presets/smoke/dvc.lock")
     through = ["dvc", "repro", "--quiet", "--force", "presets/smoke/dvc.yaml"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "check": True}

@@ -15,6 +15,7 @@ def main() -> str:
     arguments = parse_arguments(__doc__)
     arguments.params = os.path.normpath(arguments.params)
     config = configured(arguments)
+    from pipeline.settings.presets import require_made
     from pipeline.sources.fingerprints import of_environment, of_machine, of_policy
     from pipeline.workspace.errors import UserError
     from pipeline.workspace.files import write_json
@@ -23,6 +24,7 @@ def main() -> str:
         raise UserError(
             f"{arguments.params}: params_file: {config.params_file!r} is another file; allowed: {arguments.params}"
         )
+    require_made(Path(arguments.params), Path("."))
     folder = layout_of(config).sources
     for name, section in config.environments.items():
         write_json(folder / "environments" / f"{name}.json", of_environment(section))

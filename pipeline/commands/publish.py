@@ -25,7 +25,7 @@ def main() -> str:
     config = configured(parse_arguments(__doc__))
     from pipeline.progress.display import doing
     from pipeline.report.comparison_tables import comparison_text, overview_markdown
-    from pipeline.settings.params import load
+    from pipeline.settings.presets import load_preset
     from pipeline.workspace.files import read_json
     from pipeline.workspace.layout import Layout
 
@@ -52,12 +52,12 @@ def main() -> str:
         doing(preset)
         own = Layout(Path("presets") / preset)
         if (own.reports / "comparison.md").exists():
-            publish_block(results, preset, comparison_block(load(f"presets/{preset}/params.yaml")), [own.all_runs])
+            publish_block(results, preset, comparison_block(load_preset(preset, Path("."))), [own.all_runs])
             for png in sorted((own.reports / "figures").glob("*.png")):
                 if not png.name.endswith("-health.png"):
                     shutil.copy2(png, figures / f"{preset}-{png.name}")
             published.append(preset)
-        published += publish_sweeps(load(f"presets/{preset}/params.yaml"), results, figures, f"{preset} ")
+        published += publish_sweeps(load_preset(preset, Path(".")), results, figures, f"{preset} ")
         for measured in sorted(own.decisions("*").parent.glob("*/decisions.txt")):
             name = f"decisions {measured.parent.name}"
             publish_block(results, name, fenced(measured.read_text(encoding="utf-8")), [own.all_runs])
