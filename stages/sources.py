@@ -16,7 +16,7 @@ def main() -> str:
     arguments.params = os.path.normpath(arguments.params)
     config = configured(arguments)
     from pipeline.settings.presets import require_made
-    from pipeline.sources.fingerprints import of_environment, of_machine, of_policy
+    from pipeline.sources.fingerprints import of_environment, of_machine, of_method, of_policy
     from pipeline.workspace.errors import UserError
     from pipeline.workspace.files import write_json
 
@@ -26,12 +26,17 @@ def main() -> str:
         )
     require_made(Path(arguments.params), Path("."))
     folder = layout_of(config).sources
-    for name, section in config.environments.items():
-        write_json(folder / "environments" / f"{name}.json", of_environment(section))
-    write_json(folder / "policy.json", of_policy(config.policy))
-    write_json(folder / "machine.json", of_machine())
-    for stale in {file.stem for file in Path(folder, "environments").glob("*.json")} - set(config.environments):
-        (folder / "environments" / f"{stale}.json").unlink()
+    found = {
+        **{f"environments/{name}": of_environment(section) for name, section in config.environments.items()},
+        **{f"methods/{name}": of_method(method) for name, method in config.methods.items()},
+        "policy": of_policy(config.policy),
+        "machine": of_machine(),
+    }
+    for name, fingerprint in found.items():
+        write_json(folder / f"{name}.json", fingerprint)
+    for file in folder.rglob("*.json"):
+        if file.relative_to(folder).with_suffix("").as_posix() not in found:
+            file.unlink()
     return f"{folder}: what params.yaml only names. {next_command(arguments, 'policy')}"
 
 

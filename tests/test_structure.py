@@ -17,7 +17,7 @@ from ruamel.yaml import YAML
 
 from pipeline.settings.params import load, parse
 from pipeline.settings.presets import overlay
-from pipeline.sources.fingerprints import closure
+from pipeline.sources.closures import closure
 from pipeline.training.result import ASIDE, RESOLVED, training_key
 from pipeline.workspace.yaml_files import read_yaml
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.settings.params import Config
-from pipeline.sources.fingerprints import of_code, of_environment, of_machine
+from pipeline.sources.fingerprints import of_code, of_environment, of_machine, of_method
 from pipeline.trajectories.trajectory import Trajectories
 from pipeline.workspace.layout import Cache
 
@@ -69,7 +69,7 @@ def training_key(config: Config, environment: str, method: str, seed: int, polic
         },
         "seed": seed,
         "policy": tree_hash([policy]),
-        "sources": of_environment(config.environments[environment]),
+        "sources": [of_environment(config.environments[environment]), of_method(config.methods[method])],
         "machine": of_machine(),
         "code": of_code("pipeline.training.run", (*RESOLVED, *ASIDE)),
     }
