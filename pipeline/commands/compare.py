@@ -122,7 +122,8 @@ class Files:
         try:
             known = self._fs.info(path.as_posix())
         except FileNotFoundError:
-            return "this revision has no such file"
+            made = "; a preset's params.yaml, dvc.yaml and dvc.lock are made, and here they are not committed"
+            return f"this revision has no such file{made if path.parts[0] == 'presets' else ''}"
         if known.get("md5") is None:
             return "not in this revision's dvc.lock; commit dvc.lock after `dvc repro`, or use `dvc exp run`"
         return "not in DVC's cache; `dvc pull` it, or check the revision out and `dvc repro`"
