@@ -6,12 +6,11 @@ import hashlib
 import json
 import os
 import time
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.workspace.errors import UserError
-from pipeline.workspace.files import write_text
+from pipeline.workspace.files import lock, write_json
 from pipeline.workspace.layout import Cache
 
 LARGE = 2**20
@@ -32,31 +31,26 @@ def file_hash(path: Path) -> str:
         if stamp.size < LARGE:
             return hashlib.sha256(path.read_bytes()).hexdigest()
         place, known = str(path.resolve()), _known()
-        if known.get(place, [None])[:-1] == stamp.parts:
+        if known.get(place, [None])[:-1] == [*stamp]:
             return str(known[place][-1])
         with path.open("rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()
         # A file that has just been written could be written again within the same tick of its clock.
         if stamp_of(path) == stamp and time.time_ns() - max(stamp.modified, stamp.changed) > TICK:
-            write_text(KNOWN, json.dumps({**_known(), place: [*stamp.parts, digest]}, indent=1, sort_keys=True))
+            with lock(KNOWN.with_suffix(".lock")):
+                write_json(KNOWN, {**_known(), place: [*stamp, digest]})
         return digest
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
 
 
-@dataclass(frozen=True)
-class Stamp:
+class Stamp(NamedTuple):
     """What changes when a file is written, even by who sets its time back: then its inode's has changed."""
 
     size: int
     modified: int
     changed: int
     inode: int
-
-    @property
-    def parts(self) -> list[int]:
-        """As JSON has it."""
-        return [self.size, self.modified, self.changed, self.inode]
 
 
 def stamp_of(path: Path) -> Stamp:
