@@ -67,20 +67,20 @@ test: install .venv/.extras ## ruff, mypy and pytest
 	mypy
 	pytest -n 2 --dist loadgroup
 
-play: install ## watch one episode (METHOD=grpo SEED=0 TEMPERATURE=0.5 EPISODE=0)
+play: preset ## watch one episode (METHOD=grpo SEED=0 TEMPERATURE=0.5 EPISODE=0)
 	@python -m pipeline.commands.play --params $(PARAMS) $(if $(METHOD),--method "$$METHOD") $(if $(SEED),--seed "$$SEED") \
 	  $(if $(TEMPERATURE),--temperature "$$TEMPERATURE") $(if $(EPISODE),--episode "$$EPISODE")
 
-compare: install ## two revisions beside each other (A=<commit, tag or DVC experiment> B=<another>; HEAD and the workspace)
+compare: preset ## two revisions beside each other (A=<commit, tag or DVC experiment> B=<another>; HEAD and the workspace)
 	@python -m pipeline.commands.compare --params $(PARAMS) $(if $(A),--a "$$A") $(if $(B),--b "$$B")
 
-sync: install ## send to MLflow what was kept in .cache while its server was away
+sync: preset ## send to MLflow what was kept in .cache while its server was away
 	@python -m pipeline.commands.sync --params $(PARAMS)
 
-match: install ## find the learning rate of METHOD=grpo_lr_matched that moves action tokens as TO=grpo_actfocus does
+match: preset ## find the learning rate of METHOD=grpo_lr_matched that moves action tokens as TO=grpo_actfocus does
 	@python -m pipeline.commands.match --params $(PARAMS) --method "$$METHOD" --to "$$TO"
 
-replay: install ## what would reweighting change? (ARGS="--groups 256 --alpha 0 0.1 1 --signal reference_energy")
+replay: preset ## what would reweighting change? (ARGS="--groups 256 --alpha 0 0.1 1 --signal reference_energy")
 	@dvc repro --quiet $(PIPELINE):annotate
 	@python -m pipeline.commands.replay --params $(PARAMS) $(ARGS)
 
@@ -88,7 +88,7 @@ decisions: preset ## which signal finds the tokens that decide? (PRESET=branchin
 	@dvc repro --quiet $(PIPELINE):policy
 	@python -m pipeline.commands.decisions --params $(PARAMS) $(ARGS)
 
-bench: install .venv-trl/.installed ## measure speed against the machine's floor, plain transformers and TRL (DEVICE=cuda, ISA=avx2)
+bench: preset .venv-trl/.installed ## measure speed against the machine's floor, plain transformers and TRL (DEVICE=cuda, ISA=avx2)
 	dvc repro --quiet annotate
 	$(if $(ISA),ACTFOCUS_KERNELS=$(ISA)) python -m benchmarks.bench --params $(PARAMS) --trl .venv-trl/bin/python \
 	  $(if $(DEVICE),--device $(DEVICE)) $(if $(ISA),--out reports/bench-$(ISA).json)
@@ -98,7 +98,7 @@ bench: install .venv-trl/.installed ## measure speed against the machine's floor
 	.venv-trl/bin/pip install --quiet --disable-pip-version-check -r benchmarks/trl_requirements.txt
 	@touch $@
 
-screenshots: install ## pictures of the report and of MLflow's comparison for docs/figures (needs Chromium)
+screenshots: preset ## pictures of the report and of MLflow's comparison for docs/figures (needs Chromium)
 	@python -m pipeline.commands.screenshots --params $(PARAMS)
 
 publish: install ## put the latest comparison into README.md and docs/
@@ -114,5 +114,5 @@ ui: install ## MLflow's pages on http://127.0.0.1:5000
 	mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
 
 clean: ## delete outputs, caches and MLflow's store; keeps .venv
-	rm -rf data models reports presets/*/data presets/*/models presets/*/reports presets/*/sweeps sweeps/confirm_* .cache .dvc/cache .dvc/tmp mlflow.db mlflow.db.partial mlflow.db.unfinished mlruns
+	rm -rf data models reports presets/*/data presets/*/models presets/*/reports presets/*/sweeps presets/*/params.yaml presets/*/dvc.yaml sweeps/confirm_* .cache .dvc/cache .dvc/tmp mlflow.db* mlruns
 	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +

@@ -27,6 +27,7 @@ from benchmarks.trainings import trl, whole_training
 from pipeline.trajectories.trajectory import TrajectoryError
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.files import write_json
+from pipeline.workspace.layout import Layout
 from pipeline.workspace.yaml_files import read_yaml
 
 
@@ -64,7 +65,7 @@ def main() -> None:
     arguments = parser.parse_args()
     logging.disable_progress_bar()
     torch.set_num_threads(1)
-    setup = default_setup(arguments.params, Path("."), arguments.device)
+    setup = default_setup(arguments.params, Layout(Path(".")), arguments.device)
 
     def trl_section() -> dict[str, Any]:
         if arguments.trl is None:

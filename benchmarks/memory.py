@@ -25,7 +25,7 @@ def memory(setup: Setup) -> dict[str, float]:
 def peak_of(name: str, out: str) -> None:
     """Do one thing and print the process's highest resident megabytes."""
     torch.set_num_threads(1)
-    setup = default_setup(Path("params.yaml"), Path(out), "cpu")
+    setup = default_setup(Path("params.yaml"), Layout(Path(out)), "cpu")
     if name == "rollout":
         rollout_rates(setup, 128, 128, 1)
     if name == "update":

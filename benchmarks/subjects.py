@@ -16,6 +16,7 @@ from pipeline.settings.params import Config, load
 from pipeline.training.result import table_slice
 from pipeline.trajectories.table import read
 from pipeline.trajectories.trajectory import Trajectories
+from pipeline.workspace.layout import Layout
 
 ENVIRONMENT = "frozen_lake"
 SHAPES = {"0.2 M": (64, 2, 4), "1.1 M": (128, 4, 4), "3 M": (256, 4, 8), "20 M": (512, 6, 8)}
@@ -61,11 +62,10 @@ class Setup:
         return found
 
 
-def default_setup(params: Path, out: Path, device: str) -> Setup:
+def default_setup(params: Path, layout: Layout, device: str) -> Setup:
     """The reference policy and table that ``make repro`` has made."""
     dtype = torch.float32 if device == "cpu" else torch.bfloat16
-    table = out / "data" / "annotated" / f"{ENVIRONMENT}.parquet"
-    return Setup(load(params), out / "models" / "policy", table, torch.device(device), dtype)
+    return Setup(load(params), layout.policy, layout.annotated(ENVIRONMENT), torch.device(device), dtype)
 
 
 def pieces(episodes: Trajectories) -> tuple[list[np.ndarray], list[np.ndarray]]:

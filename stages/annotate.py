@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.commands.command import configured, next_command, out_folder, parse_arguments, run
+from pipeline.commands.command import configured, layout_of, next_command, parse_arguments, run
 from pipeline.trajectories.table import read, write
 from pipeline.trajectories.trajectory import concatenate
 
@@ -10,8 +10,8 @@ from pipeline.trajectories.trajectory import concatenate
 def main() -> str:
     arguments = parse_arguments(__doc__, "environment")
     config = configured(arguments)
-    name, out = arguments.environment, out_folder(config)
-    table = read(out / "data" / "trajectories" / f"{name}.parquet")
+    name, layout = arguments.environment, layout_of(config)
+    table = read(layout.trajectories(name))
     import transformers.models.auto.modeling_auto  # noqa: F401  (imported before the processes fork)
 
     from pipeline.energy.annotate import annotate_part
@@ -22,13 +22,13 @@ def main() -> str:
     tasks = {
         f"part {start // size}": (
             config,
-            out / "models" / "policy",
+            layout.policy,
             table.select(range(start, min(start + size, len(table)))),
         )
         for start in range(0, len(table), size)
     }
     annotated = concatenate(list(run_in_processes(annotate_part, tasks, config.workers, f"annotate {name}").values()))
-    target = out / "data" / "annotated" / f"{name}.parquet"
+    target = layout.annotated(name)
     write(annotated, target)
     return (
         f"{target}: {len(annotated)} episodes, {int(annotated.sampled.sum())} sampled tokens with their energies. "

@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from pipeline.commands.command import configured, next_command, out_folder, parse_arguments, run
+from pipeline.commands.command import configured, layout_of, next_command, parse_arguments, run
 from pipeline.trajectories.table import read
 
 
 def main() -> str:
     arguments = parse_arguments(__doc__, "environment")
     config = configured(arguments)
-    name, out = arguments.environment, out_folder(config)
-    annotated = read(out / "data" / "annotated" / f"{name}.parquet")
+    name, layout = arguments.environment, layout_of(config)
+    annotated = read(layout.annotated(name))
     from pipeline.analysis.bottleneck import bottleneck
     from pipeline.progress.display import doing
     from pipeline.report.bottleneck_figures import draw_bottleneck
@@ -18,7 +18,7 @@ def main() -> str:
 
     doing("measuring the Action Bottleneck")
     diagnostics = bottleneck(annotated, config.bottleneck.resamples)
-    folder = out / "reports" / "bottleneck" / name
+    folder = layout.bottleneck(name)
     write_json(folder / "bottleneck.json", diagnostics)
     doing("drawing the Action Bottleneck")
     draw_bottleneck(annotated, diagnostics, folder)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.commands.command import configured, out_folder, parse_arguments, run
+from pipeline.commands.command import configured, layout_of, parse_arguments, run
 
 
 def main() -> str:
@@ -22,32 +22,32 @@ def main() -> str:
     from pipeline.workspace.errors import UserError
     from pipeline.workspace.files import read_json, write_json, write_text
 
-    out = out_folder(config)
-    reports = out / "reports"
-    inputs = read_inputs(config, out / "data")
-    bottleneck = {name: read_json(reports / "bottleneck" / name / "bottleneck.json") for name in config.environments}
+    layout = layout_of(config)
+    reports = layout.reports
+    inputs = read_inputs(config, layout)
+    bottleneck = {name: read_json(layout.bottleneck(name) / "bottleneck.json") for name in config.environments}
     doing("statistics")
     try:
         comparison = compare(config, inputs)
     except ValueError as error:
-        raise UserError(f"{out / 'data' / 'evaluations'}: {error}; `dvc repro` brings it up to date") from None
+        raise UserError(f"{layout.out / 'data' / 'evaluations'}: {error}; `dvc repro` brings it up to date") from None
     doing("drawing figures")
     write_comparison_figures(comparison, inputs, reports / "figures")
     first = next(iter(config.environments))
     write_json(reports / "bottleneck.json", {**bottleneck[first], "schema": 1, "environments": bottleneck})
-    write_json(reports / "comparison.json", comparison)
+    write_json(layout.comparison, comparison)
     write_flat(comparison, inputs.curves, reports)
     write_text(reports / "comparison.md", comparison_markdown(comparison))
     text = comparison_text(comparison)
     write_text(reports / "comparison.txt", text)
     doing("writing the report")
-    annotated = {name: read(out / "data" / "annotated" / f"{name}.parquet") for name in config.environments}
-    played = read_all_played(config, out / "data", annotated)
-    episodes = viewer_data(config, SavedTokenizer.load(out / "models" / "policy"), played)
-    page = report_html(config, comparison, inputs, bottleneck, annotated, episodes, read_sweeps(out))
+    annotated = {name: read(layout.annotated(name)) for name in config.environments}
+    played = read_all_played(config, layout, annotated)
+    episodes = viewer_data(config, SavedTokenizer.load(layout.policy), played)
+    page = report_html(config, comparison, inputs, bottleneck, annotated, episodes, read_sweeps(layout))
     write_text(reports / "index.html", page)
     doing("logging to MLflow")
-    log_comparison(config, Path("."), comparison, inputs.curves, episodes, out)
+    log_comparison(config, Path("."), comparison, inputs.curves, episodes, layout)
     return f"{text}\n{reports / 'index.html'}: the report. Next: open it, or `make ui` for the runs"
 
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.commands.command import configured, next_command, out_folder, parse_arguments, run
+from pipeline.commands.command import configured, layout_of, next_command, parse_arguments, run
 
 
 def main() -> str:
@@ -14,17 +14,17 @@ def main() -> str:
     import transformers.models.auto.modeling_auto  # noqa: F401  (imported before the processes fork)
 
     from pipeline.evaluation.evaluate import EvaluationTask, evaluate_policy
+    from pipeline.workspace.files import replacing
     from pipeline.workspace.processes import run_in_processes
 
-    environment, method, out = arguments.environment, arguments.method, out_folder(config)
-    reference, trained = out / "models" / "policy", out / "models" / "trained" / f"{environment}-{method}"
+    environment, method, layout = arguments.environment, arguments.method, layout_of(config)
     tasks = {
         f"seed {seed} at {temperature:g}": EvaluationTask(
             config,
             environment,
             method,
             seed,
-            reference if method == "reference" else trained / f"seed-{seed}",
+            layout.final_policy(environment, method, seed),
             temperature,
         )
         for seed in config.seeds
@@ -32,9 +32,9 @@ def main() -> str:
     }
     results = run_in_processes(evaluate_policy, tasks, config.workers, f"evaluate {environment}-{method}")
     table = pa.concat_tables(results.values())
-    target = out / "data" / "evaluations" / f"{environment}-{method}.parquet"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    pq.write_table(table, target, compression="zstd")
+    target = layout.evaluations(environment, method)
+    with replacing(target) as partial:
+        pq.write_table(table, partial, compression="zstd")
     success = [
         f"{pc.mean(table.filter(pc.equal(table['temperature'], t))['success']).as_py():.3f} at temperature {t:g}"
         for t in config.evaluation.temperatures

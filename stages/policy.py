@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.commands.command import configured, next_command, out_folder, parse_arguments, run
+from pipeline.commands.command import configured, layout_of, next_command, parse_arguments, run
 
 
 def main() -> str:
@@ -19,7 +19,7 @@ def main() -> str:
     from pipeline.workspace.errors import UserError
 
     torch.set_num_threads(config.workers)
-    target = out_folder(config) / "models" / "policy"
+    target = layout_of(config).policy
     settings = config.policy
     for section in config.environments.values():
         environment = make(section)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from pipeline.commands.command import configured, next_command, out_folder, parse_arguments, run
+from pipeline.commands.command import configured, layout_of, next_command, parse_arguments, run
 
 
 def main() -> str:
@@ -17,17 +17,16 @@ def main() -> str:
     from pipeline.trajectories.trajectory import RESPONSES, concatenate
     from pipeline.workspace.processes import run_in_processes
 
-    out = out_folder(config)
+    layout = layout_of(config)
     slices = range(config.bottleneck.groups // config.rollout.groups)
     tasks = {
-        f"slice {n}": (config, name, out / "models" / "policy", list(slices[n :: config.workers]))
-        for n in range(config.workers)
+        f"slice {n}": (config, name, layout.policy, list(slices[n :: config.workers])) for n in range(config.workers)
     }
     parts = run_in_processes(sample_slices, tasks, config.workers, f"rollout {name}")
     by_seed = {seed: part for result in parts.values() for seed, part in result.items()}
     doing("writing the table")
     table = concatenate([by_seed[seed] for seed in slices])
-    target = out / "data" / "trajectories" / f"{name}.parquet"
+    target = layout.trajectories(name)
     write(table, target)
     success = sum(table.episodes["success"]) / len(table)
     responses = table.responses

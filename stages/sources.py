@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pipeline.commands.command import configured, next_command, out_folder, parse_arguments, run
+from pipeline.commands.command import configured, layout_of, next_command, parse_arguments, run
 
 
 def main() -> str:
@@ -16,7 +16,8 @@ def main() -> str:
     arguments.params = os.path.normpath(arguments.params)
     config = configured(arguments)
     from pipeline.settings.custom import custom_sections
-    from pipeline.sources.fingerprints import of_environment, of_machine, of_policy
+    from pipeline.settings.presets import require_made
+    from pipeline.sources.fingerprints import of_environment, of_machine, of_method, of_policy
     from pipeline.workspace.errors import UserError
     from pipeline.workspace.files import write_json
 
@@ -28,13 +29,19 @@ def main() -> str:
         from pipeline.objective.custom import check_functions  # seconds, of which most params files need none
 
         check_functions(config, arguments.params)
-    folder = out_folder(config) / "data" / "sources"
-    for name, section in config.environments.items():
-        write_json(folder / "environments" / f"{name}.json", of_environment(section))
-    write_json(folder / "policy.json", of_policy(config.policy))
-    write_json(folder / "machine.json", of_machine())
-    for stale in {file.stem for file in Path(folder, "environments").glob("*.json")} - set(config.environments):
-        (folder / "environments" / f"{stale}.json").unlink()
+    require_made(Path(arguments.params), Path("."))
+    folder = layout_of(config).sources
+    found = {
+        **{f"environments/{name}": of_environment(section) for name, section in config.environments.items()},
+        **{f"methods/{name}": of_method(method) for name, method in config.methods.items()},
+        "policy": of_policy(config.policy),
+        "machine": of_machine(),
+    }
+    for name, fingerprint in found.items():
+        write_json(folder / f"{name}.json", fingerprint)
+    for file in folder.rglob("*.json"):
+        if file.relative_to(folder).with_suffix("").as_posix() not in found:
+            file.unlink()
     return f"{folder}: what params.yaml only names. {next_command(arguments, 'policy')}"
 
 

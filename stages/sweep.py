@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.commands.command import configured, out_folder, parse_arguments, run
+from pipeline.commands.command import configured, layout_of, parse_arguments, run
 
 
 def main() -> str:
@@ -23,7 +23,7 @@ def main() -> str:
     from pipeline.workspace.processes import in_own_process
 
     study, root = arguments.study, Path(".")
-    target, policy = out_folder(config) / "reports" / "sweep" / study, out_folder(config) / "models" / "policy"
+    target, policy = layout_of(config).sweep(study), layout_of(config).policy
     if not (policy / "config.json").exists():
         raise UserError(f"{policy}: no policy there; `make sweep` makes it first, as does python -m stages.policy")
     found = []

@@ -6,24 +6,25 @@ import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
-from urllib.parse import quote
 
-from pipeline.commands.command import configured, next_command, out_folder, parse_arguments, run
+from pipeline.commands.command import configured, layout_of, next_command, parse_arguments, run
 from pipeline.trajectories.table import read
 from pipeline.trajectories.trajectory import TrajectoryError
 from pipeline.workspace.files import lock, read_json, write_json
+from pipeline.workspace.layout import Cache
 
 if TYPE_CHECKING:
     from argparse import Namespace
 
     from pipeline.settings.params import Config
+    from pipeline.workspace.layout import Layout
 
 
 def main() -> str:
     arguments = parse_arguments(__doc__, "environment", "method")
     config = configured(arguments)
-    name, out = f"{arguments.environment}-{arguments.method}", out_folder(config)
-    table = out / "data" / "annotated" / f"{arguments.environment}.parquet"
+    name, layout = f"{arguments.environment}-{arguments.method}", layout_of(config)
+    table = layout.annotated(arguments.environment)
     if not read(table).annotated:
         raise TrajectoryError(
             f"{table}: not annotated; run `python -m stages.annotate --environment {arguments.environment}`"
@@ -32,11 +33,11 @@ def main() -> str:
     def waiting() -> None:
         print(f"train {name}: another command makes the same; this one waits for its end", file=sys.stderr, flush=True)
 
-    with lock(Path(".cache") / "locks" / quote(f"{config.out}/train/{name}", safe=""), waiting=waiting):
-        return train(arguments, config, out)
+    with lock(Cache().lock(f"{config.out}/train/{name}"), waiting=waiting):
+        return train(arguments, config, layout)
 
 
-def train(arguments: Namespace, config: Config, out: Path) -> str:
+def train(arguments: Namespace, config: Config, layout: Layout) -> str:
     """Train what has not been trained, and put all of it where the next stages look for it."""
     from pipeline.progress.display import doing
     from pipeline.tracking.store import open_store, run_settings, store_of
@@ -45,8 +46,8 @@ def train(arguments: Namespace, config: Config, out: Path) -> str:
     from pipeline.workspace.processes import in_own_process, run_in_processes
 
     environment, method = arguments.environment, arguments.method
-    policy, table = out / "models" / "policy", out / "data" / "annotated" / f"{environment}.parquet"
-    tasks = [training_task(config, environment, method, seed, policy, Path(".cache")) for seed in config.seeds]
+    policy, table = layout.policy, layout.annotated(environment)
+    tasks = [training_task(config, environment, method, seed, policy, Cache().folder) for seed in config.seeds]
     made_from = {"annotated episodes": table, "reference policy": policy}
     runs = run_settings(config, Path("."), environment, method, made_from)
     jobs = {f"seed {t.seed}": TrainingJob(t, table, runs[t.seed]) for t in tasks if not t.finished}
@@ -56,14 +57,13 @@ def train(arguments: Namespace, config: Config, out: Path) -> str:
     run_in_processes(train_one, jobs, config.workers, f"train {environment}-{method}")
 
     doing("copying the results")
-    name = f"{environment}-{method}"
-    target = out / "models" / "trained" / name
+    target = layout.trained(environment, method)
     shutil.rmtree(target, ignore_errors=True)
     for task in tasks:
-        shutil.copytree(task.result / "policy", target / f"seed-{task.seed}")
-    for kind in ("curves", "timings", "runs"):
-        collect_results(out / "data" / kind / f"{name}.json", kind, {t.seed: t.result for t in tasks})
-    episodes = out / "data" / "episodes" / f"{name}.parquet"
+        shutil.copytree(task.result / "policy", layout.final_policy(environment, method, task.seed))
+    for kind, place in (("curves", layout.curves), ("timings", layout.timings), ("runs", layout.runs)):
+        collect_results(place(environment, method), kind, {t.seed: t.result for t in tasks})
+    episodes = layout.episodes(environment, method)
     episodes.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy2(tasks[0].result / "episodes.parquet", episodes)
     return (

@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import sqlite3
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from filelock import Timeout
 
 from pipeline.settings.presets import overlay
 from pipeline.workspace.files import lock
@@ -264,7 +266,7 @@ def test_what_waits_for_a_lock_is_told_once_and_then_has_it(tmp_path: Path) -> N
     )
     assert holder.stdout is not None
     holder.stdout.readline()
-    with pytest.raises(BlockingIOError), lock(tmp_path / "lock", wait=False):
+    with pytest.raises(Timeout), lock(tmp_path / "lock", wait=False):
         pass
 
     def waiting() -> None:
@@ -274,6 +276,26 @@ def test_what_waits_for_a_lock_is_told_once_and_then_has_it(tmp_path: Path) -> N
     with lock(tmp_path / "lock", waiting=waiting):
         assert told == ["waiting"]
     holder.wait()
+
+
+def test_a_lock_ends_with_its_holder_though_a_process_that_it_has_forked_lives(tmp_path: Path) -> None:
+    code = (
+        "import os, sys, time; from pathlib import Path; from pipeline.workspace.files import lock\n"
+        "with lock(Path(sys.argv[1])):\n"
+        "    child = os.fork()\n"
+        "    if child: print(child, flush=True)\n"
+        "    time.sleep(60)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path / "lock")]
+    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE) as holder:
+        assert holder.stdout is not None
+        child = int(holder.stdout.readline())
+        holder.kill()
+    try:
+        with lock(tmp_path / "lock", wait=False):
+            os.kill(child, 0)
+    finally:
+        os.kill(child, signal.SIGKILL)
 
 
 STARTER = """

@@ -34,6 +34,7 @@ from pipeline.report.html import embedded, report_html
 from pipeline.settings.params import Config, parse
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.files import write_json
+from pipeline.workspace.layout import Layout
 from pipeline.workspace.randomness import generator
 from pipeline.workspace.yaml_files import read_yaml
 
@@ -277,16 +278,16 @@ def test_adding_a_method_leaves_the_rows_of_the_others() -> None:
 
 def test_files_are_read_and_timings_may_be_absent(tmp_path: Path) -> None:
     config = configuration()
-    made = inputs(config)
+    made, layout = inputs(config), Layout(tmp_path)
     with pytest.raises(UserError, match=r"lake-grpo\.parquet: no such file; `dvc repro` makes it"):
-        read_inputs(config, tmp_path)
-    (tmp_path / "evaluations").mkdir()
+        read_inputs(config, layout)
     for (environment, method), table in made.episodes.items():
-        pq.write_table(table, tmp_path / "evaluations" / f"{environment}-{method}.parquet")
+        layout.evaluations(environment, method).parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(table, layout.evaluations(environment, method))
     for (environment, method), curves in made.curves.items():
-        write_json(tmp_path / "curves" / f"{environment}-{method}.json", {"seeds": curves})
-    write_json(tmp_path / "timings" / "lake-grpo.json", {"seeds": made.timings["lake", "grpo"]})
-    found = read_inputs(config, tmp_path)
+        write_json(layout.curves(environment, method), {"seeds": curves})
+    write_json(layout.timings("lake", "grpo"), {"seeds": made.timings["lake", "grpo"]})
+    found = read_inputs(config, layout)
     assert set(found.timings) == {("lake", "grpo")}
     assert compare(config, found) == compare(config, made)
 

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from ruamel.yaml import YAML
 
+from pipeline.settings.presets import resolve_preset
 from pipeline.workspace.yaml_files import read_yaml
 from tests.commands import complaints, forked_stages
 from tests.trainings import left
@@ -37,9 +38,10 @@ def clone(target: Path) -> Path:
     )
     for name in listed.stdout.splitlines():
         source = ROOT / name
-        if source.name != "dvc.lock" and (source.is_symlink() or source.is_file()):
+        made = name.startswith("presets/") and source.name != "overlay.yaml"
+        if source.name != "dvc.lock" and not made and source.is_file():
             (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, target / name, follow_symlinks=False)
+            shutil.copy2(source, target / name)
     identity = ["-c", "user.name=test", "-c", "user.email=test@example.invalid"]
     for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "clone"]):
         subprocess.run(["git", *command], cwd=target, check=True)
@@ -81,12 +83,14 @@ def digests(folder: Path) -> dict[str, str]:
 
 
 def edit(folder: Path, change: object) -> None:
+    """Change the preset's overlay, and make its params file anew."""
     yaml = YAML()
-    path = folder / PARAMS
+    path = folder / OUT / "overlay.yaml"
     values = yaml.load(path.read_text())
     change(values)  # type: ignore[operator]
     with path.open("w") as stream:
         yaml.dump(values, stream)
+    resolve_preset("smoke", folder)
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +207,7 @@ def test_two_revisions_are_compared_at_the_terminal(runs: tuple[Path, Path]) -> 
     identity = ["-c", "user.name=test", "-c", "user.email=test@example.invalid"]
     for command in (["add", "-A"], [*identity, "commit", "-qm", "results"], ["tag", "before"]):
         call(folder, "git", *command)
-    edit(folder, lambda p: p["methods"].pop("ppo"))
+    edit(folder, lambda p: p["methods"].update(ppo=None))
     assert repro(folder) == ["compare"]
 
     shown = json.loads(call(folder, "dvc", "metrics", "show", "--json", f"{OUT}/reports/metrics").stdout)
@@ -245,7 +249,7 @@ def test_only_what_an_edit_touches_runs_again(runs: tuple[Path, Path]) -> None:
     figures.write_text(figures.read_text() + "\n# an edit\n")
     assert repro(folder, "--dry") == ["compare"]
 
-    edit(folder, lambda p: p["methods"]["grpo_actfocus"]["weight"].update(reasoning_downweight=0.3))
+    edit(folder, lambda p: p["methods"].update(grpo_actfocus={"weight": {"reasoning_downweight": 0.3}}))
     assert repro(folder) == ["train@frozen_lake-grpo_actfocus", "evaluate@frozen_lake-grpo_actfocus", "compare"]
 
     edit(folder, lambda p: p["seeds"].append(2))
@@ -279,12 +283,12 @@ def test_a_killed_training_ends_in_the_bytes_of_an_uninterrupted_one(runs: tuple
     assert not all((cache / key / "result").exists() for key in killed), "killed too late to test anything"
 
     rate = read_yaml(folder / PARAMS)["method_defaults"]["learning_rate"]
-    edit(folder, lambda p: p["method_defaults"].update(learning_rate=2 * rate))
+    edit(folder, lambda p: p.update(method_defaults={"learning_rate": 2 * rate}))
     call(folder, *command)
     others = {key: log for key, log in begun(cache).items() if key not in killed}
     assert list(others.values()) == [["0", "1", "2"]] * 2
 
-    edit(folder, lambda p: p["method_defaults"].update(learning_rate=rate))
+    edit(folder, lambda p: p.pop("method_defaults"))
     call(folder, *command)
     resumed = {key: log for key, log in begun(cache).items() if key not in others}
     assert resumed.keys() >= killed.keys()

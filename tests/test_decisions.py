@@ -146,11 +146,9 @@ def test_the_command_names_what_is_wrong() -> None:
         sys.executable,
         "-m",
         "pipeline.commands.decisions",
-        "--params",
-        "presets/smoke/params.yaml",
         "--environment",
         "lake",
     ]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2
-    assert done.stderr == "presets/smoke/params.yaml: environments: 'lake' is not there; allowed: frozen_lake\n"
+    assert done.stderr == "params.yaml: environments: 'lake' is not there; allowed: frozen_lake\n"

@@ -14,8 +14,8 @@ from ruamel.yaml import YAML
 from pipeline.model.policy import Policy
 from pipeline.report.methods import SLOTS
 from pipeline.settings.method import Method
-from pipeline.settings.params import Config, load, parse
-from pipeline.settings.presets import overlay
+from pipeline.settings.params import Config, parse
+from pipeline.settings.presets import load_preset, overlay, preset_values
 from pipeline.training.module import PolicyGradient
 from pipeline.workspace.yaml_files import read_yaml
 from tests.trainings import LAKE, ROOT, TINY, fit
@@ -26,7 +26,7 @@ BLOCK = re.compile(r"^```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCKS: list[Any] = [YAML(typ="safe", pure=True).load(block) for block in BLOCK.findall(TEXT)]
 NAMES = [name for block in BLOCKS for name in block["methods"]]
 PRESETS = ("methods", "branching")
-ROWS = {name for preset in PRESETS for name in read_yaml(ROOT / "presets" / preset / "params.yaml")["methods"]}
+ROWS = {name for preset in PRESETS for name in preset_values(preset, ROOT)["methods"]}
 SMALL = {key: value for key, value in TINY.items() if key != "method_defaults"}
 """All but the slots; each group of four makes two updates, so that no rule on the ratio is idle."""
 
@@ -86,7 +86,7 @@ def test_every_row_has_one_entry_and_one_block() -> None:
 
 @pytest.mark.parametrize("preset", PRESETS)
 def test_a_block_is_the_presets_row(preset: str) -> None:
-    rows = load(ROOT / "presets" / preset / "params.yaml").methods
+    rows = load_preset(preset, ROOT).methods
     for name, row in rows.items():
         assert slots(alone(block_of(name)).methods[name]) == slots(row), name
 
@@ -103,13 +103,13 @@ def test_an_entry_says_its_rows_status() -> None:
     entries = ENTRY.split(TEXT)[1:]
     bodies = dict(zip(entries[::2], entries[1::2], strict=True))
     for preset in PRESETS:
-        for name, method in load(ROOT / "presets" / preset / "params.yaml").methods.items():
+        for name, method in load_preset(preset, ROOT).methods.items():
             assert f"Status: {method.status}" in bodies[name], name
 
 
 def test_the_controls_are_those_of_the_preset() -> None:
     """But for learning rates, which are matched anew when the settings change."""
-    methods = load(ROOT / "presets" / "controls" / "params.yaml").methods
+    methods = load_preset("controls", ROOT).methods
     assert set(methods) <= set(NAMES)
     for name, method in methods.items():
         assert slots(alone(block_of(name)).methods[name], "learning_rate") == slots(method, "learning_rate"), name

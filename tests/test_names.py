@@ -11,7 +11,7 @@ import pytest
 from ruamel.yaml import YAML
 
 from pipeline.settings.params import parse
-from pipeline.settings.presets import overlay
+from pipeline.settings.presets import overlay, resolve_preset
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.yaml_files import read_yaml
 from tests.test_dag import clone, environment
@@ -120,8 +120,15 @@ def test_a_presets_params_file_is_checked_from_the_root(folder: Path) -> None:
     with (folder / "params.yaml").open("wb") as file:
         file.write((ROOT / "params.yaml").read_bytes())
     command = ["dvc", "repro", "presets/bandit/dvc.yaml:sources@params"]
+    assert started(folder, *command).returncode != 0, "in a new clone nothing has been made"
+    made = resolve_preset("bandit", folder)
     assert started(folder, *command).returncode == 0
     assert (folder / "presets/bandit/data/sources/environments/bandit.json").exists()
+    made.write_text(f"{made.read_text()}# an edit\n")
+    done = started(folder, "python", "-m", "stages.sources", "--params", "presets/bandit/params.yaml")
+    line = "presets/bandit/params.yaml: not what its overlay makes of it; run `make preset PRESET=bandit`\n"
+    assert (done.returncode, done.stderr) == (2, line)
+    resolve_preset("bandit", folder)
 
 
 @pytest.mark.parametrize(

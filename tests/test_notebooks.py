@@ -19,11 +19,13 @@ import pytest
 
 from pipeline.sweep.plan import plans
 from pipeline.sweep.result import Found, summary, trials_table
+from pipeline.workspace.yaml_files import read_yaml
 from tests.test_sweep_quality import search
 
 ROOT = Path(__file__).parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
 RUNS, ITERATIONS = 1000, 36
+COMPARISON = read_yaml(ROOT / "params.yaml")["comparison"]
 WATCHED = ["success", "validation_success", "valid_action_rate", "entropy_action", "kl_reference"]
 METRICS = [*WATCHED, *(f"metric_{number}" for number in range(35))]
 SECONDS = 10.0
@@ -102,7 +104,7 @@ def test_the_main_cell_of_the_runs_takes_seconds_with_a_thousand_runs(migrated: 
         *lines,
         "print(time.perf_counter() - start, time.process_time() - worked, len(found), len(trainings), *methods['seeds'])",
     ]
-    out = execute("\n".join(timed), OUT="presets/smoke", MLFLOW_TRACKING_URI=f"sqlite:///{store}")
+    out = execute("\n".join(timed), MLFLOW_TRACKING_URI=f"sqlite:///{store}")
     seconds, worked, found, trainings, *seeds = out.split()
     print(f"{RUNS} runs: {float(seconds):.1f} s, {float(worked):.1f} s of them computing")
     assert (int(found), int(trainings)) == (RUNS, RUNS)
@@ -124,7 +126,7 @@ def fill(store: Path) -> None:
         runs.append(
             (run, f"smoke {method} seed {seed}", "LOCAL", "me", "FINISHED", number, number + 1, "active", experiment)
         )
-        named = {"comparison": "smoke", "environment": "frozen_lake", "method": method, "seed": seed}
+        named = {"comparison": COMPARISON, "environment": "frozen_lake", "method": method, "seed": seed}
         tags += [(key, value, run) for key, value in named.items()]
         tags += [(f"dvc.{key}", "0" * 32, run) for key in range(4)]
         params += [(f"method.setting_{key}", f"{method if key < 5 else key}", run) for key in range(59)]

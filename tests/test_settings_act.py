@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterator
 from functools import cache
-from pathlib import Path
 from typing import Any, Literal, get_args, get_origin
 
 import pytest
@@ -15,10 +14,9 @@ from pydantic.fields import FieldInfo
 from pipeline.model.policy import Policy
 from pipeline.rollout.growths import GROWTHS
 from pipeline.settings.params import Config, parse
-from pipeline.settings.presets import overlay
+from pipeline.settings.presets import overlay, preset_values
 from pipeline.settings.section import Section
 from pipeline.training.module import PolicyGradient
-from pipeline.workspace.yaml_files import read_yaml
 from tests.trainings import LAKE, ROOT, TINY, fit, same, supervised, weights
 
 # In one process: most cases of a method share the training that nothing is changed in.
@@ -124,7 +122,7 @@ def base(preset: str) -> Config:
         "out": ".",
         "params_file": "params.yaml",
     }
-    raw = overlay(read_yaml(ROOT / "presets" / preset / "params.yaml"), changes)
+    raw = overlay(preset_values(preset, ROOT), changes)
     raw["methods"] = {name: {**row, "learning_rate": 3e-3} for name, row in raw["methods"].items()}
     for row in raw["methods"].values():
         own = row.get("branching", {})
@@ -237,7 +235,7 @@ def test_each_part_of_aepo_acts(slot: str, changes: dict[str, Any]) -> None:
 def test_there_is_a_case_for_every_kind_of_every_slot() -> None:
     kinds = set()
     for preset in PRESETS:
-        raw = read_yaml(Path(ROOT / "presets" / preset / "params.yaml"))
+        raw = preset_values(preset, ROOT)
         assert set(raw["methods"]) == set(base(preset).methods)
         rows = base(preset).model_dump()["methods"].values()
         kinds |= {(slot, row[slot]["kind"]) for row in rows for slot in SLOTS}

@@ -10,7 +10,8 @@ from typing import Any
 import pytest
 
 from pipeline.settings.params import Environment, PretrainedPolicy, load
-from pipeline.sources.fingerprints import KNOWN, LARGE, file_hash, of_environment, of_policy
+from pipeline.sources.fingerprints import of_environment, of_policy
+from pipeline.sources.hashes import KNOWN, LARGE, file_hash
 from pipeline.training.result import training_key
 from pipeline.workspace.errors import UserError
 
@@ -171,7 +172,7 @@ def test_a_large_file_is_read_once_while_it_is_untouched_and_again_after_any_edi
     large.write_bytes(b"a" * LARGE)
     before = file_hash(large)
     assert not KNOWN.exists(), "it could still be written to within the same tick"
-    monkeypatch.setattr("pipeline.sources.fingerprints.TICK", -1)
+    monkeypatch.setattr("pipeline.sources.hashes.TICK", -1)
     assert file_hash(large) == before
     assert KNOWN.exists()
     with monkeypatch.context() as patch:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ from ruamel.yaml import YAML
 
 from pipeline.settings.params import load, parse
 from pipeline.settings.presets import overlay
-from pipeline.sources.fingerprints import closure
+from pipeline.sources.closures import closure
 from pipeline.training.result import ASIDE, RESOLVED, training_key
 from pipeline.workspace.yaml_files import read_yaml
 
@@ -165,19 +166,6 @@ def test_every_stage_waits_for_the_params_file_to_be_checked(name: str) -> None:
     assert any(dep.startswith("${out}/data/sources/") for dep in STAGES[name]["deps"])
 
 
-def test_what_is_left_out_of_a_seeds_key_is_in_it_resolved_or_decides_nothing() -> None:
-    """Everything else that the train stage depends on is in the key, its script aside."""
-    found, _ = closure("pipeline.training.run", lambda name: not name.startswith((*RESOLVED, *ASIDE)))
-    assert set(deciding(STAGES["train"])) - set(found) == {"stages.train", *RESOLVED[:2]}
-    assert RESOLVED == (
-        "pipeline.settings.params",
-        "pipeline.settings.section",
-        "pipeline.settings.sweep",
-        "pipeline.workspace.yaml_files",
-    )
-    assert ASIDE == ("pipeline.progress.display", "pipeline.sources.fingerprints", "pipeline.tracking")
-
-
 @pytest.fixture
 def copied(tmp_path: Path) -> Path:
     """The project's code, to be edited, with a reference policy."""
@@ -188,48 +176,89 @@ def copied(tmp_path: Path) -> Path:
     return tmp_path
 
 
+UNKEYED = {
+    "stages": "copies what the trainings leave, and says so",
+    "pipeline.commands": UNDECIDING["pipeline.commands"],
+    "pipeline.progress": UNDECIDING["pipeline.progress"],
+    "pipeline.tracking": UNDECIDING["pipeline.tracking"],
+    "pipeline.sources": "makes the key",
+    "pipeline.settings": "what it makes of params.yaml is in the key",
+    "pipeline.workspace.yaml_files": "what it reads of params.yaml is in the key",
+    "pipeline.trajectories.records": "what the pages of MLflow show of episodes",
+}
+"""Code that the train stage imports and that a seed's key leaves out, and why."""
 KEY = """
-import json, sys
+import ast, json, re
 from pathlib import Path
 from pipeline.settings.params import load
+from pipeline.sources.closures import closure
 from pipeline.training.result import training_key
-print(training_key(load("params.yaml"), "frozen_lake", "grpo", 0, Path("policy")))
+
+config = load("params.yaml")
+
+def key():
+    return training_key(config, "frozen_lake", "grpo", 0, Path("policy"))
+"""
+MUTATE = """
+def mutated(file):
+    "Its text with another number in place of its first one, or with a line more."
+    text = file.read_text()
+    numbers = []
+    if file.suffix == ".py":
+        numbers = [n for n in ast.walk(ast.parse(text)) if isinstance(n, ast.Constant) and type(n.value) in (int, float)]
+    if not numbers:
+        return text + "\\n"
+    node, lines = numbers[0], text.splitlines(keepends=True)
+    line = lines[node.lineno - 1].encode()
+    lines[node.lineno - 1] = (line[: node.col_offset] + str(node.value + 1).encode() + line[node.end_col_offset :]).decode()
+    return "".join(lines)
+
+before, unseen = key(), []
+found, _ = closure("stages.train", lambda name: name.partition(".")[0] in ("pipeline", "stages"))
+for name, file in found.items():
+    text = file.read_text()
+    file.write_text(mutated(file))
+    if key() == before:
+        unseen.append(name)
+    file.write_text(text)
+assert key() == before
+print(json.dumps([sorted(found), unseen]))
 """
 
 
-def key(folder: Path, **variables: str) -> str:
+def scripted(folder: Path, script: str, **variables: str) -> Any:
+    """What a script prints that computes keys in a copy of the project."""
     done = subprocess.run(
-        [sys.executable, "-c", KEY],
+        [sys.executable, "-c", KEY + script],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(folder), "PYTHONDONTWRITEBYTECODE": "1", **variables},
         capture_output=True,
         text=True,
-        check=True,
     )
-    return done.stdout
+    assert done.returncode == 0, done.stderr[-2000:]
+    return json.loads(done.stdout)
 
 
-def test_a_seeds_key_changes_with_code_and_build_that_decide_and_with_nothing_else(copied: Path) -> None:
-    variables = {"CC": "no-such-compiler"}  # quick, and the same as switched off
-    before = key(copied, **variables)
-    for file in (
-        "pipeline/report/comparison_figures.py",
-        "pipeline/tracking/store.py",
-        "pipeline/settings/params.py",
-        "stages/train.py",
-    ):
-        (copied / file).write_text(f"{(copied / file).read_text()}\n# an edit\n")
-    assert key(copied, **variables) == key(copied, ACTFOCUS_KERNELS="off") == before
-    keys = [before]
-    for file in (
-        "pipeline/objective/weights.py",
-        "pipeline/model/kernels/kernels.c",
-        "pipeline/workspace/processes.py",
-        "pipeline/workspace/randomness.py",
-    ):
-        (copied / file).write_text(f"{(copied / file).read_text()}\n")
-        keys.append(key(copied, **variables))
-    assert len(set(keys)) == len(keys)
+def test_a_seeds_key_changes_with_every_file_that_can_change_its_bytes(copied: Path) -> None:
+    """One number is changed in each file that the train stage imports; the files that do not count are listed."""
+    found, unseen = scripted(copied, MUTATE, ACTFOCUS_KERNELS="off")
+    assert len(found) - len(unseen) > 40
+    assert "pipeline.model.kernels.library/kernels.c" in found
+    assert {name for name in found if any(f"{name}.".startswith(f"{left}.") for left in UNKEYED)} == set(unseen)
+    assert set(UNKEYED) >= {*RESOLVED, *ASIDE}
+
+
+def test_a_seeds_key_changes_with_a_default_that_params_yaml_leaves_to_the_schema(copied: Path) -> None:
+    show = "print(json.dumps(key()))"
+    without = scripted(copied, show, CC="no-such-compiler")
+    assert scripted(copied, show, ACTFOCUS_KERNELS="off") == without, "kernels that cannot be built are none"
+    params, schema = copied / "params.yaml", copied / "pipeline/settings/params.py"
+    params.write_text(re.sub(r"\n  gradient_clip: 1.0", "", params.read_text(), count=1))
+    assert scripted(copied, show, ACTFOCUS_KERNELS="off") == without
+    changed = schema.read_text().replace("gradient_clip: Positive = 1.0", "gradient_clip: Positive = 2.0")
+    assert changed != schema.read_text()
+    schema.write_text(changed)
+    assert scripted(copied, show, ACTFOCUS_KERNELS="off") != without
 
 
 def test_a_seeds_key_changes_with_what_the_kernels_are(monkeypatch: pytest.MonkeyPatch) -> None:

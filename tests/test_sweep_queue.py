@@ -26,9 +26,10 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 from pipeline.sweep import workers
 from pipeline.sweep.plan import Plan
 from pipeline.sweep.queue import KILLED, SILENT_BEATS, Queue, open_storage
-from pipeline.sweep.trial import CACHE, Outcome
+from pipeline.sweep.trial import Outcome
 from pipeline.sweep.workers import Search, run_search
 from pipeline.workspace.errors import UserError
+from pipeline.workspace.layout import Cache
 from pipeline.workspace.processes import Tell, in_own_process
 from tests.searches import (
     ALPHA,
@@ -245,7 +246,7 @@ def test_a_record_that_a_kill_has_cut_short_costs_no_other(tmp_path: Path, writt
 
 def test_a_lock_that_a_killed_worker_held_delays_nobody(tmp_path: Path) -> None:
     plan, toy = toy_plan(tmp_path, trials=4), Toy(tmp_path / "log")
-    CACHE.mkdir(parents=True)
+    Cache().sweep.mkdir(parents=True)
     holder = multiprocessing.get_context("fork").Process(target=_die_holding_the_lock)
     holder.start()
     holder.join()
@@ -256,7 +257,7 @@ def test_a_lock_that_a_killed_worker_held_delays_nobody(tmp_path: Path) -> None:
 
 
 def _die_holding_the_lock() -> None:
-    storage = open_storage(None, CACHE / "journal.log")
+    storage = open_storage(None, Cache().sweep / "journal.log")
     storage._backend._lock.acquire()  # type: ignore[attr-defined]
     os.kill(os.getpid(), signal.SIGKILL)
 
@@ -443,6 +444,6 @@ def test_the_environment_names_a_storage_that_params_do_not(
     plan, url = toy_plan(tmp_path, trials=2), database(request)
     monkeypatch.setenv("SWEEP_STORAGE", url)
     run_search(Search(plan, Toy(tmp_path / "log")), 1)
-    assert not CACHE.exists()
+    assert not Cache().sweep.exists()
     assert replace(plan, study=plan.study).storage == url
     assert len(trials_of(plan)) == 2

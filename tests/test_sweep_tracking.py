@@ -19,6 +19,7 @@ from pipeline.sweep.trial import Outcome
 from pipeline.sweep.workers import Search, run_search
 from pipeline.tracking.store import open_store, store_of
 from pipeline.workspace.files import write_json, write_text
+from pipeline.workspace.layout import Layout
 from pipeline.workspace.processes import Tell, in_own_process
 from tests.searches import ALPHA, searches
 
@@ -81,7 +82,7 @@ def test_every_trial_has_a_run_below_the_studys_whatever_became_of_it_and_the_re
     files = {file.path for file in client.list_artifacts(study.info.run_id, "sweep")}
     assert {"sweep/trials.csv", "sweep/best.yaml", "sweep/grpo_actfocus-history.png"} <= files
 
-    [section] = read_sweeps(tmp_path)
+    [section] = read_sweeps(Layout(tmp_path))
     assert section["name"] == "actfocus"
     assert f"{TRIALS - 1} complete, 1 fail, 1 pruned" in section["summary"]
     assert "paper  " not in section["summary"]
@@ -100,11 +101,11 @@ def test_every_trial_has_a_run_below_the_studys_whatever_became_of_it_and_the_re
     assert parallel["xaxis"]["ticktext"][1] == "reasoning_downweight"
     verdict = tmp_path / "sweeps" / "confirm_actfocus" / "reports" / "verdict.txt"
     write_text(verdict, "best is not told apart\nfrom anything\n")
-    assert read_sweeps(tmp_path)[0]["verdict"] == ["best is not told apart", "from anything"]
+    assert read_sweeps(Layout(tmp_path))[0]["verdict"] == ["best is not told apart", "from anything"]
 
 
 def test_without_a_sweep_the_report_has_no_section(tmp_path: Path) -> None:
-    assert read_sweeps(tmp_path) == []
+    assert read_sweeps(Layout(tmp_path)) == []
 
 
 def test_a_mean_curve_ends_with_the_shortest_seed_and_has_what_all_seeds_have() -> None:

@@ -14,9 +14,10 @@ from optuna.trial import TrialState
 from pipeline.settings.params import parse
 from pipeline.sweep.plan import Plan, plans
 from pipeline.sweep.score import success, violations
-from pipeline.sweep.trial import CACHE, Outcome, TrainingObjective
+from pipeline.sweep.trial import Outcome, TrainingObjective
 from pipeline.training.result import training_task
 from pipeline.training.run import TrainingJob, train_one
+from pipeline.workspace.layout import Cache
 from pipeline.workspace.yaml_files import read_yaml
 from tests.searches import SMOKE, awaited, begin, kill_all, params, run, trials_asked_for, trials_of
 from tests.trainings import quiet, supervised
@@ -75,7 +76,7 @@ def test_a_trial_in_rungs_ends_in_the_bytes_of_one_without_and_of_a_plain_traini
         plan = plan_of(tmp_path / name, policy, pruner=pruner)
         trial = optuna.create_study(direction="maximize").ask()
         outcome = ran(plan, trial, plan.baselines["paper"], lambda done, total, text="": progress.append((done, total)))
-        left[name] = results(CACHE)
+        left[name] = results(Cache().sweep)
         assert {len(curve) for curve in outcome.curves.values()} == {ITERATIONS}
         assert outcome.values == (success(outcome.curves, "final"),)
         assert outcome.violations == violations(outcome.curves, plan.config.sweep.constraints)
@@ -112,7 +113,7 @@ def test_seeds_of_a_trial_with_a_budget_of_tokens_end_where_theirs_are_spent(
     assert told[-1] == (sum(row["tokens"] for c in outcome.curves.values() for row in c), 2 * plan.config.train.tokens)
     assert [done for done, _ in told] == sorted(done for done, _ in told)
     assert trial.study.trials[0].intermediate_values == {max(lengths): outcome.values[0]}
-    assert len(list(CACHE.glob("train/*/result"))) == 2
+    assert len(list(Cache().sweep.glob("train/*/result"))) == 2
 
 
 def test_seeds_of_a_trial_are_stopped_together(tmp_path: Path, policy: Path) -> None:
@@ -123,9 +124,9 @@ def test_seeds_of_a_trial_are_stopped_together(tmp_path: Path, policy: Path) -> 
     trial = study.ask()
     with pytest.raises(TrialPruned, match="stopped after 2 iterations"):
         ran(plan, trial, plan.baselines["paper"])
-    assert list(begun(CACHE).values()) == [["0", "1"]] * 2
+    assert list(begun(Cache().sweep).values()) == [["0", "1"]] * 2
     assert list(trial.study.trials[1].intermediate_values) == [2]
-    left = {path.name for path in CACHE.glob("train/*/*")}
+    left = {path.name for path in Cache().sweep.glob("train/*/*")}
     assert left.isdisjoint({"result", "checkpoint.ckpt"})
 
 
@@ -147,31 +148,31 @@ def test_killed_in_the_middle_a_search_ends_with_its_trials_and_computes_next_to
     process = begin(plan, objective)
 
     def in_the_middle() -> bool:
-        finished = [path.parent.name for path in CACHE.glob("train/*/result")]
-        open_ones = [log for key, log in begun(CACHE).items() if key not in finished]
+        finished = [path.parent.name for path in Cache().sweep.glob("train/*/result")]
+        open_ones = [log for key, log in begun(Cache().sweep).items() if key not in finished]
         return len(finished) >= 4 and any(log[-1] == "2" for log in open_ones)
 
     awaited(in_the_middle, 120)
     kill_all(process)
     running = [t for t in trials_of(plan) if t.state == TrialState.RUNNING]
     assert running
-    before = begun(CACHE)
+    before = begun(Cache().sweep)
     run(plan, objective, seconds=200)
     trials = trials_asked_for(plan)
     assert {t.number for t in trials if t.state == TrialState.FAIL} == {t.number for t in running}
-    logs = begun(CACHE)
+    logs = begun(Cache().sweep)
     assert len(logs) == 2 * plan.trials
     for key, log in logs.items():
         assert set(log) == {str(i) for i in range(ITERATIONS)}
         assert len(log) <= ITERATIONS + (key in before), "more than one iteration was computed twice"
         assert log[: len(before.get(key, []))] == before.get(key, [])
-    assert not list(CACHE.glob("train/*/result/policy"))
-    assert not list(CACHE.glob("train/*/checkpoint.ckpt"))
+    assert not list(Cache().sweep.glob("train/*/result/policy"))
+    assert not list(Cache().sweep.glob("train/*/checkpoint.ckpt"))
 
-    killed = results(CACHE)
+    killed = results(Cache().sweep)
     (tmp_path / "again").mkdir()
     monkeypatch.chdir(tmp_path / "again")
     again = next(t for t in trials if t.user_attrs.get("retry_of") == running[0].number)
     outcome = ran(plan, optuna.create_study().ask(), again.user_attrs["values"])
-    assert results(CACHE).items() <= killed.items()
+    assert results(Cache().sweep).items() <= killed.items()
     assert outcome.values == tuple(again.values)

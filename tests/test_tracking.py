@@ -16,6 +16,7 @@ from typing import Any
 import mlflow
 import pytest
 import torch
+from filelock import Timeout
 from mlflow import MlflowClient
 from transformers import AutoModelForCausalLM
 
@@ -29,6 +30,7 @@ from pipeline.tracking.study import log_study, log_trial
 from pipeline.tracking.training import Store, TrainingRun
 from pipeline.training.run import TrainingJob, train_until
 from pipeline.workspace.files import write_json
+from pipeline.workspace.layout import Layout
 from pipeline.workspace.yaml_files import read_yaml
 from tests.tracked import Training, apart, runs_of, steps, toy_job, toy_settings
 from tests.trainings import LAKE, configured, quiet
@@ -71,7 +73,7 @@ def test_a_spool_gives_back_what_was_added_and_forgets_a_line_that_was_cut_off(t
 
 def test_only_one_process_sends_a_spool(tmp_path: Path) -> None:
     spool = Spool(tmp_path / "run")
-    with spool.locked(), pytest.raises(BlockingIOError), Spool(tmp_path / "run").locked(wait=False):
+    with spool.locked(), pytest.raises(Timeout), Spool(tmp_path / "run").locked(wait=False):
         pass
     with spool.locked(wait=False):
         pass
@@ -193,7 +195,7 @@ def test_a_comparison_has_one_run_that_is_brought_up_to_date(directory: Path, st
     )
     sample = {LAKE: {"grpo": [{"id": "e", "state": "s", "return": 1.0, "success": True, "end": "goal", "turns": []}]}}
     for success in (0.25, 0.25, 0.75):
-        log_comparison(config, root, comparison_of(config, success), curves, sample, root)
+        log_comparison(config, root, comparison_of(config, success), curves, sample, Layout(root))
 
     [run] = runs_of(store.uri, "comparison")
     client, run_id = MlflowClient(store.uri), run.info.run_id
@@ -214,7 +216,7 @@ def test_a_comparison_has_one_run_that_is_brought_up_to_date(directory: Path, st
 
     # A store that is new by now is sent the whole of it, though nothing has changed.
     client.delete_run(run_id)
-    log_comparison(config, root, comparison_of(config, 0.75), curves, sample, root)
+    log_comparison(config, root, comparison_of(config, 0.75), curves, sample, Layout(root))
     [again] = runs_of(store.uri, "comparison")
     assert again.info.run_id != run_id
     assert again.data.metrics == run.data.metrics
@@ -238,7 +240,7 @@ def test_the_champion_loads_as_a_pipeline_and_as_a_hugging_face_directory(
     curves = {(LAKE, method): {"0": [{"validation_success": float(method == "grpo")}]} for method in config.methods}
 
     def compare() -> Any:
-        log_comparison(config, root, {"rows": []}, curves, {}, root)
+        log_comparison(config, root, {"rows": []}, curves, {}, Layout(root))
         assert waiting(store.cache) == []
         client = MlflowClient(store.uri)
         return client.get_model_version_by_alias(f"{config.comparison}-{LAKE}", "champion")

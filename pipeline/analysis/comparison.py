@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -22,6 +21,7 @@ from pipeline.settings.params import Config
 from pipeline.trajectories.trajectory import CUT_OFF, RESPONSES
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.files import read_json
+from pipeline.workspace.layout import Layout
 from pipeline.workspace.randomness import generator
 
 REFERENCE = "reference"
@@ -51,8 +51,8 @@ class Inputs:
     """Wall-clock: cumulative ``seconds``; a method may be absent."""
 
 
-def read_inputs(config: Config, data: Path) -> Inputs:
-    """Read ``evaluations/``, ``curves/`` and, where they exist, ``timings/`` under the data folder.
+def read_inputs(config: Config, layout: Layout) -> Inputs:
+    """Read evaluations, curves and, where they exist, timings.
 
     Raises:
         UserError: an evaluation or a curve is missing, or a file is not JSON.
@@ -60,28 +60,25 @@ def read_inputs(config: Config, data: Path) -> Inputs:
     trained = [(environment, method) for environment in config.environments for method in config.methods]
     played = trained + [(environment, REFERENCE) for environment in config.environments]
 
-    def path(folder: str, key: tuple[str, str], suffix: str) -> Path:
-        return data / folder / f"{key[0]}-{key[1]}.{suffix}"
-
-    needed = [path("evaluations", key, "parquet") for key in played] + [path("curves", key, "json") for key in trained]
+    needed = [layout.evaluations(*key) for key in played] + [layout.curves(*key) for key in trained]
     missing = [str(file) for file in needed if not file.exists()]
     if missing:
         raise UserError("\n".join(f"{file}: no such file; `dvc repro` makes it" for file in missing))
     return Inputs(
-        {key: pq.read_table(path("evaluations", key, "parquet")) for key in played},
-        {key: read_json(path("curves", key, "json"))["seeds"] for key in trained},
-        read_timings(config, data),
+        {key: pq.read_table(layout.evaluations(*key)) for key in played},
+        {key: read_json(layout.curves(*key))["seeds"] for key in trained},
+        read_timings(config, layout),
     )
 
 
-def read_timings(config: Config, data: Path) -> dict[tuple[str, str], Curves]:
-    """(environment, method) -> wall-clock of its trainings, of those that are in ``timings/`` under the data folder.
+def read_timings(config: Config, layout: Layout) -> dict[tuple[str, str], Curves]:
+    """(environment, method) -> wall-clock of its trainings, of those that are there.
 
     Raises:
         UserError: a file is not JSON.
     """
     keys = [(environment, method) for environment in config.environments for method in config.methods]
-    files = {key: data / "timings" / f"{key[0]}-{key[1]}.json" for key in keys}
+    files = {key: layout.timings(*key) for key in keys}
     return {key: read_json(file)["seeds"] for key, file in files.items() if file.exists()}
 
 

@@ -22,6 +22,7 @@ from pipeline.settings.params import Config, load
 from pipeline.trajectories.trajectory import TrajectoryError
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.finite import NumericsError
+from pipeline.workspace.layout import Cache, Layout
 from pipeline.workspace.processes import end_with_parent
 from pipeline.workspace.yaml_files import read_yaml
 
@@ -86,12 +87,12 @@ def go_to_root(arguments: argparse.Namespace, root: str) -> None:
         os.chdir(folder)
         sys.path.insert(0, str(folder))
     if "HOME" not in os.environ and os.path.expanduser("~") == "~":
-        os.environ["HOME"] = str(folder / ".cache" / "home")
+        os.environ["HOME"] = str(folder / Cache().home)
 
 
-def out_folder(config: Config) -> Path:
-    """Folder that receives data/, models/ and reports/, as seen from where the stage was called or as a full path."""
-    return Path.cwd() / config.out if _elsewhere else Path(config.out)
+def layout_of(config: Config) -> Layout:
+    """The paths of a params file's run, as seen from where the stage was called or as full paths."""
+    return Layout(Path.cwd() / config.out if _elsewhere else Path(config.out))
 
 
 def next_command(arguments: argparse.Namespace, stage: str, **options: str) -> str:

@@ -47,15 +47,16 @@ def read_revision(side: str, name: str, params_file: str) -> Revision:
 
     from pipeline.analysis.revisions import Revision
     from pipeline.workspace.errors import UserError
+    from pipeline.workspace.layout import Layout
 
     files = Files(side, name)
     params: dict[str, Any] = YAML(typ="safe", pure=True).load(files.read(Path(params_file)))
-    out = Path(params.get("out", "."))
-    comparison = json.loads(files.read(out / "reports" / "comparison.json"))
+    layout = Layout(Path(params.get("out", ".")))
+    comparison = json.loads(files.read(layout.comparison))
     episodes = {}
     for environment, method in {(row["environment"], row["method"]) for row in comparison["rows"]}:
         try:
-            content = files.read(out / "data" / "evaluations" / f"{environment}-{method}.parquet")
+            content = files.read(layout.evaluations(environment, method))
         except UserError:
             continue  # without them the two revisions are not paired, and the table says so
         episodes[environment, method] = pq.read_table(io.BytesIO(content))
@@ -121,7 +122,8 @@ class Files:
         try:
             known = self._fs.info(path.as_posix())
         except FileNotFoundError:
-            return "this revision has no such file"
+            made = "; a preset's params.yaml, dvc.yaml and dvc.lock are made, and here they are not committed"
+            return f"this revision has no such file{made if path.parts[0] == 'presets' else ''}"
         if known.get("md5") is None:
             return "not in this revision's dvc.lock; commit dvc.lock after `dvc repro`, or use `dvc exp run`"
         return "not in DVC's cache; `dvc pull` it, or check the revision out and `dvc repro`"

@@ -9,7 +9,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from pipeline.commands.command import configured, out_folder, parse_arguments, run
+from pipeline.commands.command import configured, layout_of, parse_arguments, run
 
 
 def main() -> str:
@@ -20,15 +20,17 @@ def main() -> str:
     from pipeline.sweep.plan import plans
     from pipeline.workspace.errors import UserError
     from pipeline.workspace.files import read_json, write_text
+    from pipeline.workspace.layout import Layout
     from pipeline.workspace.processes import end_with_parent
     from pipeline.workspace.yaml_files import yaml_text
 
-    study, out = arguments.study, Path(config.out)
-    found = plans(arguments.params, study, out / "models" / "policy")
-    summary = out / "reports" / "sweep" / study / "summary.json"
+    study, layout = arguments.study, Layout(Path(config.out))
+    found = plans(arguments.params, study, layout.policy)
+    summary = layout.sweep(study) / "summary.json"
     if not summary.exists():
         raise UserError(f"{summary}: no such file; `make sweep STUDY={study}` makes it")
-    folder = out / "sweeps" / f"confirm_{study}"
+    confirmed = layout.confirmation(study)
+    folder, reports = confirmed.out, confirmed.reports
     raw = confirmation(found, read_json(summary)["searches"], folder.as_posix(), os.path.relpath(".", folder))
     write_text(folder / "params.yaml", f"# Made by `make sweep-confirm STUDY={study}`.\n{yaml_text(raw)}")
     pipeline = folder / "dvc.yaml"
@@ -37,10 +39,9 @@ def main() -> str:
         done = subprocess.run(["dvc", "repro", str(pipeline)], preexec_fn=partial(end_with_parent, signal.SIGKILL))
     if done.returncode:
         sys.exit(done.returncode)
-    reports = folder / "reports"
-    text = verdict(read_json(reports / "comparison.json"))
+    text = verdict(read_json(confirmed.comparison))
     write_text(reports / "verdict.txt", text + "\n")
-    shown = out_folder(config) / reports.relative_to(out)
+    shown = layout_of(config).confirmation(study).reports
     return f"{(reports / 'comparison.txt').read_text(encoding='utf-8')}\n{text}\n{shown}: verdict.txt, index.html. Next: open index.html"
 
 

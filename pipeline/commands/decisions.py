@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from pipeline.commands.command import configured, out_folder, run
+from pipeline.commands.command import configured, layout_of, run
 
 
 def main() -> str:
@@ -27,16 +26,17 @@ def main() -> str:
     from pipeline.progress.display import doing
     from pipeline.report.decision_figures import decisions_text, draw_decisions
     from pipeline.workspace.files import write_json, write_text
+    from pipeline.workspace.layout import Cache
 
     environments = [arguments.environment] if arguments.environment else list(config.environments)
     usable = [name for name, method in config.methods.items() if method.branching.kind == "none"]
     method = arguments.method or next(iter([*usable, *config.methods]))
     plan = Plan(arguments.seeds, arguments.positions, arguments.candidates, arguments.continuations)
-    out, texts = out_folder(config), []
+    layout, texts = layout_of(config), []
     for name in environments:
-        result = decisions(config, out / "models" / "policy", name, method, plan, Path(".cache"))
+        result = decisions(config, layout.policy, name, method, plan, Cache().folder)
         doing(f"{name}: drawing")
-        folder = out / "reports" / "decisions" / name
+        folder = layout.decisions(name)
         folder.mkdir(parents=True, exist_ok=True)
         texts.append(decisions_text(result))
         write_json(folder / "decisions.json", result)

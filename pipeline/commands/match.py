@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
-from pipeline.commands.command import configured, out_folder, run
+from pipeline.commands.command import configured, layout_of, run
 
 ITERATIONS, STEPS, CLOSE = 3, 5, 0.05
 
@@ -61,6 +61,7 @@ def main() -> str:
     from pipeline.training.run import TrainingJob, train_one
     from pipeline.workspace.errors import UserError
     from pipeline.workspace.files import read_json
+    from pipeline.workspace.layout import Cache
     from pipeline.workspace.processes import in_own_process, run_in_processes
 
     environment = arguments.environment or next(iter(config.environments))
@@ -68,7 +69,7 @@ def main() -> str:
         if name not in config.methods:
             raise UserError(f"--method, --to: {name!r} is not there; allowed: {', '.join(config.methods)}")
     in_own_process(open_store, store_of(config, Path(".")), environment)
-    policy = out_folder(config) / "models" / "policy"
+    policy = layout_of(config).policy
     train = config.train.model_copy(update={"iterations": ITERATIONS, "tokens": None, "validate_every": ITERATIONS})
     short = config.model_copy(update={"train": train, "comparison": "match"})
 
@@ -77,7 +78,7 @@ def main() -> str:
     def moved(method: str, rate: float) -> float:
         slots = short.methods[method].model_copy(update={"learning_rate": rate})
         at_rate: Config = short.model_copy(update={"methods": {**short.methods, method: slots}})
-        tasks = [training_task(at_rate, environment, method, seed, policy, Path(".cache")) for seed in config.seeds]
+        tasks = [training_task(at_rate, environment, method, seed, policy, Cache().folder) for seed in config.seeds]
         runs = run_settings(at_rate, Path("."), environment, method, {"reference policy": policy})
         jobs = {f"seed {t.seed}": TrainingJob(t, None, runs[t.seed]) for t in tasks if not t.finished}
         run_in_processes(train_one, jobs, config.workers, f"{method} at {rate:.3g}")

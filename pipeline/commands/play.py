@@ -6,7 +6,7 @@ import argparse
 import time
 from typing import Any
 
-from pipeline.commands.command import configured, next_command, out_folder, run
+from pipeline.commands.command import configured, layout_of, next_command, run
 
 
 def main() -> str:
@@ -30,11 +30,10 @@ def main() -> str:
     name = arguments.environment or next(iter(config.environments))
     seed = config.seeds[0] if arguments.seed is None else arguments.seed
     temperature = arguments.temperature or config.evaluation.temperatures[0]
-    out = out_folder(config)
-    trained = out / "models" / "trained" / f"{name}-{arguments.method}" / f"seed-{seed}"
-    directory = out / "models" / "policy" if arguments.method == "reference" else trained
+    layout = layout_of(config)
+    directory = layout.final_policy(name, arguments.method, seed)
     doing("loading the policies")
-    policy, reference = load_trained(directory, config), load_trained(out / "models" / "policy", config)
+    policy, reference = load_trained(directory, config), load_trained(layout.policy, config)
     states = config.evaluation.states
     if not 0 <= arguments.episode < states:
         raise UserError(f"--episode: {arguments.episode} is not there; allowed: 0 to {states - 1}")

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.commands.command import configured, out_folder, parse_arguments, run
+from pipeline.commands.command import configured, layout_of, parse_arguments, run
 
 if TYPE_CHECKING:
     from pipeline.settings.params import Config
@@ -25,22 +25,23 @@ def main() -> str:
     config = configured(parse_arguments(__doc__))
     from pipeline.progress.display import doing
     from pipeline.report.comparison_tables import comparison_text, overview_markdown
-    from pipeline.settings.params import load
+    from pipeline.settings.presets import load_preset
     from pipeline.workspace.files import read_json
+    from pipeline.workspace.layout import Layout
 
-    reports, results, figures = out_folder(config) / "reports", Path("docs/results.md"), Path("docs/figures")
+    layout, results, figures = layout_of(config), Path("docs/results.md"), Path("docs/figures")
     figures.mkdir(parents=True, exist_ok=True)
-    own_runs = [out_folder(config) / "data" / "runs"]
-    text = fenced(comparison_text(read_json(reports / "comparison.json")))
+    own_runs = [layout.all_runs]
+    text = fenced(comparison_text(read_json(layout.comparison)))
     publish_block(Path("README.md"), "comparison", text, own_runs)
     publish_block(results, "comparison", comparison_block(config), own_runs)
-    for png in sorted((reports / "figures").glob("*.png")):
+    for png in sorted((layout.reports / "figures").glob("*.png")):
         shutil.copy2(png, figures / png.name)
     published = [config.comparison]
     for name in config.environments:
-        for png in sorted((reports / "bottleneck" / name).glob("*.png")):
+        for png in sorted(layout.bottleneck(name).glob("*.png")):
             shutil.copy2(png, figures / f"{name}-bottleneck-{png.name}")
-        replayed = reports / "replay" / name
+        replayed = layout.replay(name)
         if replayed.is_dir():
             text = fenced((replayed / "replay.txt").read_text(encoding="utf-8"))
             publish_block(results, f"replay {name}", text, own_runs)
@@ -49,29 +50,29 @@ def main() -> str:
     published += publish_sweeps(config, results, figures, "")
     for preset in PRESETS:
         doing(preset)
-        own, runs = Path("presets") / preset / "reports", [Path("presets") / preset / "data" / "runs"]
-        if (own / "comparison.md").exists():
-            publish_block(results, preset, comparison_block(load(f"presets/{preset}/params.yaml")), runs)
-            for png in sorted((own / "figures").glob("*.png")):
+        own = Layout(Path("presets") / preset)
+        if (own.reports / "comparison.md").exists():
+            publish_block(results, preset, comparison_block(load_preset(preset, Path("."))), [own.all_runs])
+            for png in sorted((own.reports / "figures").glob("*.png")):
                 if not png.name.endswith("-health.png"):
                     shutil.copy2(png, figures / f"{preset}-{png.name}")
             published.append(preset)
-        published += publish_sweeps(load(f"presets/{preset}/params.yaml"), results, figures, f"{preset} ")
-        for measured in sorted((own / "decisions").glob("*/decisions.txt")):
+        published += publish_sweeps(load_preset(preset, Path(".")), results, figures, f"{preset} ")
+        for measured in sorted(own.decisions("*").parent.glob("*/decisions.txt")):
             name = f"decisions {measured.parent.name}"
-            publish_block(results, name, fenced(measured.read_text(encoding="utf-8")), runs)
+            publish_block(results, name, fenced(measured.read_text(encoding="utf-8")), [own.all_runs])
             shutil.copy2(measured.with_suffix(".png"), figures / f"{measured.parent.name}-decisions.png")
             published.append(name)
-    compared = [Path("presets") / preset / "reports" / "comparison.json" for preset in ENVIRONMENTS]
-    if all(file.exists() for file in compared):
-        text, runs = overview_markdown([read_json(file) for file in compared]), [f.parents[1] for f in compared]
-        publish_block(Path("README.md"), "environments", text, [folder / "data" / "runs" for folder in runs])
+    others = [Layout(Path("presets") / preset) for preset in ENVIRONMENTS]
+    if all(other.comparison.exists() for other in others):
+        text = overview_markdown([read_json(other.comparison) for other in others])
+        publish_block(Path("README.md"), "environments", text, [other.all_runs for other in others])
     for document, names in ((results, None), (Path("README.md"), ("environments",))):
         name_commits(document, names)
-    bench = reports / "bench.txt"
+    bench = layout.reports / "bench.txt"
     if bench.exists():
         replace_block(Path("docs/performance.md"), "bench", fenced(bench.read_text(encoding="utf-8")))
-        shutil.copy2(reports / "bench.png", figures / "bench.png")
+        shutil.copy2(layout.reports / "bench.png", figures / "bench.png")
         published.append("measurements")
     return (
         f"README.md, docs/ and docs/figures hold the latest: {', '.join(published)}; what is not there stays as it was. "
@@ -86,13 +87,11 @@ def publish_sweeps(config: Config, results: Path, figures: Path, prefix: str) ->
     """
     published = []
     for study in config.sweep.studies:
-        swept = out_folder(config) / "reports" / "sweep" / study
-        confirmed = out_folder(config) / "sweeps" / f"confirm_{study}" / "reports"
-        parts = [swept / "sweep.txt", confirmed / "comparison.txt", confirmed / "verdict.txt"]
+        swept, confirmed = layout_of(config).sweep(study), layout_of(config).confirmation(study)
+        parts = [swept / "sweep.txt", *(confirmed.reports / name for name in ("comparison.txt", "verdict.txt"))]
         if all(part.exists() for part in parts):
             text = "\n".join(part.read_text(encoding="utf-8") for part in parts)
-            runs = out_folder(config) / "sweeps" / f"confirm_{study}" / "data" / "runs"
-            publish_block(results, f"{prefix}sweep {study}", fenced(text), [runs])
+            publish_block(results, f"{prefix}sweep {study}", fenced(text), [confirmed.all_runs])
             for png in (*sorted(swept.glob("*-slice.png")), *sorted(swept.glob("*-contour*.png"))):
                 shutil.copy2(png, figures / f"{prefix.replace(' ', '-')}sweep-{png.name}")
             published.append(f"{prefix}sweep {study}")
@@ -104,9 +103,9 @@ def comparison_block(config: Config) -> str:
     from pipeline.analysis.comparison import read_timings
     from pipeline.report.timings import environment_shares
 
-    out = out_folder(config)
-    timings = read_timings(config, out / "data")
-    text = demoted((out / "reports" / "comparison.md").read_text(encoding="utf-8"))
+    layout = layout_of(config)
+    timings = read_timings(config, layout)
+    text = demoted((layout.reports / "comparison.md").read_text(encoding="utf-8"))
     for name in config.environments:
         shares = [environment_shares(curves) for (place, _), curves in timings.items() if place == name]
         if shares:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import argparse
 from typing import get_args
 
-from pipeline.commands.command import configured, out_folder, run
+from pipeline.commands.command import configured, layout_of, run
 
 
 def main() -> str:
@@ -48,15 +48,15 @@ def main() -> str:
     from pipeline.trajectories.trajectory import TrajectoryError
     from pipeline.workspace.files import write_json, write_text
 
-    out = out_folder(config)
-    table = out / "data" / "annotated" / f"{environment}.parquet"
+    layout = layout_of(config)
+    table = layout.annotated(environment)
     doing("reading the table")
     trajectories = read(table)
     if not trajectories.annotated:
         raise TrajectoryError(f"{table}: not annotated; run `python -m stages.annotate --environment {environment}`")
     points = grid(arguments.alpha, arguments.beta, arguments.tau, arguments.signal)
-    result = replay(config, out / "models" / "policy", trajectories, method, points, arguments.groups)
-    folder = out / "reports" / "replay" / environment
+    result = replay(config, layout.policy, trajectories, method, points, arguments.groups)
+    folder = layout.replay(environment)
     doing("drawing")
     text = replay_text(result)
     write_json(folder / "replay.json", result)

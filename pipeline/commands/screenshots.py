@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.commands.command import configured, out_folder, parse_arguments, run
+from pipeline.commands.command import configured, layout_of, parse_arguments, run
 
 PICTURES = ("report", "viewer", "mlflow")
 
@@ -17,20 +17,20 @@ def main() -> str:
     from pipeline.workspace.errors import UserError
     from pipeline.workspace.files import read_json
 
-    out, folder = out_folder(config), Path("docs/figures")
+    layout, folder = layout_of(config), Path("docs/figures")
     environment = next(iter(config.environments))
-    noted = [read_json(out / "data" / "runs" / f"{environment}-{method}.json") for method in config.methods]
+    noted = [read_json(layout.runs(environment, method)) for method in config.methods]
     first = str(config.seeds[0])
     runs = [entry["seeds"][first]["run_id"] for entry in noted if entry["seeds"][first]["run_id"]]
     if not runs:
-        raise UserError(f"{out / 'data' / 'runs'}: no run of {environment} has reached MLflow's store")
+        raise UserError(f"{layout.all_runs}: no run of {environment} has reached MLflow's store")
     folder.mkdir(parents=True, exist_ok=True)
     prefix = "" if config.out == "." else f"{config.comparison}-"
     targets = {name: folder / f"{prefix}{name}.png" for name in PICTURES}
     doing("starting Chromium")
     with chromium() as browser:
         doing("the report")
-        shoot_report(browser, out / "reports" / "index.html", targets["report"], targets["viewer"])
+        shoot_report(browser, layout.reports / "index.html", targets["report"], targets["viewer"])
         doing("MLflow's comparison")
         shoot_mlflow(browser, store_of(config, Path(".")).uri, environment, runs, targets["mlflow"])
     return f"{folder}: {', '.join(path.name for path in targets.values())}. Next: look at them, then `make publish`"

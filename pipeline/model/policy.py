@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,9 +53,6 @@ class Policy:
 
         An existing directory is replaced at the end, so that an interrupted save leaves it as it was.
         """
-        partial = directory.with_name(directory.name + ".partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        self.model.save_pretrained(partial)
-        self.tokenizer.save_pretrained(partial)
-        shutil.rmtree(directory, ignore_errors=True)
-        partial.rename(directory)
+        with replacing(directory) as partial:
+            self.model.save_pretrained(partial)
+            self.tokenizer.save_pretrained(partial)

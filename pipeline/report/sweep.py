@@ -3,22 +3,22 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Any
 
 from pipeline.workspace.files import read_json
+from pipeline.workspace.layout import Layout
 
 
-def read_sweeps(out: Path) -> list[dict[str, Any]]:
+def read_sweeps(layout: Layout) -> list[dict[str, Any]]:
     """A section per study that has been swept: name, summary, table (header, rows), verdict, figures (title, caption, plotly).
 
     Args:
-        out: folder with reports/ and sweeps/. Nothing is there before the first `make sweep`.
+        layout: of the run. Nothing is there before the first `make sweep`.
     """
     sections = []
-    for summary in sorted((out / "reports" / "sweep").glob("*/summary.json")):
+    for summary in sorted(layout.sweep("*").parent.glob("*/summary.json")):
         folder = summary.parent
-        verdict = out / "sweeps" / f"confirm_{folder.name}" / "reports" / "verdict.txt"
+        verdict = layout.confirmation(folder.name).reports / "verdict.txt"
         outcome, drawn = read_json(summary), read_json(folder / "figures.json")
         sections.append(
             {

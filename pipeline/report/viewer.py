@@ -20,6 +20,7 @@ from pipeline.trajectories.records import NUMBERS, episode_records, rounded
 from pipeline.trajectories.table import read
 from pipeline.trajectories.trajectory import Role, Trajectories, TrajectoryError
 from pipeline.workspace.errors import UserError
+from pipeline.workspace.layout import Layout
 
 
 @dataclass(frozen=True)
@@ -238,7 +239,9 @@ def _letter(number: int) -> str:
     return chr(ord("A") + place) + (str(lap + 1) if lap else "")
 
 
-def read_all_played(config: Config, data: Path, annotated: Mapping[str, Trajectories]) -> dict[tuple[str, str], Played]:
+def read_all_played(
+    config: Config, layout: Layout, annotated: Mapping[str, Trajectories]
+) -> dict[tuple[str, str], Played]:
     """(environment, method) -> the first seed's last episodes; of the reference policy, that seed's first ones.
 
     Raises:
@@ -247,9 +250,8 @@ def read_all_played(config: Config, data: Path, annotated: Mapping[str, Trajecto
     found = {}
     for environment in config.environments:
         for method in config.methods:
-            path = data / "episodes" / f"{environment}-{method}.parquet"
             try:
-                found[environment, method] = read_played(path)
+                found[environment, method] = read_played(layout.episodes(environment, method))
             except TrajectoryError as error:
                 raise UserError(f"{error}; `dvc repro` makes it") from None
         table = annotated[environment]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from pipeline.settings.params import parse
+from pipeline.settings.params import Config, parse
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.files import write_text
 from pipeline.workspace.yaml_files import read_yaml, yaml_text
@@ -14,30 +14,71 @@ from pipeline.workspace.yaml_files import read_yaml, yaml_text
 def resolve_preset(name: str, root: Path) -> Path:
     """Write ``presets/<name>/params.yaml``, if it has changed, and a copy of dvc.yaml beside it.
 
-    A copy, because a link is no file in a git revision: with one, DVC could read no revision at all (`dvc metrics diff`).
+    Git has neither, so that none is ever old there. They are not ignored either: DVC reads no dvc.yaml that Git ignores,
+    and a revision of a preset's results needs both.
 
     Raises:
         UserError: no such preset, or the result is not valid.
     """
     folder = root / "presets" / name
-    if not (folder / "overlay.yaml").exists():
-        known = sorted(path.parent.name for path in (root / "presets").glob("*/overlay.yaml"))
-        raise UserError(f"presets: {name!r} is not there; allowed: {', '.join(known)}")
-    for target, text in (
-        (folder / "params.yaml", preset_text(name, root)),
-        (folder / "dvc.yaml", (root / "dvc.yaml").read_text(encoding="utf-8")),
-    ):
-        if target.is_symlink() or not target.exists() or target.read_text(encoding="utf-8") != text:
+    for file, text in made_files(name, root).items():
+        target = folder / file
+        if not target.exists() or target.read_text(encoding="utf-8") != text:
             write_text(target, text)
     return folder / "params.yaml"
 
 
-def preset_text(name: str, root: Path) -> str:
-    """The resolved params file as text."""
-    merged = overlay(read_yaml(root / "params.yaml"), read_yaml(root / "presets" / name / "overlay.yaml"))
-    merged |= {"root": "../..", "out": f"presets/{name}", "params_file": f"presets/{name}/params.yaml"}
-    parse(merged, f"presets/{name}/overlay.yaml")
-    return f"# Made from params.yaml and overlay.yaml by `make preset PRESET={name}`: edit those.\n" + yaml_text(merged)
+def made_files(name: str, root: Path) -> dict[str, str]:
+    """What is made for a preset in its folder, by name of the file.
+
+    Raises:
+        UserError: no such preset, or its settings are not valid.
+    """
+    load_preset(name, root)
+    head = f"# Made from params.yaml and overlay.yaml by `make preset PRESET={name}`: edit those.\n"
+    return {
+        "params.yaml": head + yaml_text(preset_values(name, root)),
+        "dvc.yaml": (root / "dvc.yaml").read_text(encoding="utf-8"),
+    }
+
+
+def require_made(params_file: Path, root: Path) -> None:
+    """Refuse a preset's made files if they are not what would be made now: their results would be old ones.
+
+    Raises:
+        UserError: they differ.
+    """
+    folder = params_file.parent
+    if not (folder / "overlay.yaml").exists():
+        return
+    for file, text in made_files(folder.name, root).items():
+        if (folder / file).read_text(encoding="utf-8") != text:
+            raise UserError(
+                f"{folder / file}: not what its overlay makes of it; run `make preset PRESET={folder.name}`"
+            )
+
+
+def load_preset(name: str, root: Path) -> Config:
+    """A preset's checked settings, whether its files have been made or not.
+
+    Raises:
+        UserError: no such preset, or its settings are not valid.
+    """
+    return parse(preset_values(name, root), f"presets/{name}/overlay.yaml")
+
+
+def preset_values(name: str, root: Path) -> dict[str, Any]:
+    """params.yaml with a preset's overlay laid over it.
+
+    Raises:
+        UserError: no such preset.
+    """
+    changes = root / "presets" / name / "overlay.yaml"
+    if not changes.exists():
+        known = sorted(path.parent.name for path in (root / "presets").glob("*/overlay.yaml"))
+        raise UserError(f"presets: {name!r} is not there; allowed: {', '.join(known)}")
+    merged: dict[str, Any] = overlay(read_yaml(root / "params.yaml"), read_yaml(changes))
+    return merged | {"root": "../..", "out": f"presets/{name}", "params_file": f"presets/{name}/params.yaml"}
 
 
 def overlay(base: Any, changes: Any) -> Any:

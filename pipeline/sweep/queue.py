@@ -9,7 +9,6 @@ twice, and a study ends with exactly as many finished trials as were asked for.
 from __future__ import annotations
 
 import contextlib
-import fcntl
 import os
 import socket
 import threading
@@ -20,6 +19,7 @@ from typing import Any
 
 import optuna
 import psutil
+from filelock import FileLock
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
@@ -73,24 +73,23 @@ class _Lock(BaseJournalFileLock):
 
     def __init__(self, journal: Path) -> None:
         self._journal, self._path = journal, journal.with_suffix(".lock")
-        self._held: int | None = None
+        self._held: FileLock | None = None
 
     def acquire(self) -> bool:
-        descriptor = os.open(self._path, os.O_RDWR | os.O_CREAT)
-        fcntl.flock(descriptor, fcntl.LOCK_EX)
+        lock = FileLock(self._path)
+        lock.acquire()
         try:
             _drop_unfinished_line(self._journal)
         except BaseException:
-            os.close(descriptor)
+            lock.release()
             raise
-        self._held = descriptor
+        self._held = lock
         return True
 
     def release(self) -> None:
         assert self._held is not None
-        descriptor, self._held = self._held, None
-        fcntl.flock(descriptor, fcntl.LOCK_UN)
-        os.close(descriptor)
+        lock, self._held = self._held, None
+        lock.release()
 
 
 def _drop_unfinished_line(journal: Path) -> None:

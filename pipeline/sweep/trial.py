@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 
 from optuna.exceptions import TrialPruned
 from optuna.trial import Trial
@@ -20,10 +19,8 @@ from pipeline.training.result import training_task
 from pipeline.training.run import Curve, TrainingJob, train_until
 from pipeline.workspace.files import lock
 from pipeline.workspace.finite import NotFiniteError
+from pipeline.workspace.layout import Cache
 from pipeline.workspace.processes import Tell
-
-CACHE = Path(".cache/sweep")
-"""Trials' trainings by key, so that one whose worker was killed goes on where it stopped; beside them the journal."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +48,9 @@ class TrainingObjective:
         plan, sweep = self.plan, self.plan.config.sweep
         config = plan.configured(values)
         seeds = sweep.seeds
-        tasks = [training_task(config, plan.environment, plan.method, seed, plan.policy, CACHE) for seed in seeds]
+        tasks = [
+            training_task(config, plan.environment, plan.method, seed, plan.policy, Cache().sweep) for seed in seeds
+        ]
         curves: dict[int, Curve] = {seed: [] for seed in seeds}
         for rung in self._rungs(config.train.iterations, config.train.validate_every):
             for task in tasks:

@@ -22,7 +22,8 @@ from pipeline.settings.sweep import Sweep
 from pipeline.sweep.plan import Plan
 from pipeline.sweep.queue import FINISHED, Queue, open_storage
 from pipeline.sweep.sampler import NumberedSampler
-from pipeline.sweep.trial import CACHE, Objective, Outcome, run_trial
+from pipeline.sweep.trial import Objective, Outcome, run_trial
+from pipeline.workspace.layout import Cache
 from pipeline.workspace.processes import begin_worker, in_own_process
 
 Observer = Callable[[FrozenTrial, Outcome | None], None]
@@ -87,7 +88,7 @@ def study_trials(plan: Plan) -> list[FrozenTrial]:
 
 def _open(plan: Plan) -> tuple[optuna.Study, Queue]:
     sweep: Sweep = plan.config.sweep
-    storage = open_storage(plan.storage, CACHE / "journal.log")
+    storage = open_storage(plan.storage, Cache().journal)
     pruner = (
         optuna.pruners.NopPruner()
         if sweep.pruner.kind == "none"

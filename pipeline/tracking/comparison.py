@@ -13,6 +13,7 @@ from pipeline.tracking.snapshot import Snapshot, log_snapshot
 from pipeline.tracking.spool import Record
 from pipeline.tracking.store import comparison_identity, provenance, quiet, resolved_params, store_of
 from pipeline.tracking.training import TABLE_TAG, episode_table
+from pipeline.workspace.layout import Layout
 
 HEADLINES = ("success_mean", "difference_to_reference", "difference_to_uniform", "difference_to_control")
 """Numbers of a comparison's rows that become metrics, ``<name>/<method>/<temperature>``."""
@@ -26,7 +27,7 @@ Episodes = Mapping[str, Mapping[str, list[dict[str, Any]]]]
 
 
 def log_comparison(
-    config: Config, root: Path, comparison: Mapping[str, Any], curves: Curves, episodes: Episodes, out: Path
+    config: Config, root: Path, comparison: Mapping[str, Any], curves: Curves, episodes: Episodes, layout: Layout
 ) -> None:
     """Bring the run of a comparison up to date, in each environment's experiment.
 
@@ -39,12 +40,12 @@ def log_comparison(
         comparison: what ``pipeline.analysis.comparison.compare`` returns.
         curves: of all trainings.
         episodes: the sample.
-        out: folder with data/, models/ and reports/.
+        layout: of the run.
     """
     quiet()
     for environment in config.environments:
         rows = [row for row in comparison["rows"] if row["environment"] == environment]
-        trainings = _trainings(config, environment, out / "data" / "runs")
+        trainings = _trainings(config, environment, layout)
         best = best_training({method: curves[environment, method] for method in config.methods})
         sample = [(method, one) for method, chosen in episodes.get(environment, {}).items() for one in chosen]
         texts = {
@@ -65,8 +66,8 @@ def log_comparison(
                 if row[name] is not None
             },
             texts=texts,
-            files=_files(environment, out / "reports"),
-            champion=None if best is None else _champion(config, environment, *best, trainings, out),
+            files=_files(environment, layout),
+            champion=None if best is None else _champion(config, environment, *best, trainings, layout),
         )
         log_snapshot(store_of(config, root), snapshot)
 
@@ -89,11 +90,11 @@ def best_training(curves: Mapping[str, Mapping[str, list[dict[str, float]]]]) ->
     return method, seed, success
 
 
-def _trainings(config: Config, environment: str, runs: Path) -> list[dict[str, Any]]:
+def _trainings(config: Config, environment: str, layout: Layout) -> list[dict[str, Any]]:
     """Method, seed and run of every training; one that DVC or the cache has restored has the run that made it."""
     found = []
     for method in config.methods:
-        file = runs / f"{environment}-{method}.json"
+        file = layout.runs(environment, method)
         known = json.loads(file.read_text(encoding="utf-8"))["seeds"] if file.exists() else {}
         found += [{"method": method, "seed": seed, **(known.get(str(seed)) or {})} for seed in config.seeds]
     return found
@@ -108,19 +109,25 @@ def _elsewhere(config: Config, trainings: list[dict[str, Any]]) -> dict[str, str
     }
 
 
-def _files(environment: str, reports: Path) -> list[tuple[str, Path]]:
+def _files(environment: str, layout: Layout) -> list[tuple[str, Path]]:
     """Files of the report with their folders in the run."""
-    figures = sorted((reports / "figures").glob(f"{environment}-*"))
-    bottleneck = sorted((reports / "bottleneck" / environment).glob("*.svg"))
-    tables = [reports / name for name in ("comparison.json", "comparison.md", "comparison.txt", "index.html")]
+    figures = sorted((layout.reports / "figures").glob(f"{environment}-*"))
+    bottleneck = sorted(layout.bottleneck(environment).glob("*.svg"))
+    tables = [layout.reports / name for name in ("comparison.json", "comparison.md", "comparison.txt", "index.html")]
     return [*(("", file) for file in tables), *(("figures", file) for file in [*figures, *bottleneck])]
 
 
 def _champion(
-    config: Config, environment: str, method: str, seed: str, success: float, trainings: list[dict[str, Any]], out: Path
+    config: Config,
+    environment: str,
+    method: str,
+    seed: str,
+    success: float,
+    trainings: list[dict[str, Any]],
+    layout: Layout,
 ) -> Record | None:
     """The record by which the best policy becomes the champion; None if it is not there."""
-    directory = (out / "models" / "trained" / f"{environment}-{method}" / f"seed-{seed}").resolve()
+    directory = layout.final_policy(environment, method, seed).resolve()
     if not directory.is_dir():
         return None
     own = next(one for one in trainings if one["method"] == method and str(one["seed"]) == seed)

@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-import fcntl
-import os
 import sqlite3
 import sys
-from collections.abc import Iterator
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 
 import mlflow
@@ -16,6 +13,8 @@ from mlflow.store.tracking import DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from sqlalchemy.engine import URL, make_url
 from sqlalchemy.exc import ArgumentError
+
+from pipeline.workspace.files import lock
 
 SIDE_FILES = ("-journal", "-wal", "-shm")
 """What SQLite keeps beside a database; to a new one of the same name it would do harm."""
@@ -38,8 +37,7 @@ def ready(uri: str) -> None:
     url = _file_url(uri)
     if url is None or _finished(file := Path(str(url.database))):
         return
-    file.parent.mkdir(parents=True, exist_ok=True)
-    with _only_one(file.parent):
+    with lock(file.with_name(file.name + ".lock")):
         if _finished(file):  # another process has been faster
             return
         if file.exists() and file.stat().st_size:
@@ -93,14 +91,3 @@ def _remove(file: Path) -> None:
     """A database that nobody has open, and what SQLite has left beside it."""
     for name in ("", *SIDE_FILES):
         file.with_name(file.name + name).unlink(missing_ok=True)
-
-
-@contextmanager
-def _only_one(folder: Path) -> Iterator[None]:
-    """Hold a lock on a folder, which other processes of this pipeline see; it ends with the process at the latest."""
-    opened = os.open(folder, os.O_RDONLY)
-    try:
-        fcntl.flock(opened, fcntl.LOCK_EX)
-        yield
-    finally:
-        os.close(opened)

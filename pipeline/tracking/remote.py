@@ -33,6 +33,7 @@ from pipeline.tracking.database import ready
 from pipeline.tracking.spool import Record
 from pipeline.tracking.traces import log_trace
 from pipeline.workspace.files import lock
+from pipeline.workspace.layout import Cache
 
 METRICS_AT_ONCE = 1000
 """MLflow's limit of metrics in a call; params and tags may be 100."""
@@ -111,7 +112,7 @@ def remote_run(uri: str, cache: Path, known: str | None, first: Record) -> Remot
     client = MlflowClient(uri)
     experiment = experiment_id(client, first["experiment"])
     if known is None or not _active(client, known):
-        with lock(cache / "tracking" / "lock"):
+        with lock(Cache(cache).tracking / "lock"):
             tags = {}
             if first["parent"] is not None:
                 tags[MLFLOW_PARENT_RUN_ID] = _find_or_create(client, experiment, **first["parent"])

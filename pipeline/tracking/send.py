@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from filelock import Timeout
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.tracking.away import Away, warn
 from pipeline.tracking.remote import METRICS_AT_ONCE, RemoteRun, remote_run
 from pipeline.tracking.spool import Record, Spool, waiting
+from pipeline.workspace.layout import Cache
 
 
 @dataclass(frozen=True)
@@ -42,7 +44,7 @@ class Sender:
 
     def __init__(self, spool: Spool, uri: str, cache: Path) -> None:
         self._spool, self._uri, self._cache = spool, uri, cache
-        self._away = Away(cache / "tracking" / "away", uri)
+        self._away = Away(Cache(cache).tracking / "away", uri)
         self._run: RemoteRun | None = None
         self._refused = False
 
@@ -68,7 +70,7 @@ class Sender:
         try:
             with self._spool.locked(wait=False), patient(patience):
                 self._send(insist)
-        except BlockingIOError:  # another process sends these very records
+        except Timeout:  # another process sends these very records
             return False
         except (MlflowException, SQLAlchemyError, NotImplementedError, OSError) as error:
             self._run = None

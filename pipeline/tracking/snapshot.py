@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.tracking.spool import Record, Spool, now
 from pipeline.tracking.training import Store
+from pipeline.workspace.layout import Cache
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ def log_snapshot(store: Store, snapshot: Snapshot) -> None:
     """Bring a parent run up to date. One that is up to date stays as it is."""
     from pipeline.tracking.send import PATIENT, Sender  # imports mlflow, which takes seconds
 
-    spool = Spool(store.cache / "tracking" / "-".join([snapshot.experiment, *snapshot.identity.values()]))
+    spool = Spool(Cache(store.cache).tracking / "-".join([snapshot.experiment, *snapshot.identity.values()]))
     earlier = spool.records
     records = _records(snapshot, earlier)
     if _content(records) != _content(earlier):

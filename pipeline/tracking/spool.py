@@ -14,7 +14,8 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.workspace.files import lock, write_json
+from pipeline.workspace.files import lock, replacing, write_json
+from pipeline.workspace.layout import Cache
 
 Record = dict[str, Any]
 
@@ -51,12 +52,9 @@ class Spool:
 
     def replace(self, records: Sequence[Record]) -> None:
         """Hold these records in place of all others, and none of them as sent; the run stays the same one."""
-        self.folder.mkdir(parents=True, exist_ok=True)
-        partial = self._records.with_suffix(".partial")
-        partial.write_bytes(_lines(records))
-        with self.locked():
+        with self.locked(), replacing(self._records) as partial:
+            partial.write_bytes(_lines(records))
             self.mark(0, self.sent.run_id)
-            partial.replace(self._records)
 
     def read(self, offset: int = 0) -> list[tuple[int, Record]]:
         """Records from a byte on, each with the byte at which it ends; a line that was cut off by a kill is not one."""
@@ -105,7 +103,7 @@ class Spool:
         """Keep other processes from sending these records at the same time.
 
         Raises:
-            BlockingIOError: another process has the lock, and ``wait`` is off.
+            filelock.Timeout: another process has the lock, and ``wait`` is off.
         """
         with lock(self.folder / "lock", wait):
             yield
@@ -123,7 +121,12 @@ class Spool:
 
 def waiting(cache: Path) -> list[Spool]:
     """The spools under a cache folder that hold something unsent."""
-    files = sorted([*cache.glob("train/*/tracking/records.jsonl"), *cache.glob("tracking/**/records.jsonl")])
+    files = sorted(
+        [
+            *Cache(cache).training("*").parent.glob("*/tracking/records.jsonl"),
+            *Cache(cache).tracking.glob("**/records.jsonl"),
+        ]
+    )
     return [spool for spool in (Spool(file.parent) for file in files) if spool.waiting]
 
 

@@ -24,13 +24,14 @@ from pipeline.tracking.spool import waiting
 from pipeline.tracking.study import StudyRun
 from pipeline.tracking.training import RunSettings, Store, flatten
 from pipeline.workspace.errors import UserError
+from pipeline.workspace.layout import Cache
 from pipeline.workspace.yaml_files import yaml_text
 
 
 def store_of(config: Config, root: Path) -> Store:
     """The store: params.yaml's URI, else MLFLOW_TRACKING_URI, else mlflow.db in the project's root (absolute)."""
     here = f"sqlite:///{(root / 'mlflow.db').resolve()}"
-    return Store(config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or here, root.resolve() / ".cache")
+    return Store(config.tracking.uri or os.environ.get("MLFLOW_TRACKING_URI") or here, root.resolve() / Cache().folder)
 
 
 def open_store(store: Store, experiment: str) -> tuple[int, int]:
@@ -53,7 +54,7 @@ def open_store(store: Store, experiment: str) -> tuple[int, int]:
     except (MlflowException, SQLAlchemyError, CommandError, OSError) as error:
         if refusal(error) or not store.uri.startswith("http"):
             raise UserError(f"tracking.uri: {readable(store.uri)}: cannot be used: {readable(str(error))}") from None
-        Away(store.cache / "tracking" / "away", store.uri).note(str(error))
+        Away(Cache(store.cache).tracking / "away", store.uri).note(str(error))
         return 0, len(waiting(store.cache))
     return send_waiting(store.uri, store.cache)
 

@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pipeline.tracking.snapshot import Snapshot, log_snapshot
 from pipeline.tracking.spool import Spool, now
 from pipeline.tracking.training import Store, flatten
+from pipeline.workspace.layout import Cache
 
 STATUS = {"COMPLETE": "FINISHED", "PRUNED": "KILLED", "FAIL": "FAILED"}
 """MLflow's status of a trial's run, by the trial's state."""
@@ -33,7 +34,7 @@ class StudyRun:
     @property
     def folder(self) -> Path:
         """Where the trials' records are kept."""
-        return self.store.cache / "tracking" / "-".join([self.experiment, *self.identity.values()])
+        return Cache(self.store.cache).tracking / "-".join([self.experiment, *self.identity.values()])
 
 
 def log_study(

@@ -5,14 +5,15 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
-from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.settings.params import Config
-from pipeline.sources.fingerprints import of_code, of_environment, of_machine
+from pipeline.sources.fingerprints import of_code, of_environment, of_machine, of_method
+from pipeline.sources.hashes import tree_hashes
 from pipeline.trajectories.trajectory import Trajectories
+from pipeline.workspace.layout import Cache
 
 RESOLVED = ("pipeline.settings", "pipeline.workspace.yaml_files")
 """The schema of what is in the key already: resolved settings."""
@@ -49,7 +50,7 @@ class TrainingTask:
 def training_task(config: Config, environment: str, method: str, seed: int, policy: Path, cache: Path) -> TrainingTask:
     """Name a training by the hash of its resolved inputs."""
     key = training_key(config, environment, method, seed, policy)
-    return TrainingTask(config, environment, method, seed, policy, key, cache / "train" / key)
+    return TrainingTask(config, environment, method, seed, policy, key, Cache(cache).training(key))
 
 
 def training_key(config: Config, environment: str, method: str, seed: int, policy: Path) -> str:
@@ -67,24 +68,12 @@ def training_key(config: Config, environment: str, method: str, seed: int, polic
             k: getattr(config.evaluation, k) for k in ("validation_states", "validation_rollouts", "temperatures")
         },
         "seed": seed,
-        "policy": tree_hash([policy]),
-        "sources": of_environment(config.environments[environment]),
+        "policy": tree_hashes(policy),
+        "sources": [of_environment(config.environments[environment]), of_method(config.methods[method])],
         "machine": of_machine(),
         "code": of_code("pipeline.training.run", (*RESOLVED, *ASIDE)),
     }
     return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:24]
-
-
-def tree_hash(paths: Iterable[Path]) -> str:
-    """SHA-256 of files and folders: names and bytes, caches left out."""
-    digest = hashlib.sha256()
-    for path in paths:
-        files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
-        for file in files:
-            if "__pycache__" not in file.parts:
-                digest.update(f"{file.relative_to(path.parent).as_posix()}\0".encode())
-                digest.update(hashlib.sha256(file.read_bytes()).digest())
-    return digest.hexdigest()
 
 
 def publish(partial: Path, result: Path) -> None:

@@ -18,6 +18,7 @@ from pipeline.trajectories.trajectory import (
     TrajectoryError,
     offsets_of,
 )
+from pipeline.workspace.files import replacing
 
 SCHEMA_VERSION = 3
 
@@ -91,11 +92,8 @@ def write(trajectories: Trajectories, path: str | Path, columns: Mapping[str, np
     for name, values in (columns or {}).items():
         numbers = pa.array(values, type=pa.float32(), from_pandas=True)
         table = table.append_column(name, pa.ListArray.from_arrays(offsets, numbers))
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    pq.write_table(table, partial, compression="zstd", row_group_size=1024, write_page_checksum=True)
-    partial.replace(target)
+    with replacing(Path(path)) as partial:
+        pq.write_table(table, partial, compression="zstd", row_group_size=1024, write_page_checksum=True)
 
 
 def read(path: str | Path) -> Trajectories:

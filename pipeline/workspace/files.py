@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-import fcntl
 import json
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from filelock import FileLock, Timeout
 
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.finite import require_finite
@@ -37,9 +39,23 @@ def read_json(path: Path) -> Any:
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8; an existing file is replaced at once."""
+    with replacing(path) as partial:
+        partial.write_text(text, encoding="utf-8")
+
+
+@contextmanager
+def replacing(path: Path) -> Iterator[Path]:
+    """Give a path for a new file or folder, which takes the place of what is at ``path`` once it is written.
+
+    Interrupted, what was there stays.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    partial.write_text(text, encoding="utf-8")
+    if partial.is_dir():
+        shutil.rmtree(partial)
+    yield partial
+    if path.is_dir():
+        shutil.rmtree(path)
     partial.replace(path)
 
 
@@ -53,7 +69,7 @@ def _refuse_non_finite(name: str, value: Any) -> None:
 
 @contextmanager
 def lock(path: Path, wait: bool = True, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
-    """Hold a lock that other processes see; it ends with the process at the latest.
+    """Hold a lock that other processes see; it ends with the process at the latest, and those it forks do not have it.
 
     Args:
         path: a file that is made for the lock, and stays.
@@ -61,18 +77,18 @@ def lock(path: Path, wait: bool = True, waiting: Callable[[], None] = lambda: No
         waiting: called once, if somebody has it.
 
     Raises:
-        BlockingIOError: another process has it, and ``wait`` is off.
+        filelock.Timeout: another process has it, and ``wait`` is off.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with open(path, "w") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            if not wait:
-                raise
-            waiting()
-            fcntl.flock(file, fcntl.LOCK_EX)
-        try:
-            yield
-        finally:  # closing it would not do: processes that were forked meanwhile have it open, too
-            fcntl.flock(file, fcntl.LOCK_UN)
+    held = FileLock(path)
+    try:
+        held.acquire(blocking=False)
+    except Timeout:
+        if not wait:
+            raise
+        waiting()
+        held.acquire()
+    try:
+        yield
+    finally:
+        held.release()

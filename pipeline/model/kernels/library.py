@@ -12,6 +12,8 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from platformdirs import user_cache_path
+
 from pipeline.workspace.errors import UserError
 
 SOURCE = Path(__file__).with_name("kernels.c")
@@ -125,9 +127,8 @@ def _load(name: str) -> ctypes.CDLL | None:
     assert compiler is not None
     machine = (_macros(compiler), platform.machine().encode(), _processor_flags())
     key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), *machine, *map(str.encode, flags)])).hexdigest()
-    cache = os.environ.get("XDG_CACHE_HOME") or os.path.expanduser("~/.cache")
-    folders = [SOURCE.parent / "__pycache__", Path(cache) / "actfocus"]
-    for folder in folders[: 1 + os.path.isabs(cache)]:  # a user may have no home
+    folders = [SOURCE.parent / "__pycache__", user_cache_path("actfocus")]
+    for folder in filter(Path.is_absolute, folders):  # a user may have no home
         target = folder / f"kernels-{name}-{key[:16]}.so"
         try:
             if not target.exists():

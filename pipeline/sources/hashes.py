@@ -1,0 +1,84 @@
+"""SHA-256 of files and folders; a large file is read once while it is untouched."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from pipeline.workspace.errors import UserError
+from pipeline.workspace.files import lock, write_json
+from pipeline.workspace.layout import Cache
+
+LARGE = 2**20
+"""Bytes from which a file's hash is kept in ``KNOWN`` and used again while the file is untouched."""
+KNOWN = Cache().hashes
+TICK = 2 * 10**9
+"""Nanoseconds within which a file may be written twice and show the same times."""
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file.
+
+    Raises:
+        UserError: it cannot be read.
+    """
+    try:
+        stamp = stamp_of(path)
+        if stamp.size < LARGE:
+            return hashlib.sha256(path.read_bytes()).hexdigest()
+        place, known = str(path.resolve()), _known()
+        if known.get(place, [None])[:-1] == [*stamp]:
+            return str(known[place][-1])
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(file, "sha256").hexdigest()
+        # A file that has just been written could be written again within the same tick of its clock.
+        if stamp_of(path) == stamp and time.time_ns() - max(stamp.modified, stamp.changed) > TICK:
+            with lock(KNOWN.with_suffix(".lock")):
+                write_json(KNOWN, {**_known(), place: [*stamp, digest]})
+        return digest
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+class Stamp(NamedTuple):
+    """What changes when a file is written, even by who sets its time back: then its inode's has changed."""
+
+    size: int
+    modified: int
+    changed: int
+    inode: int
+
+
+def stamp_of(path: Path) -> Stamp:
+    """The stamp of a file now."""
+    status = path.stat()
+    return Stamp(status.st_size, status.st_mtime_ns, status.st_ctime_ns, status.st_ino)
+
+
+def _known() -> dict[str, list[Any]]:
+    try:
+        found = json.loads(KNOWN.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def tree_hashes(path: Path) -> dict[str, str]:
+    """Hashes of a file (named ``.``) or of all files of a folder, by their names in it; links count as what they lead to.
+
+    Raises:
+        UserError: one cannot be read.
+    """
+    if path.is_file():
+        return {".": file_hash(path)}
+    found = {}
+    for folder, folders, files in os.walk(path, followlinks=True):
+        folders[:] = sorted(name for name in folders if name != "__pycache__")
+        for name in sorted(files):
+            file = Path(folder, name)
+            found[file.relative_to(path).as_posix()] = file_hash(file)
+    return found
