@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pipeline.commands.command import configured, next_command, out_folder, parse_arguments, run
+from pipeline.commands.cli import EnvironmentName, ParamsFile, configured, next_command, out_folder, run
 from pipeline.trajectories.trajectory import concatenate, read
 
 
-def main() -> str:
-    arguments = parse_arguments(__doc__, "environment")
-    config = configured(arguments)
-    name, out = arguments.environment, out_folder(config)
+def main(environment: EnvironmentName, params: ParamsFile = "params.yaml") -> str:
+    config, params = configured(params, environment)
+    name, out = environment, out_folder(config)
     table = read(out / "data" / "trajectories" / f"{name}.parquet")
     import transformers.models.auto.modeling_auto  # noqa: F401  (imported before the processes fork)
 
@@ -31,7 +30,7 @@ def main() -> str:
     annotated.write(target)
     return (
         f"{target}: {len(annotated)} episodes, {int(annotated.sampled.sum())} sampled tokens with their energies. "
-        f"{next_command(arguments, 'bottleneck', environment=name)}"
+        f"{next_command(params, 'python -m stages.bottleneck', environment=name)}"
     )
 
 

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from pipeline.commands.command import configured, next_command, out_folder, parse_arguments, run
+from pipeline.commands.cli import (
+    EnvironmentName,
+    MethodName,
+    ParamsFile,
+    configured,
+    next_command,
+    out_folder,
+    run,
+)
 
 
-def main() -> str:
-    arguments = parse_arguments(__doc__, "environment", "method")
-    config = configured(arguments)
+def main(environment: EnvironmentName, method: MethodName, params: ParamsFile = "params.yaml") -> str:
+    config, params = configured(params, environment, method)
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -16,7 +23,7 @@ def main() -> str:
     from pipeline.evaluation.evaluate import EvaluationTask, evaluate_policy
     from pipeline.workspace.processes import run_in_processes
 
-    environment, method, out = arguments.environment, arguments.method, out_folder(config)
+    out = out_folder(config)
     reference, trained = out / "models" / "policy", out / "models" / "trained" / f"{environment}-{method}"
     tasks = {
         f"seed {seed} at {temperature:g}": EvaluationTask(
@@ -39,7 +46,7 @@ def main() -> str:
         f"{pc.mean(table.filter(pc.equal(table['temperature'], t))['success']).as_py():.3f} at temperature {t:g}"
         for t in config.evaluation.temperatures
     ]
-    return f"{target}: {len(table)} episodes, success {', '.join(success)}. {next_command(arguments, 'compare')}"
+    return f"{target}: {len(table)} episodes, success {', '.join(success)}. {next_command(params, 'python -m stages.compare')}"
 
 
 if __name__ == "__main__":

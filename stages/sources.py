@@ -8,21 +8,16 @@ from __future__ import annotations
 import os
 from pathlib import Path
 
-from pipeline.commands.command import configured, next_command, out_folder, parse_arguments, run
+from pipeline.commands.cli import ParamsFile, configured, next_command, out_folder, run
 
 
-def main() -> str:
-    arguments = parse_arguments(__doc__)
-    arguments.params = os.path.normpath(arguments.params)
-    config = configured(arguments)
+def main(params: ParamsFile = "params.yaml") -> str:
+    config, params = configured(os.path.normpath(params))
+    from pipeline.sources.checks import check_named
     from pipeline.sources.fingerprints import of_environment, of_machine, of_policy
-    from pipeline.workspace.errors import UserError
     from pipeline.workspace.files import write_json
 
-    if config.params_file != arguments.params:  # commands have what stands there, and it would not have been checked
-        raise UserError(
-            f"{arguments.params}: params_file: {config.params_file!r} is another file; allowed: {arguments.params}"
-        )
+    check_named(config, params)
     folder = out_folder(config) / "data" / "sources"
     for name, section in config.environments.items():
         write_json(folder / "environments" / f"{name}.json", of_environment(section))
@@ -30,7 +25,7 @@ def main() -> str:
     write_json(folder / "machine.json", of_machine())
     for stale in {file.stem for file in Path(folder, "environments").glob("*.json")} - set(config.environments):
         (folder / "environments" / f"{stale}.json").unlink()
-    return f"{folder}: what params.yaml only names. {next_command(arguments, 'policy')}"
+    return f"{folder}: what params.yaml only names. {next_command(params, 'python -m stages.policy')}"
 
 
 if __name__ == "__main__":

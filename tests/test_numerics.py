@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from pipeline.commands.command import run
 from torch import Tensor
 
-from pipeline.commands.command import run
 from pipeline.energy.annotate import annotate
 from pipeline.evaluation import evaluate as evaluation
 from pipeline.model.policy import Policy, load_policy

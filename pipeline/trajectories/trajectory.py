@@ -17,6 +17,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from pipeline.workspace.errors import UserError
+
 SCHEMA_VERSION = 3
 
 
@@ -46,7 +48,7 @@ RESPONSES = ("valid", "disallowed", "malformed", "cut")
 it had said by then; malformed if it has, but no action can be read from it; disallowed if one may not be done."""
 
 
-class TrajectoryError(Exception):
+class TrajectoryError(UserError):
     """A trajectory file that cannot be used, in one line."""
 
 
