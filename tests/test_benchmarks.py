@@ -25,9 +25,9 @@ from benchmarks.kernels import least, pairs
 from benchmarks.report import bench_text, summary
 from benchmarks.workload import workload
 from pipeline.bootstrap.tokenizer import train_tokenizer
-from pipeline.commands.publish import MARKS, blocks_of, fenced, name_commits, publish_block, replace_block
 from pipeline.model.policy import Policy
 from pipeline.model.scoring import predicting_hidden, score_tokens
+from pipeline.report.publishing import MARKS, blocks_of, fenced, name_commits, publish_block, replace_block
 from pipeline.rollout.collector import collect, iteration_specs
 from pipeline.settings.params import load
 from pipeline.workspace.errors import UserError

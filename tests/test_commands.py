@@ -39,7 +39,7 @@ OTHER = ["--params", "other.yaml"]
 """The same settings with another folder for what is made: these trainings have the same keys."""
 
 DRIVER = """
-import json, os, runpy, signal, sys, tempfile, time
+import importlib.util, json, os, runpy, signal, sys, tempfile, time
 os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}  # as every stage begins
 import psutil
 import transformers.models.auto.modeling_auto
@@ -59,8 +59,9 @@ class Command:
                 for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME"):
                     os.environ.pop(name, None)
                 os.setreuid(user, -1)  # whom the machine takes it for; it still may read what this test may
-            sys.argv = [stage, *options]
-            runpy.run_module(f"stages.{stage}", run_name="__main__")
+            command = [] if importlib.util.find_spec(f"stages.{stage}") else [stage]
+            sys.argv = [stage, *command, *options]
+            runpy.run_module("pipeline.commands.app" if command else f"stages.{stage}", run_name="__main__")
             sys.exit()
 
     def workers(self):
@@ -278,8 +279,8 @@ def test_what_waits_for_a_lock_is_told_once_and_then_has_it(tmp_path: Path) -> N
 
 STARTER = """
 import subprocess, sys, time
-child = "import time; from pipeline.commands.command import run; run(lambda: print('begun', flush=True) or time.sleep(60))"
-subprocess.Popen([sys.executable, "-c", child, "slow"])
+child = "import time; from pipeline.commands.cli import run; run(lambda: print('begun', flush=True) or time.sleep(60))"
+subprocess.Popen([sys.executable, "-c", child])
 time.sleep(60)
 """
 

@@ -143,7 +143,8 @@ def test_the_command_names_what_is_wrong() -> None:
     command = [
         sys.executable,
         "-m",
-        "pipeline.commands.decisions",
+        "pipeline.commands.app",
+        "decisions",
         "--params",
         "presets/smoke/params.yaml",
         "--environment",

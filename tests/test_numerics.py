@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from pipeline.commands.command import run
 from torch import Tensor
 
+from pipeline.commands.cli import run
 from pipeline.energy.annotate import annotate
 from pipeline.evaluation import evaluate as evaluation
 from pipeline.model.policy import Policy, load_policy
@@ -279,10 +279,11 @@ def test_json_with_a_number_that_is_none_is_refused_by_its_key_and_leaves_the_ol
     assert json.loads((tmp_path / "x.json").read_text()) == {"rows": [1.0]}
 
 
-def test_a_stage_says_it_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_says_it_in_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def main() -> str:
         raise NumericsError("frozen_lake-grpo, seed 0: iteration 3: a weight is nan")
 
+    monkeypatch.setattr(sys, "argv", ["stage"])
     with pytest.raises(SystemExit) as ended:
         run(main)
     assert ended.value.code == 2

@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.commands.play import show
+from pipeline.report.episode import show
 from pipeline.settings.presets import overlay
 from pipeline.trajectories.trajectory import Role, read
 from pipeline.workspace.yaml_files import read_yaml

@@ -30,7 +30,9 @@ if TYPE_CHECKING:
 
 ParamsFile = Annotated[str, typer.Option("--params", metavar="FILE", help="Params file.")]
 EnvironmentName = Annotated[str, typer.Option("--environment", metavar="NAME", help="Environment of the params file.")]
-MethodName = Annotated[str, typer.Option("--method", metavar="NAME", help="Method of the params file, or reference.")]
+MethodName = Annotated[
+    str, typer.Option("--method", metavar="NAME", help="Method of the params file; to be played, also reference.")
+]
 StudyName = Annotated[str, typer.Option("--study", metavar="NAME", help="Study of the params file's sweep.")]
 NAMES = ("--environment", "--method", "--study", "--name")
 """Options whose values tell one run of a stage from another."""
@@ -55,31 +57,24 @@ def configured(params: str, environment: str | None = None, method: str | None =
     return config, go_to_root(params, config.root)
 
 
-def root_of(params: str) -> str:
-    """What a params file says of the root, for commands that can do without the rest of it.
-
-    Raises:
-        UserError: it is missing or not YAML.
-    """
-    raw = read_yaml(params)
-    return str(raw.get("root", ".")) if isinstance(raw, dict) else "."
-
-
-def go_to_root(params: str, root: str) -> str:
+def go_to_root(params: str, root: str | None = None) -> str:
     """Make the project's root the folder that this process works in: all relative paths are meant from there.
 
     The user's modules are found there, too.
 
     Args:
         params: the params file.
-        root: path from its folder to the root.
+        root: path from its folder to the root; None is what the file says, whatever else is wrong in it.
 
     Returns:
         A path of the params file that is right from there.
 
     Raises:
-        UserError: there is no such folder.
+        UserError: there is no such folder, or without ``root`` no such file.
     """
+    if root is None:
+        raw = read_yaml(params)
+        root = str(raw.get("root", ".")) if isinstance(raw, dict) else "."
     folder = (Path(params).parent / root).resolve()
     if not folder.is_dir():
         raise UserError(f"{params}: root: {root!r} is not a folder, from this file's folder")

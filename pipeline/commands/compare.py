@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.cli import ParamsFile, go_to_root, root_of
+from pipeline.commands.cli import ParamsFile, go_to_root
 
 
 def main(
@@ -20,7 +20,7 @@ def main(
     from pipeline.analysis.revisions import revisions_text
 
     if Path(params).exists():  # else it may be in both revisions all the same
-        params = os.path.relpath(go_to_root(params, root_of(params)))
+        params = os.path.relpath(go_to_root(params))
     text = revisions_text(read_revision("A", a, params), read_revision("B", b, params))
     target = params.removesuffix("params.yaml")
     named = " ".join(revision for revision in (a, b) if revision != WORKSPACE)

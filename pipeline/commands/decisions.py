@@ -20,10 +20,10 @@ def main(
     params: ParamsFile = "params.yaml",
     environment: Annotated[str | None, typer.Option(metavar="NAME", help="Default: all.")] = None,
     method: Annotated[str | None, typer.Option(metavar="NAME", help=MOVES)] = None,
-    seed: Annotated[list[int], typer.Option(help="Of the initial states, each with --seed.")] = SEEDS,
-    positions: Annotated[int, typer.Option(min=1, help="Tokens per signal and initial state.")] = 4,
-    candidates: Annotated[int, typer.Option(min=1, help="Tokens that are sampled in place of each.")] = 4,
-    continuations: Annotated[int, typer.Option(min=1, help="Of each candidate.")] = 4,
+    seed: Annotated[list[int], typer.Option(metavar="N", help="Of initial states; repeat for more.")] = SEEDS,
+    positions: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens per signal and initial state.")] = 4,
+    candidates: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens that are sampled in place of each.")] = 4,
+    continuations: Annotated[int, typer.Option(min=1, metavar="N", help="Of each candidate.")] = 4,
 ) -> str:
     config, _ = configured(params, environment, method)
     import transformers.models.auto.modeling_auto  # noqa: F401  (imported before the processes fork)

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.cli import ParamsFile, go_to_root, root_of
+from pipeline.commands.cli import ParamsFile, go_to_root
 
 
 def main(
@@ -15,5 +15,5 @@ def main(
 ) -> str:
     from pipeline.settings.presets import resolve_preset
 
-    go_to_root(params, root_of(params))
+    go_to_root(params)
     return f"{resolve_preset(name, Path('.'))}. Next: make repro PRESET={name}"

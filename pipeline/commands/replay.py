@@ -1,6 +1,6 @@
 """What would reweighting change? Gradients without new rollouts.
 
-Those of the annotated table, under a grid of token weights: an option of the grid is given once for each of its values.
+Those of the annotated table, under a grid of token weights: each of its options may be repeated.
 """
 
 from __future__ import annotations
@@ -19,13 +19,17 @@ def main(
     params: ParamsFile = "params.yaml",
     environment: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the first one.")] = None,
     method: Annotated[str | None, typer.Option(metavar="NAME", help=WHOSE)] = None,
-    groups: Annotated[int, typer.Option(min=1, help="Groups of the table that are used.")] = 128,
-    alpha: Annotated[list[float], typer.Option(min=0, help="Weights of reasoning tokens, each with --alpha.")] = GRID[
-        0
+    groups: Annotated[int, typer.Option(min=1, metavar="N", help="Groups of the table that are used.")] = 128,
+    alpha: Annotated[
+        list[float], typer.Option(min=0, metavar="X", help="Weight of reasoning tokens; repeat for more.")
+    ] = GRID[0],
+    beta: Annotated[
+        list[float], typer.Option(min=0, metavar="X", help="Strength of redistribution; repeat for more.")
+    ] = GRID[1],
+    tau: Annotated[list[float], typer.Option(min=1e-3, metavar="X", help="Temperature of it; repeat for more.")] = GRID[
+        2
     ],
-    beta: Annotated[list[float], typer.Option(min=0, help="Strengths of redistribution.")] = GRID[1],
-    tau: Annotated[list[float], typer.Option(min=1e-3, help="Temperatures of redistribution.")] = GRID[2],
-    signal: Annotated[list[str], typer.Option(help="What is redistributed by.")] = GRID[3],
+    signal: Annotated[list[str], typer.Option(metavar="NAME", help="What redistributes; repeat for more.")] = GRID[3],
 ) -> str:
     config, _ = configured(params, environment, method)
     import transformers.models.auto.modeling_auto  # noqa: F401  (imported before the processes fork)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pipeline.analysis.comparison import read_timings
@@ -59,10 +59,10 @@ def publish_default(config: Config) -> list[str]:
     reports, runs = Path(config.out) / "reports", [Path(config.out) / "data" / "runs"]
     publish_block(README, "comparison", fenced(comparison_text(read_json(reports / "comparison.json"))), runs)
     publish_block(RESULTS, "comparison", comparison_block(config), runs)
-    copy_figures(reports / "figures")
+    copy_figures((reports / "figures").glob("*.png"))
     published = [config.comparison]
     for name in config.environments:
-        copy_figures(reports / "bottleneck" / name, f"{name}-bottleneck-")
+        copy_figures((reports / "bottleneck" / name).glob("*.png"), f"{name}-bottleneck-")
         published += publish_texts(reports, "replay", name, runs)
     return published + publish_sweeps(config, "")
 
@@ -74,7 +74,8 @@ def publish_preset(preset: str) -> list[str]:
     published = []
     if (reports / "comparison.md").exists():
         publish_block(RESULTS, preset, comparison_block(config), runs)
-        copy_figures(reports / "figures", f"{preset}-", left_out="-health.png")
+        pictures = (reports / "figures").glob("*.png")
+        copy_figures((png for png in pictures if not png.name.endswith("-health.png")), f"{preset}-")
         published.append(preset)
     published += publish_sweeps(config, f"{preset} ")
     for measured in sorted((reports / "decisions").glob("*/decisions.txt")):
@@ -92,11 +93,10 @@ def publish_texts(reports: Path, what: str, name: str, runs: Sequence[Path]) -> 
     return [f"{what} {name}"]
 
 
-def copy_figures(folder: Path, prefix: str = "", pattern: str = "*.png", left_out: str = "\0") -> None:
+def copy_figures(pictures: Iterable[Path], prefix: str = "") -> None:
     """Copy pictures to docs/figures, under their names with a prefix."""
-    for png in sorted(folder.glob(pattern)):
-        if not png.name.endswith(left_out):
-            shutil.copy2(png, FIGURES / f"{prefix}{png.name}")
+    for picture in pictures:
+        shutil.copy2(picture, FIGURES / f"{prefix}{picture.name}")
 
 
 def publish_sweeps(config: Config, prefix: str) -> list[str]:
@@ -112,8 +112,8 @@ def publish_sweeps(config: Config, prefix: str) -> list[str]:
         if all(part.exists() for part in parts):
             text = "\n".join(part.read_text(encoding="utf-8") for part in parts)
             publish_block(RESULTS, f"{prefix}sweep {study}", fenced(text), [confirmed.parent / "data" / "runs"])
-            for pattern in ("*-slice.png", "*-contour*.png"):
-                copy_figures(swept, f"{prefix.replace(' ', '-')}sweep-", pattern)
+            pictures = (*swept.glob("*-slice.png"), *swept.glob("*-contour*.png"))
+            copy_figures(pictures, f"{prefix.replace(' ', '-')}sweep-")
             published.append(f"{prefix}sweep {study}")
     return published
 
