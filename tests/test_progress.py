@@ -199,7 +199,7 @@ def test_a_stage_speaks_before_it_has_imported_what_takes_long_and_prints_one_li
         "from pipeline.progress import display as progress\n"
         "progress.FIRST, progress.EVERY = 0.1, 0.3\n"
         "from pipeline.commands.cli import run\n"
-        "def main(environment: str):\n"
+        "def main(environment: str = ''):\n"
         "    time.sleep(0.5)\n"
         "    progress.doing('statistics')\n"
         "    time.sleep(1)\n"

@@ -21,7 +21,7 @@ def main(params: ParamsFile = "params.yaml") -> str:
     from pipeline.workspace.yaml_files import read_yaml
 
     check_named(config, params)
-    dag = Path(config.params_file).with_name("dvc.yaml")
+    dag = Path(params).with_name("dvc.yaml")
     stages = read_yaml(dag)["stages"] if dag.exists() else {}
     counted = ", ".join(f"{name} {runs}" for name, runs in ((name, runs_of(stages[name], config)) for name in stages))
     sizes = {name: getattr(config, name) for name in ("environments", "methods", "seeds")}

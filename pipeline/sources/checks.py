@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+
 from pipeline.environments import make
 from pipeline.settings.params import Config
 from pipeline.workspace.errors import UserError
@@ -18,7 +20,7 @@ def check_named(config: Config, params: str) -> None:
         UserError: ``params_file`` names another file, whose names commands would have that nobody has checked; or an
             environment cannot be made.
     """
-    if config.params_file != params:
+    if os.path.abspath(config.params_file) != os.path.abspath(params):
         raise UserError(f"{params}: params_file: {config.params_file!r} is another file; allowed: {params}")
     for section in config.environments.values():
         make(section)
