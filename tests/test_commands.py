@@ -121,6 +121,7 @@ def elsewhere(*command):
 elsewhere("policy")
 elsewhere("rollout", *lake)
 elsewhere("annotate", *lake)
+elsewhere("bottleneck", *lake)
 for method in ("grpo", "grpo_actfocus"):
     elsewhere("train", *lake, "--method", method)
 for method in ("grpo", "grpo_actfocus", "reference"):

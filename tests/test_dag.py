@@ -107,7 +107,7 @@ def stage_by_stage(folder: Path) -> None:
         ["preset", "--name", "smoke"],
         ["sources", "--params", PARAMS],
         ["policy", "--params", PARAMS],
-        *([stage, *played] for stage in ("rollout", "annotate")),
+        *([stage, *played] for stage in ("rollout", "annotate", "bottleneck")),
         *(["train", *played, "--method", method] for method in METHODS),
         *(["evaluate", *played, "--method", method] for method in (*METHODS, "reference")),
         ["compare", "--params", PARAMS],

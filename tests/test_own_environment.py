@@ -180,13 +180,13 @@ PLAYED = [(name, method) for name in NAMES for method in ("grpo", "reference")]
 @pytest.fixture(scope="module")
 def compared(project: Path) -> str:
     """What is printed at the end of all stages in the project's folder."""
-    for stage in ("rollout", "annotate"):
+    for stage in ("rollout", "annotate", "bottleneck"):
         run(project, stage, "--environment", "coin")
     for stage in ("train", "evaluate"):
         run(project, stage, "--environment", "coin", "--method", "grpo")
     run_forked(
         project,
-        *([stage, "--environment", "bandit"] for stage in ("rollout", "annotate")),
+        *([stage, "--environment", "bandit"] for stage in ("rollout", "annotate", "bottleneck")),
         ["train", "--environment", "bandit", "--method", "grpo"],
         *(
             ["evaluate", "--environment", name, "--method", method]

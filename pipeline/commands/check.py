@@ -23,7 +23,7 @@ def main(params: ParamsFile = "params.yaml") -> str:
     check_named(config, params)
     dag = Path(params).with_name("dvc.yaml")
     stages = read_yaml(dag)["stages"] if dag.exists() else {}
-    counted = ", ".join(f"{name} {runs}" for name, runs in ((name, runs_of(stages[name], config)) for name in stages))
+    counted = ", ".join(f"{name} {runs_of(stage, config)}" for name, stage in stages.items())
     sizes = {name: getattr(config, name) for name in ("environments", "methods", "seeds")}
     trainings = " x ".join(f"{len(values)} {name}" for name, values in sizes.items())
     return (

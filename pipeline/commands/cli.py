@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 ParamsFile = Annotated[str, typer.Option("--params", metavar="FILE", help="Params file.")]
 EnvironmentName = Annotated[str, typer.Option("--environment", metavar="NAME", help="Environment of the params file.")]
 MethodName = Annotated[
-    str, typer.Option("--method", metavar="NAME", help="Method of the params file; to be played, also reference.")
+    str, typer.Option("--method", metavar="NAME", help="Method of it; also reference, to be played.")
 ]
 StudyName = Annotated[str, typer.Option("--study", metavar="NAME", help="Study of the params file's sweep.")]
 NAMES = ("--environment", "--method", "--study", "--name")
@@ -154,9 +154,8 @@ def _called(*mains: Callable[..., str]) -> str:
     spec = sys.modules["__main__"].__spec__
     name = f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
     options = sys.argv[1:] or ["--help"] * (len(mains) > 1)
-    with typer.main.get_command(app).make_context(
-        name, options
-    ) as context:  # its main() would hide a KeyboardInterrupt
+    # Its main() would hide which signal has stopped it.
+    with typer.main.get_command(app).make_context(name, options) as context:
         result: str = context.command.invoke(context)
     return result
 

@@ -14,9 +14,7 @@ def main(
     environment: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the first one.")] = None,
     method: MethodName = "reference",
     seed: Annotated[int | None, typer.Option(metavar="N", help="Of the training. Default: the first one.")] = None,
-    temperature: Annotated[
-        float | None, typer.Option(metavar="T", help="Default: the first of evaluation.temperatures.")
-    ] = None,
+    temperature: Annotated[float | None, typer.Option(metavar="T", help="Default: the first of evaluation.")] = None,
     episode: Annotated[int, typer.Option(min=0, metavar="N", help="Which test state.")] = 0,
 ) -> str:
     config, params = configured(params, environment, method)
