@@ -128,7 +128,7 @@ for method in ("grpo", "grpo_actfocus", "reference"):
     elsewhere("evaluate", *lake, "--method", method)
 elsewhere("compare")
 elsewhere("replay", *lake, "--groups", "8", "--alpha", "1", "--beta", "0")
-elsewhere("decisions", *lake, "--seeds", "300", "--positions", "1", "--candidates", "2", "--continuations", "2")
+elsewhere("decisions", *lake, "--seed", "300", "--positions", "1", "--candidates", "2", "--continuations", "2")
 elsewhere("play", *lake)
 """
 STOPPED = """
