@@ -38,7 +38,7 @@ install: .venv/.installed ## make .venv with the pinned versions
 	@touch $@
 
 preset: install ## resolve PRESET=<name> into its params file
-	@$(if $(PRESET),python -m pipeline.commands.preset --name $(PRESET),true)
+	@$(if $(PRESET),actfocus preset --name $(PRESET),true)
 
 repro: preset ## the whole pipeline: policy, rollouts, energies, training, evaluation, comparison
 	dvc repro $(PIPELINE)
@@ -55,7 +55,7 @@ sweep: preset ## search settings on validation states (STUDY=actfocus, METHODS=a
 	@cat "$(OUT)/reports/sweep/$$STUDY/sweep.txt"
 
 sweep-confirm: preset ## train a sweep's best and its baselines on fresh seeds, compare them on test states
-	@python -m pipeline.commands.confirm --params $(PARAMS) --study "$$STUDY"
+	@actfocus confirm --params $(PARAMS) --study "$$STUDY"
 	@if [ -f $(OUT)/reports/comparison.json ]; then dvc repro --quiet --single-item --force $(PIPELINE):compare; fi
 
 smoke: ## the whole pipeline at toy size, in under two minutes
@@ -68,25 +68,25 @@ test: install .venv/.extras ## ruff, mypy and pytest
 	pytest -n 2 --dist loadgroup
 
 play: preset ## watch one episode (METHOD=grpo SEED=0 TEMPERATURE=0.5 EPISODE=0)
-	@python -m pipeline.commands.play --params $(PARAMS) $(if $(METHOD),--method "$$METHOD") $(if $(SEED),--seed "$$SEED") \
+	@actfocus play --params $(PARAMS) $(if $(METHOD),--method "$$METHOD") $(if $(SEED),--seed "$$SEED") \
 	  $(if $(TEMPERATURE),--temperature "$$TEMPERATURE") $(if $(EPISODE),--episode "$$EPISODE")
 
 compare: preset ## two revisions beside each other (A=<commit, tag or DVC experiment> B=<another>; HEAD and the workspace)
-	@python -m pipeline.commands.compare --params $(PARAMS) $(if $(A),--a "$$A") $(if $(B),--b "$$B")
+	@actfocus compare --params $(PARAMS) $(if $(A),--a "$$A") $(if $(B),--b "$$B")
 
 sync: preset ## send to MLflow what was kept in .cache while its server was away
-	@python -m pipeline.commands.sync --params $(PARAMS)
+	@actfocus sync --params $(PARAMS)
 
 match: preset ## find the learning rate of METHOD=grpo_lr_matched that moves action tokens as TO=grpo_actfocus does
-	@python -m pipeline.commands.match --params $(PARAMS) --method "$$METHOD" --to "$$TO"
+	@actfocus match --params $(PARAMS) --method "$$METHOD" --to "$$TO"
 
-replay: preset ## what would reweighting change? (ARGS="--groups 256 --alpha 0 0.1 1 --signal reference_energy")
+replay: preset ## what would reweighting change? (ARGS="--groups 256 --alpha 0.1 --alpha 1")
 	@dvc repro --quiet $(PIPELINE):annotate
-	@python -m pipeline.commands.replay --params $(PARAMS) $(ARGS)
+	@actfocus replay --params $(PARAMS) $(ARGS)
 
 decisions: preset ## which signal finds the tokens that decide? (PRESET=branching; ARGS="--positions 4 --candidates 4")
 	@dvc repro --quiet $(PIPELINE):policy
-	@python -m pipeline.commands.decisions --params $(PARAMS) $(ARGS)
+	@actfocus decisions --params $(PARAMS) $(ARGS)
 
 bench: preset .venv-trl/.installed ## measure speed against the machine's floor, plain transformers and TRL (DEVICE=cuda, ISA=avx2)
 	dvc repro --quiet annotate
@@ -99,10 +99,10 @@ bench: preset .venv-trl/.installed ## measure speed against the machine's floor,
 	@touch $@
 
 screenshots: preset ## pictures of the report and of MLflow's comparison for docs/figures (needs Chromium)
-	@python -m pipeline.commands.screenshots --params $(PARAMS)
+	@actfocus screenshots --params $(PARAMS)
 
 publish: install ## put the latest comparison into README.md and docs/
-	python -m pipeline.commands.publish
+	actfocus publish
 
 results: ## make the default comparison, its replay and its controls, and put them into README.md and docs/
 	@$(MAKE) --no-print-directory repro

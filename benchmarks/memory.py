@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.subjects import Setup, default_setup, pieces
 from benchmarks.throughput import rollout_rates, update
+from pipeline.workspace.layout import Layout
 
 
 def memory(setup: Setup) -> dict[str, float]:

@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-from pipeline.commands.command import configured, layout_of, next_command, parse_arguments, run
+from pipeline.commands.cli import EnvironmentName, ParamsFile, configured, layout_of, next_command, run
 from pipeline.trajectories.table import read, write
 from pipeline.trajectories.trajectory import concatenate
 
 
-def main() -> str:
-    arguments = parse_arguments(__doc__, "environment")
-    config = configured(arguments)
-    name, layout = arguments.environment, layout_of(config)
+def main(environment: EnvironmentName, params: ParamsFile = "params.yaml") -> str:
+    config, params = configured(params, environment)
+    name, layout = environment, layout_of(config)
     table = read(layout.trajectories(name))
     import transformers.models.auto.modeling_auto  # noqa: F401  (imported before the processes fork)
 
@@ -32,7 +31,7 @@ def main() -> str:
     write(annotated, target)
     return (
         f"{target}: {len(annotated)} episodes, {int(annotated.sampled.sum())} sampled tokens with their energies. "
-        f"{next_command(arguments, 'bottleneck', environment=name)}"
+        f"{next_command(params, 'python -m stages.bottleneck', environment=name)}"
     )
 
 

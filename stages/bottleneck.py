@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from pipeline.commands.command import configured, layout_of, next_command, parse_arguments, run
+from pipeline.commands.cli import EnvironmentName, ParamsFile, configured, layout_of, next_command, run
 from pipeline.trajectories.table import read
 
 
-def main() -> str:
-    arguments = parse_arguments(__doc__, "environment")
-    config = configured(arguments)
-    name, layout = arguments.environment, layout_of(config)
+def main(environment: EnvironmentName, params: ParamsFile = "params.yaml") -> str:
+    config, params = configured(params, environment)
+    name, layout = environment, layout_of(config)
     annotated = read(layout.annotated(name))
     from pipeline.analysis.bottleneck import bottleneck
     from pipeline.progress.display import doing
@@ -26,7 +25,7 @@ def main() -> str:
     shown = ", ".join(f"{key} {value:+.3f}" if value is not None else f"{key} undefined" for key, value in rho.items())
     return (
         f"{folder}: {diagnostics['groups']} groups; Spearman of mean energy with return variance: {shown}. "
-        f"{next_command(arguments, 'train', environment=name, method=next(iter(config.methods)))}"
+        f"{next_command(params, 'python -m stages.train', environment=name, method=next(iter(config.methods)))}"
     )
 
 

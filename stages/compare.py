@@ -4,11 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.commands.command import configured, layout_of, parse_arguments, run
+from pipeline.commands.cli import ParamsFile, configured, layout_of, run
 
 
-def main() -> str:
-    config = configured(parse_arguments(__doc__))
+def main(params: ParamsFile = "params.yaml") -> str:
+    config, _ = configured(params)
     from pipeline.analysis.comparison import compare, read_inputs
     from pipeline.progress.display import doing
     from pipeline.report.comparison_figures import write_comparison_figures

@@ -2,12 +2,19 @@
 
 from __future__ import annotations
 
-from pipeline.commands.command import configured, layout_of, next_command, parse_arguments, run
+from pipeline.commands.cli import (
+    EnvironmentName,
+    MethodName,
+    ParamsFile,
+    configured,
+    layout_of,
+    next_command,
+    run,
+)
 
 
-def main() -> str:
-    arguments = parse_arguments(__doc__, "environment", "method")
-    config = configured(arguments)
+def main(environment: EnvironmentName, method: MethodName, params: ParamsFile = "params.yaml") -> str:
+    config, params = configured(params, environment, method)
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -17,7 +24,7 @@ def main() -> str:
     from pipeline.workspace.files import replacing
     from pipeline.workspace.processes import run_in_processes
 
-    environment, method, layout = arguments.environment, arguments.method, layout_of(config)
+    layout = layout_of(config)
     tasks = {
         f"seed {seed} at {temperature:g}": EvaluationTask(
             config,
@@ -39,7 +46,7 @@ def main() -> str:
         f"{pc.mean(table.filter(pc.equal(table['temperature'], t))['success']).as_py():.3f} at temperature {t:g}"
         for t in config.evaluation.temperatures
     ]
-    return f"{target}: {len(table)} episodes, success {', '.join(success)}. {next_command(arguments, 'compare')}"
+    return f"{target}: {len(table)} episodes, success {', '.join(success)}. {next_command(params, 'python -m stages.compare')}"
 
 
 if __name__ == "__main__":

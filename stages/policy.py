@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-from pipeline.commands.command import configured, layout_of, next_command, parse_arguments, run
+from pipeline.commands.cli import ParamsFile, configured, layout_of, next_command, run
 
 
-def main() -> str:
-    arguments = parse_arguments(__doc__)
-    config = configured(arguments)
+def main(params: ParamsFile = "params.yaml") -> str:
+    config, params = configured(params)
     import torch
 
     from pipeline.bootstrap.supervision import bootstrap, expert_of
@@ -46,14 +45,14 @@ def main() -> str:
     for name, section in config.environments.items():
         if longest is not None and section.context_tokens > longest:
             raise UserError(
-                f"{arguments.params}: environments.{name}.context_tokens: {section.context_tokens} is more than the "
+                f"{params}: environments.{name}.context_tokens: {section.context_tokens} is more than the "
                 f"model's {longest} positions"
             )
     if settings.kind == "pretrained":
         accept(policy, settings.model, config)
     policy.save(target)
     size = sum(p.numel() for p in policy.model.parameters())
-    following = next_command(arguments, "rollout", environment=next(iter(config.environments)))
+    following = next_command(params, "python -m stages.rollout", environment=next(iter(config.environments)))
     return f"{target}: {size / 1e6:.2f} M parameters, {len(policy.tokenizer)} tokens. {following}"
 
 

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from pipeline.commands.command import configured, layout_of, next_command, parse_arguments, run
+from pipeline.commands.cli import EnvironmentName, ParamsFile, configured, layout_of, next_command, run
 
 
-def main() -> str:
-    arguments = parse_arguments(__doc__, "environment")
-    config = configured(arguments)
-    name = arguments.environment
+def main(environment: EnvironmentName, params: ParamsFile = "params.yaml") -> str:
+    config, params = configured(params, environment)
     import transformers.models.auto.modeling_auto  # noqa: F401  (imported before the processes fork)
 
     from pipeline.progress.display import doing
@@ -17,7 +15,7 @@ def main() -> str:
     from pipeline.trajectories.trajectory import RESPONSES, concatenate
     from pipeline.workspace.processes import run_in_processes
 
-    layout = layout_of(config)
+    name, layout = environment, layout_of(config)
     slices = range(config.bottleneck.groups // config.rollout.groups)
     tasks = {
         f"slice {n}": (config, name, layout.policy, list(slices[n :: config.workers])) for n in range(config.workers)
@@ -34,7 +32,7 @@ def main() -> str:
     return (
         f"{target}: {len(table)} episodes, {int(table.sampled.sum())} sampled tokens, success {success:.3f} at "
         f"temperature {config.rollout.temperature:g}, of {len(responses)} turns {turns}. "
-        f"{next_command(arguments, 'annotate', environment=name)}"
+        f"{next_command(params, 'python -m stages.annotate', environment=name)}"
     )
 
 

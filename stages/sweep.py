@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.commands.command import configured, layout_of, parse_arguments, run
+from pipeline.commands.cli import ParamsFile, StudyName, configured, layout_of, run
 
 
-def main() -> str:
-    arguments = parse_arguments(__doc__, "study")
-    config = configured(arguments)
+def main(study: StudyName, params: ParamsFile = "params.yaml") -> str:
+    config, params = configured(params)
     from pipeline.progress.display import doing
     from pipeline.sweep.figures import write_figures
     from pipeline.sweep.plan import plans
@@ -22,12 +21,12 @@ def main() -> str:
     from pipeline.workspace.files import write_json, write_text
     from pipeline.workspace.processes import in_own_process
 
-    study, root = arguments.study, Path(".")
+    root = Path(".")
     target, policy = layout_of(config).sweep(study), layout_of(config).policy
     if not (policy / "config.json").exists():
         raise UserError(f"{policy}: no policy there; `make sweep` makes it first, as does python -m stages.policy")
     found = []
-    for plan in plans(arguments.params, study, policy):
+    for plan in plans(params, study, policy):
         in_own_process(open_store, store_of(config, root), plan.environment)
         search = Search(plan, TrainingObjective(plan), observer(plan, root))
         found.append(Found(plan, run_search(search, config.workers)))

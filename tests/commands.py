@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 FORKED = """
-import json, os, runpy, sys, tempfile
+import importlib.util, json, os, runpy, sys, tempfile
 os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}  # as every stage begins
 import transformers.models.auto.modeling_auto
 import pipeline.report.html, pipeline.tracking.store, pipeline.training.run
@@ -21,8 +21,9 @@ for stage, *options in json.load(sys.stdin):
     if not child:
         os.dup2(out.fileno(), 1)
         os.dup2(err.fileno(), 2)
-        sys.argv = [stage, *options]
-        runpy.run_module(f"stages.{stage}", run_name="__main__")
+        command = [] if importlib.util.find_spec(f"stages.{stage}") else [stage]
+        sys.argv = [stage, *command, *options]
+        runpy.run_module("pipeline.commands.app" if command else f"stages.{stage}", run_name="__main__")
         sys.exit()
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     results.append([code, *(os.pread(file.fileno(), 10**6, 0).decode() for file in (out, err))])
@@ -38,12 +39,12 @@ def complaints(stderr: str) -> list[str]:
 def forked_stages(
     folder: Path, environment: Mapping[str, str], *commands: Sequence[str]
 ) -> list[subprocess.CompletedProcess[str]]:
-    """``python -m stages.<command>`` for one command after another, each in a process that is forked from one.
+    """``python -m stages.<command>``, or else ``actfocus <command>``, one after another, each in a process forked from one.
 
     Args:
         folder: where they run; their code is there or on the environment's PYTHONPATH.
         environment: variables.
-        commands: a stage's name and its options each.
+        commands: the name of a stage, or of a command, and its options each.
     """
     done = subprocess.run(
         [sys.executable, "-c", FORKED],

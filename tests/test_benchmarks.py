@@ -27,9 +27,9 @@ from benchmarks.throughput import Large, on_gpu, update
 from benchmarks.timing import Unmeasured, run_sections
 from benchmarks.workload import workload
 from pipeline.bootstrap.tokenizer import train_tokenizer
-from pipeline.commands.publish import MARKS, blocks_of, fenced, name_commits, publish_block, replace_block
 from pipeline.model.policy import Policy
 from pipeline.model.scoring import predicting_hidden, score_tokens
+from pipeline.report.publishing import MARKS, blocks_of, fenced, name_commits, publish_block, replace_block
 from pipeline.rollout.collector import collect
 from pipeline.rollout.specs import iteration_specs
 from pipeline.settings.params import load

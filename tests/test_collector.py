@@ -18,7 +18,6 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from pipeline.bootstrap.supervision import _encode, demonstrate
 from pipeline.bootstrap.tokenizer import train_tokenizer
-from pipeline.commands.play import show
 from pipeline.environments import initial_states, make, split_of
 from pipeline.environments.frozen_lake import MOVES, FrozenLakeExpert
 from pipeline.environments.splits import SPLITS
@@ -27,6 +26,7 @@ from pipeline.model.policy import Policy
 from pipeline.objective.batch import token_batch
 from pipeline.objective.weights import actfocus_weights
 from pipeline.progress.timing import Phases
+from pipeline.report.episode import show
 from pipeline.rollout import collector
 from pipeline.rollout.collector import collect
 from pipeline.rollout.engine import Continuation, Follow, Request, Sampling

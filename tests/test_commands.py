@@ -41,7 +41,7 @@ OTHER = ["--params", "other.yaml"]
 """The same settings with another folder for what is made: these trainings have the same keys."""
 
 DRIVER = """
-import json, os, runpy, signal, sys, tempfile, time
+import importlib.util, json, os, runpy, signal, sys, tempfile, time
 os.environ |= {"HF_HUB_DISABLE_PROGRESS_BARS": "1", "TRANSFORMERS_VERBOSITY": "error"}  # as every stage begins
 import psutil
 import transformers.models.auto.modeling_auto
@@ -61,8 +61,9 @@ class Command:
                 for name in ("HOME", "USER", "LOGNAME", "LNAME", "USERNAME"):
                     os.environ.pop(name, None)
                 os.setreuid(user, -1)  # whom the machine takes it for; it still may read what this test may
-            sys.argv = [stage, *options]
-            runpy.run_module(f"stages.{stage}", run_name="__main__")
+            command = [] if importlib.util.find_spec(f"stages.{stage}") else [stage]
+            sys.argv = [stage, *command, *options]
+            runpy.run_module("pipeline.commands.app" if command else f"stages.{stage}", run_name="__main__")
             sys.exit()
 
     def workers(self):
@@ -122,13 +123,14 @@ def elsewhere(*command):
 elsewhere("policy")
 elsewhere("rollout", *lake)
 elsewhere("annotate", *lake)
+elsewhere("bottleneck", *lake)
 for method in ("grpo", "grpo_actfocus"):
     elsewhere("train", *lake, "--method", method)
 for method in ("grpo", "grpo_actfocus", "reference"):
     elsewhere("evaluate", *lake, "--method", method)
 elsewhere("compare")
 elsewhere("replay", *lake, "--groups", "8", "--alpha", "1", "--beta", "0")
-elsewhere("decisions", *lake, "--seeds", "300", "--positions", "1", "--candidates", "2", "--continuations", "2")
+elsewhere("decisions", *lake, "--seed", "300", "--positions", "1", "--candidates", "2", "--continuations", "2")
 elsewhere("play", *lake)
 """
 STOPPED = """
@@ -300,8 +302,8 @@ def test_a_lock_ends_with_its_holder_though_a_process_that_it_has_forked_lives(t
 
 STARTER = """
 import subprocess, sys, time
-child = "import time; from pipeline.commands.command import run; run(lambda: print('begun', flush=True) or time.sleep(60))"
-subprocess.Popen([sys.executable, "-c", child, "slow"])
+child = "import time; from pipeline.commands.cli import run; run(lambda: print('begun', flush=True) or time.sleep(60))"
+subprocess.Popen([sys.executable, "-c", child])
 time.sleep(60)
 """
 

@@ -569,7 +569,7 @@ def refusal(
     *options: str,
 ) -> str:
     """The one line with which a stage, run in this process, refuses; nothing in the project has changed."""
-    from pipeline.commands.command import run
+    from pipeline.commands.cli import run
 
     monkeypatch.setattr(sys, "argv", ["stage", *options])
     before = contents(project)

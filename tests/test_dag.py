@@ -99,7 +99,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     one, two = (clone(tmp_path_factory.mktemp("clone") / name) for name in ("one", "two"))
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(stage_by_stage, two)
-        call(one, sys.executable, "-m", "pipeline.commands.preset", "--name", "smoke")
+        call(one, sys.executable, "-m", "pipeline.commands.app", "preset", "--name", "smoke")
         assert len(repro(one)) == 4 + 2 * len(METHODS) + 1
         other.result()
     return one, two
@@ -111,7 +111,7 @@ def stage_by_stage(folder: Path) -> None:
         ["preset", "--name", "smoke"],
         ["sources", "--params", PARAMS],
         ["policy", "--params", PARAMS],
-        *([stage, *played] for stage in ("rollout", "annotate")),
+        *([stage, *played] for stage in ("rollout", "annotate", "bottleneck")),
         *(["train", *played, "--method", method] for method in METHODS),
         *(["evaluate", *played, "--method", method] for method in (*METHODS, "reference")),
         ["compare", "--params", PARAMS],
@@ -225,7 +225,7 @@ def test_two_revisions_are_compared_at_the_terminal(runs: tuple[Path, Path]) -> 
         *(("workspace", method) for method in METHODS if method != "ppo"),
     }
 
-    command = [sys.executable, "-m", "pipeline.commands.compare", "--params", PARAMS, "--a"]
+    command = [sys.executable, "-m", "pipeline.commands.app", "compare", "--params", PARAMS, "--a"]
     table = call(folder, *command, "before").stdout
     rows = {line.split()[0]: line for line in table.splitlines() if line}
     assert "+0.000 (2 seeds, +0.000 to +0.000)" in rows["grpo"]
@@ -236,7 +236,7 @@ def test_two_revisions_are_compared_at_the_terminal(runs: tuple[Path, Path]) -> 
     assert (wrong.returncode, len(complaints(wrong.stderr))) == (2, 1)
     assert "A=nothing: unknown Git revision" in wrong.stderr
     unlocked = subprocess.run(
-        [*command[:3], "--a", "before"], cwd=folder, env=environment(), capture_output=True, text=True
+        [*command[:4], "--a", "before"], cwd=folder, env=environment(), capture_output=True, text=True
     )
     assert "A=before: reports/comparison.json: not in this revision's dvc.lock" in unlocked.stderr
 

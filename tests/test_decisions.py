@@ -145,7 +145,8 @@ def test_the_command_names_what_is_wrong() -> None:
     command = [
         sys.executable,
         "-m",
-        "pipeline.commands.decisions",
+        "pipeline.commands.app",
+        "decisions",
         "--environment",
         "lake",
     ]

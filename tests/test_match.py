@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from pipeline.commands.match import CLOSE, STEPS, Match, nearest
+from pipeline.analysis.matching import CLOSE, STEPS, Match, nearest, search
 
 
 def test_where_the_kl_goes_with_the_square_of_the_rate_the_second_try_is_close() -> None:
@@ -14,7 +14,7 @@ def test_where_the_kl_goes_with_the_square_of_the_rate_the_second_try_is_close()
         tried.append(rate)
         return 100 * rate**2
 
-    found = nearest(moved, 0.04, 0.001)
+    found = nearest(search(moved, 0.04, 0.001), 0.04)
     assert tried == [0.001, 0.02]
     assert found == Match(0.02, pytest.approx(0.04))
     assert found.off(0.04) < CLOSE
@@ -29,7 +29,7 @@ def test_a_search_that_does_not_come_close_gives_the_nearest_that_it_has_measure
         tried.append(rate)
         return measured[len(tried) - 1]
 
-    found = nearest(moved, 0.04, 1e-3)
+    found = nearest(search(moved, 0.04, 1e-3), 0.04)
     assert len(tried) == STEPS
     assert found == Match(tried[1], 0.0139)
     assert found.off(0.04) > CLOSE

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import json
 import re
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +16,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.commands.command import run
+from pipeline.commands.cli import run
 from pipeline.energy.annotate import annotate
 from pipeline.evaluation import evaluate as evaluation
 from pipeline.model.loading import load_policy
@@ -281,10 +282,11 @@ def test_json_with_a_number_that_is_none_is_refused_by_its_key_and_leaves_the_ol
     assert json.loads((tmp_path / "x.json").read_text()) == {"rows": [1.0]}
 
 
-def test_a_stage_says_it_in_one_line(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_stage_says_it_in_one_line(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
     def main() -> str:
         raise NumericsError("frozen_lake-grpo, seed 0: iteration 3: a weight is nan")
 
+    monkeypatch.setattr(sys, "argv", ["stage"])
     with pytest.raises(SystemExit) as ended:
         run(main)
     assert ended.value.code == 2

@@ -18,7 +18,7 @@ from ruamel.yaml import YAML
 from tokenizers import Tokenizer
 from transformers import PreTrainedTokenizerFast
 
-from pipeline.commands.play import show
+from pipeline.report.episode import show
 from pipeline.settings.presets import overlay
 from pipeline.trajectories.table import read
 from pipeline.trajectories.trajectory import Role
@@ -181,13 +181,13 @@ PLAYED = [(name, method) for name in NAMES for method in ("grpo", "reference")]
 @pytest.fixture(scope="module")
 def compared(project: Path) -> str:
     """What is printed at the end of all stages in the project's folder."""
-    for stage in ("rollout", "annotate"):
+    for stage in ("rollout", "annotate", "bottleneck"):
         run(project, stage, "--environment", "coin")
     for stage in ("train", "evaluate"):
         run(project, stage, "--environment", "coin", "--method", "grpo")
     run_forked(
         project,
-        *([stage, "--environment", "bandit"] for stage in ("rollout", "annotate")),
+        *([stage, "--environment", "bandit"] for stage in ("rollout", "annotate", "bottleneck")),
         ["train", "--environment", "bandit", "--method", "grpo"],
         *(
             ["evaluate", "--environment", name, "--method", method]

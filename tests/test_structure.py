@@ -50,7 +50,7 @@ def files_importing(package: str) -> set[str]:
         ("mlflow", {"tracking"}),
         ("lightning", {"training"}),
         ("optuna", {"sweep"}),
-        ("dvc", {"commands"}),
+        ("dvc", {"analysis"}),
         ("matplotlib", {"report", "sweep"}),
         ("stages", set()),
     ],

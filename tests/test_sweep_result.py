@@ -350,7 +350,7 @@ def test_plain_repro_starts_no_sweep_and_a_sweep_depends_on_all_that_trains() ->
     stages = read_yaml(ROOT / "dvc.yaml")["stages"]
     text = json.dumps(stages)
     assert "stages.sweep" not in text
-    assert "pipeline.commands.confirm" not in text
+    assert "actfocus" not in text
     assert "reports/sweep" not in text, "an output of a sweep that plain repro needs would start it"
     stage = read_yaml(ROOT / "sweeps" / "dvc.yaml")["stages"]["sweep"]
     code = {dep for dep in stages["train"]["deps"] if dep.startswith("pipeline/")}

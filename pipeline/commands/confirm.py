@@ -1,4 +1,7 @@
-"""Train a sweep's best and its baselines on fresh seeds and compare them on test states."""
+"""Compare a sweep's best and its baselines, on fresh seeds.
+
+Trains them, and plays test states.
+"""
 
 from __future__ import annotations
 
@@ -9,12 +12,11 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from pipeline.commands.command import configured, layout_of, parse_arguments, run
+from pipeline.commands.cli import ParamsFile, StudyName, configured, layout_of
 
 
-def main() -> str:
-    arguments = parse_arguments(__doc__, "study")
-    config = configured(arguments)
+def main(study: StudyName, params: ParamsFile = "params.yaml") -> str:
+    config, params = configured(params)
     from pipeline.progress.display import still
     from pipeline.sweep.confirm import confirmation, verdict
     from pipeline.sweep.plan import plans
@@ -24,8 +26,8 @@ def main() -> str:
     from pipeline.workspace.processes import end_with_parent
     from pipeline.workspace.yaml_files import yaml_text
 
-    study, layout = arguments.study, Layout(Path(config.out))
-    found = plans(arguments.params, study, layout.policy)
+    layout = Layout(Path(config.out))
+    found = plans(params, study, layout.policy)
     summary = layout.sweep(study) / "summary.json"
     if not summary.exists():
         raise UserError(f"{summary}: no such file; `make sweep STUDY={study}` makes it")
@@ -43,7 +45,3 @@ def main() -> str:
     write_text(reports / "verdict.txt", text + "\n")
     shown = layout_of(config).confirmation(study).reports
     return f"{(reports / 'comparison.txt').read_text(encoding='utf-8')}\n{text}\n{shown}: verdict.txt, index.html. Next: open index.html"
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,25 +1,30 @@
-"""Which signal finds the decision points? Branches at the tokens that it ranks highest, and the variance they explain."""
+"""Which signal finds the decision points?
+
+Branches at the tokens that each signal ranks highest, and measures how much of the returns' variance they explain.
+"""
 
 from __future__ import annotations
 
-import argparse
+from typing import Annotated
 
-from pipeline.commands.command import configured, layout_of, run
+import typer
+
+from pipeline.commands.cli import ParamsFile, configured, layout_of
+
+SEEDS = [300, 301, 302, 303]
+MOVES = "One iteration of it moves the policy. Default: the first that does not branch."
 
 
-def main() -> str:
-    parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
-    parser.add_argument("--params", default="params.yaml", help="params file (default: params.yaml)")
-    parser.add_argument("--environment", help="default: all")
-    parser.add_argument(
-        "--method", help="one iteration of it moves the policy (default: the first that does not branch)"
-    )
-    parser.add_argument("--seeds", type=int, nargs="+", default=[300, 301, 302, 303], help="default: 300 301 302 303")
-    parser.add_argument("--positions", type=int, default=4, help="tokens per signal and initial state (default: 4)")
-    parser.add_argument("--candidates", type=int, default=4, help="sampled in place of each (default: 4)")
-    parser.add_argument("--continuations", type=int, default=4, help="of each candidate (default: 4)")
-    arguments = parser.parse_args()
-    config = configured(arguments)
+def main(
+    params: ParamsFile = "params.yaml",
+    environment: Annotated[str | None, typer.Option(metavar="NAME", help="Default: all.")] = None,
+    method: Annotated[str | None, typer.Option(metavar="NAME", help=MOVES)] = None,
+    seed: Annotated[list[int], typer.Option(metavar="N", help="Of initial states; repeat for more.")] = SEEDS,
+    positions: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens per signal and initial state.")] = 4,
+    candidates: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens that are sampled in place of each.")] = 4,
+    continuations: Annotated[int, typer.Option(min=1, metavar="N", help="Of each candidate.")] = 4,
+) -> str:
+    config, _ = configured(params, environment, method)
     import transformers.models.auto.modeling_auto  # noqa: F401  (imported before the processes fork)
 
     from pipeline.analysis.decisions import Plan, decisions
@@ -28,10 +33,10 @@ def main() -> str:
     from pipeline.workspace.files import write_json, write_text
     from pipeline.workspace.layout import Cache
 
-    environments = [arguments.environment] if arguments.environment else list(config.environments)
-    usable = [name for name, method in config.methods.items() if method.branching.kind == "none"]
-    method = arguments.method or next(iter([*usable, *config.methods]))
-    plan = Plan(arguments.seeds, arguments.positions, arguments.candidates, arguments.continuations)
+    environments = [environment] if environment else list(config.environments)
+    usable = [name for name, row in config.methods.items() if row.branching.kind == "none"]
+    method = method or next(iter([*usable, *config.methods]))
+    plan = Plan(seed, positions, candidates, continuations)
     layout, texts = layout_of(config), []
     for name in environments:
         result = decisions(config, layout.policy, name, method, plan, Cache().folder)
@@ -43,7 +48,3 @@ def main() -> str:
         write_text(folder / "decisions.txt", texts[-1])
         draw_decisions(result, folder / "decisions")
     return "\n".join(texts) + f"\n{folder.parent}: decisions.json, .txt, .png per environment. Next: open the figure"
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,22 +1,22 @@
-"""Print the methods of a params file: slots, settings, source, status."""
+"""Print the methods of a params file: status, source, slots.
+
+A method shows the slots in which it differs from the file's defaults, which stand last.
+"""
 
 from __future__ import annotations
 
-import argparse
+from pathlib import Path
+from typing import Annotated
 
-from pipeline.commands.command import run
+import typer
+
+from pipeline.commands.cli import configured
 
 
-def main() -> str:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--params", default="presets/methods/params.yaml")
-    params = parser.parse_args().params
+def main(params: Annotated[str, typer.Option(metavar="FILE", help="Default: the preset `methods`.")] = "") -> str:
     from pipeline.report.methods import method_table
-    from pipeline.settings.params import load
+    from pipeline.settings.presets import load_preset
 
-    config = load(params)
+    config = configured(params)[0] if params else load_preset("methods", Path("."))
+
     return method_table(config.methods, config.method_defaults)
-
-
-if __name__ == "__main__":
-    run(main)

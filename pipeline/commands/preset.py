@@ -1,22 +1,19 @@
-"""Resolve a preset: write presets/<name>/params.yaml from params.yaml and the preset's overlay."""
+"""Write a preset's params file, from params.yaml and its overlay."""
 
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Annotated
 
-from pipeline.commands.command import go_to_root, parse_arguments, root_of, run
+import typer
+
+from pipeline.commands.cli import ParamsFile, go_to_root
 
 
-def main() -> str:
-    arguments = parse_arguments(__doc__, "name")
-    name = arguments.name
+def main(
+    name: Annotated[str, typer.Option(metavar="NAME", help="A folder of presets/.")], params: ParamsFile = "params.yaml"
+) -> str:
     from pipeline.settings.presets import resolve_preset
 
-    go_to_root(arguments, root_of(arguments.params))
-
-    target = resolve_preset(name, Path("."))
-    return f"{target}. Next: dvc repro presets/{name}/dvc.yaml"
-
-
-if __name__ == "__main__":
-    run(main)
+    go_to_root(params)
+    return f"{resolve_preset(name, Path('.'))}. Next: make repro PRESET={name}"

@@ -1,16 +1,19 @@
-"""Take the documents' pictures of the report, its trajectory viewer and MLflow's comparison: docs/figures."""
+"""Take pictures of the report and of MLflow for docs/figures.
+
+Needs Chromium.
+"""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.commands.command import configured, layout_of, parse_arguments, run
+from pipeline.commands.cli import ParamsFile, configured, layout_of
 
 PICTURES = ("report", "viewer", "mlflow")
 
 
-def main() -> str:
-    config = configured(parse_arguments(__doc__))
+def main(params: ParamsFile = "params.yaml") -> str:
+    config, _ = configured(params)
     from pipeline.progress.display import doing
     from pipeline.report.screenshots import chromium, shoot_mlflow, shoot_report
     from pipeline.tracking.store import store_of
@@ -34,7 +37,3 @@ def main() -> str:
         doing("MLflow's comparison")
         shoot_mlflow(browser, store_of(config, Path(".")).uri, environment, runs, targets["mlflow"])
     return f"{folder}: {', '.join(path.name for path in targets.values())}. Next: look at them, then `make publish`"
-
-
-if __name__ == "__main__":
-    run(main)

@@ -1,14 +1,14 @@
-"""Send to MLflow what was kept in .cache while its server was away."""
+"""Send to MLflow what was kept while its server was away."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.commands.command import configured, parse_arguments, run
+from pipeline.commands.cli import ParamsFile, configured
 
 
-def main() -> str:
-    config = configured(parse_arguments(__doc__))
+def main(params: ParamsFile = "params.yaml") -> str:
+    config, _ = configured(params)
     from pipeline.progress.display import doing
     from pipeline.tracking.store import open_store, store_of
 
@@ -16,7 +16,3 @@ def main() -> str:
     store = store_of(config, Path("."))
     sent, kept = open_store(store, next(iter(config.environments)))
     return f"{store.uri}: {sent} runs sent, {kept} still kept in {store.cache}. Next: make ui"
-
-
-if __name__ == "__main__":
-    run(main)

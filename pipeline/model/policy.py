@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from pipeline.workspace.files import replacing
+
 
 @dataclass(frozen=True)
 class Policy:

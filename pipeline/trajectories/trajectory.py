@@ -15,6 +15,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
+from pipeline.workspace.errors import UserError
+
 
 class Role(enum.IntEnum):
     """What a token is. The two tag roles differ because ActFocus weighs them differently."""
@@ -42,7 +44,7 @@ RESPONSES = ("valid", "disallowed", "malformed", "cut")
 it had said by then; malformed if it has, but no action can be read from it; disallowed if one may not be done."""
 
 
-class TrajectoryError(Exception):
+class TrajectoryError(UserError):
     """A trajectory file that cannot be used, in one line."""
 
 

@@ -1,0 +1,25 @@
+"""``actfocus``: all that is no stage of the DAG. Each command is the ``main`` of the module of its name."""
+
+from __future__ import annotations
+
+import os
+import sys
+from importlib import import_module
+
+from pipeline.commands.cli import run
+
+COMMANDS = (
+    *("check", "methods", "contracts", "preset"),  # before a run
+    *("play", "compare", "replay", "decisions", "match", "confirm"),  # of one
+    *("sync", "publish", "screenshots"),  # after it
+)
+
+
+def main() -> None:
+    """Run the command; modules in the folder that it is called from are found, as they are by ``python -m``."""
+    sys.path.insert(0, os.getcwd())
+    run(*(import_module(f"pipeline.commands.{name}").main for name in COMMANDS))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,191 @@
+"""What stages and commands share: their options, the folder they work in, and errors in one line with exit code 2."""
+
+from __future__ import annotations
+
+import contextlib
+import getpass
+import itertools
+import os
+import shlex
+import signal
+import sys
+import time
+from collections.abc import Callable
+from concurrent.futures.process import BrokenProcessPool
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import psutil
+import typer
+import typer.main
+
+from pipeline.progress.display import Display
+from pipeline.workspace.errors import UserError
+from pipeline.workspace.finite import NumericsError
+from pipeline.workspace.layout import Cache, Layout
+from pipeline.workspace.processes import end_with_parent
+from pipeline.workspace.yaml_files import read_yaml
+
+if TYPE_CHECKING:
+    from pipeline.settings.params import Config
+
+ParamsFile = Annotated[str, typer.Option("--params", metavar="FILE", help="Params file.")]
+EnvironmentName = Annotated[str, typer.Option("--environment", metavar="NAME", help="Environment of the params file.")]
+MethodName = Annotated[
+    str, typer.Option("--method", metavar="NAME", help="Method of it; also reference, to be played.")
+]
+StudyName = Annotated[str, typer.Option("--study", metavar="NAME", help="Study of the params file's sweep.")]
+NAMES = ("--environment", "--method", "--study", "--name")
+"""Options whose values tell one run of a stage from another."""
+
+_elsewhere = False
+"""Whether the command was called from another folder than it works in."""
+
+
+def configured(params: str, environment: str | None = None, method: str | None = None) -> tuple[Config, str]:
+    """The checked params file, which knows the environment and the method, and its path from the root, as ``go_to_root``.
+
+    Raises:
+        UserError: the file is wrong, or does not have that environment or method.
+    """
+    from pipeline.settings.params import load  # takes half a second, and helps nobody who asks for --help
+
+    config = load(params)
+    for section, name, extra in (("environments", environment, ()), ("methods", method, ("reference",))):
+        allowed = [*getattr(config, section), *extra]
+        if name is not None and name not in allowed:
+            raise UserError(f"{params}: {section}: {name!r} is not there; allowed: {', '.join(allowed)}")
+    return config, go_to_root(params, config.root)
+
+
+def go_to_root(params: str, root: str | None = None) -> str:
+    """Make the project's root the folder that this process works in: all relative paths are meant from there.
+
+    The user's modules are found there, too.
+
+    Args:
+        params: the params file.
+        root: path from its folder to the root; None is what the file says, whatever else is wrong in it.
+
+    Returns:
+        A path of the params file that is right from there.
+
+    Raises:
+        UserError: there is no such folder, or without ``root`` no such file.
+    """
+    if root is None:
+        raw = read_yaml(params)
+        root = str(raw.get("root", ".")) if isinstance(raw, dict) else "."
+    folder = (Path(params).parent / root).resolve()
+    if not folder.is_dir():
+        raise UserError(f"{params}: root: {root!r} is not a folder, from this file's folder")
+    global _elsewhere
+    _elsewhere = folder != Path.cwd()
+    if _elsewhere:
+        params = os.path.abspath(params)
+        os.chdir(folder)
+        sys.path.insert(0, str(folder))
+    if "HOME" not in os.environ and os.path.expanduser("~") == "~":
+        os.environ["HOME"] = str(folder / Cache().home)
+    return params
+
+
+def layout_of(config: Config) -> Layout:
+    """The paths of a params file's run, as seen from where the stage was called or as full paths."""
+    return Layout(Path.cwd() / config.out if _elsewhere else Path(config.out))
+
+
+def next_command(params: str, command: str, **options: str) -> str:
+    """``Next: `` and the command that goes on from here, with this run's params file and the command's options."""
+    named = {**({"params": params} if params != "params.yaml" else {}), **options}
+    return " ".join([f"Next: {command}", *(f"--{name} {shlex.quote(value)}" for name, value in named.items())])
+
+
+class Stopped(KeyboardInterrupt):
+    """The stage was asked to end by a signal."""
+
+
+def run(*mains: Callable[..., str]) -> None:
+    """Run a stage, or one of several commands; print its one line of result, or its error, one line per mistake.
+
+    A mistake of the user's, in the command line too, ends with exit code 2. Elsewhere than on a terminal standard error
+    tells how far it is. Stopped by Ctrl-C or SIGTERM, it says so in one line.
+
+    Args:
+        mains: functions whose parameters are the options, and whose modules' docstrings are the help. Several are commands,
+            each named by its module; none given is asking for help.
+    """
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    name_the_user()
+    before = signal.signal(signal.SIGTERM, _stop)
+    if "DVC_STAGE" in os.environ:  # a killed `dvc repro` leaves nothing behind that writes beside the next one
+        end_with_parent(signal.SIGTERM)
+    try:
+        with Display(_title(), [""], bars=False, age=_age()) as display:
+            display.report("")(0, 0, "starting")
+            result = _called(*mains)
+        print(result)
+    except typer.Exit as end:
+        raise SystemExit(end.exit_code) from None
+    except typer.TyperException as error:
+        print(" ".join(error.format_message().split()), file=sys.stderr)
+        raise SystemExit(2) from None
+    except (UserError, NumericsError) as error:
+        print(error, file=sys.stderr)
+        raise SystemExit(2) from None
+    except BrokenProcessPool:
+        print("a worker process was killed (out of memory?); run the same command again to go on", file=sys.stderr)
+        raise SystemExit(1) from None
+    except KeyboardInterrupt as stopped:
+        word, code = ("stopped", 143) if isinstance(stopped, Stopped) else ("interrupted", 130)
+        print(f"{word}; run the same command again to go on", file=sys.stderr)
+        raise SystemExit(code) from None
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _called(*mains: Callable[..., str]) -> str:
+    """What the command that the command line names returns."""
+    app = typer.Typer(add_completion=False, rich_markup_mode=None, context_settings={"max_content_width": 120})
+    for main in mains:
+        about = sys.modules[main.__module__].__doc__ or ""
+        app.command(main.__module__.rpartition(".")[2], help=about, short_help=about.split("\n")[0])(main)
+    spec = sys.modules["__main__"].__spec__
+    name = f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
+    options = sys.argv[1:] or ["--help"] * (len(mains) > 1)
+    # Its main() would hide which signal has stopped it.
+    with typer.main.get_command(app).make_context(name, options) as context:
+        result: str = context.command.invoke(context)
+    return result
+
+
+def name_the_user() -> None:
+    """Call a user without a name by the number: containers run under ids that their passwd file does not have.
+
+    Libraries ask for the name, too, mostly to make a folder's or a record's name of it, and fail without one.
+    """
+    try:
+        getpass.getuser()
+    except (KeyError, OSError, ImportError):
+        os.environ["USER"] = str(os.getuid())
+
+
+def _stop(*_: Any) -> None:
+    raise Stopped
+
+
+def _age() -> float:
+    """Seconds that this process has spent on getting here; 0 if it has done something else before."""
+    with contextlib.suppress(psutil.Error, OSError):
+        age: float = time.time() - psutil.Process().create_time()
+        return age if 0 < age < 3 else 0.0
+    return 0.0
+
+
+def _title() -> str:
+    """The stage or command, and what it was asked for."""
+    command = [word for word in sys.argv[1:2] if not word.startswith("-")] or [Path(sys.argv[0]).stem]
+    named = [value for option, value in itertools.pairwise(sys.argv) if option in NAMES]
+    return " ".join([*command, "-".join(named)]).rstrip()

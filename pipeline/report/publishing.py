@@ -1,0 +1,201 @@
+"""The latest comparisons and measurements in the documents: README.md, docs/ and docs/figures."""
+
+from __future__ import annotations
+
+import re
+import shutil
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from pipeline.analysis.comparison import read_timings
+from pipeline.progress.display import doing
+from pipeline.report.commits import MADE, last_changed, made_by, noted_revisions
+from pipeline.report.comparison_tables import comparison_text, overview_markdown
+from pipeline.report.timings import environment_shares
+from pipeline.settings.params import Config
+from pipeline.settings.presets import load_preset
+from pipeline.workspace.files import read_json, write_text
+from pipeline.workspace.layout import Layout
+
+MARKS = "<!-- {0}: written by `make publish` -->", "<!-- /{0} -->"
+
+README, RESULTS, PERFORMANCE = Path("README.md"), Path("docs/results.md"), Path("docs/performance.md")
+FIGURES = Path("docs/figures")
+
+ENVIRONMENTS = ("sokoban", "sudoku", "bandit", "webshop")
+"""Presets of an environment each; docs/results.md has a table of them."""
+PRESETS = ("controls", "methods", "branching", *ENVIRONMENTS)
+"""Presets whose results stand in docs/results.md beside those of params.yaml."""
+
+
+def publish(config: Config) -> list[str]:
+    """Put all that there is into the documents; what is not there stays as it was.
+
+    Args:
+        config: params.yaml, in whose root the process works.
+
+    Returns:
+        Names of what was there.
+    """
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    published = publish_default(config)
+    for preset in PRESETS:
+        doing(preset)
+        published += publish_preset(preset)
+    others = [Layout(Path("presets") / preset) for preset in ENVIRONMENTS]
+    if all(other.comparison.exists() for other in others):
+        text = overview_markdown([read_json(other.comparison) for other in others])
+        publish_block(RESULTS, "environments", text, [other.all_runs for other in others])
+    name_commits(RESULTS)
+    bench = Layout(Path(config.out)).reports / "bench.txt"
+    if bench.exists():
+        replace_block(PERFORMANCE, "bench", fenced(bench.read_text(encoding="utf-8")))
+        shutil.copy2(bench.with_suffix(".png"), FIGURES / "bench.png")
+        published.append("measurements")
+    return published
+
+
+def publish_default(config: Config) -> list[str]:
+    """Put what params.yaml gives into README.md and docs/results.md; returns its names."""
+    layout = Layout(Path(config.out))
+    reports, runs = layout.reports, [layout.all_runs]
+    publish_block(README, "comparison", fenced(comparison_text(read_json(layout.comparison))), runs)
+    publish_block(RESULTS, "comparison", comparison_block(config), runs)
+    copy_figures((reports / "figures").glob("*.png"))
+    published = [config.comparison]
+    for name in config.environments:
+        copy_figures(layout.bottleneck(name).glob("*.png"), f"{name}-bottleneck-")
+        published += publish_texts(reports, "replay", name, runs)
+    return published + publish_sweeps(config, "")
+
+
+def publish_preset(preset: str) -> list[str]:
+    """Put what a preset gives into docs/results.md; returns its names."""
+    config = load_preset(preset, Path("."))
+    layout = Layout(Path(config.out))
+    reports, runs = layout.reports, [layout.all_runs]
+    published = []
+    if (reports / "comparison.md").exists():
+        publish_block(RESULTS, preset, comparison_block(config), runs)
+        pictures = (reports / "figures").glob("*.png")
+        copy_figures((png for png in pictures if not png.name.endswith("-health.png")), f"{preset}-")
+        published.append(preset)
+    published += publish_sweeps(config, f"{preset} ")
+    for measured in sorted((reports / "decisions").glob("*/decisions.txt")):
+        published += publish_texts(reports, "decisions", measured.parent.name, runs)
+    return published
+
+
+def publish_texts(reports: Path, what: str, name: str, runs: Sequence[Path]) -> list[str]:
+    """Put ``reports/<what>/<name>/<what>.txt`` and its picture into docs/results.md, if it is there; returns its name."""
+    text = reports / what / name / f"{what}.txt"
+    if not text.exists():
+        return []
+    publish_block(RESULTS, f"{what} {name}", fenced(text.read_text(encoding="utf-8")), runs)
+    shutil.copy2(text.with_suffix(".png"), FIGURES / f"{name}-{what}.png")
+    return [f"{what} {name}"]
+
+
+def copy_figures(pictures: Iterable[Path], prefix: str = "") -> None:
+    """Copy pictures to docs/figures, under their names with a prefix."""
+    for picture in pictures:
+        shutil.copy2(picture, FIGURES / f"{prefix}{picture.name}")
+
+
+def publish_sweeps(config: Config, prefix: str) -> list[str]:
+    """Put the confirmed sweeps of a params file into docs/results.md; returns their names.
+
+    What a sweep picks is not published without its confirmation, nor takes an earlier one's place.
+    """
+    published, layout = [], Layout(Path(config.out))
+    for study in config.sweep.studies:
+        swept, confirmed = layout.sweep(study), layout.confirmation(study)
+        parts = [swept / "sweep.txt", *(confirmed.reports / name for name in ("comparison.txt", "verdict.txt"))]
+        if all(part.exists() for part in parts):
+            text = "\n".join(part.read_text(encoding="utf-8") for part in parts)
+            publish_block(RESULTS, f"{prefix}sweep {study}", fenced(text), [confirmed.all_runs])
+            pictures = (*swept.glob("*-slice.png"), *swept.glob("*-contour*.png"))
+            copy_figures(pictures, f"{prefix.replace(' ', '-')}sweep-")
+            published.append(f"{prefix}sweep {study}")
+    return published
+
+
+def comparison_block(config: Config) -> str:
+    """A comparison's Markdown, and what its environments cost."""
+    layout = Layout(Path(config.out))
+    timings = read_timings(config, layout)
+    text = demoted((layout.reports / "comparison.md").read_text(encoding="utf-8"))
+    for name in config.environments:
+        shares = [environment_shares(curves) for (place, _), curves in timings.items() if place == name]
+        if shares:
+            parts = (f"{phase}s {max(share[phase] for share in shares):.1%}" for phase in ("reset", "step"))
+            text += f"\n\n{name}: of the time of rollouts its {' and its '.join(parts)}, at most over the methods."
+    return text
+
+
+def fenced(text: str) -> str:
+    """Plain text as a Markdown block."""
+    return f"```text\n{text}```"
+
+
+def demoted(markdown: str) -> str:
+    """Markdown whose headings are a level lower."""
+    return re.sub(r"^#", "##", markdown.rstrip(), flags=re.M)
+
+
+def publish_block(document: Path, name: str, content: str, runs: Sequence[Path]) -> None:
+    """Put text between a document's marks of that name, and under it the commit that it is from.
+
+    Args:
+        document: has such marks.
+        name: theirs.
+        content: Markdown.
+        runs: folders ``data/runs`` of the trainings that it is about. If they have noted no commit, content that has not
+            changed keeps the commit that stands there (see ``name_commits``); that of new content is unknown.
+
+    Raises:
+        ValueError: as ``replace_block``.
+    """
+    noted = [noted_revisions(folder) for folder in runs]
+    revisions = [revision for found in noted for revision in found] if all(noted) else []
+    old = blocks_of(document.read_text(encoding="utf-8")).get(name, "")
+    if revisions or MADE.sub("", old) != content:
+        replace_block(document, name, f"{content}\n\n{made_by(dict.fromkeys(revisions), Path('.'))}")
+
+
+def name_commits(document: Path, names: Sequence[str] | None = None) -> None:
+    """Put under every table that does not say it the commit in which it last changed: results published earlier.
+
+    Args:
+        document: its blocks are looked at.
+        names: of these alone; None is all.
+    """
+    text = document.read_text(encoding="utf-8")
+    for name, content in blocks_of(text).items():
+        if MADE.search(content) or (names is not None and name not in names):
+            continue
+        first = text[: text.index(MARKS[0].format(name))].count("\n") + 2
+        made = last_changed(document, first, first + content.count("\n"))
+        replace_block(document, name, f"{content}\n\n{made}")
+        text = document.read_text(encoding="utf-8")
+
+
+def blocks_of(text: str) -> dict[str, str]:
+    """What stands between a document's marks, by their names."""
+    start, end = (re.escape(mark).replace(r"\{0\}", "{}") for mark in MARKS)
+    pattern = f"{start.format('(?P<name>.+?)')}\n(?P<content>.*?)\n{end.format('(?P=name)')}"
+    return {found["name"]: found["content"] for found in re.finditer(pattern, text, flags=re.S)}
+
+
+def replace_block(document: Path, name: str, content: str) -> None:
+    """Put text between a document's marks of that name.
+
+    Raises:
+        ValueError: the document has no such marks, and the text would be lost.
+    """
+    start, end = (mark.format(name) for mark in MARKS)
+    text = document.read_text(encoding="utf-8")
+    if start not in text or end not in text:
+        raise ValueError(f"{document}: no block {name!r}")
+    block = f"{start}\n{content}\n{end}"
+    write_text(document, re.sub(f"{re.escape(start)}.*?{re.escape(end)}", lambda _: block, text, flags=re.S))

@@ -1,0 +1,51 @@
+"""All seeds of a method: trained where they have not been, and put where evaluation and report look for them."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+from pipeline.progress.display import doing
+from pipeline.settings.params import Config
+from pipeline.tracking.store import open_store, run_settings, store_of
+from pipeline.training.result import training_task
+from pipeline.training.run import TrainingJob, train_one
+from pipeline.workspace.files import read_json, write_json
+from pipeline.workspace.layout import Cache, Layout
+from pipeline.workspace.processes import in_own_process, run_in_processes
+
+
+def train_seeds(config: Config, environment: str, method: str, layout: Layout) -> tuple[Path, int]:
+    """Train what has not been trained, in processes of their own, and copy all of it from .cache.
+
+    Args:
+        config: the params file, in whose root the process works.
+        environment: key in ``environments``.
+        method: key in ``methods``.
+        layout: of the run; the reference policy and the annotated table are there.
+
+    Returns:
+        The folder of the policies, and how many seeds have been trained now.
+    """
+    policy, table = layout.policy, layout.annotated(environment)
+    tasks = [training_task(config, environment, method, seed, policy, Cache().folder) for seed in config.seeds]
+    made_from = {"annotated episodes": table, "reference policy": policy}
+    runs = run_settings(config, Path("."), environment, method, made_from)
+    jobs = {f"seed {t.seed}": TrainingJob(t, table, runs[t.seed]) for t in tasks if not t.finished}
+    if jobs:
+        doing("opening MLflow's store")
+        in_own_process(open_store, store_of(config, Path(".")), environment)
+    run_in_processes(train_one, jobs, config.workers, f"train {environment}-{method}")
+
+    doing("copying the results")
+    target = layout.trained(environment, method)
+    shutil.rmtree(target, ignore_errors=True)
+    for task in tasks:
+        shutil.copytree(task.result / "policy", layout.final_policy(environment, method, task.seed))
+    for kind, place in (("curves", layout.curves), ("timings", layout.timings), ("runs", layout.runs)):
+        seeds = {str(task.seed): read_json(task.result / f"{kind}.json") for task in tasks}
+        write_json(place(environment, method), {"seeds": seeds})
+    episodes = layout.episodes(environment, method)
+    episodes.parent.mkdir(parents=True, exist_ok=True)
+    shutil.copy2(tasks[0].result / "episodes.parquet", episodes)
+    return target, len(jobs)

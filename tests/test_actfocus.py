@@ -1,0 +1,98 @@
+"""The console script: what it says of itself, and what it says of mistakes."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from pipeline.commands.app import COMMANDS, main
+from tests.commands import complaints
+
+ROOT = Path(__file__).parents[1]
+
+
+def called(monkeypatch: pytest.MonkeyPatch, *words: str) -> int:
+    """The exit code of ``actfocus`` with these words, in this process."""
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    monkeypatch.setattr(sys, "argv", ["actfocus", *words])
+    try:
+        main()
+    except SystemExit as end:
+        return int(end.code or 0)
+    return 0
+
+
+def test_help_has_a_line_for_every_command_and_imports_nothing_heavy() -> None:
+    script = "import sys; from pipeline.commands.app import main\ntry: main()\nfinally: print(*sys.modules)"
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, check=True)
+    *help_text, modules = done.stdout.splitlines()
+    commands = help_text[help_text.index("Commands:") + 1 :]
+    assert [line.split()[0] for line in commands] == list(COMMANDS)
+    assert {"torch", "pandas", "mlflow", "transformers", "dvc", "pipeline.settings.slots"}.isdisjoint(modules.split())
+    assert {file.stem for file in (ROOT / "pipeline" / "commands").glob("*.py")} == {
+        *COMMANDS,
+        "__init__",
+        "app",
+        "cli",
+    }
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_option_says_what_it_is(
+    command: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert called(monkeypatch, command, "--help") == 0
+    options = [line for line in capsys.readouterr().out.splitlines() if line.startswith("  --")]
+    assert all("<" not in line and len(line.split(maxsplit=2)) == 3 for line in options)
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["nothing"], "No such command 'nothing'."),
+        (["play", "--nothing"], "No such option: --nothing"),
+        (["play", "--method", "[/red]"], "params.yaml: methods: '[/red]' is not there; allowed: ppo, grpo,"),
+        (["play", "--seed", "x"], "Invalid value for '--seed': "),
+        (["match", "--method", "grpo"], "Missing option '--to'."),
+        (["match", "--method", "grpo", "--to", "x"], "--method, --to: 'x' is not there; allowed: ppo, grpo,"),
+        (["replay", "--alpha", "-1"], "Invalid value for '--alpha': "),
+        (["replay", "--signal", "x"], "--signal: 'x' is not allowed; allowed: reference_energy,"),
+        (["contracts", "--settings", "3"], "Invalid value for '--settings': Value error, no JSON object"),
+        (["contracts", "--params", "nothing.yaml"], "nothing.yaml: no such file"),
+        (["preset", "--name", "x"], "presets: 'x' is not there; allowed: bandit,"),
+    ],
+)
+def test_a_mistake_is_one_plain_line(
+    words: list[str], said: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    assert called(monkeypatch, *words) == 2
+    out, err = capfd.readouterr()
+    (line,) = complaints(err)
+    assert line.startswith(said)
+    assert out == ""
+
+
+def test_a_params_file_is_checked_with_what_it_names(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    assert called(monkeypatch, "check", "--params", "presets/smoke/params.yaml") == 0
+    first, *_, runs, following = capfd.readouterr().out.splitlines()
+    assert first == "presets/smoke/params.yaml: right. 1 environments x 3 methods x 2 seeds = 6 trainings"
+    assert runs.startswith("runs of each stage: sources 1, policy 1, rollout 1, annotate 1, bottleneck 1, train 3, ")
+    assert following == "Next: dvc repro presets/smoke/dvc.yaml"
+    right, elsewhere = (ROOT / "params.yaml").read_text(encoding="utf-8"), tmp_path / "params.yaml"
+    for text, code in ((right, 0), (right.replace("id: actfocus/", "id: nowhere:actfocus/", 1), 2)):
+        elsewhere.write_text(text, encoding="utf-8")
+        assert called(monkeypatch, "check", "--params", str(elsewhere)) == code
+    assert "No module named 'nowhere'" in capfd.readouterr().err
+
+
+def test_contracts_that_are_broken_are_printed(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert called(monkeypatch, "contracts", "--id", "nowhere:Nothing-v0") == 1
+    assert capsys.readouterr().out.startswith("nowhere:Nothing-v0: made: environments: id 'nowhere:Nothing-v0' cannot")
