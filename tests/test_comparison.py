@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.analysis.comparison import REFERENCE, SPENT, Inputs, compare, read_inputs
+from pipeline.analysis.metrics import headline_metrics
 from pipeline.report.charts import difference_charts, plain
 from pipeline.report.comparison_figures import learning_figure, learning_panels, write_comparison_figures
 from pipeline.report.comparison_tables import (
@@ -29,7 +30,6 @@ from pipeline.report.comparison_tables import (
     result_table,
 )
 from pipeline.report.curve_charts import training_charts
-from pipeline.report.flat import headline_metrics
 from pipeline.report.html import embedded, report_html
 from pipeline.settings.params import Config, parse
 from pipeline.workspace.errors import UserError

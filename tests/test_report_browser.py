@@ -20,9 +20,10 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from pipeline.analysis.bottleneck import bottleneck
 from pipeline.analysis.comparison import REFERENCE, compare
+from pipeline.analysis.examples import Played
 from pipeline.report.html import report_html
 from pipeline.report.screenshots import chromium, shoot_report
-from pipeline.report.viewer import Played, viewer_data
+from pipeline.report.viewer import viewer_data
 from pipeline.settings.params import Config, Environment
 from pipeline.trajectories.trajectory import EpisodeBuilder, Role, Trajectories, build
 from pipeline.workspace.errors import UserError

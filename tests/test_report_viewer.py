@@ -12,9 +12,10 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from pipeline.analysis.examples import Played, choose, read_played
 from pipeline.environments.registry import board_of, make, reset, step
 from pipeline.model.policy import load_policy
-from pipeline.report.viewer import Played, choose, read_played, viewer_data
+from pipeline.report.viewer import viewer_data
 from pipeline.settings.params import Environment
 from pipeline.training.episodes import write_episodes
 from pipeline.training.module import PolicyGradient

@@ -9,12 +9,13 @@ from typing import Any
 
 import pytest
 
-from pipeline.analysis.comparison import compare
-from pipeline.analysis.differences import difference_of, difference_text
-from pipeline.analysis.revisions import Revision, revisions_text
+from pipeline.analysis.comparison import compare, difference_of, places, rows_at
+from pipeline.analysis.revisions import Revision
 from pipeline.report.charts import difference_charts
-from pipeline.report.comparison_tables import BRACKETS, READING, comparison_markdown, comparison_text, places, rows_at
+from pipeline.report.comparison_tables import BRACKETS, READING, comparison_markdown, comparison_text
+from pipeline.report.differences import difference_text
 from pipeline.report.html import report_html
+from pipeline.report.revisions import revisions_text
 from pipeline.settings.params import Config
 from pipeline.sweep.confirm import verdict
 from tests.test_comparison import configuration, inputs

@@ -6,24 +6,10 @@ import numpy as np
 
 from pipeline.analysis.comparison import Curves
 
+COSTS = ("iterations", "episodes", "tokens", "seconds")
+"""What a training spends."""
 SMOOTHING = 5
 """Iterations of the centred moving mean over training success."""
-COSTS = {
-    "iterations": "iterations",
-    "episodes": "episodes",
-    "tokens": "sampled tokens",
-    "seconds": "seconds of training",
-}
-"""What a training spends -> its name on an axis."""
-HEALTH = {
-    "entropy_action": "Entropy of action tokens (nats)",
-    "entropy_reasoning": "Entropy of reasoning tokens (nats)",
-    "kl_reference": "KL to the reference (nats per token)",
-    "gradient_norm": "Gradient norm before clipping",
-    "clip_fraction": "Share of tokens clipped",
-    "gradient_share_action": "Share of |c A| on action tokens",
-}
-"""Keys of the learning curves that show whether a training is healthy, and what they are."""
 
 
 def series_of(curves: Curves, key: str) -> np.ndarray:

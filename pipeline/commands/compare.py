@@ -23,7 +23,7 @@ def main() -> str:
     parser.add_argument("--a", default="HEAD", help="git revision or DVC experiment (default: HEAD)")
     parser.add_argument("--b", default=WORKSPACE, help="another one (default: workspace, the files as they are)")
     arguments = parser.parse_args()
-    from pipeline.analysis.revisions import revisions_text
+    from pipeline.report.revisions import revisions_text
 
     if Path(arguments.params).exists():  # else it may be in both revisions all the same
         go_to_root(arguments, root_of(arguments.params))

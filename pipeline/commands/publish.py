@@ -102,7 +102,7 @@ def publish_sweeps(config: Config, results: Path, figures: Path, prefix: str) ->
 def comparison_block(config: Config) -> str:
     """A comparison's Markdown, and what its environments cost."""
     from pipeline.analysis.comparison import read_timings
-    from pipeline.report.timings import environment_shares
+    from pipeline.analysis.timings import environment_shares
 
     out = out_folder(config)
     timings = read_timings(config, out / "data")

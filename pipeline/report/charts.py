@@ -9,22 +9,16 @@ import html
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
-from pipeline.analysis.comparison import REFERENCE
-from pipeline.analysis.differences import difference_of, difference_text
+from pipeline.analysis.comparison import REFERENCE, Row, difference_of, places, rows_at
 from pipeline.analysis.statistics import VERDICT_SEEDS, Interval
-from pipeline.report.comparison_figures import COLOURS
-from pipeline.report.comparison_tables import Row, places, rows_at
+from pipeline.report.differences import difference_text
+from pipeline.report.style import BLUE, GREY, VERMILLION, looks
 from pipeline.settings.params import Config
 
-GREY = "#8a8a8a"
-"""Seen on white and on black."""
-DASHES = ("solid", "dash", "dot", "dashdot")
-SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x")
 ROW, DENSE, MANY = 46, 34, 12
 """Pixels of a row, and of one where there are more than so many."""
 
@@ -80,11 +74,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(entry) for key, entry in value.items()}
     return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
-
-
-def looks() -> Iterator[tuple[str, str, str]]:
-    """Colour, dash and marker of the first, second, ... method; endless. Colours are those of the static figures."""
-    return zip(cycle(COLOURS), cycle(DASHES), cycle(SYMBOLS), strict=False)
 
 
 def trained_on(config: Config, environment: str) -> str:
@@ -185,7 +174,7 @@ def _success(rows: Sequence[Row]) -> dict[str, Any]:
         x0=reference["reference_ci_low"], x1=reference["reference_ci_high"], fillcolor=GREY, opacity=0.25, line_width=0
     )
     figure.add_vline(x=reference["reference_success"], line={"color": GREY, "dash": "dash", "width": 1.5})
-    for place, (row, (colour, _, symbol)) in enumerate(zip(trained, looks(), strict=False)):
+    for place, (row, (colour, _, symbol)) in enumerate(zip(trained, looks(plotly=True), strict=False)):
         for name, width in (("success_ci", 7), ("t_ci", 1.5)):
             if row[f"{name}_low"] is not None:
                 figure.add_scatter(
@@ -206,7 +195,7 @@ def _success(rows: Sequence[Row]) -> dict[str, Any]:
     return rowed(figure, [f"{row['method']} (n = {row['seeds']})" for row in trained])
 
 
-class Estimate(NamedTuple):
+class ChartRow(NamedTuple):
     """A row of a chart."""
 
     label: str
@@ -219,24 +208,24 @@ class Estimate(NamedTuple):
     """Of single seeds."""
 
 
-def _differences(rows: Sequence[Row]) -> Iterator[Estimate]:
+def _differences(rows: Sequence[Row]) -> Iterator[ChartRow]:
     """Every difference; those between methods first."""
-    for kind, colour in (("control", COLOURS[1]), ("uniform", COLOURS[0]), (REFERENCE, GREY)):
+    for kind, colour in (("control", VERMILLION), ("uniform", BLUE), (REFERENCE, GREY)):
         for row in rows:
             found = difference_of(row, kind)
             if found is not None:
                 label = f"{row['method']} − {row.get(kind, kind)}"
-                yield Estimate(label, found.value, difference_text(found), colour, found.interval, found.by_seed)
+                yield ChartRow(label, found.value, difference_text(found), colour, found.interval, found.by_seed)
 
 
-def _improvements(rows: Sequence[Row]) -> Iterator[Estimate]:
+def _improvements(rows: Sequence[Row]) -> Iterator[ChartRow]:
     for row in rows:
         value = row["probability_of_improvement"]
         if value is not None:
-            yield Estimate(f"{row['method']} over {row['uniform']}", value, f"{value:.3f}", COLOURS[0])
+            yield ChartRow(f"{row['method']} over {row['uniform']}", value, f"{value:.3f}", BLUE)
 
 
-def _intervals(found: Sequence[Estimate], title: str, nothing: float) -> dict[str, Any]:
+def _intervals(found: Sequence[ChartRow], title: str, nothing: float) -> dict[str, Any]:
     """A row per value with its interval and single seeds; a line where there is no difference."""
     figure = go.Figure()
     figure.add_vline(x=nothing, line={"color": GREY, "dash": "dash", "width": 1.5})

@@ -17,11 +17,10 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from pipeline.analysis.comparison import Inputs
+from pipeline.analysis.comparison import Inputs, places
 from pipeline.report.charts import Chart, difference_charts, plain, success_chart
-from pipeline.report.comparison_tables import READING, common_terms, places, result_table, training_table
+from pipeline.report.comparison_tables import READING, common_terms, result_table, time_table, training_table
 from pipeline.report.curve_charts import training_charts
-from pipeline.report.timings import time_table
 from pipeline.report.token_charts import token_charts
 from pipeline.settings.params import Config
 from pipeline.trajectories.trajectory import Trajectories
@@ -81,7 +80,8 @@ def report_html(
     charts = [c for entry in sections for c in (*entry["charts"], *entry["token_charts"])]
     charts += [chart for study in studies for chart in study["charts"]]
     branching = [name for name, method in config.methods.items() if method.branching.kind != "none"]
-    scripts, plotly = [_file("viewer.js"), _file("charts.js")], Markup(get_plotlyjs())
+    scripts = [_file(f"{name}.js") for name in ("page", "forest", "viewer", "charts")]
+    plotly = Markup(get_plotlyjs())
     return (
         _environment()
         .get_template("report.html.j2")
@@ -91,6 +91,7 @@ def report_html(
             terms=common_terms(comparison),
             sections=sections,
             studies=studies,
+            colours=page_colours(),
             style=_file("report.css"),
             scripts=scripts,
             plotly=plotly,

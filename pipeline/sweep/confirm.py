@@ -10,9 +10,9 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.analysis.differences import NO_VERDICT, difference_of, difference_text
+from pipeline.analysis.comparison import difference_of, rows_at
 from pipeline.analysis.statistics import VERDICT_SEEDS, Difference
-from pipeline.report.comparison_tables import rows_at
+from pipeline.report.differences import NO_VERDICT, difference_text
 from pipeline.settings.params import parse
 from pipeline.settings.presets import overlay
 from pipeline.settings.sweep import Value

@@ -50,7 +50,7 @@ CURVES = (
 """Columns of the table of learning curves: keys of the curves, as means over seeds."""
 
 
-def write_flat(comparison: Mapping[str, Any], curves: Mapping[tuple[str, str], Curves], reports: Path) -> None:
+def write_metrics(comparison: Mapping[str, Any], curves: Mapping[tuple[str, str], Curves], reports: Path) -> None:
     """Write ``metrics/<environment>/<method>.json`` and ``plots/curves.csv``; equal input gives equal bytes.
 
     Args:
