@@ -16,7 +16,7 @@ def main() -> str:
     arguments = parse_arguments(__doc__, "study")
     config = configured(arguments)
     from pipeline.progress.display import still
-    from pipeline.sweep.confirm import confirmation, verdict
+    from pipeline.sweep.confirm import confirmation, confirmation_text
     from pipeline.sweep.plan import plans
     from pipeline.workspace.errors import UserError
     from pipeline.workspace.files import read_json, write_text
@@ -38,7 +38,7 @@ def main() -> str:
     if done.returncode:
         sys.exit(done.returncode)
     reports = folder / "reports"
-    text = verdict(read_json(reports / "comparison.json"))
+    text = confirmation_text(read_json(reports / "comparison.json"))
     write_text(reports / "verdict.txt", text + "\n")
     shown = out_folder(config) / reports.relative_to(out)
     return f"{(reports / 'comparison.txt').read_text(encoding='utf-8')}\n{text}\n{shown}: verdict.txt, index.html. Next: open index.html"

@@ -23,7 +23,7 @@ def main() -> str:
     config = configured(arguments)
     import transformers.models.auto.modeling_auto  # noqa: F401  (imported before the processes fork)
 
-    from pipeline.analysis.decisions import Plan, decisions
+    from pipeline.analysis.decisions import SampleSizes, decisions
     from pipeline.progress.display import doing
     from pipeline.report.decision_figures import decisions_text, draw_decisions
     from pipeline.workspace.files import write_json, write_text
@@ -31,10 +31,10 @@ def main() -> str:
     environments = [arguments.environment] if arguments.environment else list(config.environments)
     usable = [name for name, method in config.methods.items() if method.branching.kind == "none"]
     method = arguments.method or next(iter([*usable, *config.methods]))
-    plan = Plan(arguments.seeds, arguments.positions, arguments.candidates, arguments.continuations)
+    sizes = SampleSizes(arguments.seeds, arguments.positions, arguments.candidates, arguments.continuations)
     out, texts = out_folder(config), []
     for name in environments:
-        result = decisions(config, out / "models" / "policy", name, method, plan, Path(".cache"))
+        result = decisions(config, out / "models" / "policy", name, method, sizes, Path(".cache"))
         doing(f"{name}: drawing")
         folder = out / "reports" / "decisions" / name
         folder.mkdir(parents=True, exist_ok=True)

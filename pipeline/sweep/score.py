@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.settings.sweep import Constraints
 
-Curves = Mapping[int, Sequence[Mapping[str, float]]]
+SeedCurves = Mapping[int, Sequence[Mapping[str, float]]]
 """Seed -> one row of metrics per iteration."""
 
 
@@ -21,7 +21,7 @@ def validation(curve: Sequence[Mapping[str, float]]) -> list[tuple[int, float]]:
     ]
 
 
-def success(curves: Curves, score: Literal["final", "area"]) -> float:
+def success(curves: SeedCurves, score: Literal["final", "area"]) -> float:
     """Mean over seeds of validation success, in [0, 1]. A sweep has too few seeds to leave any out.
 
     Args:
@@ -31,12 +31,12 @@ def success(curves: Curves, score: Literal["final", "area"]) -> float:
     return float(np.mean([_final(c) if score == "final" else _area(c) for c in curves.values()]))
 
 
-def tokens(curves: Curves) -> float:
+def tokens(curves: SeedCurves) -> float:
     """Sampled tokens per episode of the last iteration, mean over seeds."""
     return float(np.mean([curve[-1]["tokens_per_episode"] for curve in curves.values()]))
 
 
-def violations(curves: Curves, constraints: Constraints) -> dict[str, float]:
+def violations(curves: SeedCurves, constraints: Constraints) -> dict[str, float]:
     """By how much each constraint is broken; zero or less where it is kept.
 
     Args:

@@ -19,7 +19,7 @@ from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
 from pipeline.model.policy import Policy, load_policy
 from pipeline.tracking.datasets import dvc_digest
-from pipeline.tracking.send import Patience, patient
+from pipeline.tracking.patience import Patience, patient
 from pipeline.tracking.spool import Record
 
 ALIAS = "champion"

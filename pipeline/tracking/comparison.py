@@ -17,16 +17,18 @@ from pipeline.tracking.training import TABLE_TAG, episode_table
 HEADLINES = ("success_mean", "difference_to_reference", "difference_to_uniform", "difference_to_control")
 """Numbers of a comparison's rows that become metrics, ``<name>/<method>/<temperature>``."""
 
-Curves = Mapping[tuple[str, str], Mapping[str, list[dict[str, float]]]]
-"""(environment, method) -> seed -> one row per iteration."""
-
 
 Episodes = Mapping[str, Mapping[str, list[dict[str, Any]]]]
 """Environment -> method -> records of ``pipeline.trajectories.records``."""
 
 
 def log_comparison(
-    config: Config, root: Path, comparison: Mapping[str, Any], curves: Curves, episodes: Episodes, out: Path
+    config: Config,
+    root: Path,
+    comparison: Mapping[str, Any],
+    curves: Mapping[tuple[str, str], Mapping[str, list[dict[str, float]]]],
+    episodes: Episodes,
+    out: Path,
 ) -> None:
     """Bring the run of a comparison up to date, in each environment's experiment.
 
@@ -37,7 +39,7 @@ def log_comparison(
         config: checked params.
         root: the project's root.
         comparison: what ``pipeline.analysis.comparison.compare`` returns.
-        curves: of all trainings.
+        curves: (environment, method) -> seed -> one row per iteration.
         episodes: the sample.
         out: folder with data/, models/ and reports/.
     """

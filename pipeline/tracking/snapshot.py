@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from pipeline.tracking.patience import PATIENT
 from pipeline.tracking.spool import Record, Spool, now
 from pipeline.tracking.training import Store
 
@@ -32,7 +33,7 @@ class Snapshot:
 
 def log_snapshot(store: Store, snapshot: Snapshot) -> None:
     """Bring a parent run up to date. One that is up to date stays as it is."""
-    from pipeline.tracking.send import PATIENT, Sender  # imports mlflow, which takes seconds
+    from pipeline.tracking.send import Sender  # imports mlflow, which takes seconds
 
     spool = Spool(store.cache / "tracking" / "-".join([snapshot.experiment, *snapshot.identity.values()]))
     earlier = spool.records

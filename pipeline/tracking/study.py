@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.tracking.patience import HURRIED
 from pipeline.tracking.snapshot import Snapshot, log_snapshot
 from pipeline.tracking.spool import Spool, now
 from pipeline.tracking.training import Store, flatten
@@ -69,7 +70,7 @@ def log_trial(
         tags: further ones, e.g. ``retry_of``.
         started: time in ms since 1970.
     """
-    from pipeline.tracking.send import HURRIED, Sender  # imports mlflow, which takes seconds
+    from pipeline.tracking.send import Sender  # imports mlflow, which takes seconds
 
     spool, time = Spool(study.folder / f"trial-{number}"), now()
     if not spool.records:

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.tracking.patience import HURRIED
 from pipeline.tracking.spool import Record, Spool, now
 from pipeline.tracking.system import SystemMetrics
 from pipeline.trajectories.records import episode_records
@@ -63,7 +64,7 @@ class TrainingRun:
     """
 
     def __init__(self, settings: RunSettings, folder: Path) -> None:
-        from pipeline.tracking.send import HURRIED, Sender  # imports mlflow, which takes seconds
+        from pipeline.tracking.send import Sender  # imports mlflow, which takes seconds
 
         self._settings, self._spool, self._patience = settings, Spool(folder / "tracking"), HURRIED
         self._sender = Sender(self._spool, settings.store.uri, settings.store.cache)
