@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from pipeline.analysis import replay as subject
 from pipeline.analysis.replay import (
     FIXED,
+    GroupsTask,
     Point,
-    Task,
     cosine,
     cosine_to_others,
     grid,
@@ -110,7 +110,7 @@ def test_gradients_are_the_policys(config: Config, directory: Path, table: Traje
         work.append((table.select(index), parts[rows]))
     reported: list[tuple[int, int]] = []
     sketched = group_gradients(
-        Task(config, directory, work), lambda done, total, text="": reported.append((done, total))
+        GroupsTask(config, directory, work), lambda done, total, text="": reported.append((done, total))
     )
     assert reported == [(0, 2), (1, 2), (2, 2)]
     policy = load_policy(directory)
