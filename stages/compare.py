@@ -33,7 +33,7 @@ def main() -> str:
         comparison = compare(config, inputs)
     except ValueError as error:
         raise UserError(f"{out / 'data' / 'evaluations'}: {error}; `dvc repro` brings it up to date") from None
-    comparison["warnings"] = comparison_warnings(config, inputs.curves, comparison["rows"])
+    comparison["warnings"] = comparison_warnings(config, inputs.curves, comparison)
     doing("drawing figures")
     write_comparison_figures(comparison, inputs, reports / "figures")
     first = next(iter(config.environments))

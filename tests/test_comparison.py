@@ -167,7 +167,7 @@ def solved_by_hand(config: Config, **wins: list[list[list[int]]]) -> Inputs:
 def compared(config: Config, made: Inputs) -> dict[str, Any]:
     """The comparison as the stage writes it."""
     found = compare(config, made)
-    return {**found, "warnings": comparison_warnings(config, made.curves, found["rows"])}
+    return {**found, "warnings": comparison_warnings(config, made.curves, found)}
 
 
 def row_of(comparison: dict[str, Any], method: str, temperature: float = 0.5) -> dict[str, Any]:

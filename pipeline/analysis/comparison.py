@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from statistics import mean
 from typing import Any
@@ -52,19 +53,15 @@ def read_inputs(config: Config, data: Path) -> Inputs:
     Raises:
         UserError: an evaluation or a curve is missing, or a file is not JSON.
     """
-    trained = [(environment, method) for environment in config.environments for method in config.methods]
-    played = trained + [(environment, REFERENCE) for environment in config.environments]
-
-    def path(folder: str, key: tuple[str, str], suffix: str) -> Path:
-        return data / folder / f"{key[0]}-{key[1]}.{suffix}"
-
-    needed = [path("evaluations", key, "parquet") for key in played] + [path("curves", key, "json") for key in trained]
-    missing = [str(file) for file in needed if not file.exists()]
+    played = list(product(config.environments, (*config.methods, REFERENCE)))
+    evaluations = {key: data / "evaluations" / f"{'-'.join(key)}.parquet" for key in played}
+    curves = {key: data / "curves" / f"{'-'.join(key)}.json" for key in product(config.environments, config.methods)}
+    missing = [file for file in (*evaluations.values(), *curves.values()) if not file.exists()]
     if missing:
         raise UserError("\n".join(f"{file}: no such file; `dvc repro` makes it" for file in missing))
     return Inputs(
-        {key: pq.read_table(path("evaluations", key, "parquet")) for key in played},
-        {key: read_json(path("curves", key, "json"))["seeds"] for key in trained},
+        {key: pq.read_table(file) for key, file in evaluations.items()},
+        {key: read_json(file)["seeds"] for key, file in curves.items()},
         read_timings(config, data),
     )
 
@@ -75,8 +72,8 @@ def read_timings(config: Config, data: Path) -> dict[tuple[str, str], Curves]:
     Raises:
         UserError: a file is not JSON.
     """
-    keys = [(environment, method) for environment in config.environments for method in config.methods]
-    files = {key: data / "timings" / f"{key[0]}-{key[1]}.json" for key in keys}
+    keys = product(config.environments, config.methods)
+    files = {key: data / "timings" / f"{'-'.join(key)}.json" for key in keys}
     return {key: read_json(file)["seeds"] for key, file in files.items() if file.exists()}
 
 
@@ -120,6 +117,15 @@ def places(comparison: Mapping[str, Any]) -> dict[str, list[float]]:
 def rows_at(comparison: Mapping[str, Any], environment: str, temperature: float) -> list[Row]:
     """The rows of one environment and temperature, the reference policy last."""
     return [r for r in comparison["rows"] if r["environment"] == environment and r["temperature"] == temperature]
+
+
+def headline(comparison: Mapping[str, Any]) -> dict[str, dict[str, Row]]:
+    """Environment -> method -> its row at the headline temperature."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in comparison["rows"]:
+        if row["headline"]:
+            found.setdefault(row["environment"], {})[row["method"]] = row
+    return found
 
 
 def difference_of(row: Mapping[str, Any], other: str) -> Difference | None:

@@ -76,8 +76,7 @@ def choose(played: Mapping[str, Played], states: int, episodes: int) -> dict[str
             spread[state] = spread.get(state, 0.0) + float(np.var(returns[own]))
     chosen: dict[str, list[int]] = {}
     for method, groups in members.items():
-        returns = played[method].trajectories.returns
-        chosen[method] = []
+        returns, chosen[method] = played[method].trajectories.returns, []
         for state in sorted(groups, key=lambda key: -round(spread[key], 9))[:states]:
             ranked = sorted(groups[state], key=lambda index: -returns[index])
             best = ranked[: -(-episodes // 2)]
@@ -88,10 +87,7 @@ def choose(played: Mapping[str, Played], states: int, episodes: int) -> dict[str
 
 
 def _with_ancestors(episodes: Sequence[int], parents: Mapping[int, int]) -> set[int]:
-    found, waiting = set[int](), list(episodes)
-    while waiting:
-        episode = waiting.pop()
-        if episode not in found:
-            found.add(episode)
-            waiting += [parents[episode]] if episode in parents else []
+    found = set(episodes)
+    while further := {parents[episode] for episode in found if episode in parents} - found:
+        found |= further
     return found

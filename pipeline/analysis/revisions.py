@@ -9,6 +9,7 @@ from typing import Any
 import pyarrow as pa
 
 from pipeline.analysis import statistics
+from pipeline.analysis.comparison import headline
 
 
 @dataclass(frozen=True)
@@ -36,22 +37,13 @@ class Change:
     """Initial states in common; 0 if not paired."""
 
 
-def headline(revision: Revision) -> dict[str, dict[str, Mapping[str, Any]]]:
-    """Environment -> method -> its row of the comparison at the headline temperature."""
-    found: dict[str, dict[str, Mapping[str, Any]]] = {}
-    for row in revision.comparison["rows"]:
-        if row["headline"]:
-            found.setdefault(row["environment"], {})[row["method"]] = row
-    return found
-
-
 def change(a: Revision, b: Revision, environment: str, method: str) -> Change:
     """B minus A at the headline temperature: paired over common seeds and states if both revisions' episodes are there.
 
     Not paired, it is the difference of the two means, without a verdict: without the episodes, or if the revisions have
     another headline temperature, no common seed, or no common initial state.
     """
-    rows = [headline(revision)[environment][method] for revision in (a, b)]
+    rows = [headline(revision.comparison)[environment][method] for revision in (a, b)]
     means = Change(rows[1]["success_mean"] - rows[0]["success_mean"])
     tables = [revision.episodes.get((environment, method)) for revision in (a, b)]
     if rows[0]["temperature"] != rows[1]["temperature"] or tables[0] is None or tables[1] is None:

@@ -33,13 +33,7 @@ def correlation_figure(trajectories: Trajectories, diagnostics: dict[str, Any], 
     Args:
         trajectories: the annotated episodes that were diagnosed.
         diagnostics: what ``bottleneck`` gave for them.
-        target: where to write, without the ending; folders are made.
-
-    Returns:
-        The PNG (150 dpi) and the SVG.
-
-    Raises:
-        TrajectoryError: as ``group_energy``.
+        target: where to write, without the ending.
     """
     per_group = group_energy(trajectories)
     with rc_context(STYLE):
@@ -60,7 +54,7 @@ def correlation_figure(trajectories: Trajectories, diagnostics: dict[str, Any], 
 def energy_figure(trajectories: Trajectories, diagnostics: dict[str, Any], target: Path) -> tuple[Path, Path]:
     """A row per role that occurs: the distribution of its tokens' energies on a shared axis, to a height of its own.
 
-    Args, returns and errors are those of ``correlation_figure``.
+    The arguments are those of ``correlation_figure``.
     """
     roles = [role for role in RESPONSE_ROLES if diagnostics["energy_by_role"][role.name.lower()]["count"]]
     energies = {role: role_energy(trajectories, role) for role in roles}

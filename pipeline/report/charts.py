@@ -175,22 +175,11 @@ def _success(rows: Sequence[Row]) -> dict[str, Any]:
     )
     figure.add_vline(x=reference["reference_success"], line={"color": GREY, "dash": "dash", "width": 1.5})
     for place, (row, (colour, _, symbol)) in enumerate(zip(trained, looks(plotly=True), strict=False)):
-        for name, width in (("success_ci", 7), ("t_ci", 1.5)):
-            if row[f"{name}_low"] is not None:
-                figure.add_scatter(
-                    x=[row[f"{name}_low"], row[f"{name}_high"]], y=[place] * 2, mode="lines", hoverinfo="skip",
-                    line={"color": colour, "width": width}, opacity=0.55 if width > 2 else 1, showlegend=False,
-                )  # fmt: skip
-        figure.add_scatter(
-            x=row["seed_success"], y=[place + 0.26] * len(row["seed_success"]), mode="markers", showlegend=False,
-            marker={"color": GREY, "size": 5}, hovertemplate="single seed: %{x:.3f}<extra></extra>",
-        )  # fmt: skip
-        figure.add_scatter(
-            x=[row["success_mean"]], y=[place], mode="markers", showlegend=False,
-            marker={"color": colour, "size": 11, "symbol": symbol, "line": {"color": "white", "width": 1}},
-            text=[_said(row["method"], row["success_mean"], row["success_ci_low"], row["success_ci_high"])],
-            hovertemplate="%{text}<extra></extra>",
-        )  # fmt: skip
+        bounds = {
+            width: (row[f"{name}_low"], row[f"{name}_high"]) for name, width in (("success_ci", 7), ("t_ci", 1.5))
+        }
+        said = _said(row["method"], row["success_mean"], row["success_ci_low"], row["success_ci_high"])
+        _add_row(figure, place, row["success_mean"], said, colour, bounds, row["seed_success"], symbol)
     figure.update_xaxes(title_text="success", range=[-0.01, 1.01])
     return rowed(figure, [f"{row['method']} (n = {row['seeds']})" for row in trained])
 
@@ -234,24 +223,40 @@ def _intervals(found: Sequence[ChartRow], title: str, nothing: float) -> dict[st
         ends += [one.value, *one.seeds]
         if one.interval is not None:
             ends += [one.interval.low, one.interval.high]
-            figure.add_scatter(
-                x=ends[-2:], y=[place] * 2, mode="lines", hoverinfo="skip", showlegend=False, opacity=0.6,
-                line={"color": one.colour, "width": 6},
-            )  # fmt: skip
-        if one.seeds:
-            figure.add_scatter(
-                x=list(one.seeds), y=[place + 0.26] * len(one.seeds), mode="markers", showlegend=False,
-                marker={"color": GREY, "size": 5}, hovertemplate="single seed: %{x:.3f}<extra></extra>",
-            )  # fmt: skip
-        figure.add_scatter(
-            x=[one.value], y=[place], mode="markers", showlegend=False, text=[f"{one.label}: {one.said}"],
-            marker={"color": one.colour, "size": 11, "line": {"color": "white", "width": 1}},
-            hovertemplate="%{text}<extra></extra>",
-        )  # fmt: skip
+        bounds = {} if one.interval is None else {6.0: (one.interval.low, one.interval.high)}
+        _add_row(figure, place, one.value, f"{one.label}: {one.said}", one.colour, bounds, one.seeds)
     margin = 0.05 * (max(ends) - min(ends)) or 0.05
     limits = [-0.01, 1.01] if nothing else [min(ends) - margin, max(ends) + margin]
     figure.update_xaxes(title_text=title, range=limits)
     return rowed(figure, [one.label for one in found])
+
+
+def _add_row(
+    figure: go.Figure,
+    place: int,
+    value: float,
+    said: str,
+    colour: str,
+    bounds: Mapping[float, Sequence[float | None]],
+    seeds: Sequence[float],
+    symbol: str = "circle",
+) -> None:
+    """A value with its intervals by the width of their lines, and single seeds below it."""
+    for width, ends in bounds.items():
+        if None not in ends:
+            figure.add_scatter(
+                x=ends, y=[place] * 2, mode="lines", hoverinfo="skip", line={"color": colour, "width": width},
+                opacity=0.55 if width > 2 else 1, showlegend=False,
+            )  # fmt: skip
+    if seeds:
+        figure.add_scatter(
+            x=list(seeds), y=[place + 0.26] * len(seeds), mode="markers", showlegend=False,
+            marker={"color": GREY, "size": 5}, hovertemplate="single seed: %{x:.3f}<extra></extra>",
+        )  # fmt: skip
+    figure.add_scatter(
+        x=[value], y=[place], mode="markers", showlegend=False, text=[said], hovertemplate="%{text}<extra></extra>",
+        marker={"color": colour, "size": 11, "symbol": symbol, "line": {"color": "white", "width": 1}},
+    )  # fmt: skip
 
 
 def rowed(figure: go.Figure, labels: Sequence[str]) -> dict[str, Any]:

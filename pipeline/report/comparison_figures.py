@@ -79,10 +79,8 @@ def learning_figure(curves: Mapping[str, Curves], timings: Mapping[str, Curves],
                 _band(axes, place[:-1], smoothed(series_of(curve, "success")), colour, dash)
                 points = validations(curve, timings.get(method), cost)
                 axes.plot(*points, marker, color=colour, ms=5, mec="white", mew=0.7, zorder=4)
-            axes.set_xlabel(COSTS[cost])
+            _spending(axes, cost)
             axes.margins(x=0.02)
-            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         figure.axes[0].set_ylim(bottom=0)
         for axes in figure.axes[::columns]:
             axes.set_ylabel("success")
@@ -130,10 +128,7 @@ def health_figure(curves: Mapping[str, Curves], tokens: int | None = None) -> Fi
                 _band(axes, spent(curve, None, cost)[:-1], series, colour, dash, spread=len(curves) <= CROWD)
             axes.set_title(title, fontsize=10)
         for axes in figure.axes[-3:]:
-            axes.set_xlabel(COSTS[cost])
-            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-            if cost == "tokens":
-                axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            _spending(axes, cost)
         _legend(figure, curves, marked=False)
     return figure
 
@@ -170,6 +165,13 @@ def _success_panel(axes: Axes, rows: Sequence[Mapping[str, Any]], temperature: f
     axes.set_xlabel("success")
     axes.grid(axis="y", visible=False)
     axes.tick_params(axis="y", length=0)
+
+
+def _spending(axes: Axes, cost: str) -> None:
+    """An axis of what was spent, in thousands where there are so many."""
+    axes.set_xlabel(COSTS[cost])
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def _band(axes: Axes, x: np.ndarray, series: np.ndarray, colour: str, dash: str, spread: bool = True) -> None:

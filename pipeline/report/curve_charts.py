@@ -9,24 +9,12 @@ import numpy as np
 import plotly.graph_objects as go
 
 from pipeline.analysis.comparison import Curves, Inputs
-from pipeline.analysis.curves import (
-    SMOOTHING,
-    costs,
-    over_seeds,
-    series_of,
-    smoothed,
-    spent,
-    uneven,
-    validations,
-)
+from pipeline.analysis.curves import SMOOTHING, costs, over_seeds, series_of, smoothed, spent, uneven, validations
 from pipeline.report.charts import Chart, rowed, trained_on, view
 from pipeline.report.style import COSTS, CROWD, HEALTH, ROLE_COLOURS, ROLE_PATTERNS, looks
 from pipeline.settings.params import Config
 
-SHARES = {
-    "of the gradient, measured": "measured_gradient_share_",
-    "of |c A|, counted": "gradient_share_",
-}
+SHARES = {"of the gradient, measured": "measured_gradient_share_", "of |c A|, counted": "gradient_share_"}
 """What is shared -> the beginning of its keys in the learning curves."""
 
 CUT = (
@@ -96,10 +84,7 @@ def _learning(curves: Mapping[str, Curves], timings: Mapping[str, Curves], cost:
             marker={"color": colour, "symbol": symbol, "size": 8, "line": {"color": "white", "width": 1}},
             name=method, hovertemplate=f"{method}<br>validation %{{y:.3f}} at %{{x:,.0f}}<extra></extra>",
         )  # fmt: skip
-    figure.update_layout(showlegend=len(curves) <= CROWD)
-    figure.update_xaxes(title_text=COSTS[cost])
-    figure.update_yaxes(title_text="success", rangemode="tozero")
-    return view(figure, 440)
+    return _over(figure, curves, cost, "success")
 
 
 def _health(curves: Mapping[str, Curves], key: str, title: str, cost: str) -> dict[str, Any]:
@@ -107,6 +92,10 @@ def _health(curves: Mapping[str, Curves], key: str, title: str, cost: str) -> di
     for (method, curve), (colour, dash, _) in zip(curves.items(), looks(plotly=True), strict=False):
         series = series_of(curve, key)
         _band(figure, method, len(curve), spent(curve, None, cost)[:-1], series, colour, dash)
+    return _over(figure, curves, cost, title)
+
+
+def _over(figure: go.Figure, curves: Mapping[str, Curves], cost: str, title: str) -> dict[str, Any]:
     figure.update_layout(showlegend=len(curves) <= CROWD)
     figure.update_xaxes(title_text=COSTS[cost])
     figure.update_yaxes(title_text=title, rangemode="tozero")

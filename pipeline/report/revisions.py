@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.analysis.revisions import Revision, change, changed_settings, headline
+from pipeline.analysis.comparison import headline
+from pipeline.analysis.revisions import Revision, change, changed_settings
 from pipeline.analysis.statistics import VERDICT_SEEDS
 from pipeline.report.differences import NO_VERDICT, difference_text
 from pipeline.report.tables import aligned
@@ -13,7 +14,7 @@ from pipeline.report.tables import aligned
 
 def revisions_text(a: Revision, b: Revision) -> str:
     """Both revisions for a terminal: a table per environment, and the settings that changed."""
-    rows_a, rows_b = headline(a), headline(b)
+    rows_a, rows_b = headline(a.comparison), headline(b.comparison)
     parts = [f"A: {a.name}\nB: {b.name}"]
     for environment in dict.fromkeys([*rows_a, *rows_b]):
         mine, theirs = rows_a.get(environment, {}), rows_b.get(environment, {})

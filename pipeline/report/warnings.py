@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from typing import Any
 
-from pipeline.analysis.comparison import Curves, Row
+from pipeline.analysis.comparison import Curves, Row, headline
 from pipeline.analysis.statistics import VERDICT_SEEDS
 from pipeline.report.differences import NO_VERDICT
 from pipeline.settings.params import Config
@@ -16,17 +17,19 @@ SHORTFALL = 0.05
 """Largest share of ``train.tokens`` that may be left at a training's end without a warning."""
 
 
-def comparison_warnings(config: Config, curves: Mapping[tuple[str, str], Curves], rows: Sequence[Row]) -> list[str]:
+def comparison_warnings(
+    config: Config, curves: Mapping[tuple[str, str], Curves], comparison: Mapping[str, Any]
+) -> list[str]:
     """Few seeds, trainings of unequal length, step sizes that do not match, and the like; one line each.
 
     Args:
         config: params.yaml.
         curves: (environment, method) -> learning curves of its seeds.
-        rows: of the comparison.
+        comparison: what ``compare`` gave.
     """
     found = []
     for environment in config.environments:
-        own = {row["method"]: row for row in rows if row["environment"] == environment and row["headline"]}
+        own = headline(comparison)[environment]
         few = [name for name in config.methods if own[name]["seeds"] < VERDICT_SEEDS]
         if few:
             least = min(own[name]["seeds"] for name in few)

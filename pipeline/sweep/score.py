@@ -28,7 +28,7 @@ def success(curves: SeedCurves, score: Literal["final", "area"]) -> float:
         curves: of all seeds, to the same iteration, which ends with a validation.
         score: ``final`` takes the last validation, ``area`` the mean over training (trapezoids between validations).
     """
-    return float(np.mean([_final(c) if score == "final" else _area(c) for c in curves.values()]))
+    return float(np.mean([validation(c)[-1][1] if score == "final" else _area(c) for c in curves.values()]))
 
 
 def tokens(curves: SeedCurves) -> float:
@@ -50,10 +50,6 @@ def violations(curves: SeedCurves, constraints: Constraints) -> dict[str, float]
         lost = [validation(curve)[0][1] - validation(curve)[-1][1] for curve in curves.values()]
         found["loss"] = max(lost) - constraints.loss
     return found
-
-
-def _final(curve: Sequence[Mapping[str, float]]) -> float:
-    return validation(curve)[-1][1]
 
 
 def _area(curve: Sequence[Mapping[str, float]]) -> float:

@@ -26,7 +26,8 @@ def observer(plan: SearchPlan, root: Path) -> Observer:
         rows = scores(trial) if outcome is None else mean_curve(outcome.curves)
         began = trial.datetime_start
         started = None if began is None else int(began.timestamp() * 1000)
-        log_trial(run, trial.number, _state(trial), settings(trial), rows, _tags(plan, trial), started)
+        state: Any = trial.state.name
+        log_trial(run, trial.number, state, settings(trial), rows, _tags(plan, trial), started)
 
     return observe
 
@@ -58,10 +59,6 @@ def mean_curve(curves: SeedCurves) -> list[dict[str, float]]:
 def scores(trial: FrozenTrial) -> list[dict[str, float]]:
     """What is known of a trial whose curves are not: its scores at the iterations at which it could have been stopped."""
     return [{"iteration": step - 1, "score": value} for step, value in sorted(trial.intermediate_values.items())]
-
-
-def _state(trial: FrozenTrial) -> Any:
-    return trial.state.name
 
 
 def _tags(plan: SearchPlan, trial: FrozenTrial) -> Mapping[str, str]:

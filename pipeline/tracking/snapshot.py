@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.tracking.patience import PATIENT
-from pipeline.tracking.spool import Record, Spool, now
+from pipeline.tracking.spool import Record, Spool, now, run_record
 from pipeline.tracking.training import Store
 
 
@@ -58,14 +58,9 @@ def _records(snapshot: Snapshot, earlier: Sequence[Record]) -> list[Record]:
         if file.exists()
     ]
     return [
-        {
-            "kind": "run",
-            "experiment": snapshot.experiment,
-            "name": snapshot.name,
-            "identity": dict(snapshot.identity),
-            "parent": None,
-            "time": earlier[0]["time"] if earlier else time,
-        },
+        run_record(
+            snapshot.experiment, snapshot.name, snapshot.identity, None, earlier[0]["time"] if earlier else time
+        ),
         {"kind": "tags", "values": dict(snapshot.tags)},
         *(
             {"kind": "metrics", "values": {name: value}, "step": 0, "time": known.get((name, value), time)}

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.tracking.patience import HURRIED
-from pipeline.tracking.spool import Record, Spool, now
+from pipeline.tracking.spool import Record, Spool, now, run_record
 from pipeline.tracking.system import SystemMetrics
 from pipeline.trajectories.records import episode_records
 from pipeline.trajectories.trajectory import Trajectories
@@ -164,14 +164,7 @@ def _beginning(settings: RunSettings) -> list[Record]:
     """The records with which a run begins. Its id is its own: the same training, made again, has another run."""
     identity = {"tracking.id": uuid.uuid4().hex}
     return [
-        {
-            "kind": "run",
-            "experiment": settings.experiment,
-            "name": settings.name,
-            "identity": identity,
-            "parent": dict(settings.parent),
-            "time": now(),
-        },
+        run_record(settings.experiment, settings.name, identity, settings.parent, now()),
         {"kind": "tags", "values": {**settings.tags, "kind": "training"}},
         {"kind": "params", "values": settings.params},
         {"kind": "inputs", "datasets": settings.datasets},
