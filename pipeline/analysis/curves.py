@@ -6,8 +6,6 @@ import numpy as np
 
 from pipeline.analysis.comparison import Curves
 
-COSTS = ("iterations", "episodes", "tokens", "seconds")
-"""What a training spends."""
 SMOOTHING = 5
 """Iterations of the centred moving mean over training success."""
 
@@ -19,13 +17,13 @@ def series_of(curves: Curves, key: str) -> np.ndarray:
 
 
 def costs(tokens: int | None, timed: bool) -> list[str]:
-    """Keys of ``COSTS``, the one first that trainings end by: sampled tokens if they are budgeted, else iterations.
+    """What trainings spend, that first that they end by: sampled tokens if they are budgeted, else iterations.
 
     Args:
         tokens: the budget, if there is one.
         timed: whether seconds are known.
     """
-    known = [cost for cost in COSTS if timed or cost != "seconds"]
+    known = ["iterations", "episodes", "tokens", *(["seconds"] if timed else [])]
     return known if tokens is None else sorted(known, key=lambda cost: cost != "tokens")
 
 

@@ -15,6 +15,7 @@ import plotly.graph_objects as go
 
 from pipeline.analysis.comparison import REFERENCE, Row, difference_of, places, rows_at
 from pipeline.analysis.statistics import VERDICT_SEEDS, Interval
+from pipeline.report.comparison_tables import estimate
 from pipeline.report.differences import difference_text
 from pipeline.report.style import BLUE, GREY, VERMILLION, looks
 from pipeline.settings.params import Config
@@ -178,7 +179,7 @@ def _success(rows: Sequence[Row]) -> dict[str, Any]:
         bounds = {
             width: (row[f"{name}_low"], row[f"{name}_high"]) for name, width in (("success_ci", 7), ("t_ci", 1.5))
         }
-        said = _said(row["method"], row["success_mean"], row["success_ci_low"], row["success_ci_high"])
+        said = f"{row['method']}: {estimate(row['success_mean'], row['success_ci_low'], row['success_ci_high'])}"
         _add_row(figure, place, row["success_mean"], said, colour, bounds, row["seed_success"], symbol)
     figure.update_xaxes(title_text="success", range=[-0.01, 1.01])
     return rowed(figure, [f"{row['method']} (n = {row['seeds']})" for row in trained])
@@ -267,7 +268,3 @@ def rowed(figure: go.Figure, labels: Sequence[str]) -> dict[str, Any]:
         )
     figure.update_yaxes(range=[len(labels) - 0.5, -0.7], showticklabels=False, showgrid=False, zeroline=False)
     return view(figure, 70 + (ROW if len(labels) <= MANY else DENSE) * max(2, len(labels)), left=10)
-
-
-def _said(name: str, value: float, low: float, high: float) -> str:
-    return f"{name}: {value:.3f} [{low:.3f}, {high:.3f}]"

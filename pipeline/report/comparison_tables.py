@@ -57,7 +57,7 @@ def result_table(comparison: Mapping[str, Any], environment: str, temperature: f
             [
                 row["method"],
                 _size(row),
-                _estimate(row["success_mean"], row["success_ci_low"], row["success_ci_high"]),
+                estimate(row["success_mean"], row["success_ci_low"], row["success_ci_high"]),
                 _bounds(row["t_ci_low"], row["t_ci_high"]),
                 _number(row["success_iqm"]),
                 _difference(row, "reference"),
@@ -141,7 +141,7 @@ def overview_markdown(comparisons: Sequence[Mapping[str, Any]]) -> str:
         for environment, temperatures in places(comparison).items():
             found = {row["method"]: row for row in rows_at(comparison, environment, temperatures[0])}
             cells = [
-                _estimate(found[m]["success_mean"], found[m]["success_ci_low"], found[m]["success_ci_high"])
+                estimate(found[m]["success_mean"], found[m]["success_ci_low"], found[m]["success_ci_high"])
                 if m in found
                 else "–"
                 for m in methods
@@ -195,7 +195,8 @@ def _difference(row: Row, other: str) -> str:
     return "–" if found is None else difference_text(found, "" if other == REFERENCE else f" vs {row[other]}")
 
 
-def _estimate(value: float, low: float, high: float) -> str:
+def estimate(value: float, low: float, high: float) -> str:
+    """A value with its interval."""
     return f"{value:.3f} {_bounds(low, high)}"
 
 

@@ -6,6 +6,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
@@ -64,12 +65,9 @@ def draw_decisions(result: Mapping[str, Any], target: Path) -> tuple[Path, Path]
             (middle, "between", "variance of returns that the token decides"),
             (right, "explained", "its share of the variance there"),
         ):
-            mean, low, high = ([row[key][part] for row in signals.values()] for part in ("mean", "low", "high"))
-            errors = [
-                [m - lo for m, lo in zip(mean, low, strict=True)],
-                [h - m for h, m in zip(high, mean, strict=True)],
-            ]
-            axes.errorbar(mean, rows, xerr=errors, fmt="o", color="black", capsize=3)
+            found = [[row[key][part] for part in ("mean", "low", "high")] for row in signals.values()]
+            mean, low, high = np.array(found).T
+            axes.errorbar(mean, rows, xerr=(mean - low, high - mean), fmt="o", color="black", capsize=3)
             axes.axvline(0, color="0.7", linewidth=0.8)
             axes.set_xlabel(label)
         figure.suptitle(

@@ -22,7 +22,7 @@ from pipeline.analysis.comparison import Inputs, places
 from pipeline.report.charts import Chart, difference_charts, plain, success_chart
 from pipeline.report.comparison_tables import READING, common_terms, result_table, time_table, training_table
 from pipeline.report.curve_charts import training_charts
-from pipeline.report.style import page_colours
+from pipeline.report.style import PAGE_COLOURS
 from pipeline.report.token_charts import token_charts
 from pipeline.settings.params import Config
 from pipeline.trajectories.trajectory import Trajectories
@@ -70,7 +70,7 @@ def report_html(
             terms=common_terms(comparison),
             sections=sections,
             studies=studies,
-            colours=page_colours(),
+            colours=PAGE_COLOURS,
             style=_file("report.css"),
             scripts=scripts,
             plotly=plotly,

@@ -13,7 +13,7 @@ from pipeline.report.style import DASHES, MARKERS, METHOD_COLOURS, QUIET, STYLE,
 from pipeline.report.tables import aligned
 
 MEASURES = {
-    "snr": "signal-to-noise ratio, ± jackknife standard error over groups",
+    "snr": "signal-to-noise ratio\n± jackknife standard error over groups",
     "cosine_many": "cosine, an iteration with other groups",
     "cosine_uniform": "cosine with the uniform gradient",
     "share_action": "gradient share of action tokens",
@@ -61,25 +61,19 @@ def draw_replay(result: Mapping[str, Any], target: Path) -> tuple[Path, Path]:
         for axes, (measure, title) in zip(figure.subplots(2, 2).flat, MEASURES.items(), strict=True):
             for (beta, tau, signal), rows in lines.items():
                 ordered = sorted(rows, key=lambda row: row["alpha"])
-                axes.plot(
+                colour = METHOD_COLOURS[signals.index(signal) % len(METHOD_COLOURS)] if beta else "black"
+                axes.errorbar(
                     [row["alpha"] for row in ordered],
                     [row[measure] for row in ordered],
-                    color=METHOD_COLOURS[signals.index(signal) % len(METHOD_COLOURS)] if beta else "black",
+                    [row["snr_error"] for row in ordered] if measure == "snr" else None,
+                    color=colour,
+                    ecolor=(colour, 0.5),
+                    elinewidth=0.8,
+                    capsize=2,
                     marker=markers[betas.index(beta) % len(markers)],
                     linestyle=dashes[taus.index(tau) % len(dashes)] if beta else "-",
                     label=f"β {beta:g}, τ {tau:g}, {signal}" if beta else "β 0",
                 )
-                if measure == "snr":
-                    axes.errorbar(
-                        [row["alpha"] for row in ordered],
-                        [row["snr"] for row in ordered],
-                        yerr=[row["snr_error"] for row in ordered],
-                        fmt="none",
-                        ecolor=axes.lines[-1].get_color(),
-                        elinewidth=0.8,
-                        capsize=2,
-                        alpha=0.5,
-                    )
             if measure in result["uniform"]:
                 axes.axhline(result["uniform"][measure], color=QUIET, linestyle=":", label="uniform weights")
             axes.set(xlabel="α, weight of reasoning tokens", ylabel=title)

@@ -8,6 +8,7 @@ from typing import Any
 from pipeline.analysis.comparison import headline
 from pipeline.analysis.revisions import Revision, change, changed_settings
 from pipeline.analysis.statistics import VERDICT_SEEDS
+from pipeline.report.comparison_tables import estimate
 from pipeline.report.differences import NO_VERDICT, difference_text
 from pipeline.report.tables import aligned
 
@@ -51,6 +52,4 @@ def revisions_text(a: Revision, b: Revision) -> str:
 
 
 def _success(row: Mapping[str, Any] | None) -> str:
-    if row is None:
-        return "–"
-    return f"{row['success_mean']:.3f} [{row['success_ci_low']:.3f}, {row['success_ci_high']:.3f}]"
+    return "–" if row is None else estimate(row["success_mean"], row["success_ci_low"], row["success_ci_high"])

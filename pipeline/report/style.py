@@ -38,6 +38,8 @@ ROLE_COLOURS = {
     "other": "#999999",
     "response": "#4d4d4d",
 }
+PAGE_COLOURS = {**PALETTE, "grey": GREY, **{f"role-{role}": colour for role, colour in ROLE_COLOURS.items()}}
+"""Custom property of the page's style sheet -> colour; its scripts read them there."""
 ROLE_PATTERNS = {"action": "", "reasoning": "/", "tag": ".", "other": "x"}
 """Roles that are reported together, with hatches, so that no role is told by its colour alone."""
 
@@ -116,8 +118,3 @@ def save(figure: Figure, stem: Path) -> tuple[Path, Path]:
         figure.savefig(png, **PNG)
         figure.savefig(svg, metadata={"Date": None, "Creator": None})
     return png, svg
-
-
-def page_colours() -> dict[str, str]:
-    """Custom property of the page's style sheet -> colour; its scripts read them there."""
-    return {**PALETTE, "grey": GREY, **{f"role-{role}": colour for role, colour in ROLE_COLOURS.items()}}

@@ -80,15 +80,10 @@ def _method_warnings(config: Config, rows: Mapping[str, Row], method: str) -> li
         if mine is None or theirs is None:
             found.append(f"KL per iteration on action tokens is not known for it and its control {control}")
         elif abs(theirs - mine) > KL_DRIFT * mine:
+            alike = config.methods[method].learning_rate == config.methods[control].learning_rate
+            advice = "a difference may be one of step size" if alike else f"adjust methods.{control}.learning_rate"
             found.append(
                 f"KL per iteration on action tokens over the first 3 iterations is {mine:.3g}, its control's {theirs:.3g} "
-                f"({control}, off by more than {KL_DRIFT:.0%}): {_advice(config, method, control)}"
+                f"({control}, off by more than {KL_DRIFT:.0%}): {advice}"
             )
     return found
-
-
-def _advice(config: Config, method: str, control: str) -> str:
-    """What a drift of the KL per iteration means: a matched control's learning rate is there to be adjusted."""
-    if config.methods[method].learning_rate == config.methods[control].learning_rate:
-        return "a difference may be one of step size"
-    return f"adjust methods.{control}.learning_rate"

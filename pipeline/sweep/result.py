@@ -49,13 +49,11 @@ class SearchResult:
         """Trials that keep all constraints and are beaten by no other in both success and tokens."""
         kept = [trial for trial in self.complete if feasible(trial)]
 
-        def beaten(trial: FrozenTrial) -> bool:
-            return any(
-                a.values[0] >= trial.values[0] and a.values[1] <= trial.values[1] and a.values != trial.values
-                for a in kept
-            )
+        def beaten(by: FrozenTrial, trial: FrozenTrial) -> bool:
+            (success, tokens), (most, least) = trial.values, by.values
+            return bool(most >= success and least <= tokens and by.values != trial.values)
 
-        return [trial for trial in kept if not beaten(trial)]
+        return [trial for trial in kept if not any(beaten(other, trial) for other in kept)]
 
 
 def feasible(trial: FrozenTrial) -> bool:
@@ -135,16 +133,13 @@ def importances(found: SearchResult) -> dict[str, Any]:
     study = short_study(found)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return {
-            **{
-                name.lower().replace("-", "_"): {
-                    key: round(float(value), 4)
-                    for key, value in optuna.importance.get_param_importances(study, evaluator=evaluator).items()
-                }
-                for name, evaluator in EVALUATORS.items()
-            },
-            "trials": len(found.complete),
-        }
+        importance = optuna.importance.get_param_importances
+        by_name = {name: importance(study, evaluator=evaluator) for name, evaluator in EVALUATORS.items()}
+    rounded = {
+        name.lower().replace("-", "_"): {key: round(float(value), 4) for key, value in values.items()}
+        for name, values in by_name.items()
+    }
+    return {**rounded, "trials": len(found.complete)}
 
 
 def short_study(found: SearchResult, tokens: bool = False) -> optuna.Study:
