@@ -132,12 +132,12 @@ def test_signal_to_noise_finds_a_known_ratio() -> None:
     noisy = mean + draws.standard_normal((64, 400))
     # Squared mean 4; variance of the mean of 64 vectors of 400 unit variances: 400 / 64.
     found = signal_to_noise(noisy)
-    assert found.value == pytest.approx(4 / (400 / 64), rel=0.3)
-    assert abs(signal_to_noise(draws.standard_normal((64, 400))).value) < 0.1
+    assert found.snr == pytest.approx(4 / (400 / 64), rel=0.3)
+    assert abs(signal_to_noise(draws.standard_normal((64, 400))).snr) < 0.1
     assert signal_to_noise(np.zeros((4, 3))) == (0.0, 0.0)
     # The standard error is the spread over fresh samples.
-    fresh = [signal_to_noise(mean + draws.standard_normal((64, 400))).value for _ in range(60)]
-    assert found.error == pytest.approx(np.std(fresh), rel=0.5)
+    fresh = [signal_to_noise(mean + draws.standard_normal((64, 400))).snr for _ in range(60)]
+    assert found.snr_error == pytest.approx(np.std(fresh), rel=0.5)
 
 
 def test_cosines() -> None:

@@ -117,7 +117,7 @@ def replay(
             **point._asdict(),
             "cosine_uniform": cosine(weighted.sum(0), uniform.sum(0)),
             "cosine_many": cosine_to_others(weighted, uniform, config.rollout.groups),
-            **_measured(weighted),
+            **signal_to_noise(weighted)._asdict(),
             **role_shares(gradients, factors),
         }
 
@@ -127,7 +127,7 @@ def replay(
         "method": name,
         "groups": len(members),
         "sketch": SKETCH,
-        "uniform": {"cosine_many": many, **_measured(uniform)},
+        "uniform": {"cosine_many": many, **signal_to_noise(uniform)._asdict()},
         "rows": [row(point) for point in points],
     }
 
@@ -215,8 +215,8 @@ def cosine_to_others(weighted: np.ndarray, uniform: np.ndarray, size: int) -> fl
 class SignalToNoise(NamedTuple):
     """An estimate and its standard error."""
 
-    value: float
-    error: float
+    snr: float
+    snr_error: float
 
 
 def signal_to_noise(gradients: np.ndarray) -> SignalToNoise:
@@ -246,11 +246,6 @@ def _ratio(products: np.ndarray) -> float:
     signal = (float(products.sum()) - squares) / (count * (count - 1))
     noise = (squares / count - signal) / (count + 1)
     return signal / noise if noise > 0 else 0.0
-
-
-def _measured(gradients: np.ndarray) -> dict[str, float]:
-    value, error = signal_to_noise(gradients)
-    return {"snr": value, "snr_error": error}
 
 
 def role_shares(gradients: np.ndarray, factors: np.ndarray) -> dict[str, float]:
