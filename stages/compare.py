@@ -10,13 +10,15 @@ from pipeline.commands.cli import ParamsFile, configured, layout_of, run
 def main(params: ParamsFile = "params.yaml") -> str:
     config, _ = configured(params)
     from pipeline.analysis.comparison import compare, read_inputs
+    from pipeline.analysis.examples import read_all_played
+    from pipeline.analysis.metrics import write_metrics
     from pipeline.progress.display import doing
     from pipeline.report.comparison_figures import write_comparison_figures
     from pipeline.report.comparison_tables import comparison_markdown, comparison_text
-    from pipeline.report.flat import write_flat
     from pipeline.report.html import report_html
     from pipeline.report.sweep import read_sweeps
-    from pipeline.report.viewer import SavedTokenizer, read_all_played, viewer_data
+    from pipeline.report.viewer import SavedTokenizer, viewer_data
+    from pipeline.report.warnings import comparison_warnings
     from pipeline.tracking.comparison import log_comparison
     from pipeline.trajectories.table import read
     from pipeline.workspace.errors import UserError
@@ -31,12 +33,13 @@ def main(params: ParamsFile = "params.yaml") -> str:
         comparison = compare(config, inputs)
     except ValueError as error:
         raise UserError(f"{layout.out / 'data' / 'evaluations'}: {error}; `dvc repro` brings it up to date") from None
+    comparison["warnings"] = comparison_warnings(config, inputs.curves, comparison)
     doing("drawing figures")
     write_comparison_figures(comparison, inputs, reports / "figures")
     first = next(iter(config.environments))
     write_json(reports / "bottleneck.json", {**bottleneck[first], "schema": 1, "environments": bottleneck})
     write_json(layout.comparison, comparison)
-    write_flat(comparison, inputs.curves, reports)
+    write_metrics(comparison, inputs.curves, reports)
     write_text(reports / "comparison.md", comparison_markdown(comparison))
     text = comparison_text(comparison)
     write_text(reports / "comparison.txt", text)

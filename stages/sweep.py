@@ -1,4 +1,4 @@
-"""Search settings: run a study of params.yaml's ``sweep`` section, or go on with one; reports/sweep/<study>."""
+"""SearchRun settings: run a study of params.yaml's ``sweep`` section, or go on with one; reports/sweep/<study>."""
 
 from __future__ import annotations
 
@@ -12,10 +12,10 @@ def main(study: StudyName, params: ParamsFile = "params.yaml") -> str:
     from pipeline.progress.display import doing
     from pipeline.sweep.figures import write_figures
     from pipeline.sweep.plan import plans
-    from pipeline.sweep.result import Found, best_overlay, report_text, summary, trials_table
+    from pipeline.sweep.result import SearchResult, best_overlay, report_text, summary, trials_table
     from pipeline.sweep.tracking import log_search, observer
     from pipeline.sweep.trial import TrainingObjective
-    from pipeline.sweep.workers import Search, run_search
+    from pipeline.sweep.workers import SearchRun, run_search
     from pipeline.tracking.store import open_store, store_of
     from pipeline.workspace.errors import UserError
     from pipeline.workspace.files import write_json, write_text
@@ -28,8 +28,8 @@ def main(study: StudyName, params: ParamsFile = "params.yaml") -> str:
     found = []
     for plan in plans(params, study, policy):
         in_own_process(open_store, store_of(config, root), plan.environment)
-        search = Search(plan, TrainingObjective(plan), observer(plan, root))
-        found.append(Found(plan, run_search(search, config.workers)))
+        search = SearchRun(plan, TrainingObjective(plan), observer(plan, root))
+        found.append(SearchResult(plan, run_search(search, config.workers)))
     doing("drawing figures")
     write_text(target / "trials.csv", trials_table(found).to_csv(index=False))
     write_text(target / "best.yaml", best_overlay(found))

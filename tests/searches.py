@@ -22,9 +22,9 @@ import pytest
 from optuna.trial import FrozenTrial, TrialState
 
 from pipeline.settings.presets import overlay
-from pipeline.sweep.plan import Plan, plans
+from pipeline.sweep.plan import SearchPlan, plans
 from pipeline.sweep.queue import KILLED
-from pipeline.sweep.workers import Search, run_search, study_trials
+from pipeline.sweep.workers import SearchRun, run_search, study_trials
 from pipeline.workspace.processes import in_own_process
 from pipeline.workspace.yaml_files import read_yaml
 
@@ -47,7 +47,7 @@ def params(folder: Path, *changes: dict[str, Any]) -> Path:
     return path
 
 
-def searches(folder: Path, study: str = "actfocus", *changes: dict[str, Any], **sweep: Any) -> list[Plan]:
+def searches(folder: Path, study: str = "actfocus", *changes: dict[str, Any], **sweep: Any) -> list[SearchPlan]:
     """A study of params.yaml with changes and settings of the sweep; any file stands for the reference policy."""
     policy = folder / "policy"
     policy.mkdir(parents=True, exist_ok=True)
@@ -55,14 +55,14 @@ def searches(folder: Path, study: str = "actfocus", *changes: dict[str, Any], **
     return plans(params(folder, *changes, {"sweep": sweep}), study, policy)
 
 
-def begin(plan: Plan, objective: Any, count: int = 2, observer: Any = None) -> BaseProcess:
+def begin(plan: SearchPlan, objective: Any, count: int = 2, observer: Any = None) -> BaseProcess:
     """A run of a search in a process group of its own, as a terminal starts it."""
     process = multiprocessing.get_context("fork").Process(target=_session, args=(plan, objective, count, observer))
     process.start()
     return process
 
 
-def _session(plan: Plan, objective: Any, count: int, observer: Any) -> None:
+def _session(plan: SearchPlan, objective: Any, count: int, observer: Any) -> None:
     os.setsid()
     with (
         open("session.txt", "a", buffering=1, encoding="utf-8") as out,
@@ -70,7 +70,7 @@ def _session(plan: Plan, objective: Any, count: int, observer: Any) -> None:
         contextlib.redirect_stderr(out),
     ):
         try:
-            run_search(Search(plan, objective, observer), count)
+            run_search(SearchRun(plan, objective, observer), count)
         except BaseException:
             traceback.print_exc()
             raise
@@ -95,17 +95,17 @@ def kill_all(process: BaseProcess) -> None:
     process.join()
 
 
-def run(plan: Plan, objective: Any, count: int = 2, observer: Any = None, seconds: float = 40.0) -> None:
+def run(plan: SearchPlan, objective: Any, count: int = 2, observer: Any = None, seconds: float = 40.0) -> None:
     """A run of a search that must end well."""
     end(begin(plan, objective, count, observer), seconds)
 
 
-def trials_of(plan: Plan) -> list[FrozenTrial]:
+def trials_of(plan: SearchPlan) -> list[FrozenTrial]:
     """Read in another process: a connection to a database must not get into forked ones."""
     return in_own_process(study_trials, plan)
 
 
-def trials_asked_for(plan: Plan) -> list[FrozenTrial]:
+def trials_asked_for(plan: SearchPlan) -> list[FrozenTrial]:
     """All trials of a search that has ended: exactly those asked for are finished, and nothing was lost or drawn twice."""
     trials = trials_of(plan)
     finished = [t for t in trials if t.state in (TrialState.COMPLETE, TrialState.PRUNED)]

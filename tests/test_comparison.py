@@ -19,6 +19,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from pipeline.analysis.comparison import REFERENCE, SPENT, Inputs, compare, read_inputs
+from pipeline.analysis.metrics import headline_metrics
 from pipeline.report.charts import difference_charts, plain
 from pipeline.report.comparison_figures import learning_figure, learning_panels, write_comparison_figures
 from pipeline.report.comparison_tables import (
@@ -29,8 +30,8 @@ from pipeline.report.comparison_tables import (
     result_table,
 )
 from pipeline.report.curve_charts import training_charts
-from pipeline.report.flat import headline_metrics
 from pipeline.report.html import embedded, report_html
+from pipeline.report.warnings import comparison_warnings
 from pipeline.settings.params import Config, parse
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.files import write_json
@@ -164,6 +165,12 @@ def solved_by_hand(config: Config, **wins: list[list[list[int]]]) -> Inputs:
     return replace(found, episodes=tables)
 
 
+def compared(config: Config, made: Inputs) -> dict[str, Any]:
+    """The comparison as the stage writes it."""
+    found = compare(config, made)
+    return {**found, "warnings": comparison_warnings(config, made.curves, found)}
+
+
 def row_of(comparison: dict[str, Any], method: str, temperature: float = 0.5) -> dict[str, Any]:
     (row,) = [r for r in comparison["rows"] if r["method"] == method and r["temperature"] == temperature]
     return dict(row)
@@ -171,7 +178,7 @@ def row_of(comparison: dict[str, Any], method: str, temperature: float = 0.5) ->
 
 def test_rows_hold_what_can_be_worked_out_by_hand() -> None:
     config = configuration(seeds=[0, 1], evaluation={"states": 2, "rollouts": 2, "temperatures": [0.5, 1.0]})
-    found = compare(
+    found = compared(
         config,
         solved_by_hand(
             config,
@@ -201,7 +208,7 @@ def test_rows_hold_what_can_be_worked_out_by_hand() -> None:
 
 def test_every_row_has_every_key_and_the_reference_has_rows_of_its_own() -> None:
     config = configuration()
-    found = compare(config, inputs(config))
+    found = compared(config, inputs(config))
     assert (found["schema"], found["comparison"]) == (2, "toy")
     assert len(found["rows"]) == 2 * 4
     assert all(set(KEYS.split()) <= set(row) for row in found["rows"])
@@ -220,13 +227,13 @@ def test_every_row_has_every_key_and_the_reference_has_rows_of_its_own() -> None
 def test_an_environments_own_outcomes_are_columns_and_its_score_is_without_penalties() -> None:
     config = configuration()
     given = inputs(config)
-    usual = result_table(compare(config, given), "lake", config.evaluation.temperatures[0])
+    usual = result_table(compared(config, given), "lake", config.evaluation.temperatures[0])
     assert "score" not in usual.header
     own = ("lake", "grpo")
     table = given.episodes[own]
     ends = ["bought" if won else "turns" for won in table["success"].to_pylist()]
     given.episodes[own] = table.set_column(table.schema.get_field_index("end_reason"), "end_reason", pa.array(ends))
-    found = compare(config, given)
+    found = compared(config, given)
     mine = row_of(found, "grpo")
     assert mine["ends"] == {"bought": mine["success_mean"], "turns": pytest.approx(1 - mine["success_mean"])}
     penalty = next(iter(config.environments.values())).format_penalty
@@ -248,7 +255,7 @@ def test_malformed_cut_and_disallowed_turns_are_columns_of_their_own() -> None:
     given.episodes["lake", "grpo"] = table
     earlier = ["disallowed_turns", "malformed_turns", "cut_turns"]
     given.episodes["lake", REFERENCE] = given.episodes["lake", REFERENCE].drop_columns(earlier)
-    found = compare(config, given)
+    found = compared(config, given)
     shown = result_table(found, "lake", config.evaluation.temperatures[0])
     place = shown.header.index("valid actions")
     assert shown.header[place : place + 4] == ["valid actions", "disallowed", "malformed", "cut"]
@@ -263,14 +270,14 @@ def test_malformed_cut_and_disallowed_turns_are_columns_of_their_own() -> None:
 def test_same_inputs_give_the_same_bytes(tmp_path: Path) -> None:
     config = configuration()
     for name in ("a", "b"):
-        write_json(tmp_path / name, compare(config, inputs(config)))
+        write_json(tmp_path / name, compared(config, inputs(config)))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
 
 
 def test_adding_a_method_leaves_the_rows_of_the_others() -> None:
     config = configuration()
     more = configuration(methods={**{m: {} for m in config.methods}, "ppo": {}})
-    found, with_more = compare(config, inputs(config)), compare(more, inputs(more))
+    found, with_more = compared(config, inputs(config)), compared(more, inputs(more))
     for method in config.methods:
         a, b = row_of(found, method), row_of(with_more, method)
         assert {k: v for k, v in a.items() if k != "learning_rate"} == {k: b[k] for k in a if k != "learning_rate"}
@@ -289,14 +296,14 @@ def test_files_are_read_and_timings_may_be_absent(tmp_path: Path) -> None:
     write_json(layout.timings("lake", "grpo"), {"seeds": made.timings["lake", "grpo"]})
     found = read_inputs(config, layout)
     assert set(found.timings) == {("lake", "grpo")}
-    assert compare(config, found) == compare(config, made)
+    assert compared(config, found) == compared(config, made)
 
 
 def test_drift_of_a_control_is_warned_of_beyond_a_fifth() -> None:
     config = configuration()
-    assert not any("KL per iteration" in warning for warning in compare(config, inputs(config, 0.0119))["warnings"])
+    assert not any("KL per iteration" in warning for warning in compared(config, inputs(config, 0.0119))["warnings"])
     for drifted in (0.0121, 0.0079):
-        (warning,) = [w for w in compare(config, inputs(config, drifted))["warnings"] if "KL per iteration" in w]
+        (warning,) = [w for w in compared(config, inputs(config, drifted))["warnings"] if "KL per iteration" in w]
         assert "lake: grpo_actfocus: KL per iteration on action tokens" in warning
         assert "methods.grpo_lr_matched.learning_rate" in warning
 
@@ -309,7 +316,7 @@ def test_other_warnings() -> None:
     made = inputs(config)
     made.curves["lake", "grpo"]["0"][4]["non_finite_losses"] = 2.0
     made.curves["lake", "grpo"]["1"].pop()
-    found = compare(config, made)
+    found = compared(config, made)
     text = "\n".join(found["warnings"])
     assert "grpo: 2 updates had a non-finite loss" in text
     assert "grpo: seeds were trained for different numbers of iterations: [11, 12]" in text
@@ -323,13 +330,13 @@ def test_what_methods_were_given_is_counted_and_shown() -> None:
     """Iterations of seeds 0 to 3 have 4000, 4010, 4020 and 4030 tokens; then seed 3 ends an iteration early."""
     config = configuration()
     made = inputs(config)
-    found = compare(config, made)
+    found = compared(config, made)
     row = row_of(found, "grpo")
     assert row["training_tokens"] == ITERATIONS * 4015
     assert (row["training_episodes"], row["paths_per_state"]) == (ITERATIONS * 128, 128 / config.rollout.groups)
     assert f"| `grpo` | {ITERATIONS} | {ITERATIONS * 128} | {ITERATIONS * 4015} | 16 | " in comparison_markdown(found)
     made.curves["lake", "grpo"]["3"].pop()
-    row = row_of(compare(config, made), "grpo")
+    row = row_of(compared(config, made), "grpo")
     assert (row["iterations"], row["training_tokens"]) == (ITERATIONS - 0.25, ITERATIONS * 4015 - 4030 / 4)
     assert row["paths_per_state"] == 16
 
@@ -357,7 +364,7 @@ def budgeted(iterations: int = ITERATIONS + 1) -> tuple[Config, Inputs]:
 
 def test_with_a_budget_unequal_lengths_are_no_fault_and_a_budget_not_spent_is() -> None:
     config, made = budgeted()
-    found = compare(config, made)
+    found = compared(config, made)
     assert found["tokens"] == BUDGET
     assert not any("iterations" in warning for warning in found["warnings"] if "KL" not in warning)
     assert f"## lake, training to {BUDGET} sampled tokens" in comparison_markdown(found)
@@ -368,7 +375,7 @@ def test_with_a_budget_unequal_lengths_are_no_fault_and_a_budget_not_spent_is() 
         for rows in curves.values():
             del rows[10:]
     made.curves["lake", "grpo"]["1"][0]["tokens"] -= 0.06 * BUDGET
-    warnings = [w for w in compare(config, made)["warnings"] if "train.iterations" in w]
+    warnings = [w for w in compared(config, made)["warnings"] if "train.iterations" in w]
     assert [w.split(" sampled tokens")[0] for w in warnings] == [
         "lake: grpo: train.iterations (10) ended seed 1 after as few as 37676",
         "lake: grpo_actfocus: train.iterations (10) ended seeds 0, 1, 2, 3 after as few as 34000",
@@ -418,14 +425,14 @@ def test_missing_seeds_are_paired_without_and_said(tmp_path: Path) -> None:
     made = inputs(config)
     table = made.episodes["lake", "grpo"]
     shorter = table.filter(pa.array([seed != 3 for seed in table["seed"].to_pylist()]))
-    found = compare(config, replace(made, episodes={**made.episodes, ("lake", "grpo"): shorter}))
+    found = compared(config, replace(made, episodes={**made.episodes, ("lake", "grpo"): shorter}))
     assert row_of(found, "grpo_actfocus")["difference_to_uniform_seeds"] == 3
     assert "lake: grpo_actfocus: only 3 of 4 seeds are paired with grpo" in found["warnings"]
     config = configuration(seeds=list(range(6)))
     made = inputs(config)
     table = made.episodes["lake", "grpo"]
     shorter = table.filter(pa.array([seed != 3 for seed in table["seed"].to_pylist()]))
-    found = compare(config, replace(made, episodes={**made.episodes, ("lake", "grpo"): shorter}))
+    found = compared(config, replace(made, episodes={**made.episodes, ("lake", "grpo"): shorter}))
     assert (
         "lake: grpo_actfocus: only 5 of 6 seeds are paired with grpo: no verdict below 6 paired seeds"
         in (found["warnings"])
@@ -434,7 +441,7 @@ def test_missing_seeds_are_paired_without_and_said(tmp_path: Path) -> None:
 
 def test_tables_print_sizes_intervals_and_common_terms_once() -> None:
     config = configuration()
-    found = compare(config, inputs(config))
+    found = compared(config, inputs(config))
     markdown, text = comparison_markdown(found), comparison_text(found)
     regulariser = config.method_defaults.regulariser
     assert f"share the same entropy and KL terms: entropy bonus {regulariser.entropy:g}" in markdown
@@ -456,7 +463,7 @@ def test_tables_print_sizes_intervals_and_common_terms_once() -> None:
 
 def test_the_overview_has_a_row_per_comparison_and_the_reference_first() -> None:
     config = configuration()
-    found = compare(config, inputs(config))
+    found = compared(config, inputs(config))
     fewer = {**found, "comparison": "few", "rows": [row for row in found["rows"] if row["method"] != "grpo"]}
     head, _, full, few = overview_markdown([found, fewer]).splitlines()
     names = [cell.strip() for cell in head.strip("|").split("|")]
@@ -470,7 +477,7 @@ def test_the_overview_has_a_row_per_comparison_and_the_reference_first() -> None
 def test_status_and_source_are_shown_where_a_method_has_a_source() -> None:
     methods = {"grpo": {"source": "arXiv 2402.03300", "status": "faithful"}, "mine": {}}
     config = configuration(methods=methods, compare={"resamples": 200, "uniform": {}, "control": {}})
-    found = compare(config, inputs(config))
+    found = compared(config, inputs(config))
     lines = [line.split() for line in comparison_text(found).splitlines()]
     assert [line[1] for line in lines if line and line[0] in ("method", "grpo", "mine", REFERENCE)] == [
         "status", "faithful", "ours", "–"
@@ -482,7 +489,7 @@ def test_status_and_source_are_shown_where_a_method_has_a_source() -> None:
 def test_figures_are_equal_byte_for_byte_and_carry_no_date(tmp_path: Path) -> None:
     config = configuration()
     made = inputs(config)
-    found = compare(config, made)
+    found = compared(config, made)
     first, second = (write_comparison_figures(found, made, tmp_path / name)["lake"] for name in ("a", "b"))
     assert [svg.name for svg in first] == ["lake-success.svg", "lake-learning.svg", "lake-health.svg"]
     for a, b in zip(first, second, strict=True):
@@ -527,7 +534,7 @@ def test_figures_bear_single_seeds_gaps_and_many_methods(tmp_path: Path) -> None
     made = inputs(config)
     for row in made.curves["lake", "method_a"]["0"][3:5]:
         del row["gradient_norm"]
-    found = compare(config, made)
+    found = compared(config, made)
     assert row_of(found, "method_a")["t_ci_low"] is None
     assert len(write_comparison_figures(found, made, tmp_path)["lake"]) == 3
 
@@ -535,7 +542,7 @@ def test_figures_bear_single_seeds_gaps_and_many_methods(tmp_path: Path) -> None
 def test_page_is_self_contained_and_escapes_what_it_is_given() -> None:
     config = configuration()
     made = inputs(config)
-    found = compare(config, made)
+    found = compared(config, made)
     hostile = "<script>alert('x')</script>"
     found["comparison"] = hostile
     found["warnings"].append(hostile)
@@ -543,6 +550,8 @@ def test_page_is_self_contained_and_escapes_what_it_is_given() -> None:
     bottleneck = {"groups": 8, "group_size": 4, "zero_variance_groups": 2} | {
         scope: correlation | {"varying": correlation} for scope in ("action", "reasoning", "response")
     }
+    roles = ("reasoning", "action", "think_tag", "answer_tag", "other")
+    bottleneck |= {"energy_by_role": {role: {"count": 1} for role in roles}}
     figure = {"title": hostile, "caption": hostile, "plotly": {}}
     study = {"name": "s", "summary": hostile, "table": {"header": [hostile], "rows": [[hostile]]}, "verdict": [hostile]}
     page = report_html(config, found, made, {"lake": bottleneck}, sweeps=[{**study, "figures": [figure]}])
@@ -555,7 +564,9 @@ def test_page_is_self_contained_and_escapes_what_it_is_given() -> None:
     assert "default-src 'none'" in html.unescape(allowed)
     scripts = re.findall('<script(?: type="text/plain" id="plotly")?>(.*?)</script>', page, flags=re.S)
     digests = [base64.b64encode(hashlib.sha256(script.encode()).digest()).decode() for script in scripts]
-    assert [f"'sha256-{digest}'" in html.unescape(allowed) for digest in digests] == [True] * 3
+    assert [f"'sha256-{digest}'" in html.unescape(allowed) for digest in digests] == [
+        True
+    ] * 5  # four of the page, and plotly
     assert "[+0.400, undefined], n = 8" in page
     assert "Action Bottleneck" not in report_html(config, found, made)
 
@@ -563,7 +574,7 @@ def test_page_is_self_contained_and_escapes_what_it_is_given() -> None:
 def test_page_has_no_link_out_of_it_and_its_charts_are_sent_nowhere() -> None:
     config = configuration()
     made = inputs(config)
-    page = report_html(config, compare(config, made), made)
+    page = report_html(config, compared(config, made), made)
     own, _, _ = page.partition('<script type="text/plain" id="plotly">')
     assert {link[0] for link in re.findall(r"""(?:href|src|action|ping|data)=["']([^"']*)""", own)} == {"#"}
     assert set(re.findall(r"https?://[\w.]+", own)) == {"http://www.w3.org"}  # the name of SVG's elements
@@ -599,7 +610,7 @@ def test_plotly_is_given_texts_and_no_markup_but_line_breaks() -> None:
 def test_charts_hold_the_comparisons_numbers_and_say_what_was_run() -> None:
     config = configuration()
     made = inputs(config)
-    found = compare(config, made)
+    found = compared(config, made)
     row = row_of(found, "grpo_actfocus")
     differences, improvement = difference_charts(config, found, "lake")
     assert list(differences.views) == ["0.5 (headline)", "1"]

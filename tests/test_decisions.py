@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline.analysis import decisions as subject
-from pipeline.analysis.decisions import SIGNALS, Plan, Position, components, decisions, resampled, summarised
+from pipeline.analysis.decisions import SIGNALS, Position, SampleSizes, components, decisions, resampled, summarised
 from pipeline.model.loading import load_trained
 from pipeline.report.decision_figures import decisions_text, draw_decisions
 from pipeline.rollout.collector import play
@@ -20,7 +20,7 @@ from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.workspace.errors import UserError
 from tests.trainings import LAKE, ROOT, configured
 
-PLAN = Plan(seeds=[300, 301], positions=2, candidates=3, continuations=2)
+PLAN = SampleSizes(seeds=[300, 301], positions=2, candidates=3, continuations=2)
 
 
 def test_components_of_a_hand_worked_layout() -> None:
@@ -138,7 +138,7 @@ def test_what_cannot_be_measured_is_refused(directory: Path, tmp_path: Path) -> 
     with pytest.raises(UserError, match="must not branch itself"):
         decisions(config, directory, LAKE, "grpo", PLAN, tmp_path)
     with pytest.raises(UserError, match="at least 2"):
-        decisions(configured(), directory, LAKE, "grpo", Plan([0], 1, 1, 2), tmp_path)
+        decisions(configured(), directory, LAKE, "grpo", SampleSizes([0], 1, 1, 2), tmp_path)
 
 
 def test_the_command_names_what_is_wrong() -> None:

@@ -18,7 +18,7 @@ from typing import Any
 import pytest
 
 from pipeline.sweep.plan import plans
-from pipeline.sweep.result import Found, summary, trials_table
+from pipeline.sweep.result import SearchResult, summary, trials_table
 from pipeline.workspace.yaml_files import read_yaml
 from tests.test_sweep_quality import search
 
@@ -76,7 +76,7 @@ def test_the_sweep_notebook_shows_a_search(tmp_path: Path) -> None:
     (policy / "config.json").write_text("{}")
     plan = plans(ROOT / "params.yaml", "actfocus", policy)[0]
     found, _ = search(plan, 0, 12)
-    assert isinstance(found, Found)
+    assert isinstance(found, SearchResult)
     folder = tmp_path / "reports" / "sweep" / "actfocus"
     folder.mkdir(parents=True)
     trials_table([found]).to_csv(folder / "trials.csv", index=False)

@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from pipeline.analysis import replay as subject
 from pipeline.analysis.replay import (
     FIXED,
+    GroupsTask,
     Point,
-    Task,
     cosine,
     cosine_to_others,
     grid,
@@ -112,7 +112,7 @@ def test_gradients_are_the_policys(config: Config, directory: Path, table: Traje
         work.append((table.select(index), parts[rows]))
     reported: list[tuple[int, int]] = []
     sketched = group_gradients(
-        Task(config, directory, work), lambda done, total, text="": reported.append((done, total))
+        GroupsTask(config, directory, work), lambda done, total, text="": reported.append((done, total))
     )
     assert reported == [(0, 2), (1, 2), (2, 2)]
     policy = load_policy(directory)
@@ -134,12 +134,12 @@ def test_signal_to_noise_finds_a_known_ratio() -> None:
     noisy = mean + draws.standard_normal((64, 400))
     # Squared mean 4; variance of the mean of 64 vectors of 400 unit variances: 400 / 64.
     found = signal_to_noise(noisy)
-    assert found.value == pytest.approx(4 / (400 / 64), rel=0.3)
-    assert abs(signal_to_noise(draws.standard_normal((64, 400))).value) < 0.1
+    assert found.snr == pytest.approx(4 / (400 / 64), rel=0.3)
+    assert abs(signal_to_noise(draws.standard_normal((64, 400))).snr) < 0.1
     assert signal_to_noise(np.zeros((4, 3))) == (0.0, 0.0)
     # The standard error is the spread over fresh samples.
-    fresh = [signal_to_noise(mean + draws.standard_normal((64, 400))).value for _ in range(60)]
-    assert found.error == pytest.approx(np.std(fresh), rel=0.5)
+    fresh = [signal_to_noise(mean + draws.standard_normal((64, 400))).snr for _ in range(60)]
+    assert found.snr_error == pytest.approx(np.std(fresh), rel=0.5)
 
 
 def test_cosines() -> None:

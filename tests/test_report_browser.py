@@ -19,16 +19,17 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
 from pipeline.analysis.bottleneck import bottleneck
-from pipeline.analysis.comparison import REFERENCE, compare
+from pipeline.analysis.comparison import REFERENCE
+from pipeline.analysis.examples import Played
 from pipeline.report.html import report_html
 from pipeline.report.screenshots import chromium, shoot_report
-from pipeline.report.viewer import Played, viewer_data
+from pipeline.report.viewer import viewer_data
 from pipeline.settings.params import Config, Environment
 from pipeline.trajectories.builder import EpisodeBuilder, build
 from pipeline.trajectories.trajectory import Role, Trajectories
 from pipeline.workspace.errors import UserError
 from tests.test_collector import TOKENIZER
-from tests.test_comparison import configuration, inputs
+from tests.test_comparison import compared, configuration, inputs
 from tests.test_diagnostics import make, variance_in_actions
 from tests.test_report_tree import FORK, planted
 from tests.test_webshop import hostile_purchase
@@ -110,7 +111,7 @@ def annotated(episodes: Trajectories, seed: int) -> Trajectories:
 def page_of(config: Config, own: Trajectories | None = None, own_tokens: Any = None) -> str:
     """The report; with ``own`` its last method has those episodes, whose ids are ``own_tokens``'s."""
     made = inputs(config)
-    found = compare(config, made)
+    found = compared(config, made)
     found["comparison"], found["warnings"] = HOSTILE[1], [*found["warnings"], *HOSTILE[:5]]
     table = variance_in_actions(make(), noise=0.5)
     tokens = tokenizer()
@@ -469,7 +470,7 @@ def test_hostile_texts_stay_texts(written: Path, browser: Any) -> None:
         assert visit.count("#viewer img, #viewer a, #viewer script, #viewer b") == 0
         assert visit.count("main a, main b, main img:not(.plot img)") == 0
         assert page.evaluate("[...document.querySelectorAll('.plot a')].length") == 0
-        assert visit.count("script") == 2 + 2 + 1 + 1  # data, code, plotly as it lies there and as it runs
+        assert visit.count("script") == 2 + 4 + 1 + 1  # data, code, plotly as it lies there and as it runs
         assert visit.wrong == []
 
         texts = page.locator("#viewer .tokens").first.locator(".token").all_inner_texts()

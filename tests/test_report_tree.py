@@ -13,8 +13,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from pipeline.analysis.examples import Played, choose
+from pipeline.analysis.trees import branched_from, outline
 from pipeline.report.html import embedded
-from pipeline.report.viewer import Played, branched_from, choose, outline, viewer_data
+from pipeline.report.viewer import viewer_data
 from pipeline.trajectories.builder import EpisodeBuilder, build
 from pipeline.trajectories.records import episode_records
 from pipeline.trajectories.trajectory import Role, Trajectories

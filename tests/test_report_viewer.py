@@ -12,10 +12,11 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
+from pipeline.analysis.examples import Played, choose, read_played
 from pipeline.environments.making import make
 from pipeline.environments.playing import board_of, reset, step
 from pipeline.model.loading import load_policy
-from pipeline.report.viewer import Played, choose, read_played, viewer_data
+from pipeline.report.viewer import viewer_data
 from pipeline.settings.params import Environment
 from pipeline.training.module import PolicyGradient
 from pipeline.trajectories.builder import EpisodeBuilder, build

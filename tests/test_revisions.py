@@ -11,8 +11,9 @@ from typing import Any
 import pyarrow as pa
 import pytest
 
-from pipeline.analysis.revisions import Revision, change, changed_settings, revisions_text
-from pipeline.report.flat import CURVES, curves_csv, headline_metrics, write_flat
+from pipeline.analysis.metrics import CURVES, curves_csv, headline_metrics, write_metrics
+from pipeline.analysis.revisions import Revision, change, changed_settings
+from pipeline.report.revisions import revisions_text
 
 SUCCESS = {"a": [[1, 0], [1, 1]], "b": [[0, 0], [1, 0]]}
 """Revision -> success by seed and initial state."""
@@ -117,7 +118,7 @@ def test_metrics_are_those_of_the_headline_and_leave_out_what_does_not_apply(tmp
     stale = tmp_path / "metrics" / "lake" / "ppo.json"
     stale.parent.mkdir(parents=True)
     stale.write_text("{}")
-    write_flat(comparison, curves, tmp_path)
+    write_metrics(comparison, curves, tmp_path)
     assert not stale.exists()
     assert json.loads((tmp_path / "metrics/lake/grpo.json").read_text()) == found["lake"]["grpo"]
     assert (tmp_path / "plots/curves.csv").read_text() == curves_csv(curves)

@@ -126,6 +126,58 @@ def test_a_methods_settings_have_no_behaviour(name: str) -> None:
             assert [ast.unparse(one) for one in node.decorator_list] == ["model_validator(mode='after')"], node.name
 
 
+def test_no_module_imports_itself_by_way_of_others() -> None:
+    """Imports inside functions, and those for type checkers alone, are imports too."""
+    files = {
+        ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): file
+        for folder in (PIPELINE, ROOT / "stages")
+        for file in folder.rglob("*.py")
+    }
+    imported = {name: {other for other in imports(file) if other in files} - {name} for name, file in files.items()}
+    while outside := {
+        name
+        for name, others in imported.items()
+        if not others or not any(name in further for further in imported.values())
+    }:
+        imported = {name: others - outside for name, others in imported.items() if name not in outside}
+    assert imported == {}
+
+
+def test_no_two_classes_have_one_name() -> None:
+    """Nor have two aliases of types, nor an alias and a class."""
+    places: dict[str, list[str]] = {}
+    for file in PIPELINE.rglob("*.py"):
+        for node in ast.parse(file.read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.ClassDef):
+                names = [node.name]
+            elif isinstance(node, ast.Assign) and isinstance(node.value, ast.Subscript | ast.BinOp):
+                names = [target.id for target in node.targets if isinstance(target, ast.Name)]
+            else:
+                names = []
+            for name in names:
+                if re.fullmatch(r"[A-Z][A-Za-z]*[a-z]", name):
+                    places.setdefault(name, []).append(file.relative_to(ROOT).as_posix())
+    assert {name: found for name, found in places.items() if len(found) > 1} == {}
+
+
+LONGEST_FILE, LONGEST_FUNCTION = 400, 60
+LONG = ("pipeline/model/kernels", "pipeline/settings")
+"""Where files may be longer: kernels, and schemas without behaviour."""
+
+
+def test_no_file_and_no_function_is_long() -> None:
+    found = []
+    for folder in ("pipeline", "stages", "benchmarks"):
+        for file in (ROOT / folder).rglob("*.py"):
+            place, text = file.relative_to(ROOT).as_posix(), file.read_text(encoding="utf-8")
+            if text.count("\n") > LONGEST_FILE and not place.startswith(LONG):
+                found.append(place)
+            for node in ast.walk(ast.parse(text)):
+                if isinstance(node, ast.FunctionDef) and (node.end_lineno or 0) - node.lineno + 1 > LONGEST_FUNCTION:
+                    found.append(f"{place}: {node.name}")
+    assert found == []
+
+
 # ------------------------------------------------------------------------------------------- code that decides results
 
 UNDECIDING = {

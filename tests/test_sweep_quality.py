@@ -15,9 +15,9 @@ from optuna.trial import Trial
 
 from pipeline.settings.params import load
 from pipeline.settings.sweep import MedianPruner, Value
-from pipeline.sweep.plan import Plan, plans
+from pipeline.sweep.plan import SearchPlan, plans
 from pipeline.sweep.queue import Queue
-from pipeline.sweep.result import Found, settings
+from pipeline.sweep.result import SearchResult, settings
 from pipeline.sweep.sampler import NumberedSampler
 from pipeline.sweep.space import to_value
 from pipeline.sweep.trial import Outcome, run_trial
@@ -49,7 +49,7 @@ def truth(values: dict[str, Value]) -> float:
 class Noisy:
     """Two seeds that approach their success over the iterations; each validation has noise of its own."""
 
-    def __init__(self, plan: Plan, seed: int) -> None:
+    def __init__(self, plan: SearchPlan, seed: int) -> None:
         self._plan, self._seed = plan, seed
 
     def __call__(self, trial: Trial, values: dict[str, Value], report: Tell) -> Outcome:
@@ -63,12 +63,12 @@ class Noisy:
 
 
 @pytest.fixture(scope="module")
-def plan() -> Plan:
+def plan() -> SearchPlan:
     found = plans("params.yaml", "actfocus", Path("models/policy-is-not-read"))
     return found[0]
 
 
-def search(plan: Plan, seed: int, trials: int) -> tuple[Found, list[Any]]:
+def search(plan: SearchPlan, seed: int, trials: int) -> tuple[SearchResult, list[Any]]:
     """The real sampler, queue, pruner and trial in this process, on the made-up task."""
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     storage, sweep = InMemoryStorage(), plan.config.sweep
@@ -85,10 +85,10 @@ def search(plan: Plan, seed: int, trials: int) -> tuple[Found, list[Any]]:
             study.tell(trial, run_trial(trial, plan, objective, lambda *_: None).values)
         except TrialPruned:
             study.tell(trial, state=optuna.trial.TrialState.PRUNED)
-    return Found(plan, study.get_trials()), study.get_trials()
+    return SearchResult(plan, study.get_trials()), study.get_trials()
 
 
-def test_the_best_of_60_noisy_trials_is_within_a_tenth_of_the_optimum_for_nine_seeds_of_ten(plan: Plan) -> None:
+def test_the_best_of_60_noisy_trials_is_within_a_tenth_of_the_optimum_for_nine_seeds_of_ten(plan: SearchPlan) -> None:
     reached = []
     for seed in range(10):
         found, trials = search(plan, seed, 60)
@@ -99,7 +99,7 @@ def test_the_best_of_60_noisy_trials_is_within_a_tenth_of_the_optimum_for_nine_s
     assert sum(r >= 0.9 for r in reached) >= 9
 
 
-def test_the_made_up_task_is_not_solved_by_any_settings(plan: Plan) -> None:
+def test_the_made_up_task_is_not_solved_by_any_settings(plan: SearchPlan) -> None:
     spaces, draws = plan.search.space, np.random.default_rng(0)
     drawn = [
         {

@@ -24,10 +24,10 @@ from optuna.exceptions import TrialPruned
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from pipeline.sweep import workers
-from pipeline.sweep.plan import Plan
+from pipeline.sweep.plan import SearchPlan
 from pipeline.sweep.queue import KILLED, SILENT_BEATS, Queue, open_storage
 from pipeline.sweep.trial import Outcome
-from pipeline.sweep.workers import Search, run_search
+from pipeline.sweep.workers import SearchRun, run_search
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.layout import Cache
 from pipeline.workspace.processes import Tell, in_own_process
@@ -109,7 +109,7 @@ def database(request: pytest.FixtureRequest) -> str:
     return url.format(name)
 
 
-def toy_plan(folder: Path, storage: str | None = None, **sweep: Any) -> Plan:
+def toy_plan(folder: Path, storage: str | None = None, **sweep: Any) -> SearchPlan:
     quick = {"trials": TRIALS, "startup_trials": 6, "heartbeat": 0.1, "storage": storage}
     pruner = {"kind": "median", "after_trials": 4, "after_iterations": 10}
     return searches(folder, "actfocus", **{**quick, "pruner": pruner, **sweep})[0]
@@ -119,7 +119,7 @@ def ended(log: Path) -> list[list[str]]:
     return [line for line in written(log) if line[0] == "ends"]
 
 
-def check(plan: Plan, log: Path) -> list[FrozenTrial]:
+def check(plan: SearchPlan, log: Path) -> list[FrozenTrial]:
     """What holds at the end, whatever happened: exactly the trials asked for, nothing lost, run or drawn twice."""
     trials = trials_asked_for(plan)
     begun = Counter(int(number) for what, number, _ in written(log) if what == "begins")
@@ -285,8 +285,8 @@ def test_settings_that_kill_every_worker_are_given_up(tmp_path: Path, slot: int)
     toy = Deadly(tmp_path / "log", slot=slot)
     for _ in range(3):
         with pytest.raises(BrokenProcessPool, match="every worker was killed"):
-            run_search(Search(plan, toy), 1)
-    trials = run_search(Search(plan, toy), 1)
+            run_search(SearchRun(plan, toy), 1)
+    trials = run_search(SearchRun(plan, toy), 1)
     tried = [t for t in trials if t.user_attrs["slot"] == slot]
     assert [t.state for t in tried] == [TrialState.FAIL] * 3 + [TrialState.COMPLETE]
     assert [t.user_attrs.get("attempt", 1) for t in tried] == [1, 2, 3, 1]
@@ -308,11 +308,11 @@ class Broken(Toy):
 def test_an_error_of_a_trial_reaches_the_caller_and_its_slot_is_filled_again(tmp_path: Path) -> None:
     plan, toy = toy_plan(tmp_path, trials=6), Broken(tmp_path / "log")
     with pytest.raises(ArithmeticError, match="loss is nan"):
-        run_search(Search(plan, toy), 2)
+        run_search(SearchRun(plan, toy), 2)
     failed = [t.user_attrs for t in trials_of(plan) if t.state == TrialState.FAIL]
     assert failed
     assert {(t["slot"], t["failure"]) for t in failed} == {(3, "ArithmeticError: loss is nan")}
-    trials = run_search(Search(plan, Toy(toy.log)), 2)
+    trials = run_search(SearchRun(plan, Toy(toy.log)), 2)
     finished = [t for t in trials if t.state != TrialState.FAIL]
     assert sorted(t.user_attrs["slot"] for t in finished) == list(range(6))
 
@@ -320,7 +320,7 @@ def test_an_error_of_a_trial_reaches_the_caller_and_its_slot_is_filled_again(tmp
 # ----------------------------------------------------------------------------------------------- workers on other machines
 
 
-def queue_on(plan: Plan) -> tuple[optuna.Study, Queue]:
+def queue_on(plan: SearchPlan) -> tuple[optuna.Study, Queue]:
     """What a worker of its own has in hand."""
     return workers._open(plan)
 
@@ -418,7 +418,7 @@ def test_a_worker_taken_for_dead_that_ends_late_counts_for_nothing(tmp_path: Pat
     assert all((state == "COMPLETE") == (found == "True") for _, state, found in lines)
 
 
-def _taken_for_dead(plan: Plan) -> list[int]:
+def _taken_for_dead(plan: SearchPlan) -> list[int]:
     queue = queue_on(plan)[1]
     elsewhere(queue, 0)
     found: list[int] = awaited(queue.revive)
@@ -431,7 +431,7 @@ def _taken_for_dead(plan: Plan) -> list[int]:
 def test_a_storage_that_cannot_be_used_is_one_line_without_the_password(tmp_path: Path) -> None:
     plan = toy_plan(tmp_path, "postgresql+psycopg://me:secret@127.0.0.1:1/sweeps")
     with pytest.raises(UserError) as error:
-        run_search(Search(plan, Toy(tmp_path / "log")), 1)
+        run_search(SearchRun(plan, Toy(tmp_path / "log")), 1)
     text = str(error.value)
     assert text.startswith("sweep.storage: postgresql+psycopg://…@127.0.0.1:1/sweeps: cannot be used: ")
     assert "secret" not in text
@@ -443,7 +443,7 @@ def test_the_environment_names_a_storage_that_params_do_not(
 ) -> None:
     plan, url = toy_plan(tmp_path, trials=2), database(request)
     monkeypatch.setenv("SWEEP_STORAGE", url)
-    run_search(Search(plan, Toy(tmp_path / "log")), 1)
+    run_search(SearchRun(plan, Toy(tmp_path / "log")), 1)
     assert not Cache().sweep.exists()
     assert replace(plan, study=plan.study).storage == url
     assert len(trials_of(plan)) == 2

@@ -17,10 +17,10 @@ from ruamel.yaml import YAML
 
 from pipeline.settings.params import parse
 from pipeline.settings.presets import overlay
-from pipeline.sweep.confirm import confirmation, verdict
+from pipeline.sweep.confirm import confirmation, confirmation_text
 from pipeline.sweep.figures import drawings, write_figures
-from pipeline.sweep.plan import Plan
-from pipeline.sweep.result import Found, best_overlay, importances, report_text, settings, summary, trials_table
+from pipeline.sweep.plan import SearchPlan
+from pipeline.sweep.result import SearchResult, best_overlay, importances, report_text, settings, summary, trials_table
 from pipeline.sweep.space import current, from_value
 from pipeline.sweep.trial import Outcome, run_trial
 from pipeline.workspace.errors import UserError
@@ -41,7 +41,7 @@ class Row:
     baseline: str | None = None
 
 
-def found(plan: Plan, rows: Sequence[Row]) -> Found:
+def found(plan: SearchPlan, rows: Sequence[Row]) -> SearchResult:
     """A search with these trials, after one whose worker was killed while it began."""
     two = plan.config.sweep.fewer_tokens
     study = optuna.create_study(directions=["maximize", "minimize"] if two else ["maximize"])
@@ -58,7 +58,7 @@ def found(plan: Plan, rows: Sequence[Row]) -> Found:
         with contextlib.suppress(TrialPruned):
             outcome = run_trial(trial, plan, ending(row), lambda done, total, text="": None)
         study.tell(trial, None if outcome is None else outcome.values, state)
-    return Found(plan, study.trials)
+    return SearchResult(plan, study.trials)
 
 
 def ending(row: Row) -> Any:
@@ -84,14 +84,14 @@ BEST = {ALPHA: 0.000123457, BETA: 1.25, TAU: 0.2}
 
 
 @pytest.fixture
-def plan(tmp_path: Path) -> Plan:
+def plan(tmp_path: Path) -> SearchPlan:
     return searches(tmp_path)[0]
 
 
 # ---------------------------------------------------------------------------------------------------------- plain results
 
 
-def test_the_best_is_the_earliest_of_equals_among_those_that_keep_the_constraints(plan: Plan) -> None:
+def test_the_best_is_the_earliest_of_equals_among_those_that_keep_the_constraints(plan: SearchPlan) -> None:
     outcome = summary(found(plan, ROWS))
     assert outcome["best"] == {"number": 3, "score": 0.61, "settings": BEST}
     assert outcome["trials"] == {"FAIL": 1, "COMPLETE": 5, "PRUNED": 1}
@@ -111,7 +111,7 @@ def test_a_budget_of_tokens_is_told_instead_of_episodes(tmp_path: Path) -> None:
     assert "complete trials of 2 seeds, 50000 tokens a seed; success" in drawings(search)[0].caption
 
 
-def test_the_table_has_a_row_per_trial(plan: Plan) -> None:
+def test_the_table_has_a_row_per_trial(plan: SearchPlan) -> None:
     table = trials_table([found(plan, ROWS)]).set_index("number")
     assert list(table["state"]) == ["FAIL", *["COMPLETE"] * 3, "PRUNED", "COMPLETE", "COMPLETE"]
     assert table.loc[0, "failure"] == "its worker was killed"
@@ -124,7 +124,7 @@ def test_the_table_has_a_row_per_trial(plan: Plan) -> None:
     assert table["score"].isna().tolist() == [True, *[False] * 6]
 
 
-def test_without_a_trial_that_keeps_the_constraints_there_is_no_best(plan: Plan) -> None:
+def test_without_a_trial_that_keeps_the_constraints_there_is_no_best(plan: SearchPlan) -> None:
     search = found(plan, [replace(row, kl=0.2) for row in ROWS])
     assert summary(search)["best"] is None
     assert "no trial kept all constraints" in report_text([search])
@@ -133,7 +133,7 @@ def test_without_a_trial_that_keeps_the_constraints_there_is_no_best(plan: Plan)
         confirmation([plan], [summary(search)], "out", ".")
 
 
-def test_the_text_names_baselines_best_and_both_importances(plan: Plan) -> None:
+def test_the_text_names_baselines_best_and_both_importances(plan: SearchPlan) -> None:
     lines = report_text([found(plan, ROWS)]).splitlines()
     assert lines[0].startswith("frozen_lake, grpo_actfocus: 5 complete, 1 fail, 1 pruned trials of 2 seeds; ")
     assert [line.split()[:2] for line in lines[1:4]] == [["uniform", "0.500"], ["paper", "0.550"], ["best", "0.610"]]
@@ -146,7 +146,7 @@ def test_the_text_names_baselines_best_and_both_importances(plan: Plan) -> None:
     ]
 
 
-def test_importances_are_of_complete_trials_and_sum_to_one(plan: Plan, tmp_path: Path) -> None:
+def test_importances_are_of_complete_trials_and_sum_to_one(plan: SearchPlan, tmp_path: Path) -> None:
     outcome = importances(found(plan, ROWS))
     assert set(outcome) == {"ped_anova", "fanova", "trials"}
     assert outcome["trials"] == 5
@@ -204,7 +204,7 @@ def test_the_overlay_gives_exactly_the_best_settings(tmp_path: Path) -> None:
 # ---------------------------------------------------------------------------------------------------------------- figures
 
 
-def test_every_figure_is_there_for_the_report_and_for_documents(plan: Plan, tmp_path: Path) -> None:
+def test_every_figure_is_there_for_the_report_and_for_documents(plan: SearchPlan, tmp_path: Path) -> None:
     search = found(plan, ROWS)
     write_figures([search], tmp_path / "figures")
     written = json.loads((tmp_path / "figures" / "figures.json").read_text(encoding="utf-8"))
@@ -236,7 +236,7 @@ def test_a_single_setting_has_neither_contour_nor_importance_and_few_trials_no_f
 # ----------------------------------------------------------------------------------------------------------- confirmation
 
 
-def test_a_confirmation_compares_the_best_with_the_baselines_on_fresh_seeds(plan: Plan) -> None:
+def test_a_confirmation_compares_the_best_with_the_baselines_on_fresh_seeds(plan: SearchPlan) -> None:
     search = found(plan, ROWS)
     raw = confirmation([plan], [summary(search)], "sweeps/confirm_actfocus", "../..")
     config, before = parse(raw), plan.config
@@ -328,7 +328,7 @@ def test_a_verdict_says_whether_the_best_is_told_apart(difference: tuple[float, 
         row("best", "uniform", (9.0, 9.0, 9.0), temperature=1.0, headline=False),
     ]
     value, low, high = difference
-    assert verdict({"rows": rows}) == (
+    assert confirmation_text({"rows": rows}) == (
         "lake: best (0.600) − uniform, 6 fresh seeds and 64 test states at temperature 0.5: "
         f"{value:+.3f} [{low:+.3f}, {high:+.3f}]: {told}"
     )
@@ -337,7 +337,7 @@ def test_a_verdict_says_whether_the_best_is_told_apart(difference: tuple[float, 
 def test_below_six_fresh_seeds_there_is_no_verdict_and_the_key_to_one_is_named() -> None:
     few = {"difference_to_control_ci_low": None, "difference_to_control_ci_high": None}
     rows = [row("best", "uniform", (0.05, 0.0, 0.0), **few, difference_to_control_by_seed=[0.02, 0.03, 0.05, 0.1])]
-    assert verdict({"rows": rows}) == (
+    assert confirmation_text({"rows": rows}) == (
         "lake: best (0.600) − uniform, 4 fresh seeds and 64 test states at temperature 0.5: +0.050 (4 seeds, +0.020 to "
         "+0.100); no verdict below 6 paired seeds, give `sweep.confirm_seeds` 6 or more"
     )

@@ -11,7 +11,7 @@ import pytest
 from optuna.trial import Trial
 
 from pipeline.sweep.trial import Outcome
-from pipeline.sweep.workers import Search, run_search
+from pipeline.sweep.workers import SearchRun, run_search
 from pipeline.workspace.processes import Tell
 from tests.searches import ALPHA, BETA, TAU, searches
 
@@ -28,7 +28,7 @@ def draws(folder: Path, monkeypatch: pytest.MonkeyPatch, *trials: int, seed: int
     monkeypatch.chdir(folder)
     for count in trials:
         plan = searches(folder, trials=count, seed=seed, startup_trials=6, pruner={"kind": "none"})[0]
-        found = run_search(Search(plan, hill), 1)
+        found = run_search(SearchRun(plan, hill), 1)
     return [trial.params for trial in found]
 
 

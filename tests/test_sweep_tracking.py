@@ -13,10 +13,10 @@ from optuna.trial import Trial
 from pipeline.report.sweep import read_sweeps
 from pipeline.settings.sweep import Value
 from pipeline.sweep.figures import write_figures
-from pipeline.sweep.result import Found, best_overlay, summary, trials_table
+from pipeline.sweep.result import SearchResult, best_overlay, summary, trials_table
 from pipeline.sweep.tracking import log_search, mean_curve, observer
 from pipeline.sweep.trial import Outcome
-from pipeline.sweep.workers import Search, run_search
+from pipeline.sweep.workers import SearchRun, run_search
 from pipeline.tracking.store import open_store, store_of
 from pipeline.workspace.files import write_json, write_text
 from pipeline.workspace.layout import Layout
@@ -40,16 +40,16 @@ def objective(trial: Trial, values: dict[str, Value], report: Tell) -> Outcome:
 
 
 @pytest.fixture
-def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Found:
+def found(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> SearchResult:
     monkeypatch.chdir(tmp_path)
     [plan] = searches(tmp_path, "actfocus", {"tracking": {"uri": f"sqlite:///{tmp_path / 'runs.db'}"}}, trials=TRIALS)
     in_own_process(open_store, store_of(plan.config, tmp_path), plan.environment)
-    trials = run_search(Search(plan, objective, observer(plan, tmp_path)), 2)
-    return Found(plan, trials)
+    trials = run_search(SearchRun(plan, objective, observer(plan, tmp_path)), 2)
+    return SearchResult(plan, trials)
 
 
 def test_every_trial_has_a_run_below_the_studys_whatever_became_of_it_and_the_report_shows_the_sweep(
-    found: Found, tmp_path: Path
+    found: SearchResult, tmp_path: Path
 ) -> None:
     folder, plan = tmp_path / "reports" / "sweep" / "actfocus", found.plan
     write_text(folder / "trials.csv", trials_table([found]).to_csv(index=False))

@@ -12,7 +12,7 @@ from optuna.exceptions import TrialPruned
 from optuna.trial import TrialState
 
 from pipeline.settings.params import parse
-from pipeline.sweep.plan import Plan, plans
+from pipeline.sweep.plan import SearchPlan, plans
 from pipeline.sweep.score import success, violations
 from pipeline.sweep.trial import Outcome, TrainingObjective
 from pipeline.training.result import training_task
@@ -41,13 +41,13 @@ def _elsewhere(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("SWEEP_STORAGE", raising=False)
 
 
-def plan_of(folder: Path, policy: Path, tokens: int | None = None, **sweep: Any) -> Plan:
+def plan_of(folder: Path, policy: Path, tokens: int | None = None, **sweep: Any) -> SearchPlan:
     train = {"iterations": ITERATIONS, "tokens": tokens, "validate_every": 2}
     changes = {"train": train, "sweep": {"seeds": [100, 101], **sweep}}
     return plans(params(folder, read_yaml(SMOKE), changes), "actfocus", policy)[0]
 
 
-def ran(plan: Plan, trial: optuna.Trial, values: Any, report: Any = quiet) -> Outcome:
+def ran(plan: SearchPlan, trial: optuna.Trial, values: Any, report: Any = quiet) -> Outcome:
     return TrainingObjective(plan)(trial, values, report)
 
 

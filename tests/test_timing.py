@@ -8,8 +8,9 @@ from types import SimpleNamespace
 
 import pytest
 
+from pipeline.analysis.timings import environment_shares, phase_seconds
 from pipeline.progress.timing import Phases
-from pipeline.report.timings import environment_shares, phase_seconds, time_table
+from pipeline.report.comparison_tables import time_table
 
 
 class Clock:

@@ -283,7 +283,7 @@ def test_trials_are_nested_in_their_study_whatever_became_of_them(store: Store, 
         log_trial(study, 0, "COMPLETE", {"method": {"learning_rate": 1e-4}}, rows, {"baseline": "paper"})
         log_trial(study, 1, "PRUNED", {"method": {"learning_rate": 1e-3}}, rows[:1], {})
         log_trial(study, 2, "FAIL", {}, [], {"retry_of": "1"})
-        log_study(study, {"best": 0.2}, {"best.yaml": "methods: {}\n"})
+        log_study(study, {"best": 0.2})
     [parent] = runs_of(store.uri, "study")
     trials = runs_of(store.uri, "trial")
     assert [run.data.tags["trial"] for run in trials] == ["0", "1", "2"]

@@ -9,15 +9,16 @@ from typing import Any
 
 import pytest
 
-from pipeline.analysis.comparison import compare
-from pipeline.analysis.differences import difference_of, difference_text
-from pipeline.analysis.revisions import Revision, revisions_text
+from pipeline.analysis.comparison import difference_of, places, rows_at
+from pipeline.analysis.revisions import Revision
 from pipeline.report.charts import difference_charts
-from pipeline.report.comparison_tables import BRACKETS, READING, comparison_markdown, comparison_text, places, rows_at
+from pipeline.report.comparison_tables import BRACKETS, READING, comparison_markdown, comparison_text
+from pipeline.report.differences import difference_text
 from pipeline.report.html import report_html
+from pipeline.report.revisions import revisions_text
 from pipeline.settings.params import Config
-from pipeline.sweep.confirm import verdict
-from tests.test_comparison import configuration, inputs
+from pipeline.sweep.confirm import confirmation_text
+from tests.test_comparison import compared, configuration, inputs
 
 ROOT = Path(__file__).parents[1]
 WORDS = re.compile(r"higher|lower|told apart|no clear|differs?\b|significan")
@@ -27,7 +28,7 @@ WORDS = re.compile(r"higher|lower|told apart|no clear|differs?\b|significan")
 def texts_of(config: Config) -> dict[str, str]:
     """What is written of a comparison, by where: results only, without the explanations of how to read them."""
     made = inputs(config)
-    found = compare(config, made)
+    found = compared(config, made)
     page = report_html(config, found, made).split("<main", 1)[1]
     cells = "\n".join(html.unescape(cell) for cell in re.findall("<td>(.*?)</td>", page))
     charts = [
@@ -42,13 +43,13 @@ def texts_of(config: Config) -> dict[str, str]:
         "text": comparison_text(found).replace(BRACKETS, ""),
         "cells of the page": cells,
         "charts": "\n".join(charts),
-        "confirmation": verdict(found),
+        "confirmation": confirmation_text(found),
     }
 
 
 def differences_of(config: Config, temperature: float) -> dict[str, str]:
     """Method and what it is compared with -> the difference as it should be written."""
-    rows = rows_at(compare(config, inputs(config)), "lake", temperature)
+    rows = rows_at(compared(config, inputs(config)), "lake", temperature)
     return {
         f"{row['method']} {kind}": difference_text(difference)
         for row in rows
@@ -71,7 +72,7 @@ def test_every_place_says_the_same_of_the_same_numbers() -> None:
 
 def test_below_six_seeds_no_place_has_a_verdict_or_an_interval_of_a_difference() -> None:
     config = configuration(seeds=list(range(5)))
-    assert len(places(compare(config, inputs(config)))["lake"]) == 2
+    assert len(places(compared(config, inputs(config)))["lake"]) == 2
     for shown in differences_of(config, 0.5).values():
         assert re.fullmatch(r"[+-]0\.\d{3} \(5 seeds, [+-]0\.\d{3} to [+-]0\.\d{3}\)", shown)
     for place, text in texts_of(config).items():
@@ -85,7 +86,7 @@ def test_below_six_seeds_no_place_has_a_verdict_or_an_interval_of_a_difference()
 def test_two_revisions_are_judged_as_two_methods_are() -> None:
     config = configuration(seeds=list(range(6)))
     made = inputs(config)
-    found = compare(config, made)
+    found = compared(config, made)
 
     def revision(name: str, method: str) -> Revision:
         """The method's episodes, under one name in both."""
@@ -109,9 +110,9 @@ def test_the_words_of_a_verdict_are_written_in_one_place() -> None:
 
 
 @pytest.mark.parametrize("seeds", [5, 6])
-def test_a_chart_shows_every_seed_and_an_interval_only_with_a_verdict(seeds: int) -> None:
+def test_a_chart_shows_every_seed_and_an_interval_only_with_a_confirmation_text(seeds: int) -> None:
     config = configuration(seeds=list(range(seeds)))
-    differences = next(iter(difference_charts(config, compare(config, inputs(config)), "lake")))
+    differences = next(iter(difference_charts(config, compared(config, inputs(config)), "lake")))
     traces: list[dict[str, Any]] = differences.views["0.5 (headline)"]["data"]
     assert any(trace["mode"] == "lines" for trace in traces) == (seeds >= 6)
     single = [trace for trace in traces if trace["mode"] == "markers" and "text" not in trace]

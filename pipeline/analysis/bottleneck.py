@@ -7,6 +7,7 @@ and action tokens; then the rank correlation of each mean with the variance over
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,7 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy import stats
 
-from pipeline.trajectories.trajectory import RESPONSE_ROLES, Role, Trajectories, TrajectoryError
+from pipeline.trajectories.trajectory import REPORTED_ROLES, RESPONSE_ROLES, Role, Trajectories, TrajectoryError
 from pipeline.workspace.randomness import generator
 
 SCOPES: dict[str, tuple[Role, ...]] = {
@@ -130,6 +131,12 @@ def sampled_tokens(trajectories: Trajectories, roles: tuple[Role, ...]) -> Bool[
     """Which tokens the policy chose in one of these roles; a prefilled tag is not among them."""
     chosen: np.ndarray = trajectories.sampled & np.isin(trajectories.role, roles)
     return chosen
+
+
+def token_counts(diagnostics: Mapping[str, Any]) -> dict[str, int]:
+    """Sampled tokens of the roles that are reported together, from what ``bottleneck`` gave."""
+    counts = {role: found["count"] for role, found in diagnostics["energy_by_role"].items()}
+    return {name: sum(counts[role.name.lower()] for role in roles) for name, roles in REPORTED_ROLES.items()}
 
 
 def _checked_energy(trajectories: Trajectories) -> Float[np.ndarray, " n"]:

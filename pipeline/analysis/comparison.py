@@ -1,10 +1,11 @@
-"""The comparison of all methods: one row per environment, method and temperature, and warnings about what it can bear."""
+"""The comparison of all methods: one row per environment, method and temperature."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import product
 from statistics import mean
 from typing import Any
 
@@ -14,8 +15,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.analysis import statistics
-from pipeline.analysis.differences import NO_VERDICT
-from pipeline.analysis.statistics import VERDICT_SEEDS, Difference, Interval
+from pipeline.analysis.statistics import Difference, Interval
 from pipeline.settings.custom import custom_sections
 from pipeline.settings.params import Config
 from pipeline.trajectories.trajectory import CUT_OFF, RESPONSES
@@ -26,15 +26,12 @@ from pipeline.workspace.randomness import generator
 
 REFERENCE = "reference"
 """What the reference policy is called where methods have their names."""
-KL_DRIFT = 0.2
-"""Largest relative difference of a control's KL per iteration from its method's that passes without a warning. It is
-KL(behaviour || policy) on action tokens, after all of an iteration's updates, on its last minibatch."""
-SHORTFALL = 0.05
-"""Largest share of ``train.tokens`` that may be left at a training's end without a warning."""
 SPENT = ("training_episodes", "training_tokens", "paths_per_state")
 """Keys of a row, of one training as means over seeds: episodes, sampled tokens, and episodes per initial state."""
 SHARE = "measured_gradient_share_action"
 """Metric of the curves: the action tokens' share of the gradient, from per-token gradients."""
+
+Row = Mapping[str, Any]
 
 Curves = Mapping[str, list[dict[str, float]]]
 """Seed -> one row per iteration."""
@@ -57,12 +54,10 @@ def read_inputs(config: Config, layout: Layout) -> Inputs:
     Raises:
         UserError: an evaluation or a curve is missing, or a file is not JSON.
     """
-    trained = [(environment, method) for environment in config.environments for method in config.methods]
-    played = trained + [(environment, REFERENCE) for environment in config.environments]
-
+    trained = list(product(config.environments, config.methods))
+    played = [*trained, *((environment, REFERENCE) for environment in config.environments)]
     needed = [layout.evaluations(*key) for key in played] + [layout.curves(*key) for key in trained]
-    missing = [str(file) for file in needed if not file.exists()]
-    if missing:
+    if missing := [file for file in needed if not file.exists()]:
         raise UserError("\n".join(f"{file}: no such file; `dvc repro` makes it" for file in missing))
     return Inputs(
         {key: pq.read_table(layout.evaluations(*key)) for key in played},
@@ -77,13 +72,12 @@ def read_timings(config: Config, layout: Layout) -> dict[tuple[str, str], Curves
     Raises:
         UserError: a file is not JSON.
     """
-    keys = [(environment, method) for environment in config.environments for method in config.methods]
-    files = {key: layout.timings(*key) for key in keys}
+    files = {key: layout.timings(*key) for key in product(config.environments, config.methods)}
     return {key: read_json(file)["seeds"] for key, file in files.items() if file.exists()}
 
 
 def compare(config: Config, inputs: Inputs) -> dict[str, Any]:
-    """All rows and warnings, ready to be written as JSON: no NaN, and the same for the same inputs.
+    """All rows, ready to be written as JSON: no NaN, and the same for the same inputs.
 
     Rates are in [0, 1]. Measured numbers are rounded to 6 digits (KL per iteration: 6 significant ones), settings are as
     in params.yaml, and what does not apply is null. ``difference_to_*`` is paired over common seeds and states, and has an
@@ -106,8 +100,40 @@ def compare(config: Config, inputs: Inputs) -> dict[str, Any]:
         "resamples": config.compare.resamples,
         "tokens": config.train.tokens,
         "rows": rows,
-        "warnings": _warnings(config, inputs, rows),
     }
+
+
+def places(comparison: Mapping[str, Any]) -> dict[str, list[float]]:
+    """The temperatures of each environment, the headline first."""
+    found: dict[str, list[float]] = {}
+    for row in comparison["rows"]:
+        temperatures = found.setdefault(row["environment"], [])
+        if row["temperature"] not in temperatures:
+            temperatures.append(row["temperature"])
+    return found
+
+
+def rows_at(comparison: Mapping[str, Any], environment: str, temperature: float) -> list[Row]:
+    """The rows of one environment and temperature, the reference policy last."""
+    return [r for r in comparison["rows"] if r["environment"] == environment and r["temperature"] == temperature]
+
+
+def headline(comparison: Mapping[str, Any]) -> dict[str, dict[str, Row]]:
+    """Environment -> method -> its row at the headline temperature."""
+    found: dict[str, dict[str, Row]] = {}
+    for row in comparison["rows"]:
+        if row["headline"]:
+            found.setdefault(row["environment"], {})[row["method"]] = row
+    return found
+
+
+def difference_of(row: Mapping[str, Any], other: str) -> Difference | None:
+    """The difference of a comparison's row to ``reference``, ``uniform`` or ``control``, None if it has none."""
+    name = f"difference_to_{other}"
+    value, low, high = (row[f"{name}{part}"] for part in ("", "_ci_low", "_ci_high"))
+    if value is None:
+        return None
+    return Difference(value, None if low is None else Interval(low, high), tuple(row[f"{name}_by_seed"]))
 
 
 def _rows(config: Config, inputs: Inputs, environment: str, temperature: float) -> list[dict[str, Any]]:
@@ -220,75 +246,6 @@ def _spent(config: Config, curves: Curves) -> dict[str, float]:
     )
     states = config.rollout.groups * mean(len(rows) for rows in curves.values())
     return dict(zip(SPENT, (round(episodes, 6), round(tokens, 6), round(episodes / states, 6)), strict=True))
-
-
-def _warnings(config: Config, inputs: Inputs, rows: list[dict[str, Any]]) -> list[str]:
-    """What a reader should know before believing the table; one line each."""
-    found = []
-    for environment in config.environments:
-        own = {row["method"]: row for row in rows if row["environment"] == environment and row["headline"]}
-        few = [name for name in config.methods if own[name]["seeds"] < VERDICT_SEEDS]
-        if few:
-            least = min(own[name]["seeds"] for name in few)
-            found.append(
-                f"{environment}: {', '.join(few)}: as few as {least} seed{'s' * (least > 1)}: {NO_VERDICT}; "
-                f"give `seeds` {VERDICT_SEEDS} or more (of a sweep's confirmation: `sweep.confirm_seeds`)"
-            )
-        for name in config.methods:
-            texts = _method_warnings(config, own, name) + _length_warnings(config, inputs.curves[environment, name])
-            found += [f"{environment}: {name}: {text}" for text in texts]
-    return found
-
-
-def _length_warnings(config: Config, curves: Curves) -> list[str]:
-    """Trainings that were not as long as they should have been: equally, or as their tokens allow."""
-    plan = config.train
-    if plan.tokens is None:
-        lengths = sorted({len(rows) for rows in curves.values()})
-        return [f"seeds were trained for different numbers of iterations: {lengths}"] if len(lengths) > 1 else []
-    ended = {seed: sum(row["tokens"] for row in rows) for seed, rows in curves.items() if len(rows) >= plan.iterations}
-    short = {seed: tokens for seed, tokens in ended.items() if tokens < (1 - SHORTFALL) * plan.tokens}
-    if not short:
-        return []
-    return [
-        f"train.iterations ({plan.iterations}) ended seed{'s' * (len(short) > 1)} {', '.join(short)} after as few as "
-        f"{min(short.values()):.0f} sampled tokens of train.tokens ({plan.tokens}): raise train.iterations to compare at "
-        "equal tokens"
-    ]
-
-
-def _method_warnings(config: Config, rows: Mapping[str, Mapping[str, Any]], method: str) -> list[str]:
-    row, found = rows[method], []
-    uniform, control = row["uniform"], row["control"]
-    if row["non_finite_losses"]:
-        found.append(f"{row['non_finite_losses']} updates had a non-finite loss or gradient and were skipped")
-    if uniform and not control:
-        found.append(f"no matched control in compare.control: a difference to {uniform} may be one of step size")
-    for other in filter(None, (uniform, control)):
-        if config.methods[method].regulariser != config.methods[other].regulariser:
-            found.append(f"its entropy or KL terms differ from those of {other}")
-    for kind in ("reference", "uniform", "control"):
-        paired = row[f"difference_to_{kind}_seeds"]
-        if paired is not None and paired < row["seeds"]:
-            unpaired = f"only {paired} of {row['seeds']} seeds are paired with {row.get(kind, kind)}"
-            found.append(unpaired + (f": {NO_VERDICT}" if paired < VERDICT_SEEDS <= row["seeds"] else ""))
-    if control:
-        mine, theirs = (rows[name]["kl_iteration_action_first3"] for name in (method, control))
-        if mine is None or theirs is None:
-            found.append(f"KL per iteration on action tokens is not known for it and its control {control}")
-        elif abs(theirs - mine) > KL_DRIFT * mine:
-            found.append(
-                f"KL per iteration on action tokens over the first 3 iterations is {mine:.3g}, its control's {theirs:.3g} "
-                f"({control}, off by more than {KL_DRIFT:.0%}): {_advice(config, method, control)}"
-            )
-    return found
-
-
-def _advice(config: Config, method: str, control: str) -> str:
-    """What a drift of the KL per iteration means: a matched control's learning rate is there to be adjusted."""
-    if config.methods[method].learning_rate == config.methods[control].learning_rate:
-        return "a difference may be one of step size"
-    return f"adjust methods.{control}.learning_rate"
 
 
 def _compared(kind: str, difference: Difference | None) -> dict[str, Any]:

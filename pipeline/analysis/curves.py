@@ -8,22 +8,6 @@ from pipeline.analysis.comparison import Curves
 
 SMOOTHING = 5
 """Iterations of the centred moving mean over training success."""
-COSTS = {
-    "iterations": "iterations",
-    "episodes": "episodes",
-    "tokens": "sampled tokens",
-    "seconds": "seconds of training",
-}
-"""What a training spends -> its name on an axis."""
-HEALTH = {
-    "entropy_action": "Entropy of action tokens (nats)",
-    "entropy_reasoning": "Entropy of reasoning tokens (nats)",
-    "kl_reference": "KL to the reference (nats per token)",
-    "gradient_norm": "Gradient norm before clipping",
-    "clip_fraction": "Share of tokens clipped",
-    "gradient_share_action": "Share of |c A| on action tokens",
-}
-"""Keys of the learning curves that show whether a training is healthy, and what they are."""
 
 
 def series_of(curves: Curves, key: str) -> np.ndarray:
@@ -33,13 +17,13 @@ def series_of(curves: Curves, key: str) -> np.ndarray:
 
 
 def costs(tokens: int | None, timed: bool) -> list[str]:
-    """Keys of ``COSTS``, the one first that trainings end by: sampled tokens if they are budgeted, else iterations.
+    """What trainings spend, that first that they end by: sampled tokens if they are budgeted, else iterations.
 
     Args:
         tokens: the budget, if there is one.
         timed: whether seconds are known.
     """
-    known = [cost for cost in COSTS if timed or cost != "seconds"]
+    known = ["iterations", "episodes", "tokens", *(["seconds"] if timed else [])]
     return known if tokens is None else sorted(known, key=lambda cost: cost != "tokens")
 
 

@@ -29,14 +29,13 @@ from pipeline.settings.params import Config
 from pipeline.training.result import training_task
 from pipeline.training.run import TrainingJob, train_one
 from pipeline.trajectories.builder import build
-from pipeline.trajectories.trajectory import Role
+from pipeline.trajectories.trajectory import REPORTED_ROLES, Role
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.processes import Tell, run_in_processes
 from pipeline.workspace.randomness import generator
 
 SIGNALS: tuple[str, ...] = get_args(Positions.model_fields["signal"].annotation)
-ROLES = {Role.REASONING: "reasoning", Role.ACTION: "action", Role.THINK_TAG: "tag", Role.ANSWER_TAG: "tag"}
-"""Roles as figures have them; everything else is other."""
+ROLES = {role: name for name, roles in REPORTED_ROLES.items() for role in roles}
 RESAMPLES = 2000
 
 
@@ -46,7 +45,7 @@ def control_of(signal: str) -> str:
 
 
 @dataclass(frozen=True)
-class Plan:
+class SampleSizes:
     """How much is sampled."""
 
     seeds: Sequence[int]
@@ -60,7 +59,7 @@ class Plan:
 
 
 @dataclass(frozen=True)
-class Task:
+class SeedTask:
     """One seed's states, to be worked on in a process of their own."""
 
     config: Config
@@ -68,7 +67,7 @@ class Task:
     policy: Path
     method: str
     seed: int
-    plan: Plan
+    sizes: SampleSizes
     cache: Path
 
 
@@ -85,7 +84,7 @@ class Position(NamedTuple):
     """Variance within."""
 
 
-def decisions(config: Config, policy: Path, name: str, method: str, plan: Plan, cache: Path) -> dict[str, Any]:
+def decisions(config: Config, policy: Path, name: str, method: str, sizes: SampleSizes, cache: Path) -> dict[str, Any]:
     """Roles and explained variance of the tokens that each signal ranks highest.
 
     Args:
@@ -93,7 +92,7 @@ def decisions(config: Config, policy: Path, name: str, method: str, plan: Plan, 
         policy: directory of the reference policy, which is what samples.
         name: key in ``environments``.
         method: key in ``methods``: one iteration of it moves the policy for APPO's branching score.
-        plan: how much is sampled.
+        sizes: how much is sampled.
         cache: folder of these short trainings.
 
     Returns:
@@ -103,25 +102,25 @@ def decisions(config: Config, policy: Path, name: str, method: str, plan: Plan, 
         reference policy plays all of them: nothing here is about trainings.
 
     Raises:
-        UserError: the method branches itself, or the plan is too small.
+        UserError: the method branches itself, or too little is sampled.
     """
     if config.methods[method].branching.kind != "none":
         raise UserError(f"methods.{method}: it shall move the policy once, and must not branch itself; name another")
-    if plan.candidates < 2 or plan.continuations < 2:
+    if sizes.candidates < 2 or sizes.continuations < 2:
         raise UserError("--candidates and --continuations must be at least 2: there is no variance in one")
-    tasks = {f"seed {seed}": Task(config, name, policy, method, seed, plan, cache) for seed in plan.seeds}
+    tasks = {f"seed {seed}": SeedTask(config, name, policy, method, seed, sizes, cache) for seed in sizes.seeds}
     found = run_in_processes(_measure, tasks, config.workers, f"Decisions on {name}")
     measured = [position for part in found.values() for position in part]
     return {
         "environment": name,
         "states": len({position.state for position in measured}),
-        "plan": {"positions": plan.positions, "candidates": plan.candidates, "continuations": plan.continuations},
+        "plan": {"positions": sizes.positions, "candidates": sizes.candidates, "continuations": sizes.continuations},
         "signals": summarised(measured),
     }
 
 
-def _measure(task: Task, report: Tell) -> list[Position]:
-    config, plan = task.config, task.plan
+def _measure(task: SeedTask, report: Tell) -> list[Position]:
+    config, sizes = task.config, task.sizes
     once = config.model_copy(update={"train": config.train.model_copy(update={"iterations": 1, "tokens": None})})
     training = training_task(once, task.name, task.method, task.seed, task.policy, task.cache)
     report(0, config.rollout.groups, "initial states")
@@ -150,17 +149,19 @@ def _measure(task: Task, report: Tell) -> list[Position]:
         wanted = {
             signal: [
                 (members[row], split)
-                for row, split in ranked_positions([own[rows[e]] for e in members], sampled, "before")[: plan.positions]
+                for row, split in ranked_positions([own[rows[e]] for e in members], sampled, "before")[
+                    : sizes.positions
+                ]
             ]
             for signal, own in scores.items()
         }
         places = list(dict.fromkeys(itertools.chain(*wanted.values())))
         with span("branches:"):
-            found = resampled(engine, episodes, places, plan, temperature)
+            found = resampled(engine, episodes, places, sizes, temperature)
         returns = dict(zip(places, found, strict=True))
         for signal, chosen in wanted.items():
             for place in chosen:
-                role = ROLES.get(Role(int(table.role[rows[place[0]]][place[1]])), "other")
+                role = ROLES[Role(int(table.role[rows[place[0]]][place[1]]))]
                 result.append(Position(signal, group, role, *components(returns[place])))
         report(done + 1, config.rollout.groups, "initial states")
     return result
@@ -170,7 +171,7 @@ def resampled(
     engine: RolloutEngine,
     episodes: Sequence[Episode],
     places: Sequence[tuple[int, int]],
-    plan: Plan,
+    sizes: SampleSizes,
     temperature: float,
 ) -> list[np.ndarray]:
     """Returns behind candidates for some tokens.
@@ -179,7 +180,7 @@ def resampled(
         engine: samples.
         episodes: finished.
         places: index of an episode, and position of one of its sampled tokens.
-        plan: how many candidates, and continuations of each.
+        sizes: how many candidates, and continuations of each.
         temperature: of sampling.
 
     Returns:
@@ -188,25 +189,25 @@ def resampled(
     candidates = [
         Episode.branch(episodes[row], _named(episodes[row].spec, split, number), split)
         for row, split in places
-        for number in range(plan.candidates)
+        for number in range(sizes.candidates)
     ]
-    with span("candidates", 0.0, 1 / plan.continuations):
+    with span("candidates", 0.0, 1 / sizes.continuations):
         first = play(engine, candidates, temperature)
     following = [_after(episode) for episode in first]
     again = [
         Episode.branch(episode, _named(episode.spec, split, number), split)
         for episode, split in zip(first, following, strict=True)
         if split is not None
-        for number in range(plan.continuations - 1)
+        for number in range(sizes.continuations - 1)
     ]
-    with span("continuations", 1 / plan.continuations, 1.0):
+    with span("continuations", 1 / sizes.continuations, 1.0):
         second = iter(play(engine, again, temperature))
     rows = []
     for episode, split in zip(first, following, strict=True):
         own = _return(episode)
-        others = [own if split is None else _return(next(second)) for _ in range(plan.continuations - 1)]
+        others = [own if split is None else _return(next(second)) for _ in range(sizes.continuations - 1)]
         rows.append([own, *others])
-    return list(np.array(rows).reshape(len(places), plan.candidates, plan.continuations))
+    return list(np.array(rows).reshape(len(places), sizes.candidates, sizes.continuations))
 
 
 def components(returns: np.ndarray) -> tuple[float, float]:
@@ -242,7 +243,7 @@ def summarised(positions: Sequence[Position]) -> dict[str, Any]:
         compared = control is not own and control.any()
         rows[signal] = {
             "positions": len(roles),
-            "roles": {role: roles.count(role) / len(roles) for role in ("reasoning", "action", "tag", "other")},
+            "roles": {role: roles.count(role) / len(roles) for role in REPORTED_ROLES},
             "between": _interval(own, draws, lambda total: total[..., 0] / np.maximum(total[..., 2], 1.0)),
             "explained": _interval(own, draws, _share),
             "minus_control": _interval(paired, draws, lambda total: _share(total) - _share(total[..., 3:]))

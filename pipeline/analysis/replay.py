@@ -31,7 +31,7 @@ from pipeline.objective.weights import signal_values
 from pipeline.progress.display import within
 from pipeline.settings.params import Config
 from pipeline.settings.weight import ActFocusWeight
-from pipeline.trajectories.trajectory import Role, Trajectories
+from pipeline.trajectories.trajectory import RESPONSE_ROLES, Role, Trajectories
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.processes import Tell, run_in_processes
 from pipeline.workspace.randomness import generator
@@ -40,7 +40,7 @@ SKETCH = 2**15
 """Length of a sketched gradient."""
 RESAMPLES = 200
 
-FIXED = ("reasoning", "action", "think_tag", "answer_tag", "other")
+FIXED = tuple(role.name.lower() for role in RESPONSE_ROLES)
 """Parts of the gradient that every weight uses, by role."""
 
 
@@ -54,7 +54,7 @@ class Point(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Task:
+class GroupsTask:
     """Some groups, to be worked on in a process of their own."""
 
     config: Config
@@ -104,52 +104,48 @@ def replay(
     advantage = token_advantages(method, batch, {}).advantage
     pairs = list(dict.fromkeys((point.signal, point.tau) for point in points if point.beta))
     parts = (part_weights(batch, pairs) * advantage.unsqueeze(-1)).numpy()
-    work, start = [], 0
-    for index in members:
-        piece = chosen.select(range(start, start + len(index)))
-        first, last = chosen.offsets[start], chosen.offsets[start + len(index)]
-        work.append((piece, parts[first:last]))
-        start += len(index)
+    work = _by_group(chosen, list(map(len, members)), parts)
     size = -(-len(work) // config.workers)
-    tasks = {
-        f"part {i}": Task(config, policy, work[i * size : (i + 1) * size])
-        for i in range(config.workers)
-        if work[i * size : (i + 1) * size]
-    }
-    results = run_in_processes(group_gradients, tasks, config.workers, "replay")
-    gradients = np.concatenate(list(results.values()))
+    shares = (work[first : first + size] for first in range(0, len(work), size))
+    tasks = {f"part {i}": GroupsTask(config, policy, share) for i, share in enumerate(shares)}
+    gradients = np.concatenate(list(run_in_processes(group_gradients, tasks, config.workers, "replay").values()))
     weight = method.weight if isinstance(method.weight, ActFocusWeight) else ActFocusWeight(kind="actfocus")
     uniform = gradients[:, : len(FIXED)].sum(1)
-    rows = []
-    for point in points:
+
+    def row(point: Point) -> dict[str, Any]:
         factors = part_factors(point, pairs, weight)
         weighted = np.einsum("gpd,p->gd", gradients, factors)
-        rows.append(
-            {
-                **point._asdict(),
-                "cosine_uniform": cosine(weighted.sum(0), uniform.sum(0)),
-                "cosine_many": cosine_to_others(weighted, uniform, config.rollout.groups),
-                **_measured(weighted),
-                **role_shares(gradients, factors),
-            }
-        )
+        return {
+            **point._asdict(),
+            "cosine_uniform": cosine(weighted.sum(0), uniform.sum(0)),
+            "cosine_many": cosine_to_others(weighted, uniform, config.rollout.groups),
+            **signal_to_noise(weighted)._asdict(),
+            **role_shares(gradients, factors),
+        }
+
+    many = cosine_to_others(uniform, uniform, config.rollout.groups)
     return {
         "schema": 1,
         "method": name,
         "groups": len(members),
         "sketch": SKETCH,
-        "uniform": {
-            "cosine_many": cosine_to_others(uniform, uniform, config.rollout.groups),
-            **_measured(uniform),
-        },
-        "rows": rows,
+        "uniform": {"cosine_many": many, **signal_to_noise(uniform)._asdict()},
+        "rows": [row(point) for point in points],
     }
+
+
+def _by_group(table: Trajectories, sizes: Sequence[int], parts: np.ndarray) -> list[tuple[Trajectories, np.ndarray]]:
+    """Groups that follow each other in a table, with the rows of their tokens."""
+    ends = list(itertools.accumulate(sizes))
+    return [
+        (table.select(range(end - size, end)), parts[table.offsets[end - size] : table.offsets[end]])
+        for size, end in zip(sizes, ends, strict=True)
+    ]
 
 
 def part_weights(batch: TokenBatch, pairs: Sequence[tuple[str, float]]) -> Float[Tensor, "n parts"]:
     """Per token: 1 in the column of its role, and in the column of each (signal, tau) an action token's sigmoid."""
-    roles = (Role.REASONING, Role.ACTION, Role.THINK_TAG, Role.ANSWER_TAG, Role.OTHER)
-    columns = [batch.of(role).to(batch.reward.dtype) for role in roles]
+    columns = [batch.of(role).to(batch.reward.dtype) for role in RESPONSE_ROLES]
     action = batch.of(Role.ACTION)
     for signal, tau in pairs:
         z = z_score(signal_values(batch, signal, action), action) / tau
@@ -165,7 +161,7 @@ def part_factors(point: Point, pairs: Sequence[tuple[str, float]], weight: ActFo
     return np.array(fixed + [point.beta * (pair == (point.signal, point.tau)) for pair in pairs])
 
 
-def group_gradients(task: Task, report: Tell) -> np.ndarray:
+def group_gradients(task: GroupsTask, report: Tell) -> np.ndarray:
     """(groups, parts, SKETCH): sketched gradients of ``sum_t part_t * A_t * log pi_t`` by the policy's parameters."""
     report(0, len(task.groups), "groups")
     config, policy = task.config, load_trained(task.policy, task.config)
@@ -221,8 +217,8 @@ def cosine_to_others(weighted: np.ndarray, uniform: np.ndarray, size: int) -> fl
 class SignalToNoise(NamedTuple):
     """An estimate and its standard error."""
 
-    value: float
-    error: float
+    snr: float
+    snr_error: float
 
 
 def signal_to_noise(gradients: np.ndarray) -> SignalToNoise:
@@ -252,11 +248,6 @@ def _ratio(products: np.ndarray) -> float:
     signal = (float(products.sum()) - squares) / (count * (count - 1))
     noise = (squares / count - signal) / (count + 1)
     return signal / noise if noise > 0 else 0.0
-
-
-def _measured(gradients: np.ndarray) -> dict[str, float]:
-    value, error = signal_to_noise(gradients)
-    return {"snr": value, "snr_error": error}
 
 
 def role_shares(gradients: np.ndarray, factors: np.ndarray) -> dict[str, float]:

@@ -144,7 +144,9 @@ def resampled_means(
 
 def bootstrap_interval(success: Success, resamples: int, draws: np.random.Generator) -> Interval:
     """95 % percentile interval of the mean; with a single seed only the states are resampled."""
-    return _percentiles(resampled_means(success.mean(axis=2), resamples, draws))
+    means = resampled_means(success.mean(axis=2), resamples, draws)
+    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
+    return Interval(float(low), float(high))
 
 
 def t_interval(success: Success) -> Interval | None:
@@ -199,11 +201,6 @@ def _t_interval(means: Float[np.ndarray, " seeds"]) -> Interval | None:
 def _resampled_counts(items: int, resamples: int, draws: np.random.Generator) -> np.ndarray:
     """How often each of the items is in a resample of their number; (resamples, items)."""
     return draws.multinomial(items, np.full(items, 1 / items), size=resamples).astype(float)
-
-
-def _percentiles(means: np.ndarray) -> Interval:
-    low, high = np.quantile(means, [(1 - LEVEL) / 2, (1 + LEVEL) / 2])
-    return Interval(float(low), float(high))
 
 
 def _common(a: tuple[T, ...], b: tuple[T, ...], what: str) -> tuple[T, ...]:

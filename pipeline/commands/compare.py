@@ -17,7 +17,7 @@ def main(
     b: Annotated[str, typer.Option(metavar="REV", help="Another one, or workspace: files as they are.")] = "workspace",
 ) -> str:
     from pipeline.analysis.revision_files import WORKSPACE, read_revision
-    from pipeline.analysis.revisions import revisions_text
+    from pipeline.report.revisions import revisions_text
 
     if Path(params).exists():  # else it may be in both revisions all the same
         params = os.path.relpath(go_to_root(params))

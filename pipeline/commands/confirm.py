@@ -18,7 +18,7 @@ from pipeline.commands.cli import ParamsFile, StudyName, configured, layout_of
 def main(study: StudyName, params: ParamsFile = "params.yaml") -> str:
     config, params = configured(params)
     from pipeline.progress.display import still
-    from pipeline.sweep.confirm import confirmation, verdict
+    from pipeline.sweep.confirm import confirmation, confirmation_text
     from pipeline.sweep.plan import plans
     from pipeline.workspace.errors import UserError
     from pipeline.workspace.files import read_json, write_text
@@ -41,7 +41,7 @@ def main(study: StudyName, params: ParamsFile = "params.yaml") -> str:
         done = subprocess.run(["dvc", "repro", str(pipeline)], preexec_fn=partial(end_with_parent, signal.SIGKILL))
     if done.returncode:
         sys.exit(done.returncode)
-    text = verdict(read_json(confirmed.comparison))
+    text = confirmation_text(read_json(confirmed.comparison))
     write_text(reports / "verdict.txt", text + "\n")
     shown = layout_of(config).confirmation(study).reports
     return f"{(reports / 'comparison.txt').read_text(encoding='utf-8')}\n{text}\n{shown}: verdict.txt, index.html. Next: open index.html"

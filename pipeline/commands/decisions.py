@@ -27,7 +27,7 @@ def main(
     config, _ = configured(params, environment, method)
     import transformers.models.auto.modeling_auto  # noqa: F401  (imported before the processes fork)
 
-    from pipeline.analysis.decisions import Plan, decisions
+    from pipeline.analysis.decisions import SampleSizes, decisions
     from pipeline.progress.display import doing
     from pipeline.report.decision_figures import decisions_text, draw_decisions
     from pipeline.workspace.files import write_json, write_text
@@ -36,10 +36,10 @@ def main(
     environments = [environment] if environment else list(config.environments)
     usable = [name for name, row in config.methods.items() if row.branching.kind == "none"]
     method = method or next(iter([*usable, *config.methods]))
-    plan = Plan(seed, positions, candidates, continuations)
+    sizes = SampleSizes(seed, positions, candidates, continuations)
     layout, texts = layout_of(config), []
     for name in environments:
-        result = decisions(config, layout.policy, name, method, plan, Cache().folder)
+        result = decisions(config, layout.policy, name, method, sizes, Cache().folder)
         doing(f"{name}: drawing")
         folder = layout.decisions(name)
         folder.mkdir(parents=True, exist_ok=True)

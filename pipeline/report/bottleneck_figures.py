@@ -1,7 +1,4 @@
-"""Figures of the Action Bottleneck: energy against return variance, and the energies of every role.
-
-Each is written as PNG and SVG with equal bytes for equal input.
-"""
+"""Figures of the Action Bottleneck: energy against return variance, and the energies of every role."""
 
 from __future__ import annotations
 
@@ -15,34 +12,9 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 
 from pipeline.analysis.bottleneck import SCOPES, GroupEnergy, group_energy, role_energy
+from pipeline.report.style import QUIET, ROLE_COLOURS, STYLE, WIDTH, save
 from pipeline.trajectories.trajectory import RESPONSE_ROLES, Role, Trajectories
 
-STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 11,
-    "axes.titlesize": 12,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.edgecolor": "#888888",
-    "axes.axisbelow": True,
-    "figure.facecolor": "white",
-    "axes.facecolor": "white",
-    "savefig.facecolor": "white",
-    "svg.hashsalt": "actfocus",
-}
-"""DejaVu ships with matplotlib, so text has the same width on every machine."""
-
-COLOURS = {
-    "action": "#d55e00",
-    "reasoning": "#0072b2",
-    "response": "#4d4d4d",
-    "think_tag": "#56b4e9",
-    "answer_tag": "#e69f00",
-    "other": "#999999",
-}
-"""Okabe and Ito's palette: told apart with any colour vision."""
-
-_QUIET = "#5f5f5f"
 _TAIL = 0.1
 _ENERGY = "energy −logsumexp in nats  (right: reference less confident)"
 
@@ -61,17 +33,11 @@ def correlation_figure(trajectories: Trajectories, diagnostics: dict[str, Any], 
     Args:
         trajectories: the annotated episodes that were diagnosed.
         diagnostics: what ``bottleneck`` gave for them.
-        target: where to write, without the ending; folders are made.
-
-    Returns:
-        The PNG (150 dpi) and the SVG.
-
-    Raises:
-        TrajectoryError: as ``group_energy``.
+        target: where to write, without the ending.
     """
     per_group = group_energy(trajectories)
     with rc_context(STYLE):
-        figure = Figure(figsize=(12, 5), layout="constrained")
+        figure = Figure(figsize=(1.2 * WIDTH, 5), layout="constrained")
         panels = figure.subplots(1, len(SCOPES), sharey=True)
         for axes, scope in zip(panels, SCOPES, strict=True):
             _scatter(axes, per_group, scope, diagnostics[scope])
@@ -82,13 +48,13 @@ def correlation_figure(trajectories: Trajectories, diagnostics: dict[str, Any], 
             f"{diagnostics['zero_variance_groups']} of them with equal returns (hollow)",
             fontsize=13,
         )
-        return _write(figure, target)
+        return save(figure, target)
 
 
 def energy_figure(trajectories: Trajectories, diagnostics: dict[str, Any], target: Path) -> tuple[Path, Path]:
     """A row per role that occurs: the distribution of its tokens' energies on a shared axis, to a height of its own.
 
-    Args, returns and errors are those of ``correlation_figure``.
+    The arguments are those of ``correlation_figure``.
     """
     roles = [role for role in RESPONSE_ROLES if diagnostics["energy_by_role"][role.name.lower()]["count"]]
     energies = {role: role_energy(trajectories, role) for role in roles}
@@ -98,22 +64,22 @@ def energy_figure(trajectories: Trajectories, diagnostics: dict[str, Any], targe
     margin = 0.02 * (high - low) or 0.5
     edges = np.linspace(low - margin, high + margin, 81)
     with rc_context(STYLE):
-        figure = Figure(figsize=(10, 1.4 + 1.05 * len(roles)), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 1.4 + 1.05 * len(roles)), layout="constrained")
         rows = figure.subplots(len(roles), 1, sharex=True, squeeze=False)[:, 0]
         for axes, (role, values) in zip(rows, energies.items(), strict=True):
             name = role.name.lower()
             _histogram(axes, role, values, edges, diagnostics["energy_by_role"][name], diagnostics["tokens"])
         rows[-1].set_xlabel(_ENERGY + "; outermost bins hold what lies beyond")
         figure.suptitle(f"{diagnostics['environment']}: token energy by role, quartiles marked", fontsize=13)
-        return _write(figure, target)
+        return save(figure, target)
 
 
 def _scatter(axes: Axes, per_group: GroupEnergy, scope: str, correlation: dict[str, Any]) -> None:
     energy, varying = per_group.energy[scope], per_group.variance > 0
-    colour = COLOURS[scope]
+    colour = ROLE_COLOURS[scope]
     axes.scatter(energy[varying], per_group.variance[varying], s=26, color=colour, alpha=0.55, linewidths=0)
     axes.scatter(energy[~varying], per_group.variance[~varying], s=26, facecolors="none", edgecolors=colour, alpha=0.7)
-    axes.set_title(f"{scope} tokens\n{rho_text(correlation)}", color=colour, fontweight="bold", pad=22)
+    axes.set_title(f"{scope} tokens\n{rho_text(correlation)}", color=colour, fontweight="bold", loc="center", pad=22)
     varied = correlation["varying"]
     axes.annotate(
         f"{varied['groups']} filled: {rho_text(varied)}",
@@ -123,9 +89,8 @@ def _scatter(axes: Axes, per_group: GroupEnergy, scope: str, correlation: dict[s
         textcoords="offset points",
         ha="center",
         fontsize=10,
-        color=_QUIET,
+        color=QUIET,
     )
-    axes.grid(color="#e6e6e6", linewidth=0.8)
     axes.locator_params(axis="x", nbins=5)
 
 
@@ -145,10 +110,11 @@ def _histogram(
 ) -> None:
     name = role.name.lower()
     counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
-    axes.stairs(counts / counts.max(), edges, fill=True, color=COLOURS[name], alpha=0.8)
+    axes.stairs(counts / counts.max(), edges, fill=True, color=ROLE_COLOURS[name], alpha=0.8)
     for quantile, width in (("q25", 1.0), ("q50", 2.2), ("q75", 1.0)):
         axes.axvline(summary[quantile], color="black", linewidth=width, ymax=0.88)
     axes.set(ylim=(0, 1.15), yticks=[], xlim=(edges[0], edges[-1]))
+    axes.grid(visible=False)
     axes.spines["left"].set_visible(False)
     axes.set_ylabel(name.replace("_", " "), rotation=0, ha="right", va="center", fontweight="bold")
     axes.text(
@@ -158,14 +124,5 @@ def _histogram(
         transform=axes.transAxes,
         va="center",
         fontsize=9.5,
-        color=_QUIET,
+        color=QUIET,
     )
-
-
-def _write(figure: Figure, target: Path) -> tuple[Path, Path]:
-    target.parent.mkdir(parents=True, exist_ok=True)
-    png, svg = (target.with_name(f"{target.name}.{ending}") for ending in ("png", "svg"))
-    # Version and date would make equal figures differ in bytes.
-    figure.savefig(png, dpi=150, metadata={"Software": None})
-    figure.savefig(svg, metadata={"Date": None, "Creator": None})
-    return png, svg

@@ -7,15 +7,11 @@
   const narrow = matchMedia("(max-width: 40rem)");
   const drawn = new Map();
 
-  function colour(name) {
-    return getComputedStyle(document.documentElement).getPropertyValue(name).trim();
-  }
-
   function themed(layout) {
     const own = structuredClone(layout);
     const ink = colour("--ink"), line = colour("--line");
     own.paper_bgcolor = own.plot_bgcolor = "rgba(0, 0, 0, 0)";
-    own.font = { ...own.font, color: ink, family: "system-ui, sans-serif", size: narrow.matches ? 11 : 13 };
+    own.font = { ...own.font, color: ink, family: getComputedStyle(document.body).fontFamily, size: narrow.matches ? 11 : 13 };
     own.hoverlabel = { bgcolor: colour("--card"), bordercolor: line, font: { color: ink }, align: "left" };
     own.autosize = true;
     delete own.width;
@@ -33,7 +29,7 @@
     const others = data.filter((trace) => trace.legendgroup !== method).map((trace) => {
       const quiet = { ...trace, hoverinfo: "skip", hovertemplate: undefined };
       if (trace.fill || trace.mode === "markers") return { ...quiet, visible: false };
-      return { ...quiet, line: { color: "#8a8a8a", width: 0.7 }, opacity: 0.6 };
+      return { ...quiet, line: { color: colour("--grey"), width: 0.7 }, opacity: 0.6 };
     });
     return [...others, ...data.filter((trace) => trace.legendgroup === method)]; // on top
   }

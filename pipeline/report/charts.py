@@ -9,22 +9,17 @@ import html
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from itertools import cycle
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
-from pipeline.analysis.comparison import REFERENCE
-from pipeline.analysis.differences import difference_of, difference_text
+from pipeline.analysis.comparison import REFERENCE, Row, difference_of, places, rows_at
 from pipeline.analysis.statistics import VERDICT_SEEDS, Interval
-from pipeline.report.comparison_figures import COLOURS
-from pipeline.report.comparison_tables import Row, places, rows_at
+from pipeline.report.comparison_tables import estimate
+from pipeline.report.differences import difference_text
+from pipeline.report.style import BLUE, GREY, VERMILLION, looks
 from pipeline.settings.params import Config
 
-GREY = "#8a8a8a"
-"""Seen on white and on black."""
-DASHES = ("solid", "dash", "dot", "dashdot")
-SYMBOLS = ("circle", "square", "triangle-up", "diamond", "triangle-down", "cross", "x")
 ROW, DENSE, MANY = 46, 34, 12
 """Pixels of a row, and of one where there are more than so many."""
 
@@ -80,11 +75,6 @@ def _plain(value: Any) -> Any:
     if isinstance(value, Mapping):
         return {key: _plain(entry) for key, entry in value.items()}
     return [_plain(entry) for entry in value] if isinstance(value, list | tuple) else value
-
-
-def looks() -> Iterator[tuple[str, str, str]]:
-    """Colour, dash and marker of the first, second, ... method; endless. Colours are those of the static figures."""
-    return zip(cycle(COLOURS), cycle(DASHES), cycle(SYMBOLS), strict=False)
 
 
 def trained_on(config: Config, environment: str) -> str:
@@ -185,28 +175,17 @@ def _success(rows: Sequence[Row]) -> dict[str, Any]:
         x0=reference["reference_ci_low"], x1=reference["reference_ci_high"], fillcolor=GREY, opacity=0.25, line_width=0
     )
     figure.add_vline(x=reference["reference_success"], line={"color": GREY, "dash": "dash", "width": 1.5})
-    for place, (row, (colour, _, symbol)) in enumerate(zip(trained, looks(), strict=False)):
-        for name, width in (("success_ci", 7), ("t_ci", 1.5)):
-            if row[f"{name}_low"] is not None:
-                figure.add_scatter(
-                    x=[row[f"{name}_low"], row[f"{name}_high"]], y=[place] * 2, mode="lines", hoverinfo="skip",
-                    line={"color": colour, "width": width}, opacity=0.55 if width > 2 else 1, showlegend=False,
-                )  # fmt: skip
-        figure.add_scatter(
-            x=row["seed_success"], y=[place + 0.26] * len(row["seed_success"]), mode="markers", showlegend=False,
-            marker={"color": GREY, "size": 5}, hovertemplate="single seed: %{x:.3f}<extra></extra>",
-        )  # fmt: skip
-        figure.add_scatter(
-            x=[row["success_mean"]], y=[place], mode="markers", showlegend=False,
-            marker={"color": colour, "size": 11, "symbol": symbol, "line": {"color": "white", "width": 1}},
-            text=[_said(row["method"], row["success_mean"], row["success_ci_low"], row["success_ci_high"])],
-            hovertemplate="%{text}<extra></extra>",
-        )  # fmt: skip
+    for place, (row, (colour, _, symbol)) in enumerate(zip(trained, looks(plotly=True), strict=False)):
+        bounds = {
+            width: (row[f"{name}_low"], row[f"{name}_high"]) for name, width in (("success_ci", 7), ("t_ci", 1.5))
+        }
+        said = f"{row['method']}: {estimate(row['success_mean'], row['success_ci_low'], row['success_ci_high'])}"
+        _add_row(figure, place, row["success_mean"], said, colour, bounds, row["seed_success"], symbol)
     figure.update_xaxes(title_text="success", range=[-0.01, 1.01])
     return rowed(figure, [f"{row['method']} (n = {row['seeds']})" for row in trained])
 
 
-class Estimate(NamedTuple):
+class ChartRow(NamedTuple):
     """A row of a chart."""
 
     label: str
@@ -219,24 +198,24 @@ class Estimate(NamedTuple):
     """Of single seeds."""
 
 
-def _differences(rows: Sequence[Row]) -> Iterator[Estimate]:
+def _differences(rows: Sequence[Row]) -> Iterator[ChartRow]:
     """Every difference; those between methods first."""
-    for kind, colour in (("control", COLOURS[1]), ("uniform", COLOURS[0]), (REFERENCE, GREY)):
+    for kind, colour in (("control", VERMILLION), ("uniform", BLUE), (REFERENCE, GREY)):
         for row in rows:
             found = difference_of(row, kind)
             if found is not None:
                 label = f"{row['method']} − {row.get(kind, kind)}"
-                yield Estimate(label, found.value, difference_text(found), colour, found.interval, found.by_seed)
+                yield ChartRow(label, found.value, difference_text(found), colour, found.interval, found.by_seed)
 
 
-def _improvements(rows: Sequence[Row]) -> Iterator[Estimate]:
+def _improvements(rows: Sequence[Row]) -> Iterator[ChartRow]:
     for row in rows:
         value = row["probability_of_improvement"]
         if value is not None:
-            yield Estimate(f"{row['method']} over {row['uniform']}", value, f"{value:.3f}", COLOURS[0])
+            yield ChartRow(f"{row['method']} over {row['uniform']}", value, f"{value:.3f}", BLUE)
 
 
-def _intervals(found: Sequence[Estimate], title: str, nothing: float) -> dict[str, Any]:
+def _intervals(found: Sequence[ChartRow], title: str, nothing: float) -> dict[str, Any]:
     """A row per value with its interval and single seeds; a line where there is no difference."""
     figure = go.Figure()
     figure.add_vline(x=nothing, line={"color": GREY, "dash": "dash", "width": 1.5})
@@ -245,24 +224,40 @@ def _intervals(found: Sequence[Estimate], title: str, nothing: float) -> dict[st
         ends += [one.value, *one.seeds]
         if one.interval is not None:
             ends += [one.interval.low, one.interval.high]
-            figure.add_scatter(
-                x=ends[-2:], y=[place] * 2, mode="lines", hoverinfo="skip", showlegend=False, opacity=0.6,
-                line={"color": one.colour, "width": 6},
-            )  # fmt: skip
-        if one.seeds:
-            figure.add_scatter(
-                x=list(one.seeds), y=[place + 0.26] * len(one.seeds), mode="markers", showlegend=False,
-                marker={"color": GREY, "size": 5}, hovertemplate="single seed: %{x:.3f}<extra></extra>",
-            )  # fmt: skip
-        figure.add_scatter(
-            x=[one.value], y=[place], mode="markers", showlegend=False, text=[f"{one.label}: {one.said}"],
-            marker={"color": one.colour, "size": 11, "line": {"color": "white", "width": 1}},
-            hovertemplate="%{text}<extra></extra>",
-        )  # fmt: skip
+        bounds = {} if one.interval is None else {6.0: (one.interval.low, one.interval.high)}
+        _add_row(figure, place, one.value, f"{one.label}: {one.said}", one.colour, bounds, one.seeds)
     margin = 0.05 * (max(ends) - min(ends)) or 0.05
     limits = [-0.01, 1.01] if nothing else [min(ends) - margin, max(ends) + margin]
     figure.update_xaxes(title_text=title, range=limits)
     return rowed(figure, [one.label for one in found])
+
+
+def _add_row(
+    figure: go.Figure,
+    place: int,
+    value: float,
+    said: str,
+    colour: str,
+    bounds: Mapping[float, Sequence[float | None]],
+    seeds: Sequence[float],
+    symbol: str = "circle",
+) -> None:
+    """A value with its intervals by the width of their lines, and single seeds below it."""
+    for width, ends in bounds.items():
+        if None not in ends:
+            figure.add_scatter(
+                x=ends, y=[place] * 2, mode="lines", hoverinfo="skip", line={"color": colour, "width": width},
+                opacity=0.55 if width > 2 else 1, showlegend=False,
+            )  # fmt: skip
+    if seeds:
+        figure.add_scatter(
+            x=list(seeds), y=[place + 0.26] * len(seeds), mode="markers", showlegend=False,
+            marker={"color": GREY, "size": 5}, hovertemplate="single seed: %{x:.3f}<extra></extra>",
+        )  # fmt: skip
+    figure.add_scatter(
+        x=[value], y=[place], mode="markers", showlegend=False, text=[said], hovertemplate="%{text}<extra></extra>",
+        marker={"color": colour, "size": 11, "symbol": symbol, "line": {"color": "white", "width": 1}},
+    )  # fmt: skip
 
 
 def rowed(figure: go.Figure, labels: Sequence[str]) -> dict[str, Any]:
@@ -273,7 +268,3 @@ def rowed(figure: go.Figure, labels: Sequence[str]) -> dict[str, Any]:
         )
     figure.update_yaxes(range=[len(labels) - 0.5, -0.7], showticklabels=False, showgrid=False, zeroline=False)
     return view(figure, 70 + (ROW if len(labels) <= MANY else DENSE) * max(2, len(labels)), left=10)
-
-
-def _said(name: str, value: float, low: float, high: float) -> str:
-    return f"{name}: {value:.3f} [{low:.3f}, {high:.3f}]"

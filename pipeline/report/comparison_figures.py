@@ -3,43 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import matplotlib
 import numpy as np
+from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from pipeline.analysis.comparison import REFERENCE, Curves, Inputs
-from pipeline.analysis.curves import COSTS, HEALTH, costs, over_seeds, series_of, smoothed, spent, validations
-from pipeline.report.comparison_tables import places, rows_at
-
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9")
-"""Okabe and Ito's colours that stand out on white and are told apart without red-green vision."""
-DASHES = ("-", "--", ":", "-.")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-GREY = "#6b6b6b"
-CROWD = 8
-"""More methods than this get a panel each instead of sharing one."""
-STYLE: dict[Any, Any] = {
-    "font.family": "DejaVu Sans",
-    "font.size": 10,
-    "axes.spines.top": False,
-    "axes.spines.right": False,
-    "axes.titlesize": 11,
-    "axes.titlelocation": "left",
-    "axes.grid": True,
-    "axes.axisbelow": True,
-    "grid.color": "#e4e4e4",
-    "grid.linewidth": 0.6,
-    "legend.frameon": False,
-    "svg.hashsalt": "actfocus",
-    "svg.fonttype": "path",
-}
+from pipeline.analysis.comparison import REFERENCE, Curves, Inputs, places, rows_at
+from pipeline.analysis.curves import costs, over_seeds, series_of, smoothed, spent, validations
+from pipeline.report.style import COSTS, CROWD, FAINT, HEALTH, METHOD_COLOURS, QUIET, STYLE, WIDTH, looks, save
 
 
 def write_comparison_figures(comparison: Mapping[str, Any], inputs: Inputs, folder: Path) -> dict[str, list[Path]]:
@@ -47,20 +24,11 @@ def write_comparison_figures(comparison: Mapping[str, Any], inputs: Inputs, fold
     folder.mkdir(parents=True, exist_ok=True)
     return {
         environment: [
-            save(figure, folder / f"{environment}-{name}")
+            save(figure, folder / f"{environment}-{name}")[1]
             for name, figure in _figures(comparison, inputs, environment).items()
         ]
         for environment in places(comparison)
     }
-
-
-def save(figure: Figure, stem: Path) -> Path:
-    """Write a figure as ``stem.png`` and ``stem.svg`` without dates or versions in their metadata; returns the SVG."""
-    png, svg = (stem.with_name(f"{stem.name}.{suffix}") for suffix in ("png", "svg"))
-    with matplotlib.rc_context(STYLE):
-        figure.savefig(png, dpi=150, metadata={"Software": None})
-        figure.savefig(svg, metadata={"Date": None, "Creator": None})
-    return svg
 
 
 def success_figure(comparison: Mapping[str, Any], environment: str) -> Figure:
@@ -68,7 +36,7 @@ def success_figure(comparison: Mapping[str, Any], environment: str) -> Figure:
     temperatures = places(comparison)[environment]
     trained = [r for r in rows_at(comparison, environment, temperatures[0]) if r["method"] != REFERENCE]
     methods = [row["method"] for row in trained]
-    with matplotlib.rc_context(STYLE):
+    with rc_context(STYLE):
         figure = Figure((max(6.4, 1.6 + 3.6 * len(temperatures)), 1.5 + 0.42 * len(methods)), layout="constrained")
         panels = figure.subplots(1, len(temperatures), sharey=True, sharex=True, squeeze=False)[0]
         for axes, temperature in zip(panels, temperatures, strict=True):
@@ -83,7 +51,7 @@ def success_figure(comparison: Mapping[str, Any], environment: str) -> Figure:
             "reference (band: bootstrap)": {"lw": 1, "ls": "--"},
         }
         figure.legend(
-            handles=[Line2D([], [], color=GREY, label=label, **look) for label, look in signs.items()],
+            handles=[Line2D([], [], color=QUIET, label=label, **look) for label, look in signs.items()],
             loc="outside lower center",
             ncols=1 + len(temperatures),
         )
@@ -99,22 +67,20 @@ def learning_figure(curves: Mapping[str, Curves], timings: Mapping[str, Curves],
         tokens: the trainings' budget, if there is one; tokens then have the first panel.
     """
     shown = costs(tokens, bool(timings))
-    with matplotlib.rc_context(STYLE):
+    with rc_context(STYLE):
         columns = 2 if len(shown) == 4 else 3
-        figure = Figure((10, 3.3 * math.ceil(len(shown) / columns) + 0.4), layout="constrained")
+        figure = Figure((WIDTH, 3.3 * math.ceil(len(shown) / columns) + 0.4), layout="constrained")
         panels = figure.subplots(math.ceil(len(shown) / columns), columns, sharey=True, squeeze=False).flat
         for axes, cost in zip(panels, shown, strict=True):
-            for (method, curve), (colour, dash, marker) in zip(curves.items(), _looks(), strict=False):
+            for (method, curve), (colour, dash, marker) in zip(curves.items(), looks(), strict=False):
                 if cost == "seconds" and method not in timings:
                     continue
                 place = spent(curve, timings.get(method), cost)
                 _band(axes, place[:-1], smoothed(series_of(curve, "success")), colour, dash)
                 points = validations(curve, timings.get(method), cost)
                 axes.plot(*points, marker, color=colour, ms=5, mec="white", mew=0.7, zorder=4)
-            axes.set_xlabel(COSTS[cost])
+            _spending(axes, cost)
             axes.margins(x=0.02)
-            axes.xaxis.set_major_formatter(EngFormatter(sep=""))
-            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
         figure.axes[0].set_ylim(bottom=0)
         for axes in figure.axes[::columns]:
             axes.set_ylabel("success")
@@ -130,16 +96,16 @@ def learning_panels(curves: Mapping[str, Curves], tokens: int | None = None) -> 
     cost = costs(tokens, timed=False)[0]
     smooth = {method: smoothed(series_of(curve, "success")) for method, curve in curves.items()}
     places = {method: spent(curve, None, cost) for method, curve in curves.items()}
-    with matplotlib.rc_context(STYLE):
+    with rc_context(STYLE):
         rows = math.ceil(len(curves) / 4)
-        figure = Figure((10, 1.75 * rows + 0.3), layout="constrained")
+        figure = Figure((WIDTH, 1.75 * rows + 0.3), layout="constrained")
         panels = figure.subplots(rows, 4, sharex=True, sharey=True, squeeze=False).flat
         for (method, curve), axes in zip(curves.items(), panels, strict=False):
             for other, series in smooth.items():
-                axes.plot(places[other][:-1], np.nanmean(series, axis=0), color="#cccccc", lw=0.6, zorder=1)
-            _band(axes, places[method][:-1], smooth[method], COLOURS[0], "-")
+                axes.plot(places[other][:-1], np.nanmean(series, axis=0), color=FAINT, lw=0.6, zorder=1)
+            _band(axes, places[method][:-1], smooth[method], METHOD_COLOURS[0], "-")
             points = validations(curve, None, cost)
-            axes.plot(*points, "o", color=COLOURS[1], ms=4, mec="white", mew=0.6, zorder=4)
+            axes.plot(*points, "o", color=METHOD_COLOURS[1], ms=4, mec="white", mew=0.6, zorder=4)
             axes.set_title(method, fontsize=9)
         for axes in panels:  # what is left of the last row
             axes.set_visible(False)
@@ -154,18 +120,15 @@ def learning_panels(curves: Mapping[str, Curves], tokens: int | None = None) -> 
 def health_figure(curves: Mapping[str, Curves], tokens: int | None = None) -> Figure:
     """What shows whether the trainings were healthy, mean over seeds and range: over iterations or budgeted tokens."""
     cost = costs(tokens, timed=False)[0]
-    with matplotlib.rc_context(STYLE):
-        figure = Figure((10, 6 + 0.2 * max(0, math.ceil(len(curves) / 4) - 2)), layout="constrained")
+    with rc_context(STYLE):
+        figure = Figure((WIDTH, 6 + 0.2 * max(0, math.ceil(len(curves) / 4) - 2)), layout="constrained")
         for axes, (key, title) in zip(figure.subplots(2, 3, sharex=True).flat, HEALTH.items(), strict=True):
-            for curve, (colour, dash, _) in zip(curves.values(), _looks(), strict=False):
+            for curve, (colour, dash, _) in zip(curves.values(), looks(), strict=False):
                 series = series_of(curve, key)
                 _band(axes, spent(curve, None, cost)[:-1], series, colour, dash, spread=len(curves) <= CROWD)
             axes.set_title(title, fontsize=10)
         for axes in figure.axes[-3:]:
-            axes.set_xlabel(COSTS[cost])
-            axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
-            if cost == "tokens":
-                axes.xaxis.set_major_formatter(EngFormatter(sep=""))
+            _spending(axes, cost)
         _legend(figure, curves, marked=False)
     return figure
 
@@ -186,17 +149,17 @@ def _figures(comparison: Mapping[str, Any], inputs: Inputs, environment: str) ->
 
 def _success_panel(axes: Axes, rows: Sequence[Mapping[str, Any]], temperature: float) -> None:
     reference = rows[0]
-    axes.axvspan(reference["reference_ci_low"], reference["reference_ci_high"], color="#d9d9d9", lw=0, zorder=0)
-    axes.axvline(reference["reference_success"], color=GREY, lw=1, ls="--")
+    axes.axvspan(reference["reference_ci_low"], reference["reference_ci_high"], color=FAINT, lw=0, zorder=0)
+    axes.axvline(reference["reference_success"], color=QUIET, lw=1, ls="--")
     trained = [row for row in rows if row["method"] != REFERENCE]
-    for place, (row, (colour, _, marker)) in enumerate(zip(trained, _looks(), strict=False)):
+    for place, (row, (colour, _, marker)) in enumerate(zip(trained, looks(), strict=False)):
         if row["t_ci_low"] is not None:
             axes.plot([row["t_ci_low"], row["t_ci_high"]], [place] * 2, color=colour, lw=1, zorder=2)
         axes.plot(
             [row["success_ci_low"], row["success_ci_high"]], [place] * 2, color=colour, lw=4, alpha=0.55, zorder=2
         )
         seeds = row["seed_success"]
-        axes.plot(seeds, [place + 0.24] * len(seeds), ".", color=GREY, ms=4, mec="none", alpha=0.8, zorder=3)
+        axes.plot(seeds, [place + 0.24] * len(seeds), ".", color=QUIET, ms=4, mec="none", alpha=0.8, zorder=3)
         axes.plot(row["success_mean"], place, marker, color=colour, ms=7, mec="white", mew=0.8, zorder=4)
     axes.set_title(f"temperature {temperature:g}")
     axes.set_xlabel("success")
@@ -204,13 +167,11 @@ def _success_panel(axes: Axes, rows: Sequence[Mapping[str, Any]], temperature: f
     axes.tick_params(axis="y", length=0)
 
 
-def _looks() -> Iterator[tuple[str, str, str]]:
-    """Colour, dash and marker of the first, second, ... method; endless, and no two alike for a long while."""
-    number = 0
-    while True:
-        lap = number // len(COLOURS)
-        yield COLOURS[number % len(COLOURS)], DASHES[lap % len(DASHES)], MARKERS[number % len(MARKERS)]
-        number += 1
+def _spending(axes: Axes, cost: str) -> None:
+    """An axis of what was spent, in thousands where there are so many."""
+    axes.set_xlabel(COSTS[cost])
+    axes.xaxis.set_major_locator(MaxNLocator(6, integer=True))
+    axes.xaxis.set_major_formatter(EngFormatter(sep=""))
 
 
 def _band(axes: Axes, x: np.ndarray, series: np.ndarray, colour: str, dash: str, spread: bool = True) -> None:
@@ -225,7 +186,7 @@ def _legend(figure: Figure, curves: Mapping[str, Curves], marked: bool) -> None:
     """Below the figure, every method once, with the marker of its validation points if there are any."""
     handles = [
         Line2D([], [], color=colour, ls=dash, marker=marker if marked else "", label=f"{method} (n = {len(curve)})")
-        for (method, curve), (colour, dash, marker) in zip(curves.items(), _looks(), strict=False)
+        for (method, curve), (colour, dash, marker) in zip(curves.items(), looks(), strict=False)
     ]
     figure.legend(
         handles=handles, loc="outside lower center", ncols=math.ceil(len(handles) / math.ceil(len(handles) / 4))

@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-from pipeline.analysis.comparison import REFERENCE
-from pipeline.analysis.differences import difference_of, difference_text
+from pipeline.analysis.comparison import REFERENCE, Curves, Row, difference_of, places, rows_at
 from pipeline.analysis.statistics import VERDICT_SEEDS
+from pipeline.analysis.timings import environment_shares, phase_seconds
+from pipeline.report.differences import difference_text
+from pipeline.report.tables import Table, aligned, markdown
 from pipeline.trajectories.trajectory import CUT_OFF, RESPONSES
-
-Row = Mapping[str, Any]
 
 READING = (
     "Success on held-out initial states at the final step, as mean [95 % interval]: bootstrap over seeds and initial "
@@ -39,30 +38,6 @@ UNDONE = [kind for kind in RESPONSES if kind != "valid"]
 """What a response was that no action was executed of; a comparison that was made when this was not counted lacks it."""
 
 
-@dataclass(frozen=True)
-class Table:
-    """Cells ready to be shown."""
-
-    title: str
-    header: list[str]
-    rows: list[list[str]]
-
-
-def places(comparison: Mapping[str, Any]) -> dict[str, list[float]]:
-    """The temperatures of each environment, the headline first."""
-    found: dict[str, list[float]] = {}
-    for row in comparison["rows"]:
-        temperatures = found.setdefault(row["environment"], [])
-        if row["temperature"] not in temperatures:
-            temperatures.append(row["temperature"])
-    return found
-
-
-def rows_at(comparison: Mapping[str, Any], environment: str, temperature: float) -> list[Row]:
-    """The rows of one environment and temperature, the reference policy last."""
-    return [r for r in comparison["rows"] if r["environment"] == environment and r["temperature"] == temperature]
-
-
 def result_table(comparison: Mapping[str, Any], environment: str, temperature: float) -> Table:
     """What the methods reach at one temperature, with all intervals.
 
@@ -82,7 +57,7 @@ def result_table(comparison: Mapping[str, Any], environment: str, temperature: f
             [
                 row["method"],
                 _size(row),
-                _estimate(row["success_mean"], row["success_ci_low"], row["success_ci_high"]),
+                estimate(row["success_mean"], row["success_ci_low"], row["success_ci_high"]),
                 _bounds(row["t_ci_low"], row["t_ci_high"]),
                 _number(row["success_iqm"]),
                 _difference(row, "reference"),
@@ -137,6 +112,28 @@ def training_table(comparison: Mapping[str, Any], environment: str) -> Table:
     )  # fmt: skip
 
 
+def time_table(environment: str, timings: Mapping[tuple[str, str], Curves]) -> Table:
+    """Shares of an iteration by phase, a row per method of an environment; the longest phases first."""
+    spent = {method: phase_seconds(curves) for (place, method), curves in timings.items() if place == environment}
+    total = {method: sum(phases.values()) for method, phases in spent.items()}
+    names = sorted({phase for phases in spent.values() for phase in phases})
+    names.sort(key=lambda name: -sum(phases.get(name, 0.0) for phases in spent.values()))
+    return Table(
+        f"{environment}, time of an iteration",
+        ["method", "seconds", *names, "resets in rollouts", "steps in rollouts"],
+        [
+            [
+                method,
+                f"{total[method]:.2f}",
+                *(f"{phases.get(name, 0.0) / total[method]:.1%}" for name in names),
+                *(f"{share:.1%}" for share in environment_shares(timings[environment, method]).values()),
+            ]
+            for method, phases in spent.items()
+            if total[method]
+        ],
+    )
+
+
 def overview_markdown(comparisons: Sequence[Mapping[str, Any]]) -> str:
     """Headline success of several comparisons of the same methods as Markdown: a row per comparison and environment."""
     methods = list(dict.fromkeys(row["method"] for comparison in comparisons for row in comparison["rows"]))
@@ -146,13 +143,13 @@ def overview_markdown(comparisons: Sequence[Mapping[str, Any]]) -> str:
         for environment, temperatures in places(comparison).items():
             found = {row["method"]: row for row in rows_at(comparison, environment, temperatures[0])}
             cells = [
-                _estimate(found[m]["success_mean"], found[m]["success_ci_low"], found[m]["success_ci_high"])
+                estimate(found[m]["success_mean"], found[m]["success_ci_low"], found[m]["success_ci_high"])
                 if m in found
                 else "–"
                 for m in methods
             ]
             rows.append([comparison["comparison"], environment, *cells])
-    return _markdown(Table("overview", ["comparison", "environment", *methods], rows))
+    return markdown(Table("overview", ["comparison", "environment", *methods], rows))
 
 
 def common_terms(comparison: Mapping[str, Any]) -> str:
@@ -171,7 +168,7 @@ def comparison_markdown(comparison: Mapping[str, Any]) -> str:
     for environment, temperatures in places(comparison).items():
         tables = [result_table(comparison, environment, temperature) for temperature in temperatures]
         for table in [*tables, training_table(comparison, environment)]:
-            parts += [f"## {table.title}", _markdown(table)]
+            parts += [f"## {table.title}", markdown(table)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -186,16 +183,9 @@ def comparison_text(comparison: Mapping[str, Any]) -> str:
         statuses = {row["method"]: row["status"] for row in rows_at(comparison, environment, temperatures[0])}
         if any(row["source"] for row in comparison["rows"]):
             cells = [[line[0], statuses.get(line[0], "status") or "–", *line[1:]] for line in cells]
-        widths = [max(map(len, column)) for column in zip(*cells, strict=True)]
-        lines = ["  ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)).rstrip() for row in cells]
-        parts += [table.title, *lines, ""]
+        parts += [table.title, aligned(cells), ""]
     warnings = [f"warning: {warning}" for warning in comparison["warnings"]]
     return "\n".join([*parts, BRACKETS, "", *warnings]).rstrip() + "\n"
-
-
-def _markdown(table: Table) -> str:
-    lines = [table.header, ["---"] * len(table.header), *([f"`{row[0]}`", *row[1:]] for row in table.rows)]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def _size(row: Row) -> str:
@@ -207,7 +197,8 @@ def _difference(row: Row, other: str) -> str:
     return "–" if found is None else difference_text(found, "" if other == REFERENCE else f" vs {row[other]}")
 
 
-def _estimate(value: float, low: float, high: float) -> str:
+def estimate(value: float, low: float, high: float) -> str:
+    """A value with its interval."""
     return f"{value:.3f} {_bounds(low, high)}"
 
 

@@ -9,30 +9,12 @@ import numpy as np
 import plotly.graph_objects as go
 
 from pipeline.analysis.comparison import Curves, Inputs
-from pipeline.analysis.curves import (
-    COSTS,
-    HEALTH,
-    SMOOTHING,
-    costs,
-    over_seeds,
-    series_of,
-    smoothed,
-    spent,
-    uneven,
-    validations,
-)
-from pipeline.report.charts import Chart, looks, rowed, trained_on, view
-from pipeline.report.comparison_figures import CROWD
+from pipeline.analysis.curves import SMOOTHING, costs, over_seeds, series_of, smoothed, spent, uneven, validations
+from pipeline.report.charts import Chart, rowed, trained_on, view
+from pipeline.report.style import COSTS, CROWD, HEALTH, ROLE_COLOURS, ROLE_PATTERNS, looks
 from pipeline.settings.params import Config
 
-ROLES = {"action": "#d55e00", "reasoning": "#0072b2", "tag": "#56b4e9", "other": "#999999"}
-"""Roles that the curves report together, with their colours."""
-PATTERNS = {"action": "", "reasoning": "/", "tag": ".", "other": "x"}
-"""So that no role is told by its colour alone."""
-SHARES = {
-    "of the gradient, measured": "measured_gradient_share_",
-    "of |c A|, counted": "gradient_share_",
-}
+SHARES = {"of the gradient, measured": "measured_gradient_share_", "of |c A|, counted": "gradient_share_"}
 """What is shared -> the beginning of its keys in the learning curves."""
 
 CUT = (
@@ -91,7 +73,7 @@ def training_charts(config: Config, inputs: Inputs, environment: str, tokens: Ma
 
 def _learning(curves: Mapping[str, Curves], timings: Mapping[str, Curves], cost: str) -> dict[str, Any]:
     figure = go.Figure()
-    for (method, curve), (colour, dash, symbol) in zip(curves.items(), looks(), strict=False):
+    for (method, curve), (colour, dash, symbol) in zip(curves.items(), looks(plotly=True), strict=False):
         if cost == "seconds" and method not in timings:
             continue
         place = spent(curve, timings.get(method), cost)
@@ -102,17 +84,18 @@ def _learning(curves: Mapping[str, Curves], timings: Mapping[str, Curves], cost:
             marker={"color": colour, "symbol": symbol, "size": 8, "line": {"color": "white", "width": 1}},
             name=method, hovertemplate=f"{method}<br>validation %{{y:.3f}} at %{{x:,.0f}}<extra></extra>",
         )  # fmt: skip
-    figure.update_layout(showlegend=len(curves) <= CROWD)
-    figure.update_xaxes(title_text=COSTS[cost])
-    figure.update_yaxes(title_text="success", rangemode="tozero")
-    return view(figure, 440)
+    return _over(figure, curves, cost, "success")
 
 
 def _health(curves: Mapping[str, Curves], key: str, title: str, cost: str) -> dict[str, Any]:
     figure = go.Figure()
-    for (method, curve), (colour, dash, _) in zip(curves.items(), looks(), strict=False):
+    for (method, curve), (colour, dash, _) in zip(curves.items(), looks(plotly=True), strict=False):
         series = series_of(curve, key)
         _band(figure, method, len(curve), spent(curve, None, cost)[:-1], series, colour, dash)
+    return _over(figure, curves, cost, title)
+
+
+def _over(figure: go.Figure, curves: Mapping[str, Curves], cost: str, title: str) -> dict[str, Any]:
     figure.update_layout(showlegend=len(curves) <= CROWD)
     figure.update_xaxes(title_text=COSTS[cost])
     figure.update_yaxes(title_text=title, rangemode="tozero")
@@ -139,16 +122,18 @@ def _band(
 
 
 def _shares(curves: Mapping[str, Curves], prefix: str, tokens: Mapping[str, int]) -> dict[str, Any]:
-    rows = {"all response tokens": {role: tokens[role] / sum(tokens.values()) for role in ROLES}} if tokens else {}
+    rows = (
+        {"all response tokens": {role: tokens[role] / sum(tokens.values()) for role in ROLE_PATTERNS}} if tokens else {}
+    )
     for method, curve in curves.items():
-        found = {role: _mean(series_of(curve, prefix + role)) for role in ROLES}
+        found = {role: _mean(series_of(curve, prefix + role)) for role in ROLE_PATTERNS}
         if sum(found.values()) > 0:
             rows[method] = found
     figure = go.Figure()
-    for role, colour in ROLES.items():
+    for role, pattern in ROLE_PATTERNS.items():
         figure.add_bar(
             x=[round(row[role], 4) for row in rows.values()], y=list(range(len(rows))), orientation="h", name=role,
-            marker={"color": colour, "pattern": {"shape": PATTERNS[role], "fillmode": "overlay", "fgcolor": "#ffffff"}},
+            marker={"color": ROLE_COLOURS[role], "pattern": {"shape": pattern, "fillmode": "overlay", "fgcolor": "#ffffff"}},
             width=0.36, customdata=list(rows), hovertemplate=f"%{{customdata}}: %{{x:.1%}} {role}<extra></extra>",
         )  # fmt: skip
     figure.update_layout(barmode="stack", legend_traceorder="normal")

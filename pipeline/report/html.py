@@ -17,23 +17,17 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from pipeline.analysis.comparison import Inputs
+from pipeline.analysis.bottleneck import token_counts
+from pipeline.analysis.comparison import Inputs, places
 from pipeline.report.charts import Chart, difference_charts, plain, success_chart
-from pipeline.report.comparison_tables import READING, common_terms, places, result_table, training_table
+from pipeline.report.comparison_tables import READING, common_terms, result_table, time_table, training_table
 from pipeline.report.curve_charts import training_charts
-from pipeline.report.timings import time_table
+from pipeline.report.style import PAGE_COLOURS
 from pipeline.report.token_charts import token_charts
 from pipeline.settings.params import Config
 from pipeline.trajectories.trajectory import Trajectories
 
 FOLDER = Path(__file__).parent
-DIAGNOSED = {
-    "action": ("action",),
-    "reasoning": ("reasoning",),
-    "tag": ("think_tag", "answer_tag"),
-    "other": ("other",),
-}
-"""Roles that the learning curves report together -> roles of the diagnostics."""
 
 
 def report_html(
@@ -57,31 +51,16 @@ def report_html(
         sweeps: what ``read_sweeps`` gave: per study ``name``, ``summary``, ``table`` (``header``, ``rows``), ``verdict``
             (lines) and ``figures`` (``title``, ``caption``, ``plotly``: a figure as JSON).
     """
-    sections: list[dict[str, Any]] = []
-    for name, temperatures in places(comparison).items():
-        diagnosed, table = (bottleneck or {}).get(name), (annotated or {}).get(name)
-        sections.append(
-            {
-                "name": name,
-                "tables": [result_table(comparison, name, temperature) for temperature in temperatures],
-                "training": training_table(comparison, name),
-                "time": time_table(name, inputs.timings),
-                "charts": [
-                    success_chart(config, comparison, name),
-                    *difference_charts(config, comparison, name),
-                    *training_charts(config, inputs, name, _token_counts(diagnosed)),
-                ],
-                "bottleneck": diagnosed,
-                "token_charts": []
-                if diagnosed is None or table is None
-                else list(token_charts(config, name, table, diagnosed)),
-            }
-        )
+    sections = [
+        _section(config, comparison, inputs, name, (bottleneck or {}).get(name), (annotated or {}).get(name))
+        for name in places(comparison)
+    ]
     studies = [{**study, "charts": _swept(number, study)} for number, study in enumerate(sweeps)]
     charts = [c for entry in sections for c in (*entry["charts"], *entry["token_charts"])]
     charts += [chart for study in studies for chart in study["charts"]]
     branching = [name for name, method in config.methods.items() if method.branching.kind != "none"]
-    scripts, plotly = [_file("viewer.js"), _file("charts.js")], Markup(get_plotlyjs())
+    scripts = [_file(f"{name}.js") for name in ("page", "forest", "viewer", "charts")]
+    plotly = Markup(get_plotlyjs())
     return (
         _environment()
         .get_template("report.html.j2")
@@ -91,6 +70,7 @@ def report_html(
             terms=common_terms(comparison),
             sections=sections,
             studies=studies,
+            colours=PAGE_COLOURS,
             style=_file("report.css"),
             scripts=scripts,
             plotly=plotly,
@@ -101,6 +81,32 @@ def report_html(
             viewer_method=next(iter([*branching, *config.compare.uniform, *config.methods])),
         )
     )
+
+
+def _section(
+    config: Config,
+    comparison: Mapping[str, Any],
+    inputs: Inputs,
+    name: str,
+    diagnosed: Mapping[str, Any] | None,
+    annotated: Trajectories | None,
+) -> dict[str, Any]:
+    """What the page shows of one environment."""
+    tokens = {} if diagnosed is None else token_counts(diagnosed)
+    bottleneck = () if diagnosed is None or annotated is None else token_charts(config, name, annotated, diagnosed)
+    return {
+        "name": name,
+        "tables": [result_table(comparison, name, temperature) for temperature in places(comparison)[name]],
+        "training": training_table(comparison, name),
+        "time": time_table(name, inputs.timings),
+        "charts": [
+            success_chart(config, comparison, name),
+            *difference_charts(config, comparison, name),
+            *training_charts(config, inputs, name, tokens),
+        ],
+        "bottleneck": diagnosed,
+        "token_charts": list(bottleneck),
+    }
 
 
 def embedded(value: Any) -> Markup:
@@ -139,12 +145,6 @@ def _swept(number: int, study: Mapping[str, Any]) -> list[Chart]:
         Chart(f"sweep-{number}-{place}", figure["title"], figure["caption"], {"all": plain(figure["plotly"])})
         for place, figure in enumerate(study["figures"])
     ]
-
-
-def _token_counts(diagnosed: Mapping[str, Any] | None) -> dict[str, int]:
-    if diagnosed is None or "energy_by_role" not in diagnosed:
-        return {}
-    return {name: sum(diagnosed["energy_by_role"][r]["count"] for r in roles) for name, roles in DIAGNOSED.items()}
 
 
 def _environment() -> Environment:

@@ -8,10 +8,10 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 
 from pipeline.analysis.comparison import read_timings
+from pipeline.analysis.timings import environment_shares
 from pipeline.progress.display import doing
 from pipeline.report.commits import MADE, last_changed, made_by, noted_revisions
 from pipeline.report.comparison_tables import comparison_text, overview_markdown
-from pipeline.report.timings import environment_shares
 from pipeline.settings.params import Config
 from pipeline.settings.presets import load_preset
 from pipeline.workspace.files import read_json, write_text

@@ -9,14 +9,11 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
-from pipeline.report.bottleneck_figures import STYLE
+from pipeline.report.style import DASHES, MARKERS, METHOD_COLOURS, QUIET, STYLE, WIDTH, save
+from pipeline.report.tables import aligned
 
-PALETTE = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#4d4d4d")
-"""Okabe and Ito's."""
-MARKS = ("o", "s", "^", "D", "v", "P", "X")
-DASHES = ("-", "--", ":", "-.")
 MEASURES = {
-    "snr": "signal-to-noise ratio, ± jackknife standard error over groups",
+    "snr": "signal-to-noise ratio\n± jackknife standard error over groups",
     "cosine_many": "cosine, an iteration with other groups",
     "cosine_uniform": "cosine with the uniform gradient",
     "share_action": "gradient share of action tokens",
@@ -35,16 +32,12 @@ def replay_text(result: Mapping[str, Any]) -> str:
         ]
         for row in result["rows"]
     ]  # fmt: skip
-    widths = [max(len(line[i]) for line in [header, *rows]) for i in range(len(header))]
-    lines = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in rows]
-    head = "  ".join(cell.ljust(width) for cell, width in zip(header, widths, strict=True)).rstrip()
     return "\n".join(
         [
             f"{result['groups']} groups, advantages of {result['method']}; uniform weights: cos many "
             f"{uniform['cosine_many']:.3f}, SNR {uniform['snr']:.2f} ± {uniform['snr_error']:.2f} (jackknife standard error "
             "over groups of the reference policy alone, which says nothing of trainings)",
-            head,
-            *lines,
+            aligned([header, *rows]),
             "",
         ]
     )
@@ -62,37 +55,29 @@ def draw_replay(result: Mapping[str, Any], target: Path) -> tuple[Path, Path]:
     signals, betas, taus = (
         list(dict.fromkeys(row[key] for row in result["rows"])) for key in ("signal", "beta", "tau")
     )
+    dashes, markers = list(DASHES), list(MARKERS)
     with rc_context(STYLE):
-        figure = Figure(figsize=(11, 8), layout="constrained")
+        figure = Figure(figsize=(WIDTH, 8), layout="constrained")
         for axes, (measure, title) in zip(figure.subplots(2, 2).flat, MEASURES.items(), strict=True):
             for (beta, tau, signal), rows in lines.items():
                 ordered = sorted(rows, key=lambda row: row["alpha"])
-                axes.plot(
+                colour = METHOD_COLOURS[signals.index(signal) % len(METHOD_COLOURS)] if beta else "black"
+                axes.errorbar(
                     [row["alpha"] for row in ordered],
                     [row[measure] for row in ordered],
-                    color=PALETTE[signals.index(signal) % len(PALETTE)] if beta else "black",
-                    marker=MARKS[betas.index(beta) % len(MARKS)],
-                    linestyle=DASHES[taus.index(tau) % len(DASHES)] if beta else "-",
+                    [row["snr_error"] for row in ordered] if measure == "snr" else None,
+                    color=colour,
+                    ecolor=(colour, 0.5),
+                    elinewidth=0.8,
+                    capsize=2,
+                    marker=markers[betas.index(beta) % len(markers)],
+                    linestyle=dashes[taus.index(tau) % len(dashes)] if beta else "-",
                     label=f"β {beta:g}, τ {tau:g}, {signal}" if beta else "β 0",
                 )
-                if measure == "snr":
-                    axes.errorbar(
-                        [row["alpha"] for row in ordered],
-                        [row["snr"] for row in ordered],
-                        yerr=[row["snr_error"] for row in ordered],
-                        fmt="none",
-                        ecolor=axes.lines[-1].get_color(),
-                        elinewidth=0.8,
-                        capsize=2,
-                        alpha=0.5,
-                    )
             if measure in result["uniform"]:
-                axes.axhline(result["uniform"][measure], color="#888888", linestyle=":", label="uniform weights")
+                axes.axhline(result["uniform"][measure], color=QUIET, linestyle=":", label="uniform weights")
             axes.set(xlabel="α, weight of reasoning tokens", ylabel=title)
         handles, labels = figure.axes[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=3, frameon=False)
+        figure.legend(handles, labels, loc="outside lower center", ncols=3)
         figure.suptitle(f"What reweighting changes: {result['groups']} groups, advantages of {result['method']}")
-        files = target.with_suffix(".png"), target.with_suffix(".svg")
-        figure.savefig(files[0], dpi=150, metadata={"Software": None})
-        figure.savefig(files[1], metadata={"Date": None, "Creator": None})
-    return files
+        return save(figure, target)

@@ -10,15 +10,14 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from pipeline.analysis.bottleneck import SCOPES, group_energy, role_energy
-from pipeline.report.bottleneck_figures import COLOURS, rho_text
-from pipeline.report.charts import GREY, Chart, view
+from pipeline.report.bottleneck_figures import rho_text
+from pipeline.report.charts import Chart, view
+from pipeline.report.style import GREY, ROLE_COLOURS
 from pipeline.settings.params import Config
 from pipeline.trajectories.trajectory import RESPONSE_ROLES, Trajectories
 
 BINS, TAIL = 80, 0.1
 """Of the histograms of energy, and the per cent of a role's tokens at each end that may lie beyond."""
-_ON_BOTH = COLOURS | {"response": GREY, "other": GREY}
-"""Colours that are seen on white and on black."""
 
 
 def token_charts(
@@ -62,7 +61,7 @@ def _scatter(annotated: Trajectories, diagnostics: Mapping[str, Any]) -> dict[st
     figure = make_subplots(len(SCOPES), 1, shared_xaxes=True, vertical_spacing=0.08, subplot_titles=titles)
     varying = found.variance > 0
     for row, scope in enumerate(SCOPES, start=1):
-        colour = _ON_BOTH[scope]
+        colour = GREY if scope == "response" else ROLE_COLOURS[scope]
         for members, symbol in ((varying, "circle"), (~varying, "circle-open")):
             chosen = np.flatnonzero(members & np.isfinite(found.energy[scope]))
             figure.add_scatter(
@@ -92,7 +91,7 @@ def _histograms(annotated: Trajectories, diagnostics: Mapping[str, Any]) -> dict
         counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
         figure.add_bar(
             x=_rounded((edges[:-1] + edges[1:]) / 2), y=_rounded(counts / counts.max()), customdata=counts.tolist(),
-            marker={"color": _ON_BOTH[role], "line": {"width": 0}}, showlegend=False, row=row, col=1,
+            marker={"color": ROLE_COLOURS[role], "line": {"width": 0}}, showlegend=False, row=row, col=1,
             hovertemplate="energy %{x:.2f}: %{customdata:,} tokens<extra></extra>",
         )  # fmt: skip
         for quantile, width in (("q25", 1), ("q50", 2.5), ("q75", 1)):

@@ -10,20 +10,22 @@ import copy
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from pipeline.analysis.differences import NO_VERDICT, difference_of, difference_text
+from pipeline.analysis.comparison import difference_of, rows_at
 from pipeline.analysis.statistics import VERDICT_SEEDS, Difference
-from pipeline.report.comparison_tables import rows_at
+from pipeline.report.differences import NO_VERDICT, difference_text
 from pipeline.settings.params import parse
 from pipeline.settings.presets import overlay
 from pipeline.settings.sweep import Value
-from pipeline.sweep.plan import Plan
+from pipeline.sweep.plan import SearchPlan
 from pipeline.workspace.errors import UserError
 
 BEST = "best"
 """Name of the best settings where only one method was searched."""
 
 
-def confirmation(plans: Sequence[Plan], searches: Sequence[Mapping[str, Any]], out: str, root: str) -> dict[str, Any]:
+def confirmation(
+    plans: Sequence[SearchPlan], searches: Sequence[Mapping[str, Any]], out: str, root: str
+) -> dict[str, Any]:
     """A params file that compares each search's best with its baselines.
 
     Of a single search the methods are called by the baselines' names and ``best``; of several, a method at its best keeps
@@ -79,7 +81,7 @@ def confirmation(plans: Sequence[Plan], searches: Sequence[Mapping[str, Any]], o
     return raw
 
 
-def verdict(comparison: Mapping[str, Any]) -> str:
+def confirmation_text(comparison: Mapping[str, Any]) -> str:
     """One line per search and what its best is paired with: can the two be told apart on fresh seeds?
 
     Args:
@@ -108,7 +110,7 @@ def _line(row: Mapping[str, Any], other: str, difference: Difference, where: str
     return line + (advice if difference.verdict is None else "")
 
 
-def _matched(plans: Sequence[Plan], searches: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def _matched(plans: Sequence[SearchPlan], searches: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     """The outcome of each plan, in the plans' order."""
     by_name = {outcome["name"]: outcome for outcome in searches}
     found = []
@@ -124,7 +126,7 @@ def _matched(plans: Sequence[Plan], searches: Sequence[Mapping[str, Any]]) -> li
     return found
 
 
-def _method(plan: Plan, point: Mapping[str, Value]) -> dict[str, Any]:
+def _method(plan: SearchPlan, point: Mapping[str, Value]) -> dict[str, Any]:
     """The method's own slots at a point of the space, its settings elsewhere left out."""
     own = dict(plan.raw["methods"][plan.method] or {})
     changed: dict[str, Any] = plan.overlay(point).get("methods", {}).get(plan.method, {})
@@ -132,7 +134,7 @@ def _method(plan: Plan, point: Mapping[str, Value]) -> dict[str, Any]:
     return merged
 
 
-def _shared(plans: Sequence[Plan], outcomes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+def _shared(plans: Sequence[SearchPlan], outcomes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     """Settings of a search outside methods: all of a comparison's methods share them.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
@@ -16,10 +16,10 @@ import optuna.visualization as interactive
 import optuna.visualization.matplotlib as static
 from matplotlib import pyplot
 from matplotlib.axes import Axes
-from optuna.importance import FanovaImportanceEvaluator, PedAnovaImportanceEvaluator
 
+from pipeline.report.style import PNG, STYLE, WIDTH
 from pipeline.settings.sweep import Logarithmic, LogarithmicFromZero
-from pipeline.sweep.result import Found, report_text, short_names, short_study, summary
+from pipeline.sweep.result import EVALUATORS, SearchResult, report_text, short_names, short_study, summary
 from pipeline.sweep.space import from_value, to_value
 from pipeline.workspace.files import write_json
 
@@ -40,7 +40,7 @@ class Drawing:
     """Settings along its axes, x first."""
 
 
-def write_figures(found: Sequence[Found], folder: Path) -> None:
+def write_figures(found: Sequence[SearchResult], folder: Path) -> None:
     """Write ``figures.json`` (what the report shows of a sweep) and a PNG per figure and method."""
     drawn = []
     for search in found:
@@ -58,7 +58,7 @@ def write_figures(found: Sequence[Found], folder: Path) -> None:
     write_json(folder / "figures.json", {"name": found[0].plan.study, "summary": report_text(found), "figures": drawn})
 
 
-def drawings(found: Found) -> list[Drawing]:
+def drawings(found: SearchResult) -> list[Drawing]:
     """The figures of a search: history, a slice per setting, and, of two settings and more, contours, parallel
     coordinates and importances; of two objectives the front."""
     if len(found.complete) < FEWEST:
@@ -82,47 +82,11 @@ def drawings(found: Found) -> list[Drawing]:
             f"Each trial's score in the order of its number, and the best so far. {ran}",
             plot("optimization_history"),
         ),
-        Drawing(
-            "slice",
-            "slices",
-            f"Score over each setting, all others varying too. {ran}",
-            plot("slice", params=names),
-            ranged=tuple(names),
-        ),
-    ]
+        Drawing("slice", "slices", f"Score over each setting, all others varying too. {ran}",
+                plot("slice", params=names), tuple(names)),
+    ]  # fmt: skip
     if len(names) > 1:
-        result += [
-            Drawing(
-                f"contour-{x}-{y}" if len(names) > 2 else "contour",
-                f"contour of {x} and {y}",
-                f"Score interpolated between the trials (points), over two settings; others vary too. {ran}",
-                plot("contour", params=[x, y]),
-                ranged=(x, y),
-            )
-            for x, y in combinations(names, 2)
-        ]
-        result.append(
-            Drawing(
-                "parallel",
-                "parallel coordinates",
-                f"A line per trial through its settings, coloured by score; dotted where it broke a constraint. {ran}",
-                plot("parallel_coordinate", params=names),
-                tuple(names),
-            )
-        )
-        for title, evaluator in (
-            ("PED-ANOVA", PedAnovaImportanceEvaluator()),
-            ("fANOVA", FanovaImportanceEvaluator(seed=0)),
-        ):
-            result.append(
-                Drawing(
-                    f"importance-{title.lower()}",
-                    f"importance of the settings by {title}",
-                    f"Share of the variation of the score that each setting explains, by {title}; the two estimates may "
-                    f"disagree. {ran}",
-                    plot("param_importances", evaluator=evaluator),
-                )
-            )
+        result += _of_several(names, plot, ran)
     if plan.config.sweep.fewer_tokens:
         result.append(
             Drawing(
@@ -137,7 +101,34 @@ def drawings(found: Found) -> list[Drawing]:
     return result
 
 
-def _ticks(found: Found, name: str) -> tuple[list[Any], list[str]] | None:
+def _of_several(names: Sequence[str], plot: Callable[..., Callable[[Any], Any]], ran: str) -> Iterator[Drawing]:
+    """Contours, parallel coordinates and importances of two settings and more."""
+    for x, y in combinations(names, 2):
+        yield Drawing(
+            f"contour-{x}-{y}" if len(names) > 2 else "contour",
+            f"contour of {x} and {y}",
+            f"Score interpolated between the trials (points), over two settings; others vary too. {ran}",
+            plot("contour", params=[x, y]),
+            (x, y),
+        )
+    yield Drawing(
+        "parallel",
+        "parallel coordinates",
+        f"A line per trial through its settings, coloured by score; dotted where it broke a constraint. {ran}",
+        plot("parallel_coordinate", params=names),
+        tuple(names),
+    )
+    for title, evaluator in EVALUATORS.items():
+        yield Drawing(
+            f"importance-{title.lower()}",
+            f"importance of the settings by {title}",
+            f"Share of the variation of the score that each setting explains, by {title}; the two estimates may "
+            f"disagree. {ran}",
+            plot("param_importances", evaluator=evaluator),
+        )
+
+
+def _ticks(found: SearchResult, name: str) -> tuple[list[Any], list[str]] | None:
     """Where to write which values along the axis of a logarithmic setting; None for other settings.
 
     Positions are draws: of a space from zero they are not the values themselves.
@@ -158,7 +149,7 @@ def _ticks(found: Found, name: str) -> tuple[list[Any], list[str]] | None:
     return None
 
 
-def _relabel_plotly(figure: Any, found: Found, drawing: Drawing) -> None:
+def _relabel_plotly(figure: Any, found: SearchResult, drawing: Drawing) -> None:
     figure.update_layout(title=None, margin={"t": 40, "b": 40, "l": 60, "r": 20})
     figure.update_xaxes(automargin=True)
     figure.update_yaxes(automargin=True)
@@ -176,7 +167,7 @@ def _relabel_plotly(figure: Any, found: Found, drawing: Drawing) -> None:
             figure.update_layout({"xaxis" if index == 0 else "yaxis": axis})
 
 
-def _relabel_parallel(figure: Any, found: Found, names: Sequence[str]) -> None:
+def _relabel_parallel(figure: Any, found: SearchResult, names: Sequence[str]) -> None:
     """Names in full, and values instead of draws: Optuna's axes are lines beside which texts stand."""
     labels, spaces = ["validation success", *names], [None, *found.plan.search.space.values()]
 
@@ -193,8 +184,8 @@ def _relabel_parallel(figure: Any, found: Found, names: Sequence[str]) -> None:
             trace.customdata = [[labels[place], shown(place, text)] for place, (_, text) in rows]
 
 
-def _save(drawing: Drawing, found: Found, path: Path) -> None:
-    with warnings.catch_warnings(), pyplot.rc_context({"figure.figsize": (8, 5), "font.size": 9}):
+def _save(drawing: Drawing, found: SearchResult, path: Path) -> None:
+    with warnings.catch_warnings(), pyplot.rc_context({**STYLE, "figure.figsize": (WIDTH, 0.6 * WIDTH)}):
         warnings.simplefilter("ignore")
         axes: list[Axes] = list(np.ravel(drawing.plot(static)))
         figure = axes[0].get_figure(root=True)
@@ -222,5 +213,5 @@ def _save(drawing: Drawing, found: Found, path: Path) -> None:
             one.minorticks_off()
             one.set_title("")
         path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, dpi=120, bbox_inches="tight", metadata={"Software": None})
+        figure.savefig(path, bbox_inches="tight", **PNG)
         pyplot.close("all")

@@ -22,7 +22,7 @@ STORAGE_VARIABLE = "SWEEP_STORAGE"
 
 
 @dataclass(frozen=True)
-class Plan:
+class SearchPlan:
     """The search of one method in one study."""
 
     raw: Mapping[str, Any]
@@ -87,7 +87,7 @@ class Plan:
         return self.config.sweep.storage or os.environ.get(STORAGE_VARIABLE) or None
 
 
-def plans(params: str | Path, study: str, policy: Path) -> list[Plan]:
+def plans(params: str | Path, study: str, policy: Path) -> list[SearchPlan]:
     """The searches of a study, a plan per method; every one has been checked.
 
     Raises:
@@ -113,13 +113,13 @@ def plans(params: str | Path, study: str, policy: Path) -> list[Plan]:
     if unknown:
         allowed = ", ".join(config.methods)
         raise UserError(f"{where}.{study}.methods: {unknown[0]!r} is not there; allowed: {allowed}")
-    found = [Plan(raw, config, study, method, environment, policy) for method in methods]
+    found = [SearchPlan(raw, config, study, method, environment, policy) for method in methods]
     for plan in found:
         _check(plan, where)
     return found
 
 
-def _check(plan: Plan, where: str) -> None:
+def _check(plan: SearchPlan, where: str) -> None:
     """Find what would stop a sweep only after hours: keys, baselines and both ends of every range."""
     search = plan.search
     for name, point in search.baselines.items():
@@ -163,7 +163,7 @@ def _ends(space: Any) -> list[Value]:
     return [to_value(space, low), to_value(space, high)]
 
 
-def _accepted(plan: Plan, values: Mapping[str, Value], what: str) -> None:
+def _accepted(plan: SearchPlan, values: Mapping[str, Value], what: str) -> None:
     try:
         plan.configured(values)
     except UserError as error:

@@ -13,19 +13,23 @@ import pandas as pd
 from optuna.importance import FanovaImportanceEvaluator, PedAnovaImportanceEvaluator
 from optuna.trial import FrozenTrial, TrialState
 
+from pipeline.report.tables import aligned
 from pipeline.settings.params import Config
 from pipeline.settings.presets import overlay
 from pipeline.settings.sweep import Value
-from pipeline.sweep.plan import Plan
+from pipeline.sweep.plan import SearchPlan
 from pipeline.sweep.queue import FINISHED
 from pipeline.workspace.yaml_files import yaml_text
 
+EVALUATORS = {"PED-ANOVA": PedAnovaImportanceEvaluator(), "fANOVA": FanovaImportanceEvaluator(seed=0)}
+"""Estimates of how much a setting matters."""
+
 
 @dataclass(frozen=True)
-class Found:
+class SearchResult:
     """The trials of a search."""
 
-    plan: Plan
+    plan: SearchPlan
     trials: Sequence[FrozenTrial]
     """All of them, in order of their numbers."""
 
@@ -45,13 +49,11 @@ class Found:
         """Trials that keep all constraints and are beaten by no other in both success and tokens."""
         kept = [trial for trial in self.complete if feasible(trial)]
 
-        def beaten(trial: FrozenTrial) -> bool:
-            return any(
-                a.values[0] >= trial.values[0] and a.values[1] <= trial.values[1] and a.values != trial.values
-                for a in kept
-            )
+        def beaten(by: FrozenTrial, trial: FrozenTrial) -> bool:
+            (success, tokens), (most, least) = trial.values, by.values
+            return bool(most >= success and least <= tokens and by.values != trial.values)
 
-        return [trial for trial in kept if not beaten(trial)]
+        return [trial for trial in kept if not any(beaten(other, trial) for other in kept)]
 
 
 def feasible(trial: FrozenTrial) -> bool:
@@ -65,7 +67,7 @@ def settings(trial: FrozenTrial) -> dict[str, Value]:
     return found
 
 
-def trials_table(found: Sequence[Found]) -> pd.DataFrame:
+def trials_table(found: Sequence[SearchResult]) -> pd.DataFrame:
     """A row per trial of every search.
 
     Columns: method, number, slot, state, score, tokens (if they are an objective), baseline, retry_of, failure,
@@ -97,7 +99,7 @@ def trials_table(found: Sequence[Found]) -> pd.DataFrame:
     return pd.DataFrame(rows).astype({"retry_of": "Int64", "iterations": "Int64"})
 
 
-def summary(found: Found) -> dict[str, Any]:
+def summary(found: SearchResult) -> dict[str, Any]:
     """The outcome of one search, ready to be written as JSON."""
     plan, best = found.plan, found.best
     named = {t.user_attrs["baseline"]: t for t in found.complete if "baseline" in t.user_attrs}
@@ -120,7 +122,7 @@ def summary(found: Found) -> dict[str, Any]:
     return result
 
 
-def importances(found: Found) -> dict[str, Any]:
+def importances(found: SearchResult) -> dict[str, Any]:
     """Importance of each setting for success by both estimates, PED-ANOVA's and fANOVA's, and the trials behind them.
 
     The two may disagree completely: they answer different questions, from few trials. Empty for a single setting, or
@@ -129,22 +131,18 @@ def importances(found: Found) -> dict[str, Any]:
     if len(found.plan.search.space) < 2 or len(found.complete) < 4:
         return {}
     study = short_study(found)
-    evaluators = {"ped_anova": PedAnovaImportanceEvaluator(), "fanova": FanovaImportanceEvaluator(seed=0)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        return {
-            **{
-                name: {
-                    key: round(float(value), 4)
-                    for key, value in optuna.importance.get_param_importances(study, evaluator=evaluator).items()
-                }
-                for name, evaluator in evaluators.items()
-            },
-            "trials": len(found.complete),
-        }
+        importance = optuna.importance.get_param_importances
+        by_name = {name: importance(study, evaluator=evaluator) for name, evaluator in EVALUATORS.items()}
+    rounded = {
+        name.lower().replace("-", "_"): {key: round(float(value), 4) for key, value in values.items()}
+        for name, values in by_name.items()
+    }
+    return {**rounded, "trials": len(found.complete)}
 
 
-def short_study(found: Found, tokens: bool = False) -> optuna.Study:
+def short_study(found: SearchResult, tokens: bool = False) -> optuna.Study:
     """The finished trials as a study in memory whose settings go by their short names, for importances and figures.
 
     Args:
@@ -176,7 +174,7 @@ def short_names(keys: Sequence[str]) -> dict[str, str]:
     return {key: end if ends.count(end) == 1 else key for key, end in zip(keys, ends, strict=True)}
 
 
-def best_overlay(found: Sequence[Found]) -> str:
+def best_overlay(found: Sequence[SearchResult]) -> str:
     """An overlay of params.yaml, as YAML, with the best settings of every search.
 
     ``presets/<name>/overlay.yaml`` is where it takes effect: params.yaml stays the source of truth.
@@ -192,7 +190,7 @@ def best_overlay(found: Sequence[Found]) -> str:
     )
 
 
-def report_text(found: Sequence[Found]) -> str:
+def report_text(found: Sequence[SearchResult]) -> str:
     """The outcome in a few lines for a terminal."""
     lines = []
     for search in found:
@@ -203,12 +201,11 @@ def report_text(found: Sequence[Found]) -> str:
             f"{outcome['environment']}, {outcome['method']}: {states} trials of {seeds} seed{'s' * (seeds > 1)}; "
             f"score: validation success, {outcome['score']}, mean over seeds; {outcome['infeasible']} broke a constraint"
         )
-        for name, point in outcome["baselines"].items():
-            lines.append(f"  {name:<12} {point['score']:.3f}  {_written(point['settings'])}")
-        if best is None:
-            lines.append("  no trial kept all constraints")
-        else:
-            lines.append(f"  {'best':<12} {best.values[0]:.3f}  {_written(settings(best))}  (trial {best.number})")
+        points = [[name, f"{p['score']:.3f}", _written(p["settings"])] for name, p in outcome["baselines"].items()]
+        if best is not None:
+            points.append(["best", f"{best.values[0]:.3f}", f"{_written(settings(best))}  (trial {best.number})"])
+        lines += [f"  {line}" for line in aligned(points).splitlines()]
+        lines += ["  no trial kept all constraints"] if best is None else []
         lines += [
             f"  importance, {name}, {outcome['importance']['trials']} trials: {_written(values)}"
             for name, values in outcome["importance"].items()
@@ -241,5 +238,5 @@ def _written(values: Mapping[str, Any]) -> str:
     )
 
 
-def _two(found: Found) -> bool:
+def _two(found: SearchResult) -> bool:
     return found.plan.config.sweep.fewer_tokens

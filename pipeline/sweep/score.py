@@ -9,7 +9,7 @@ import numpy as np
 
 from pipeline.settings.sweep import Constraints
 
-Curves = Mapping[int, Sequence[Mapping[str, float]]]
+SeedCurves = Mapping[int, Sequence[Mapping[str, float]]]
 """Seed -> one row of metrics per iteration."""
 
 
@@ -21,22 +21,22 @@ def validation(curve: Sequence[Mapping[str, float]]) -> list[tuple[int, float]]:
     ]
 
 
-def success(curves: Curves, score: Literal["final", "area"]) -> float:
+def success(curves: SeedCurves, score: Literal["final", "area"]) -> float:
     """Mean over seeds of validation success, in [0, 1]. A sweep has too few seeds to leave any out.
 
     Args:
         curves: of all seeds, to the same iteration, which ends with a validation.
         score: ``final`` takes the last validation, ``area`` the mean over training (trapezoids between validations).
     """
-    return float(np.mean([_final(c) if score == "final" else _area(c) for c in curves.values()]))
+    return float(np.mean([validation(c)[-1][1] if score == "final" else _area(c) for c in curves.values()]))
 
 
-def tokens(curves: Curves) -> float:
+def tokens(curves: SeedCurves) -> float:
     """Sampled tokens per episode of the last iteration, mean over seeds."""
     return float(np.mean([curve[-1]["tokens_per_episode"] for curve in curves.values()]))
 
 
-def violations(curves: Curves, constraints: Constraints) -> dict[str, float]:
+def violations(curves: SeedCurves, constraints: Constraints) -> dict[str, float]:
     """By how much each constraint is broken; zero or less where it is kept.
 
     Args:
@@ -50,10 +50,6 @@ def violations(curves: Curves, constraints: Constraints) -> dict[str, float]:
         lost = [validation(curve)[0][1] - validation(curve)[-1][1] for curve in curves.values()]
         found["loss"] = max(lost) - constraints.loss
     return found
-
-
-def _final(curve: Sequence[Mapping[str, float]]) -> float:
-    return validation(curve)[-1][1]
 
 
 def _area(curve: Sequence[Mapping[str, float]]) -> float:

@@ -9,16 +9,16 @@ from typing import Any
 import numpy as np
 from optuna.trial import FrozenTrial
 
-from pipeline.sweep.plan import Plan
-from pipeline.sweep.result import Found, settings, summary
-from pipeline.sweep.score import Curves
+from pipeline.sweep.plan import SearchPlan
+from pipeline.sweep.result import SearchResult, settings, summary
+from pipeline.sweep.score import SeedCurves
 from pipeline.sweep.trial import Outcome
 from pipeline.sweep.workers import Observer
 from pipeline.tracking.store import study_run
 from pipeline.tracking.study import log_study, log_trial
 
 
-def observer(plan: Plan, root: Path) -> Observer:
+def observer(plan: SearchPlan, root: Path) -> Observer:
     """Logs every trial as it ends; to be called after the store has been opened (``open_store``)."""
     run = study_run(plan.config, root, plan.environment, plan.name)
 
@@ -26,12 +26,13 @@ def observer(plan: Plan, root: Path) -> Observer:
         rows = scores(trial) if outcome is None else mean_curve(outcome.curves)
         began = trial.datetime_start
         started = None if began is None else int(began.timestamp() * 1000)
-        log_trial(run, trial.number, _state(trial), settings(trial), rows, _tags(plan, trial), started)
+        state: Any = trial.state.name
+        log_trial(run, trial.number, state, settings(trial), rows, _tags(plan, trial), started)
 
     return observe
 
 
-def log_search(found: Found, root: Path, folder: Path) -> None:
+def log_search(found: SearchResult, root: Path, folder: Path) -> None:
     """Bring a search's run up to date: trials of killed workers, which nobody saw end, the outcome and the figures."""
     plan = found.plan
     observe = observer(plan, root)
@@ -47,7 +48,7 @@ def log_search(found: Found, root: Path, folder: Path) -> None:
     log_study(run, metrics, files=[("sweep", file) for file in shown])
 
 
-def mean_curve(curves: Curves) -> list[dict[str, float]]:
+def mean_curve(curves: SeedCurves) -> list[dict[str, float]]:
     """Mean over seeds of every metric, a row per iteration that all seeds have reached."""
     return [
         {key: float(np.mean([row[key] for row in rows])) for key in rows[0] if all(key in row for row in rows)}
@@ -60,11 +61,7 @@ def scores(trial: FrozenTrial) -> list[dict[str, float]]:
     return [{"iteration": step - 1, "score": value} for step, value in sorted(trial.intermediate_values.items())]
 
 
-def _state(trial: FrozenTrial) -> Any:
-    return trial.state.name
-
-
-def _tags(plan: Plan, trial: FrozenTrial) -> Mapping[str, str]:
+def _tags(plan: SearchPlan, trial: FrozenTrial) -> Mapping[str, str]:
     shown = {
         key: trial.user_attrs[key] for key in ("slot", "baseline", "retry_of", "failure") if key in trial.user_attrs
     }

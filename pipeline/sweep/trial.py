@@ -11,8 +11,8 @@ from optuna.trial import Trial
 
 from pipeline.settings.params import Train
 from pipeline.settings.sweep import Value
-from pipeline.sweep.plan import Plan
-from pipeline.sweep.score import Curves, success, tokens, violations
+from pipeline.sweep.plan import SearchPlan
+from pipeline.sweep.score import SeedCurves, success, tokens, violations
 from pipeline.sweep.space import suggest
 from pipeline.training.budget import progress
 from pipeline.training.result import training_task
@@ -31,7 +31,7 @@ class Outcome:
     """Success, then tokens per episode if fewer of them are wanted."""
     violations: dict[str, float]
     """By how much each constraint is broken."""
-    curves: Curves
+    curves: SeedCurves
 
 
 Objective = Callable[[Trial, dict[str, Value], Tell], Outcome]
@@ -42,7 +42,7 @@ Objective = Callable[[Trial, dict[str, Value], Tell], Outcome]
 class TrainingObjective:
     """Trains the plan's method at a point of the space."""
 
-    plan: Plan
+    plan: SearchPlan
 
     def __call__(self, trial: Trial, values: dict[str, Value], report: Tell) -> Outcome:
         plan, sweep = self.plan, self.plan.config.sweep
@@ -85,7 +85,7 @@ def _shifted(report: Tell, others: Sequence[Curve], train: Train) -> Tell:
     return lambda done, total, text="": report(before + done, total * (1 + len(others)), text)
 
 
-def run_trial(trial: Trial, plan: Plan, objective: Objective, report: Tell) -> Outcome:
+def run_trial(trial: Trial, plan: SearchPlan, objective: Objective, report: Tell) -> Outcome:
     """Draw a trial's settings and run it; constraints are set on the trial.
 
     Raises:

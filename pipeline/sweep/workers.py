@@ -19,7 +19,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from pipeline.progress.display import Display, still, tell
 from pipeline.settings.sweep import Sweep
-from pipeline.sweep.plan import Plan
+from pipeline.sweep.plan import SearchPlan
 from pipeline.sweep.queue import FINISHED, Queue, open_storage
 from pipeline.sweep.sampler import NumberedSampler
 from pipeline.sweep.trial import Objective, Outcome, run_trial
@@ -33,15 +33,15 @@ IDLE_SECONDS = 1.0
 
 
 @dataclass(frozen=True)
-class Search:
+class SearchRun:
     """A plan, what its trials do, and who is told of them."""
 
-    plan: Plan
+    plan: SearchPlan
     objective: Objective
     observer: Observer | None = None
 
 
-def run_search(search: Search, workers: int) -> list[FrozenTrial]:
+def run_search(search: SearchRun, workers: int) -> list[FrozenTrial]:
     """Run a search until as many trials are finished as are asked for, or go on with one; returns all its trials.
 
     Args:
@@ -80,13 +80,13 @@ def run_search(search: Search, workers: int) -> list[FrozenTrial]:
     return trials
 
 
-def study_trials(plan: Plan) -> list[FrozenTrial]:
+def study_trials(plan: SearchPlan) -> list[FrozenTrial]:
     """All trials of a search that have begun, in order of their numbers."""
     begun = [trial for trial in _open(plan)[0].get_trials() if trial.state != TrialState.WAITING]
     return [trial for trial in begun if "slot" in trial.user_attrs]
 
 
-def _open(plan: Plan) -> tuple[optuna.Study, Queue]:
+def _open(plan: SearchPlan) -> tuple[optuna.Study, Queue]:
     sweep: Sweep = plan.config.sweep
     storage = open_storage(plan.storage, Cache().journal)
     pruner = (
@@ -105,13 +105,13 @@ def _open(plan: Plan) -> tuple[optuna.Study, Queue]:
     return study, Queue(study, storage, plan.trials, plan.draws(), sweep.retries, sweep.heartbeat)
 
 
-def _prepare(plan: Plan) -> None:
+def _prepare(plan: SearchPlan) -> None:
     _, queue = _open(plan)
     queue.revive()
     queue.fill()
 
 
-def _work(search: Search, sender: Connection, inherited: Sequence[Connection], parent: int) -> None:
+def _work(search: SearchRun, sender: Connection, inherited: Sequence[Connection], parent: int) -> None:
     """A worker's life: claim, run, tell, until all that was asked for is finished."""
     begin_worker(parent)
     import torch
@@ -138,7 +138,7 @@ def _work(search: Search, sender: Connection, inherited: Sequence[Connection], p
         sys.exit(1)
 
 
-def _run(search: Search, study: optuna.Study, queue: Queue, trial: Trial, sender: Connection) -> None:
+def _run(search: SearchRun, study: optuna.Study, queue: Queue, trial: Trial, sender: Connection) -> None:
     finished = queue.finished()
     sender.send((finished, search.plan.trials))
     own = f"trial {trial.number} ({finished} of {search.plan.trials} finished)"

@@ -20,7 +20,7 @@ from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 from pipeline.model.loading import load_policy
 from pipeline.model.policy import Policy
 from pipeline.tracking.datasets import dvc_digest
-from pipeline.tracking.send import Patience, patient
+from pipeline.tracking.patience import Patience, patient
 from pipeline.tracking.spool import Record
 
 ALIAS = "champion"

@@ -18,16 +18,18 @@ from pipeline.workspace.layout import Layout
 HEADLINES = ("success_mean", "difference_to_reference", "difference_to_uniform", "difference_to_control")
 """Numbers of a comparison's rows that become metrics, ``<name>/<method>/<temperature>``."""
 
-Curves = Mapping[tuple[str, str], Mapping[str, list[dict[str, float]]]]
-"""(environment, method) -> seed -> one row per iteration."""
-
 
 Episodes = Mapping[str, Mapping[str, list[dict[str, Any]]]]
 """Environment -> method -> records of ``pipeline.trajectories.records``."""
 
 
 def log_comparison(
-    config: Config, root: Path, comparison: Mapping[str, Any], curves: Curves, episodes: Episodes, layout: Layout
+    config: Config,
+    root: Path,
+    comparison: Mapping[str, Any],
+    curves: Mapping[tuple[str, str], Mapping[str, list[dict[str, float]]]],
+    episodes: Episodes,
+    layout: Layout,
 ) -> None:
     """Bring the run of a comparison up to date, in each environment's experiment.
 
@@ -38,7 +40,7 @@ def log_comparison(
         config: checked params.
         root: the project's root.
         comparison: what ``pipeline.analysis.comparison.compare`` returns.
-        curves: of all trainings.
+        curves: (environment, method) -> seed -> one row per iteration.
         episodes: the sample.
         layout: of the run.
     """

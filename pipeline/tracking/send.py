@@ -2,10 +2,7 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import Timeout
@@ -13,24 +10,10 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.tracking.away import Away, warn
+from pipeline.tracking.patience import PATIENT, Patience, patient
 from pipeline.tracking.remote import METRICS_AT_ONCE, RemoteRun, remote_run
 from pipeline.tracking.spool import Record, Spool, waiting
 from pipeline.workspace.layout import Cache
-
-
-@dataclass(frozen=True)
-class Patience:
-    """How long to wait for a store that does not answer."""
-
-    seconds: int
-    """For one request."""
-    retries: int
-
-
-HURRIED = Patience(2, 0)
-"""While a training waits."""
-PATIENT = Patience(20, 1)
-"""Between trainings."""
 
 
 class Sender:
@@ -121,26 +104,6 @@ def refusal(error: Exception) -> bool:
         return False
     code: int = error.get_http_status_code()
     return 400 <= code < 500 and code != 429
-
-
-@contextmanager
-def patient(patience: Patience) -> Iterator[None]:
-    """Have MLflow's requests wait and try again as ``patience`` says; by default it does so for many minutes."""
-    values = {
-        "MLFLOW_HTTP_REQUEST_TIMEOUT": str(patience.seconds),
-        "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(patience.retries),
-        "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
-    }
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
 
 
 def _together(unsent: list[tuple[int, Record]]) -> Iterator[tuple[int, list[Record]]]:

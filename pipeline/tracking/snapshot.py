@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.tracking.spool import Record, Spool, now
+from pipeline.tracking.patience import PATIENT
+from pipeline.tracking.spool import Record, Spool, now, run_record
 from pipeline.tracking.training import Store
 from pipeline.workspace.layout import Cache
 
@@ -33,7 +34,7 @@ class Snapshot:
 
 def log_snapshot(store: Store, snapshot: Snapshot) -> None:
     """Bring a parent run up to date. One that is up to date stays as it is."""
-    from pipeline.tracking.send import PATIENT, Sender  # imports mlflow, which takes seconds
+    from pipeline.tracking.send import Sender  # imports mlflow, which takes seconds
 
     spool = Spool(Cache(store.cache).tracking / "-".join([snapshot.experiment, *snapshot.identity.values()]))
     earlier = spool.records
@@ -58,14 +59,9 @@ def _records(snapshot: Snapshot, earlier: Sequence[Record]) -> list[Record]:
         if file.exists()
     ]
     return [
-        {
-            "kind": "run",
-            "experiment": snapshot.experiment,
-            "name": snapshot.name,
-            "identity": dict(snapshot.identity),
-            "parent": None,
-            "time": earlier[0]["time"] if earlier else time,
-        },
+        run_record(
+            snapshot.experiment, snapshot.name, snapshot.identity, None, earlier[0]["time"] if earlier else time
+        ),
         {"kind": "tags", "values": dict(snapshot.tags)},
         *(
             {"kind": "metrics", "values": {name: value}, "step": 0, "time": known.get((name, value), time)}

@@ -1,6 +1,6 @@
 """A run's records on disk, in order, until a tracking store has them: nothing is lost while the store is away.
 
-A record is one line of JSON with a ``kind``; ``send.py`` says which there are and what becomes of them. Timestamps are
+A record is one line of JSON with a ``kind``; ``remote.py`` says which there are and what becomes of them. Timestamps are
 in the records, so that a record that is sent twice is the same one to the store.
 """
 
@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -128,6 +128,14 @@ def waiting(cache: Path) -> list[Spool]:
         ]
     )
     return [spool for spool in (Spool(file.parent) for file in files) if spool.waiting]
+
+
+def run_record(
+    experiment: str, name: str, identity: Mapping[str, str], parent: Mapping[str, Any] | None, time: int
+) -> Record:
+    """The record with which a run begins; see ``remote.py``."""
+    named = {"experiment": experiment, "name": name, "identity": dict(identity)}
+    return {"kind": "run", **named, "parent": None if parent is None else dict(parent), "time": time}
 
 
 def now() -> int:

@@ -18,8 +18,9 @@ from pipeline.settings.params import Config
 from pipeline.tracking.away import Away, readable
 from pipeline.tracking.database import ready
 from pipeline.tracking.datasets import dataset_inputs
+from pipeline.tracking.patience import PATIENT, patient
 from pipeline.tracking.remote import experiment_id
-from pipeline.tracking.send import PATIENT, patient, refusal, send_waiting
+from pipeline.tracking.send import refusal, send_waiting
 from pipeline.tracking.spool import waiting
 from pipeline.tracking.study import StudyRun
 from pipeline.tracking.training import RunSettings, Store, flatten

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from pipeline.tracking.patience import HURRIED
 from pipeline.tracking.snapshot import Snapshot, log_snapshot
-from pipeline.tracking.spool import Spool, now
+from pipeline.tracking.spool import Spool, now, run_record
 from pipeline.tracking.training import Store, flatten
 from pipeline.workspace.layout import Cache
 
@@ -37,17 +38,10 @@ class StudyRun:
         return Cache(self.store.cache).tracking / "-".join([self.experiment, *self.identity.values()])
 
 
-def log_study(
-    study: StudyRun,
-    metrics: Mapping[str, float],
-    texts: Mapping[str, str] | None = None,
-    files: Sequence[tuple[str, Path]] = (),
-) -> None:
-    """Bring a study's run up to date: headline numbers, small texts by path, and files with their folder in the run."""
-    log_snapshot(
-        study.store,
-        Snapshot(study.experiment, study.name, study.identity, study.tags, metrics, dict(texts or {}), files),
-    )
+def log_study(study: StudyRun, metrics: Mapping[str, float], files: Sequence[tuple[str, Path]] = ()) -> None:
+    """Bring a study's run up to date: headline numbers, and files with their folder in the run."""
+    snapshot = Snapshot(study.experiment, study.name, study.identity, study.tags, metrics, files=files)
+    log_snapshot(study.store, snapshot)
 
 
 def log_trial(
@@ -70,19 +64,18 @@ def log_trial(
         tags: further ones, e.g. ``retry_of``.
         started: time in ms since 1970.
     """
-    from pipeline.tracking.send import HURRIED, Sender  # imports mlflow, which takes seconds
+    from pipeline.tracking.send import Sender  # imports mlflow, which takes seconds
 
     spool, time = Spool(study.folder / f"trial-{number}"), now()
     if not spool.records:
         spool.append(
-            {
-                "kind": "run",
-                "experiment": study.experiment,
-                "name": f"{study.name} trial {number}",
-                "identity": {"kind": "trial", "study": study.name, "trial": str(number)},
-                "parent": {"name": study.name, "identity": study.identity},
-                "time": started or time,
-            },
+            run_record(
+                study.experiment,
+                f"{study.name} trial {number}",
+                {"kind": "trial", "study": study.name, "trial": str(number)},
+                {"name": study.name, "identity": study.identity},
+                started or time,
+            ),
             {"kind": "tags", "values": {**study.tags, **tags, "state": state}},
             {"kind": "params", "values": flatten(dict(params))},
             *(

@@ -31,18 +31,11 @@ def log_trace(uri: str, experiment: str, run_id: str, record: Record) -> None:
     trace_id, turns = f"tr-{digest.hex()}", episode["turns"]
     inputs = {"state": episode["state"]}
     outputs = {key: episode[key] for key in ("return", "success", "end")}
+    began = start * 1_000_000
     spans = [
-        _span(digest, 0, episode["id"], start * 1_000_000, len(turns), SpanType.AGENT, inputs, outputs, {}),
+        _span(digest, 0, episode["id"], began, len(turns), SpanType.AGENT, inputs, outputs, {}),
         *(
-            _span(
-                digest,
-                number,
-                f"turn {number}",
-                start * 1_000_000 + (number - 1) * TURN_NS,
-                1,
-                SpanType.LLM,
-                *_turn(turn),
-            )
+            _span(digest, number, f"turn {number}", began + (number - 1) * TURN_NS, 1, SpanType.LLM, *_turn(turn))
             for number, turn in enumerate(turns, start=1)
         ),
     ]

@@ -13,7 +13,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.tracking.spool import Record, Spool, now
+from pipeline.tracking.patience import HURRIED
+from pipeline.tracking.spool import Record, Spool, now, run_record
 from pipeline.tracking.system import SystemMetrics
 from pipeline.trajectories.records import episode_records
 from pipeline.trajectories.trajectory import Trajectories
@@ -63,7 +64,7 @@ class TrainingRun:
     """
 
     def __init__(self, settings: RunSettings, folder: Path) -> None:
-        from pipeline.tracking.send import HURRIED, Sender  # imports mlflow, which takes seconds
+        from pipeline.tracking.send import Sender  # imports mlflow, which takes seconds
 
         self._settings, self._spool, self._patience = settings, Spool(folder / "tracking"), HURRIED
         self._sender = Sender(self._spool, settings.store.uri, settings.store.cache)
@@ -163,14 +164,7 @@ def _beginning(settings: RunSettings) -> list[Record]:
     """The records with which a run begins. Its id is its own: the same training, made again, has another run."""
     identity = {"tracking.id": uuid.uuid4().hex}
     return [
-        {
-            "kind": "run",
-            "experiment": settings.experiment,
-            "name": settings.name,
-            "identity": identity,
-            "parent": dict(settings.parent),
-            "time": now(),
-        },
+        run_record(settings.experiment, settings.name, identity, settings.parent, now()),
         {"kind": "tags", "values": {**settings.tags, "kind": "training"}},
         {"kind": "params", "values": settings.params},
         {"kind": "inputs", "datasets": settings.datasets},

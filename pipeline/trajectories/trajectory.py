@@ -31,6 +31,13 @@ class Role(enum.IntEnum):
 
 
 RESPONSE_ROLES = (Role.REASONING, Role.ACTION, Role.THINK_TAG, Role.ANSWER_TAG, Role.OTHER)
+REPORTED_ROLES = {
+    "reasoning": (Role.REASONING,),
+    "action": (Role.ACTION,),
+    "tag": (Role.THINK_TAG, Role.ANSWER_TAG),
+    "other": (Role.OTHER,),
+}
+"""Name -> roles of a response that are reported together."""
 
 CUT_OFF = ("turns", "context")
 """Reasons why an episode ends that its environment has not ended: no turn is left, or no room in ``context_tokens``."""

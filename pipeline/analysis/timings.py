@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import numpy as np
 
 from pipeline.analysis.comparison import Curves
-from pipeline.report.comparison_tables import Table
 
 PREFIX = "seconds_"
 """Opens the name of a phase in timings; ``seconds`` alone is cumulative wall-clock."""
@@ -31,25 +28,3 @@ def environment_shares(curves: Curves) -> dict[str, float]:
     phases = phase_seconds(curves)
     rollout = sum(phases.get(phase, 0.0) for phase in ("collect", "reset", "step"))
     return {phase: phases.get(phase, 0.0) / rollout if rollout else float("nan") for phase in ("reset", "step")}
-
-
-def time_table(environment: str, timings: Mapping[tuple[str, str], Curves]) -> Table:
-    """Shares of an iteration by phase, a row per method of an environment; the longest phases first."""
-    spent = {method: phase_seconds(curves) for (place, method), curves in timings.items() if place == environment}
-    total = {method: sum(phases.values()) for method, phases in spent.items()}
-    names = sorted({phase for phases in spent.values() for phase in phases})
-    names.sort(key=lambda name: -sum(phases.get(name, 0.0) for phases in spent.values()))
-    return Table(
-        f"{environment}, time of an iteration",
-        ["method", "seconds", *names, "resets in rollouts", "steps in rollouts"],
-        [
-            [
-                method,
-                f"{total[method]:.2f}",
-                *(f"{phases.get(name, 0.0) / total[method]:.1%}" for name in names),
-                *(f"{share:.1%}" for share in environment_shares(timings[environment, method]).values()),
-            ]
-            for method, phases in spent.items()
-            if total[method]
-        ],
-    )

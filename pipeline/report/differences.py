@@ -2,22 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from typing import Any
-
-from pipeline.analysis.statistics import VERDICT_SEEDS, Difference, Interval
+from pipeline.analysis.statistics import VERDICT_SEEDS, Difference
 
 NO_VERDICT = f"no verdict below {VERDICT_SEEDS} paired seeds"
 """Why a difference is not put in words."""
-
-
-def difference_of(row: Mapping[str, Any], other: str) -> Difference | None:
-    """The difference of a comparison's row to ``reference``, ``uniform`` or ``control``, None if it has none."""
-    name = f"difference_to_{other}"
-    value, low, high = (row[f"{name}{part}"] for part in ("", "_ci_low", "_ci_high"))
-    if value is None:
-        return None
-    return Difference(value, None if low is None else Interval(low, high), tuple(row[f"{name}_by_seed"]))
 
 
 def difference_text(difference: Difference, against: str = "") -> str:

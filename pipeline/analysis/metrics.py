@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.analysis.comparison import Curves
+from pipeline.analysis.comparison import Curves, headline
 from pipeline.workspace.files import write_json, write_text
 
 METRICS = {
@@ -50,7 +50,7 @@ CURVES = (
 """Columns of the table of learning curves: keys of the curves, as means over seeds."""
 
 
-def write_flat(comparison: Mapping[str, Any], curves: Mapping[tuple[str, str], Curves], reports: Path) -> None:
+def write_metrics(comparison: Mapping[str, Any], curves: Mapping[tuple[str, str], Curves], reports: Path) -> None:
     """Write ``metrics/<environment>/<method>.json`` and ``plots/curves.csv``; equal input gives equal bytes.
 
     Args:
@@ -67,12 +67,13 @@ def write_flat(comparison: Mapping[str, Any], curves: Mapping[tuple[str, str], C
 
 def headline_metrics(comparison: Mapping[str, Any]) -> dict[str, dict[str, dict[str, float]]]:
     """Environment -> method -> ``METRICS`` at the headline temperature; what does not apply is left out."""
-    found: dict[str, dict[str, dict[str, float]]] = {}
-    for row in comparison["rows"]:
-        if row["headline"]:
-            values = {name: row[key] for name, key in METRICS.items() if row.get(key) is not None}
-            found.setdefault(row["environment"], {})[row["method"]] = values
-    return found
+    return {
+        environment: {
+            method: {name: row[key] for name, key in METRICS.items() if row.get(key) is not None}
+            for method, row in rows.items()
+        }
+        for environment, rows in headline(comparison).items()
+    }
 
 
 def curves_csv(curves: Mapping[tuple[str, str], Curves]) -> str:

@@ -1,0 +1,55 @@
+"""Two revisions of one comparison beside each other, for a terminal."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from pipeline.analysis.comparison import headline
+from pipeline.analysis.revisions import Revision, change, changed_settings
+from pipeline.analysis.statistics import VERDICT_SEEDS
+from pipeline.report.comparison_tables import estimate
+from pipeline.report.differences import NO_VERDICT, difference_text
+from pipeline.report.tables import aligned
+
+
+def revisions_text(a: Revision, b: Revision) -> str:
+    """Both revisions for a terminal: a table per environment, and the settings that changed."""
+    rows_a, rows_b = headline(a.comparison), headline(b.comparison)
+    parts = [f"A: {a.name}\nB: {b.name}"]
+    for environment in dict.fromkeys([*rows_a, *rows_b]):
+        mine, theirs = rows_a.get(environment, {}), rows_b.get(environment, {})
+        temperatures = sorted({row["temperature"] for row in (*mine.values(), *theirs.values())})
+        lines, unpaired, few = [["method", "A", "B", "B − A", "paired over"]], [], []
+        for method in dict.fromkeys([*mine, *theirs]):
+            shown, over = "–", "–"
+            if method in mine and method in theirs:
+                found = change(a, b, environment, method)
+                if found.paired is None:
+                    shown = f"{found.value:+.3f}"
+                    unpaired.append(method)
+                else:
+                    shown = difference_text(found.paired)
+                    over = f"{len(found.paired.by_seed)} seeds × {found.states} states"
+                    few += [] if found.paired.verdict else [method]
+            lines.append([method, _success(mine.get(method)), _success(theirs.get(method)), shown, over])
+        text = (
+            f"{environment}, success at temperature {' and '.join(f'{t:g}' for t in temperatures)}: A and B with 95 % "
+            f"bootstrap intervals over seeds and states, B − A with the 95 % t-interval over paired seeds\n"
+            f"{aligned(lines)}"
+        )
+        if few:
+            text += f"\n{NO_VERDICT}: {', '.join(few)}; give `seeds` {VERDICT_SEEDS} or more in both revisions, the same ones"
+        if unpaired:
+            text += (
+                f"\nnot paired, a difference of means without a verdict: {', '.join(unpaired)} (episodes of one "
+                "revision are not in the cache, or there is no common seed, state or temperature)"
+            )
+        parts.append(text)
+    changes = changed_settings(a.params, b.params)
+    settings = aligned([["changed setting", "A", "B"], *map(list, changes)])
+    return "\n\n".join([*parts, settings if changes else "no setting changed"]) + "\n"
+
+
+def _success(row: Mapping[str, Any] | None) -> str:
+    return "–" if row is None else estimate(row["success_mean"], row["success_ci_low"], row["success_ci_high"])
