@@ -15,6 +15,7 @@ def main() -> str:
     arguments = parse_arguments(__doc__)
     arguments.params = os.path.normpath(arguments.params)
     config = configured(arguments)
+    from pipeline.settings.custom import custom_sections
     from pipeline.settings.presets import require_made
     from pipeline.sources.fingerprints import of_environment, of_machine, of_method, of_policy
     from pipeline.workspace.errors import UserError
@@ -25,6 +26,10 @@ def main() -> str:
             f"{arguments.params}: params_file: {config.params_file!r} is another file; allowed: {arguments.params}"
         )
     require_made(Path(arguments.params), Path("."))
+    if any(map(custom_sections, (config.method_defaults, *config.methods.values()))):
+        from pipeline.objective.custom import check_functions  # seconds, of which most params files need none
+
+        check_functions(config, arguments.params)
     folder = layout_of(config).sources
     found = {
         **{f"environments/{name}": of_environment(section) for name, section in config.environments.items()},

@@ -11,7 +11,8 @@ from hypothesis import settings
 from hypothesis import strategies as st
 
 from pipeline.objective.batch import TokenBatch
-from pipeline.settings.slots import Method
+from pipeline.settings.method import Method
+from pipeline.settings.section import Section
 from pipeline.trajectories.trajectory import RESPONSE_ROLES, Role
 
 properties = settings(max_examples=60)
@@ -97,6 +98,11 @@ def batches(draw: st.DrawFn) -> TokenBatch:
 def noise(batch: TokenBatch, seed: int = 0) -> torch.Tensor:
     """One normal float64 number per token, trainable or not."""
     return torch.from_numpy(np.random.default_rng(seed).standard_normal(len(batch.role)))
+
+
+def section(choice: type[Section], **settings: Any) -> Any:
+    """A choice's section with these settings, legal or not."""
+    return choice.model_construct(**settings)
 
 
 def method(**slots: Any) -> Method:

@@ -12,7 +12,7 @@ import numpy as np
 from pipeline.rollout.branching import Forest
 from pipeline.rollout.collector import EpisodeSpec, Setup, iteration_specs
 from pipeline.rollout.engine import Continuation, Follow, Request, Sampling
-from pipeline.settings import slots
+from pipeline.settings.branching import EntropyRise, Positions, TemperatureSwitch, TreeSearch
 from pipeline.settings.params import Config
 from pipeline.settings.section import Section
 from pipeline.trajectories.trajectory import Trajectories, concatenate
@@ -31,20 +31,20 @@ PHRASES = [
 ]
 
 
-def positions_section(**changes: Any) -> slots.Positions:
-    return slots.Positions(kind="positions", **{"signal": "entropy", **changes})
+def positions_section(**changes: Any) -> Positions:
+    return Positions(kind="positions", **{"signal": "entropy", **changes})
 
 
-def rise_section(**changes: Any) -> slots.EntropyRise:
-    return slots.EntropyRise(kind="entropy_rise", **changes)
+def rise_section(**changes: Any) -> EntropyRise:
+    return EntropyRise(kind="entropy_rise", **changes)
 
 
-def search_section(width: int, **changes: Any) -> slots.TreeSearch:
-    return slots.TreeSearch(kind="tree_search", width=width, **changes)
+def search_section(width: int, **changes: Any) -> TreeSearch:
+    return TreeSearch(kind="tree_search", width=width, **changes)
 
 
-def switch_section(initial: int, **changes: Any) -> slots.TemperatureSwitch:
-    return slots.TemperatureSwitch(kind="temperature_switch", initial=initial, **changes)
+def switch_section(initial: int, **changes: Any) -> TemperatureSwitch:
+    return TemperatureSwitch(kind="temperature_switch", initial=initial, **changes)
 
 
 class Chatter:

@@ -14,32 +14,42 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from pipeline.objective import methods
-from pipeline.objective.advantages import (
-    discounted_returns,
-    first_of_turn,
+from pipeline.objective.batch import TokenBatch
+from pipeline.objective.critic_advantages import (
     from_bilevel_gae,
     from_entropy_gae,
     from_gae,
-    from_group,
     from_soft_q,
-    from_step_group,
-    from_token_group,
     from_turn_gae,
-    last_of_turn,
-    scaled_by_entropy,
-    turn_rewards,
 )
-from pipeline.objective.batch import TokenBatch
+from pipeline.objective.gae import discounted_returns
+from pipeline.objective.group_advantages import from_group, from_step_group, from_token_group
 from pipeline.objective.methods import shape_rewards, token_advantages
+from pipeline.objective.turns import first_of_turn, last_of_turn, turn_rewards
+from pipeline.settings.advantage import (
+    GAE,
+    BilevelGAE,
+    CustomAdvantage,
+    EntropyGAE,
+    GroupAdvantage,
+    SoftQ,
+    StepGroupAdvantage,
+    TokenGroupAdvantage,
+    TurnGAE,
+)
+from pipeline.settings.method import Method
 from pipeline.settings.params import parse
-from pipeline.settings.slots import Method
 from pipeline.trajectories.trajectory import Role
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.yaml_files import read_yaml
-from tests.batches import BRANCHES, CLOSE, batches, method, noise, population, properties
+from tests.batches import BRANCHES, CLOSE, batches, method, noise, population, properties, section
 
 ROOT = Path(__file__).parents[1]
-KINDS = [get_args(section.model_fields["kind"].annotation)[0] for section in methods.ADVANTAGES]
+KINDS = [
+    get_args(choice.model_fields["kind"].annotation)[0]
+    for choice in methods.ADVANTAGES
+    if choice is not CustomAdvantage
+]
 WITH_HEADS = {
     "gae": "value",
     "turn_gae": "value",
@@ -235,7 +245,7 @@ def test_discounted_returns_equal_reference(batch: TokenBatch, gamma: float) -> 
 def test_group_equals_reference(batch: TokenBatch, std: bool, ddof: int, eps: float) -> None:
     own = reference_group(batch.returns.tolist(), batch.group.tolist(), std, ddof, eps)
     expected = [own[e] if t else 0.0 for e, t in zip(batch.trajectory.tolist(), batch.trainable.tolist(), strict=True)]
-    estimate = from_group(batch, {}, {}, std=std, ddof=ddof, eps=eps)
+    estimate = from_group(batch, {}, {}, section(GroupAdvantage, std=std, ddof=ddof, eps=eps))
     close(estimate.advantage, expected)
     assert (estimate.targets, estimate.state) == ({}, {})
 
@@ -251,7 +261,7 @@ def test_token_group_equals_reference(batch: TokenBatch, ddof: int, eps: float) 
     expected = [0.0] * len(batch.role)
     for t, value in zip(tokens, own, strict=True):
         expected[t] = value
-    close(from_token_group(shaped, {}, {}, ddof=ddof, eps=eps).advantage, expected)
+    close(from_token_group(shaped, {}, {}, section(TokenGroupAdvantage, ddof=ddof, eps=eps)).advantage, expected)
 
 
 def reference_step_group(
@@ -282,7 +292,7 @@ def test_step_group_equals_reference(
     batch: TokenBatch, step_weight: float, gamma: float, std: bool, episodes_by: str
 ) -> None:
     settings = {"step_weight": step_weight, "gamma": gamma, "std": std, "episodes_by": episodes_by}
-    actual = from_step_group(batch, {}, {}, **settings).advantage
+    actual = from_step_group(batch, {}, {}, section(StepGroupAdvantage, **settings)).advantage
     close(actual, reference_step_group(batch, **settings))
 
 
@@ -304,8 +314,8 @@ def test_an_episode_may_count_once_per_turn() -> None:
 @given(batches(), st.booleans())
 def test_a_turn_alone_in_its_state_has_the_episodes_advantage_only(batch: TokenBatch, std: bool) -> None:
     alone = replace(batch, turn_state=torch.arange(len(batch.turn_state)))
-    actual = from_step_group(alone, {}, {}, step_weight=1.0, gamma=0.95, std=std).advantage
-    assert torch.equal(actual, from_group(batch, {}, {}, std=std, ddof=1, eps=1e-6).advantage)
+    actual = from_step_group(alone, {}, {}, section(StepGroupAdvantage, step_weight=1.0, gamma=0.95, std=std)).advantage
+    assert torch.equal(actual, from_group(batch, {}, {}, section(GroupAdvantage, std=std, ddof=1, eps=1e-6)).advantage)
 
 
 def test_golden_step_group() -> None:
@@ -328,7 +338,9 @@ def test_golden_step_group() -> None:
 def test_gae_equals_definition(batch: TokenBatch, gamma: float, lam: float, discount: str, whiten: bool) -> None:
     batch, value = dense(batch), noise(batch)
     raw = reference_token_gae(batch, batch.reward.tolist(), value.tolist(), gamma, lam, discount)
-    estimate = from_gae(batch, {"value": value}, {}, gamma=gamma, discount=discount, lam=lam, whiten=whiten)
+    estimate = from_gae(
+        batch, {"value": value}, {}, section(GAE, gamma=gamma, discount=discount, lam=lam, whiten=whiten)
+    )
     close(estimate.advantage, reference_whitened(batch, raw) if whiten else raw)
     target = estimate.targets["value"]
     assert torch.equal(target.mask, batch.trainable)
@@ -341,7 +353,7 @@ def test_gae_equals_definition(batch: TokenBatch, gamma: float, lam: float, disc
 def test_turn_discount_of_1_is_token_gae(batch: TokenBatch, lam: float) -> None:
     """POAD's fact: what it adds is a discount at action ends only."""
     parts = [
-        from_gae(batch, estimates(batch), {}, gamma=1.0, discount=discount, lam=lam, whiten=False)
+        from_gae(batch, estimates(batch), {}, section(GAE, gamma=1.0, discount=discount, lam=lam, whiten=False))
         for discount in ("turn", "token")
     ]
     assert torch.equal(parts[0].advantage, parts[1].advantage)
@@ -360,7 +372,9 @@ def test_turn_discount_with_one_token_per_action_is_gae_over_actions(
         own = by_definition(reward, [value[t] for t in actions], [gamma] * len(actions), lam)
         for t, advantage in zip(actions, own, strict=True):
             expected[t] = advantage
-    actual = from_gae(batch, {"value": noise(batch)}, {}, gamma=gamma, discount="turn", lam=lam, whiten=False)
+    actual = from_gae(
+        batch, {"value": noise(batch)}, {}, section(GAE, gamma=gamma, discount="turn", lam=lam, whiten=False)
+    )
     close(actual.advantage, expected)
 
 
@@ -387,7 +401,7 @@ def test_turn_gae_equals_definition(batch: TokenBatch, gamma: float, lam: float,
             for t in turn:
                 raw[t] = advantage
             target[turn[0]], mask[turn[0]] = advantage + value[turn[0]], True
-    estimate = from_turn_gae(batch, {"value": noise(batch)}, {}, gamma=gamma, lam=lam, whiten=whiten)
+    estimate = from_turn_gae(batch, {"value": noise(batch)}, {}, section(TurnGAE, gamma=gamma, lam=lam, whiten=whiten))
     close(estimate.advantage, reference_whitened(batch, raw) if whiten else raw)
     close(estimate.targets["value"].value, target)
     assert estimate.targets["value"].mask.tolist() == mask
@@ -434,16 +448,8 @@ def test_bilevel_gae_equals_definition(
     for rewarded in (batch, dense(batch), replace(batch, reward=torch.zeros_like(batch.reward))):
         value = noise(batch)
         raw = reference_bilevel(rewarded, value.tolist(), turn_gamma, turn_lam, gamma, lam)
-        estimate = from_bilevel_gae(
-            rewarded,
-            {"value": value},
-            {},
-            turn_gamma=turn_gamma,
-            turn_lam=turn_lam,
-            gamma=gamma,
-            lam=lam,
-            whiten=whiten,
-        )
+        settings = {"turn_gamma": turn_gamma, "turn_lam": turn_lam, "gamma": gamma, "lam": lam, "whiten": whiten}
+        estimate = from_bilevel_gae(rewarded, {"value": value}, {}, section(BilevelGAE, **settings))
         close(estimate.advantage, reference_whitened(batch, raw) if whiten else raw)
         target, chosen = estimate.targets["value"], batch.trainable.tolist()
         assert torch.equal(target.mask, batch.trainable)
@@ -456,7 +462,7 @@ def test_bilevel_gae_of_one_turn_is_token_gae(batch: TokenBatch, gamma: float, l
     batch = dense(one_turn_per_trajectory(batch))
     expected = reference_token_gae(batch, batch.reward.tolist(), noise(batch).tolist(), gamma, lam, "token")
     settings = {"turn_gamma": 0.5, "turn_lam": 0.5, "gamma": gamma, "lam": lam, "whiten": False}
-    actual = from_bilevel_gae(batch, {"value": noise(batch)}, {}, **settings)
+    actual = from_bilevel_gae(batch, {"value": noise(batch)}, {}, section(BilevelGAE, **settings))
     close(actual.advantage, expected)
 
 
@@ -491,7 +497,9 @@ def test_entropy_gae_equals_definition_over_iterations(path: list[TokenBatch], b
         earned = reference_token_gae(batch, batch.reward.tolist(), heads["value"].tolist(), 0.9, 0.8, "token")
         spread = reference_token_gae(batch, own, heads["entropy_value"].tolist(), 0.7, 0.6, "token")
         parts = [reference_whitened(batch, raw) if whiten else raw for raw in (earned, spread)]
-        estimate = from_entropy_gae(batch, heads, state, multiplier_rate=0.5, whiten=whiten, **settings)
+        estimate = from_entropy_gae(
+            batch, heads, state, section(EntropyGAE, multiplier_rate=0.5, whiten=whiten, **settings)
+        )
         close(estimate.advantage, [a + multiplier * b for a, b in zip(*parts, strict=True)])
         for name, raw in (("value", earned), ("entropy_value", spread)):
             target, chosen = estimate.targets[name], batch.trainable.tolist()
@@ -531,7 +539,7 @@ def test_soft_q_equals_reference(batch: TokenBatch, gamma: float) -> None:
                 else:
                     target[t] = float(batch.reward[t])
     heads = {"soft_value": noise(batch, 1), "taken": noise(batch, 2)}
-    estimate = from_soft_q(batch, heads, {}, gamma=gamma)
+    estimate = from_soft_q(batch, heads, {}, section(SoftQ, gamma=gamma))
     close(estimate.advantage, advantage)
     close(estimate.targets["q"].value, target)
     assert torch.equal(estimate.targets["q"].mask, batch.trainable)
@@ -581,7 +589,7 @@ def test_what_is_behind_a_cut_off_episode_is_the_value_of_one_more_step(
         for i, t in enumerate(tokens):
             expected[t] = math.fsum(math.prod(f * lam for f in g[i:k]) * delta[k] for k in range(i, len(tokens)))
     heads = {"value": value, "value_behind": known}
-    estimate = from_gae(batch, heads, {}, gamma=gamma, discount=discount, lam=lam, whiten=False)
+    estimate = from_gae(batch, heads, {}, section(GAE, gamma=gamma, discount=discount, lam=lam, whiten=False))
     close(estimate.advantage, expected)
     close(estimate.targets["value"].value, (torch.tensor(expected) + torch.where(batch.trainable, value, 0.0)).tolist())
 
@@ -636,15 +644,6 @@ def test_bootstrapping_without_what_is_behind_is_refused(kind: str, names: str) 
 
 
 # ------------------------------------------------------------------------------------------------ entropy's scale
-
-
-@properties
-@given(batches(), st.sampled_from([0.2, 1.0]))
-def test_scaled_by_entropy_equals_reference(batch: TokenBatch, scale: float) -> None:
-    z = reference_whitened(batch, batch.entropy.tolist())
-    expected = [a * (1 + scale * own) for a, own in zip(batch.advantage.tolist(), z, strict=True)]
-    close(scaled_by_entropy(batch, batch.advantage, scale), expected)
-    assert torch.equal(scaled_by_entropy(batch, batch.advantage, 0.0), batch.advantage)
 
 
 @pytest.mark.parametrize("kind", [kind for kind in KINDS if kind != "soft_q"])

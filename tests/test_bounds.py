@@ -21,10 +21,11 @@ from pipeline.environments.registry import OURS, make, reset
 from pipeline.evaluation.evaluate import EvaluationTask, evaluate_policy
 from pipeline.model.policy import load_policy
 from pipeline.rollout.table import sample_slice
+from pipeline.settings.custom import Custom
+from pipeline.settings.method import Method
 from pipeline.settings.params import Config, Environment, ScratchPolicy, parse
 from pipeline.settings.presets import overlay
 from pipeline.settings.section import Section
-from pipeline.settings.slots import Method
 from pipeline.training.result import training_task
 from pipeline.training.run import TrainingJob, train_one
 from pipeline.workspace.errors import UserError
@@ -92,7 +93,8 @@ class Draw:
         if origin is list:
             return [self.value(options[0], [], path) for _ in range(self.draws.randint(1, most(path, 3)))]
         if origin is not None:  # a union
-            return self.value(self.draws.choice(options), metadata, path)
+            ours = [o for o in options if not (isinstance(o, type) and issubclass(o, Custom))]
+            return self.value(self.draws.choice(ours), metadata, path)
         if annotation is type(None):
             return None
         if annotation is bool:

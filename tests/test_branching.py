@@ -30,7 +30,7 @@ from pipeline.rollout.collector import Episode, EpisodeSpec, Setup, collect, ite
 from pipeline.rollout.engine import Continuation, Sampling
 from pipeline.rollout.scores import omega
 from pipeline.rollout.transformers_engine import TransformersEngine
-from pipeline.settings import slots
+from pipeline.settings.branching import Independent, Positions
 from pipeline.settings.params import Config, Environment
 from pipeline.settings.section import Section
 from pipeline.training.collection import Collection
@@ -179,7 +179,7 @@ def test_any_forest_meets_its_budget_with_branches_of_its_own_episodes(
 
     made = planted(changed, section, specs=specs, score=score)
     assert_forest(made, changed, specs)
-    if share == 1 and isinstance(section, slots.Positions):
+    if share == 1 and isinstance(section, Positions):
         assert (made.parents == -1).all()
     again = planted(changed, section, specs=specs, score=score)
     assert again.to_table().equals(made.to_table())
@@ -239,7 +239,7 @@ def test_a_branch_may_say_as_much_as_was_left_and_draws_as_its_name_says(number:
     changed = lake()
     section = changed.environments[NAME]
     setup = Setup(TOKENIZER, changed, NAME)
-    forest = Forest(Chatter(), setup, iteration_specs(changed, NAME, number, 0)[:1], slots.Independent(), 1.0)
+    forest = Forest(Chatter(), setup, iteration_specs(changed, NAME, number, 0)[:1], Independent(), 1.0)
     list(grow(forest))
     (parent,) = forest.trees[0].episodes
     for split in forest.trees[0].sampled(0).tolist():
@@ -463,7 +463,7 @@ def test_fewer_slots_cost_positions_and_change_no_token(speaker: Policy, growth:
 
 
 UNBRANCHED = {
-    "none": slots.Independent(),
+    "none": Independent(),
     "arpo": rise_section(initial=SIZE),
     "positions": positions_section(initial=SIZE),
     "search": search_section(SIZE),

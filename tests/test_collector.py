@@ -31,6 +31,7 @@ from pipeline.rollout.collector import INVALID, EpisodeSpec, Setup, collect, gro
 from pipeline.rollout.engine import Continuation, Follow, Request, Sampling
 from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.settings.params import Config, Environment, Phase, parse
+from pipeline.settings.weight import ActFocusWeight
 from pipeline.trajectories.prompting import END_OF_RESPONSE, Dialogue
 from pipeline.trajectories.records import episode_records
 from pipeline.trajectories.trajectory import RESPONSE_ROLES, RESPONSES, Role, Trajectories, read
@@ -477,7 +478,7 @@ def test_thoughts_that_are_cut_weigh_like_reasoning_and_those_that_end_unclosed_
         replace(made, energy=nothing, ref_logprob=nothing, ref_entropy=nothing), generator(0, "t"), 0, 1
     )
     settings = read_yaml(Path(__file__).parents[1] / "params.yaml")["methods"]["grpo_actfocus"]["weight"]
-    weights = actfocus_weights(batch, **{name: value for name, value in settings.items() if name != "kind"})
+    weights = actfocus_weights(batch, ActFocusWeight(**settings))
     first = int(np.flatnonzero(made.sampled)[0])
     assert made.role[first] == Role.THINK_TAG
     thought = TOKENIZER(text, add_special_tokens=False)["input_ids"][1]

@@ -18,10 +18,10 @@ import pyarrow.parquet as pq
 import pytest
 from ruamel.yaml import YAML
 
+from pipeline.settings.method import Method
 from pipeline.settings.params import Config, load, parse
 from pipeline.settings.presets import overlay, preset_values, require_made, resolve_preset
 from pipeline.settings.section import Section, number
-from pipeline.settings.slots import Method
 from pipeline.settings.sweep import (
     Constraints,
     Integer,
@@ -119,7 +119,7 @@ def sections(section: type[Section] = Section) -> list[type[Section]]:
     return [
         s
         for child in section.__subclasses__()
-        if child.__module__ in ("pipeline.settings.params", "pipeline.settings.slots")
+        if child.__module__.startswith("pipeline.settings.") and child.__module__ != "pipeline.settings.sweep"
         for s in [child, *sections(child)]
     ]
 

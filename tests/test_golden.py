@@ -17,8 +17,9 @@ from torch import Tensor
 
 from pipeline.model.scoring import score_tokens
 from pipeline.objective import aggregation
-from pipeline.objective.advantages import gae, group_advantage, whiten
 from pipeline.objective.batch import TokenBatch
+from pipeline.objective.gae import gae
+from pipeline.objective.group_advantages import group_advantage
 from pipeline.objective.methods import (
     coefficients,
     policy_loss,
@@ -28,10 +29,12 @@ from pipeline.objective.methods import (
     token_weights,
 )
 from pipeline.objective.regularisers import kl_penalty, value_loss
+from pipeline.objective.standardise import z_score
 from pipeline.objective.surrogates import UpdateTokens, dual_clip, ppo_clip
-from pipeline.settings.slots import Method
+from pipeline.settings.aggregation import ConstantNormaliser, SequenceMean, TokenMean, WeightSum
+from pipeline.settings.method import Method
 from pipeline.trajectories.trajectory import Role
-from tests.batches import method
+from tests.batches import method, section
 
 CLOSE = {"rtol": 1e-7, "atol": 1e-9}
 """Both sides are float64. verl adds 1e-8 to the token counts that it divides by, a relative error of up to 1e-8."""
@@ -194,7 +197,7 @@ def test_whitening_of_the_same_numbers() -> None:
     """The same, of verl's raw advantages: the numbers on tokens that were not sampled have no part in it."""
     own, peer = batch(), golden()["advantages"]["gae"]
     raw = flat(peer["returns"]) - flat(golden()["batch"]["value"])
-    ours, n = whiten(raw, own.trainable), int(own.trainable.sum())
+    ours, n = z_score(raw, own.trainable), int(own.trainable.sum())
     torch.testing.assert_close(ours[own.trainable] * ((n - 1) / n) ** 0.5, at(peer["whitened"]), **CLOSE)
 
 
@@ -327,14 +330,17 @@ def test_aggregation_with_a_trajectory_without_sampled_tokens(mode: str) -> None
         return (factors * loss).sum()
 
     if mode == "token-mean":
-        torch.testing.assert_close(total(aggregation.weight_sum(*arguments)), expected, **CLOSE)
-        torch.testing.assert_close(total(aggregation.token_mean(*arguments)), expected, **CLOSE)
+        torch.testing.assert_close(total(aggregation.weight_sum(*arguments, section(WeightSum))), expected, **CLOSE)
+        torch.testing.assert_close(total(aggregation.token_mean(*arguments, section(TokenMean))), expected, **CLOSE)
     elif mode == "seq-mean-token-mean":
-        torch.testing.assert_close(total(aggregation.sequence_mean(*arguments)), expected, **CLOSE)
+        torch.testing.assert_close(
+            total(aggregation.sequence_mean(*arguments, section(SequenceMean))), expected, **CLOSE
+        )
     else:
         scaled = peer["scaled"]
-        torch.testing.assert_close(total(aggregation.constant(*arguments, tokens=width)), expected, **CLOSE)
-        ours = total(aggregation.constant(*arguments, tokens=scaled["loss_scale_factor"]))
+        by_width, by_factor = (section(ConstantNormaliser, tokens=n) for n in (width, scaled["loss_scale_factor"]))
+        torch.testing.assert_close(total(aggregation.constant(*arguments, by_width)), expected, **CLOSE)
+        ours = total(aggregation.constant(*arguments, by_factor))
         torch.testing.assert_close(ours, tensor(scaled["total"]), **CLOSE)
 
 

@@ -28,7 +28,7 @@ from pipeline.rollout.branching import (
 )
 from pipeline.rollout.collector import iteration_specs
 from pipeline.rollout.scores import action_starts, blank_tokens, branch_scores, omega, standardised
-from pipeline.settings import slots
+from pipeline.settings.branching import Independent
 from pipeline.trajectories.trajectory import EpisodeBuilder, Role, Trajectories, build
 from tests.batches import properties
 from tests.forests import lake, planted, rows
@@ -423,7 +423,7 @@ def test_positions_are_ranked_by_score_then_in_order(seed: int, side: Any) -> No
 
 def independent_table(seed: int = 0) -> Trajectories:
     changed = lake()
-    return planted(changed, slots.Independent(), specs=iteration_specs(changed, NAME, seed, 0))
+    return planted(changed, Independent(), specs=iteration_specs(changed, NAME, seed, 0))
 
 
 @settings(max_examples=20)

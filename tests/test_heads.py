@@ -17,7 +17,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from pipeline.model.policy import Policy
 from pipeline.model.scoring import predicting_hidden
-from pipeline.settings import slots
+from pipeline.settings.heads import Critic, QFunction
 from pipeline.settings.params import parse
 from pipeline.settings.presets import overlay
 from pipeline.training import gradients, heads
@@ -114,14 +114,14 @@ def chosen_tokens(scene: Scene) -> list[int]:
 
 
 def critic(scene: Scene, kind: Kind, **settings: Any) -> ValueHead:
-    head = ValueHead("value", slots.Critic(kind=kind, **settings), scene.reference)
+    head = ValueHead("value", Critic(kind=kind, **settings), scene.reference)
     shaken(head, 2)
     return head
 
 
 def q_function(scene: Scene, kind: Kind, **settings: Any) -> QHead:
     """Online and target networks that differ, as they do in the middle of a training."""
-    head = QHead("q", slots.QFunction(kind=kind, kl_weight=0.3, **settings), scene.reference)
+    head = QHead("q", QFunction(kind=kind, kl_weight=0.3, **settings), scene.reference)
     shaken(head, 2)
     return head
 
@@ -165,7 +165,7 @@ def test_a_value_is_linear_in_the_trunks_hidden_state(scene: Scene, kind: Kind) 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fresh_critic_says_zero_and_has_the_references_trunk(scene: Scene, kind: Kind) -> None:
-    (head,) = make_heads({"returns": slots.Critic(kind=kind)}, scene.reference)
+    (head,) = make_heads({"returns": Critic(kind=kind)}, scene.reference)
     assert isinstance(head, ValueHead)
     assert head.estimate(scene)["returns"].tolist() == [0.0] * len(scene.hidden)
     assert all(p.requires_grad for p in head.parameters())
@@ -214,10 +214,8 @@ def test_value_loss_and_its_gradient_equal_a_loop(
 
 
 def test_every_kind_of_settings_has_its_head(scene: Scene) -> None:
-    assert {slots.Critic: ValueHead, slots.QFunction: QHead} == HEADS
-    made = make_heads(
-        {"value": slots.Critic(), "entropy_value": slots.Critic(), "q": slots.QFunction()}, scene.reference
-    )
+    assert {Critic: ValueHead, QFunction: QHead} == HEADS
+    made = make_heads({"value": Critic(), "entropy_value": Critic(), "q": QFunction()}, scene.reference)
     assert [(type(head), head.name) for head in made] == [
         (ValueHead, "value"),
         (ValueHead, "entropy_value"),
@@ -265,7 +263,7 @@ def test_estimates_of_q_equal_full_logits(scene: Scene, kind: Kind) -> None:
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fresh_q_knows_the_kl_alone(scene: Scene, kind: Kind) -> None:
-    head = QHead("q", slots.QFunction(kind=kind, kl_weight=0.5), scene.reference)
+    head = QHead("q", QFunction(kind=kind, kl_weight=0.5), scene.reference)
     with torch.no_grad():
         estimate = head.estimate(scene)
         pairs = zip(logits_of(scene, scene.policy), logits_of(scene, scene.reference), strict=True)
@@ -356,7 +354,7 @@ def test_after_a_step_the_target_is_the_polyak_average(scene: Scene, kind: Kind,
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_targets_start_as_copies_and_are_not_trained(scene: Scene, kind: Kind) -> None:
-    head = QHead("q", slots.QFunction(kind=kind), scene.reference)
+    head = QHead("q", QFunction(kind=kind), scene.reference)
     trained = {name for name, p in head.named_parameters() if p.requires_grad}
     still = {name for name, p in head.named_parameters() if not p.requires_grad}
     assert all(name.startswith(("head.", "trunk.")) for name in trained)

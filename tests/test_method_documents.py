@@ -12,10 +12,10 @@ import torch
 from ruamel.yaml import YAML
 
 from pipeline.model.policy import Policy
-from pipeline.objective.methods import SLOTS
+from pipeline.report.methods import SLOTS
+from pipeline.settings.method import Method
 from pipeline.settings.params import Config, parse
 from pipeline.settings.presets import load_preset, overlay, preset_values
-from pipeline.settings.slots import Method
 from pipeline.training.module import PolicyGradient
 from pipeline.workspace.yaml_files import read_yaml
 from tests.trainings import LAKE, ROOT, TINY, fit
@@ -42,7 +42,7 @@ def laid_over(block: Any, *changes: Any) -> Config:
 def alone(block: Any) -> Config:
     """params.yaml with the block's methods and no others: a row of the same name there must not fill anything in."""
     raw = read_yaml(ROOT / "params.yaml") | {"methods": None, "compare": {}}
-    return parse(overlay(raw, block))
+    return parse(overlay(raw, {"methods": block["methods"], "train": block.get("train", {})}))
 
 
 def block_of(name: str) -> Any:
@@ -63,7 +63,7 @@ def slots(method: Method, *ignored: str) -> dict[str, Any]:
 
 @pytest.mark.parametrize("block", BLOCKS, ids=lambda block: "+".join(block["methods"]))
 def test_every_block_is_valid_as_it_is_pasted(block: Any) -> None:
-    assert set(block) <= {"methods", "train"}
+    assert set(block) <= {"methods", "train", "compare", "sweep"}
     config = laid_over(block)
     assert set(block["methods"]) <= set(config.methods)
     assert {name: slots(config.methods[name]) for name in block["methods"]} == {
@@ -116,7 +116,8 @@ def test_the_controls_are_those_of_the_preset() -> None:
 
 
 @pytest.mark.parametrize("name", NAMES)
-def test_every_block_trains(name: str, policy: Policy) -> None:
+def test_every_block_trains(name: str, policy: Policy, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.syspath_prepend(ROOT / "docs" / "examples")
     config = laid_over({"methods": {name: small(block_of(name)["methods"][name])}}, SMALL)
     module = PolicyGradient(config, LAKE, name, 0, policy)
     before = copy.deepcopy(module.state_dict())

@@ -13,9 +13,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.objective.advantages import gae, group_advantage, to_tokens, whiten
+from pipeline.contracts.slot import made_up
 from pipeline.objective.batch import TokenBatch, token_batch
 from pipeline.objective.filters import group_deviation, reward_variance
+from pipeline.objective.gae import gae
+from pipeline.objective.group_advantages import group_advantage, to_tokens
 from pipeline.objective.methods import (
     coefficients,
     entropy_terms,
@@ -25,11 +27,14 @@ from pipeline.objective.methods import (
     token_weights,
 )
 from pipeline.objective.regularisers import kl_penalty, value_loss
+from pipeline.objective.standardise import z_score
 from pipeline.objective.surrogates import UpdateTokens, ppo_clip
-from pipeline.objective.weights import actfocus_weights, signal_values, uniform_weights, z_score
-from pipeline.settings.slots import Method
+from pipeline.objective.weights import actfocus_weights, signal_values, uniform_weights
+from pipeline.settings.filter import RewardVariance
+from pipeline.settings.method import Method
+from pipeline.settings.weight import ActFocusWeight
 from pipeline.trajectories.trajectory import EpisodeBuilder, Role, build
-from tests.batches import CLOSE, batches, method, noise, population, properties, sigmoid
+from tests.batches import CLOSE, batches, method, noise, population, properties, section, sigmoid
 
 SIGNALS = ("reference_energy", "reference_entropy", "behaviour_nll", "logprob_shift")
 AGGREGATIONS: tuple[dict[str, Any], ...] = (
@@ -126,10 +131,10 @@ def test_gae_refuses_a_reward_on_an_untrainable_token() -> None:
 
 @properties
 @given(batches())
-def test_whiten_equals_reference(batch: TokenBatch) -> None:
+def test_z_score_equals_reference(batch: TokenBatch) -> None:
     advantages = noise(batch)
     chosen = [float(a) for a, t in zip(advantages, batch.trainable, strict=True) if t]
-    actual = whiten(advantages, batch.trainable)
+    actual = z_score(advantages, batch.trainable)
     if not chosen:
         return
     mean, variance = population(chosen)
@@ -149,7 +154,7 @@ def test_composed_gae_regresses_on_unwhitened_returns(batch: TokenBatch) -> None
     assert torch.equal(mask, batch.trainable)
     torch.testing.assert_close(target[batch.trainable], (plain + values)[batch.trainable])
     assert target[~batch.trainable].abs().sum() == 0
-    torch.testing.assert_close(estimate.advantage, whiten(plain, batch.trainable))
+    torch.testing.assert_close(estimate.advantage, z_score(plain, batch.trainable))
     unwhitened = token_advantages(method(advantage=slot | {"whiten": False}), batch, {"value": values})
     torch.testing.assert_close(unwhitened.advantage, plain)
 
@@ -174,14 +179,8 @@ def reference_signal(batch: TokenBatch, token: int, signal: str) -> float:
 
 def actfocus(batch: TokenBatch, alpha: float, beta: float, tau: float, form: str, signal: str) -> torch.Tensor:
     """The function by the paper's letters."""
-    return actfocus_weights(
-        batch,
-        reasoning_downweight=alpha,
-        redistribution_strength=beta,
-        redistribution_temperature=tau,
-        form=form,
-        signal=signal,
-    )
+    letters = {"reasoning_downweight": alpha, "redistribution_strength": beta, "redistribution_temperature": tau}
+    return actfocus_weights(batch, section(ActFocusWeight, **letters, form=form, signal=signal))
 
 
 def reference_weights(
@@ -712,6 +711,11 @@ def test_pieces_of_a_minibatch_add_up_to_it(batch: TokenBatch) -> None:
 # ------------------------------------------------------------------------------------------------- S2: filters
 
 
+def ended(returns: torch.Tensor, group: torch.Tensor) -> TokenBatch:
+    """A batch of which a filter looks at the returns and the groups."""
+    return replace(made_up(0), returns=returns, group=group, success=returns > 0)
+
+
 @properties
 @given(batches(), st.sampled_from([0.25, 0.5, 1.0]))
 def test_reward_variance_keeps_the_most_varied_groups(batch: TokenBatch, keep: float) -> None:
@@ -721,9 +725,9 @@ def test_reward_variance_keeps_the_most_varied_groups(batch: TokenBatch, keep: f
     room = math.ceil(keep * len(members))
     chosen = sorted(members, key=lambda g: (-round(deviation[g], 12), g))[:room]
     expected = [g in chosen and deviation[g] > 0 for g in group]
-    assert reward_variance(batch.returns, batch.group, keep).tolist() == expected
+    assert reward_variance(batch, section(RewardVariance, keep=keep)).tolist() == expected
     row = method(filter={"kind": "reward_variance", "keep": keep})
-    assert select_groups(row, batch.returns, batch.group).tolist() == expected
+    assert select_groups(row, batch).tolist() == expected
     assert group_deviation(batch.returns, batch.group).tolist() == pytest.approx(list(deviation.values()), abs=1e-9)
 
 
@@ -731,19 +735,21 @@ def test_share_of_groups_is_not_rounded_up_by_float_error() -> None:
     """0.28 * 25 is 7.000000000000001 in floats."""
     returns, group = torch.tensor([0.0, 1.0] * 25), torch.arange(25).repeat_interleave(2)
     for keep, groups in ((0.28, 7), (0.29, 8), (0.56, 14), (1.0, 25), (1e-12, 1)):
-        assert int(reward_variance(returns, group, keep).sum()) == 2 * groups
+        assert int(reward_variance(ended(returns, group), section(RewardVariance, keep=keep)).sum()) == 2 * groups
 
 
 def test_groups_of_equal_returns_are_dropped_even_where_float_variance_is_not_zero() -> None:
     returns = torch.tensor([-0.1] * 11 + [-0.8] * 16)
     group = torch.tensor([0] * 11 + [1] * 16)
-    assert not reward_variance(returns, group, 1.0).any()
-    assert select_groups(method(), returns, group).all()
+    assert not reward_variance(ended(returns, group), section(RewardVariance, keep=1.0)).any()
+    assert select_groups(method(), ended(returns, group)).all()
 
 
 def test_tied_groups_are_kept_from_the_first() -> None:
     returns, group = torch.tensor([0.0, 1.0] * 4), torch.arange(4).repeat_interleave(2)
-    assert reward_variance(returns, group, 0.5).tolist() == [True] * 4 + [False] * 4
+    assert (
+        reward_variance(ended(returns, group), section(RewardVariance, keep=0.5)).tolist() == [True] * 4 + [False] * 4
+    )
 
 
 # ------------------------------------------------------------------------------------------------ golden values

@@ -16,11 +16,16 @@ from pipeline.objective import methods
 from pipeline.objective.batch import TokenBatch
 from pipeline.objective.methods import entropy_terms
 from pipeline.objective.regularisers import EntropyTerms, entropy_band, entropy_loss, entropy_target, fixed
-from pipeline.settings.slots import Method
+from pipeline.settings.method import Method
+from pipeline.settings.regulariser import CustomRegulariser, EntropyBand, EntropyTarget, FixedRegulariser
 from pipeline.trajectories.trajectory import Role
-from tests.batches import CLOSE, batches, method, noise, properties
+from tests.batches import CLOSE, batches, method, noise, properties, section
 
-KINDS = [get_args(section.model_fields["kind"].annotation)[0] for section in methods.REGULARISERS]
+KINDS = [
+    get_args(choice.model_fields["kind"].annotation)[0]
+    for choice in methods.REGULARISERS
+    if choice is not CustomRegulariser
+]
 PATHS = st.lists(batches(), min_size=3, max_size=4)
 
 
@@ -73,7 +78,7 @@ def four_trajectories(entropy: list[float], success: list[bool]) -> TokenBatch:
 @given(batches(), st.sampled_from([0.0, 0.001, 2.0]))
 def test_fixed_is_the_same_bonus_everywhere_and_no_band(batch: TokenBatch, entropy: float) -> None:
     for terms, state in (
-        fixed(batch, {}, entropy=entropy),
+        fixed(batch, {}, section(FixedRegulariser, entropy=entropy)),
         entropy_terms(row("fixed", entropy=entropy), batch, {"old": 1}),
     ):
         n = len(batch.role)
@@ -101,7 +106,8 @@ def test_entropy_band_equals_reference_over_iterations(
                 mean = math.fsum(history[number]) / len(history[number])
                 penalty[t], low[t], high[t] = 0.3, band[0] * mean, band[1] * mean
         before = dict(state)
-        terms, following = entropy_band(batch, state, entropy=entropy, penalty=0.3, low=band[0], high=band[1])
+        settings = section(EntropyBand, entropy=entropy, penalty=0.3, low=band[0], high=band[1])
+        terms, following = entropy_band(batch, state, settings)
         close(terms.bonus, [entropy] * n)
         close(terms.penalty, penalty)
         close(terms.low, low)
@@ -152,7 +158,7 @@ def test_entropy_target_equals_reference_over_iterations(
             bonus.append(coefficient * (1 + hardness * sum(failed) / len(failed)))
         before = dict(state)
         settings = {"target": 0.9, "rate": rate, "largest": 0.2, "hardness": hardness}
-        terms, following = entropy_target(batch, state, entropy=entropy, **settings)
+        terms, following = entropy_target(batch, state, section(EntropyTarget, entropy=entropy, **settings))
         close(terms.bonus, bonus)
         close(terms.penalty, [0.0] * len(bonus))
         assert state == before
@@ -178,7 +184,7 @@ def test_golden_entropy_target() -> None:
 @given(batches())
 def test_harder_groups_have_a_larger_bonus(batch: TokenBatch) -> None:
     settings = {"entropy": 0.01, "target": 0.8, "rate": 0.01, "largest": 0.05}
-    bonus = entropy_target(batch, {}, hardness=1.0, **settings)[0].bonus.tolist()
+    bonus = entropy_target(batch, {}, section(EntropyTarget, hardness=1.0, **settings))[0].bonus.tolist()
     group, success = batch.group.tolist(), batch.success.tolist()
     by_rate: dict[float, set[float]] = {}
     for t, owner in enumerate(batch.trajectory.tolist()):

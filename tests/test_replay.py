@@ -36,7 +36,7 @@ from pipeline.report.replay_figures import draw_replay, replay_text
 from pipeline.rollout.collector import collect, iteration_specs
 from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.settings.params import Config
-from pipeline.settings.slots import ActFocusWeight, Signal
+from pipeline.settings.weight import ActFocusWeight, Signal
 from pipeline.trajectories.trajectory import Trajectories
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.randomness import generator
@@ -81,7 +81,7 @@ def test_parts_add_up_to_the_weights(
         malformed_weight=tags,
         answer_tag_weight=0.8,
     )
-    expected = actfocus_weights(batch, **weight.model_dump(exclude={"kind"}))
+    expected = actfocus_weights(batch, weight)
     factors = torch.from_numpy(part_factors(Point(alpha, beta, tau, signal), pairs, weight))
     torch.testing.assert_close(part_weights(batch, pairs) @ factors, expected)
 

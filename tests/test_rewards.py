@@ -15,11 +15,15 @@ from pipeline.objective import methods
 from pipeline.objective.batch import TokenBatch, positions
 from pipeline.objective.filters import all_groups, reward_variance
 from pipeline.objective.methods import select_groups, shape_rewards
-from pipeline.settings.slots import Method
+from pipeline.settings.filter import AllGroups, RewardVariance
+from pipeline.settings.method import Method
+from pipeline.settings.reward import CustomReward
 from pipeline.trajectories.trajectory import Role
-from tests.batches import CLOSE, batches, method, noise, properties
+from tests.batches import CLOSE, batches, method, noise, properties, section
 
-KINDS = [get_args(section.model_fields["kind"].annotation)[0] for section in methods.REWARDS]
+KINDS = [
+    get_args(choice.model_fields["kind"].annotation)[0] for choice in methods.REWARDS if choice is not CustomReward
+]
 FACTORS = st.sampled_from([0.0, 0.5, 2.0])
 
 
@@ -274,8 +278,8 @@ def test_rewards_keep_their_precision(kind: str) -> None:
 @properties
 @given(batches())
 def test_all_groups_keeps_every_trajectory(batch: TokenBatch) -> None:
-    assert all_groups(batch.returns, batch.group).tolist() == [True] * len(batch.returns)
-    assert select_groups(method(), batch.returns, batch.group).tolist() == [True] * len(batch.returns)
+    assert all_groups(batch, section(AllGroups)).tolist() == [True] * len(batch.returns)
+    assert select_groups(method(), batch).tolist() == [True] * len(batch.returns)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -288,7 +292,7 @@ def test_dapo_keeps_exactly_the_groups_whose_returns_differ(dtype: torch.dtype, 
         members = [r for r, g in zip(returns.tolist(), group, strict=True) if g == own]
         expected.append(any(r != members[0] for r in members))
     row = method(filter={"kind": "reward_variance", "keep": 1.0})
-    assert select_groups(row, returns, batch.group).tolist() == expected
+    assert select_groups(row, replace(batch, returns=returns)).tolist() == expected
 
 
 @properties
@@ -296,4 +300,6 @@ def test_dapo_keeps_exactly_the_groups_whose_returns_differ(dtype: torch.dtype, 
 def test_no_share_of_groups_keeps_one_of_equal_returns(batch: TokenBatch, keep: float, value: float) -> None:
     """One group is given returns that are all equal, the first, so that it also comes first among ties."""
     returns = torch.where(batch.group == 0, value, batch.returns)
-    assert not reward_variance(returns, batch.group, keep)[batch.group == 0].any()
+    assert not reward_variance(replace(batch, returns=returns), section(RewardVariance, keep=keep))[
+        batch.group == 0
+    ].any()

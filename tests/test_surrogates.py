@@ -32,8 +32,9 @@ from pipeline.objective.surrogates import (
     plan_covariance_kl,
     ppo_clip,
 )
-from pipeline.settings.slots import Method
-from tests.batches import CLOSE, batches, method, noise, properties
+from pipeline.settings.method import Method
+from pipeline.settings.surrogate import BalancedClip, CovarianceClip, CovarianceKL
+from tests.batches import CLOSE, batches, method, noise, properties, section
 
 SURROGATE_ROWS: dict[str, dict[str, Any]] = {
     "ppo_clip": {"kind": "ppo_clip", "low": 0.2, "high": 0.28},
@@ -578,7 +579,7 @@ def test_plan_of_covariance_clip(batch: TokenBatch, share: float, band: tuple[fl
     assume(bool(batch.trainable.any()))
     tokens = in_update(row_of("ppo_clip"), batch)
     with torch.no_grad():
-        plan = plan_covariance_clip(tokens, low=0.2, high=0.2, share=share, band=band)
+        plan = plan_covariance_clip(tokens, section(CovarianceClip, low=0.2, high=0.2, share=share, band=band))
     assert plan.shape == (len(tokens.logprob), 1)
     given_numbers = Given.of(tokens)
     held = held_by_ppo(given_numbers, 0.8, 1.2)
@@ -619,7 +620,7 @@ def test_plan_of_covariance_kl(batch: TokenBatch, share: float) -> None:
     assume(bool(batch.trainable.any()))
     tokens = in_update(row_of("ppo_clip"), batch)
     with torch.no_grad():
-        plan = plan_covariance_kl(tokens, share=share, coefficient=1.0)
+        plan = plan_covariance_kl(tokens, section(CovarianceKL, share=share))
     assert plan.shape == (len(tokens.logprob), 1)
     marks, cov = plan[:, 0].tolist(), covariances(Given.of(tokens))
     chosen, left = ([c for c, mark in zip(cov, marks, strict=True) if mark == own] for own in (1.0, 0.0))
@@ -652,10 +653,9 @@ def test_plan_of_balanced_clip(
     assume(bool(batch.trainable.any()))
     tokens = in_update(row_of("ppo_clip"), batch, spread)
     low, high = (0.6, 0.9), (1.2, 3.0)
+    settings = {"low": low, "high": high, "step": step, "positive_share": share, "share_of": share_of, "first": first}
     with torch.no_grad():
-        plan = plan_balanced_clip(
-            tokens, low=low, high=high, step=step, positive_share=share, share_of=share_of, first=first
-        )
+        plan = plan_balanced_clip(tokens, section(BalancedClip, **settings))
     assert plan.shape == (len(tokens.logprob), 2)
     assert bool((plan == plan[0]).all())
     numbers = Given.of(tokens)

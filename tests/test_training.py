@@ -155,7 +155,7 @@ def test_examples_hold_the_flat_batch_of_what_passed_the_filter(policy: Policy, 
     values = token_number if slots.advantage.kind == "gae" else None
     iteration = prepared(config, method, policy, values)
     everything = token_batch(iteration.trajectories, generator(0, "slots", 0))
-    kept = select_groups(slots, everything.returns, everything.group)
+    kept = select_groups(slots, everything)
     assert iteration.metrics["kept_trajectories"] == len(iteration.examples) == int(kept.sum()) == 4
     selected = iteration.trajectories.select(np.flatnonzero(kept))
     batch = shape_rewards(slots, token_batch(selected, generator(0, "slots", 0)))

@@ -13,12 +13,12 @@ import torch
 from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from pipeline.objective.advantages import group_advantage, to_tokens
 from pipeline.objective.batch import TokenBatch, token_batch
+from pipeline.objective.group_advantages import group_advantage, to_tokens
 from pipeline.objective.methods import coefficients, entropy_terms, policy_loss, token_advantages, token_weights
 from pipeline.objective.surrogates import UpdateTokens
 from pipeline.objective.trees import first_tokens, segments, through
-from pipeline.settings.slots import Method
+from pipeline.settings.method import Method
 from pipeline.trajectories.trajectory import RESPONSE_ROLES, EpisodeBuilder, Role, Trajectories, build
 from tests.batches import BRANCHES, CLOSE, method, population, properties
 

@@ -22,8 +22,16 @@ from pipeline.objective.weights import (
     spurious_mask,
     top_entropy,
 )
+from pipeline.settings.weight import (
+    ActFocusWeight,
+    AttenuatedWeight,
+    PivotWeight,
+    RoleRampWeight,
+    SpuriousMaskWeight,
+    TopEntropyWeight,
+)
 from pipeline.trajectories.trajectory import RESPONSE_ROLES, Role
-from tests.batches import CLOSE, batches, method, noise, population, properties, sigmoid
+from tests.batches import CLOSE, batches, method, noise, population, properties, section, sigmoid
 
 ROWS: tuple[dict[str, Any], ...] = (
     {"kind": "uniform"},
@@ -95,6 +103,26 @@ def line(roles: list[Role], **columns: Any) -> TokenBatch:
     )
 
 
+def highest(batch: TokenBatch, share: float) -> torch.Tensor:
+    return top_entropy(batch, section(TopEntropyWeight, share=share))
+
+
+def masked(batch: TokenBatch, probability: float, quantile: float) -> torch.Tensor:
+    return spurious_mask(batch, section(SpuriousMaskWeight, probability=probability, quantile=quantile))
+
+
+def dimmed(batch: TokenBatch, quantile: float, weight: float) -> torch.Tensor:
+    return attenuated(batch, section(AttenuatedWeight, quantile=quantile, low_entropy_weight=weight))
+
+
+def raised(batch: TokenBatch, buckets: int, quantile: float, strength: float) -> torch.Tensor:
+    return pivots(batch, section(PivotWeight, buckets=buckets, quantile=quantile, strength=strength))
+
+
+def focused(batch: TokenBatch, **settings: Any) -> torch.Tensor:
+    return actfocus_weights(batch, section(ActFocusWeight, **settings))
+
+
 # ------------------------------------------------------------------------------------------------ all of the table
 
 
@@ -152,13 +180,13 @@ def test_role_ramp_equals_reference(batch: TokenBatch, ramp: dict[str, float]) -
         total = math.fsum(raw.values())
         if total > 0:
             expected |= {t: weight * len(own) / total for t, weight in raw.items()}
-    assert_weights(role_ramp(batch, **ramp), expected)
+    assert_weights(role_ramp(batch, section(RoleRampWeight, **ramp)), expected)
 
 
 @properties
 @given(batches())
 def test_role_ramp_has_mean_one_in_every_trajectory(batch: TokenBatch) -> None:
-    weights = role_ramp(batch, **RAMP).tolist()
+    weights = role_ramp(batch, section(RoleRampWeight, **RAMP)).tolist()
     for trajectory in range(batch.trajectories):
         own = own_tokens(batch, trajectory)
         assert math.fsum(weights[t] for t in own) == pytest.approx(len(own), abs=1e-9)
@@ -169,7 +197,7 @@ def test_role_ramp_has_mean_one_in_every_trajectory(batch: TokenBatch) -> None:
 )
 def test_role_ramp_raises_reasoning_and_malformed_text_up_to_its_end(iteration: int, reasoning: float) -> None:
     roles = [Role.THINK_TAG, Role.REASONING, Role.OTHER, Role.ANSWER_TAG, Role.ACTION]
-    weights = role_ramp(line(roles, iteration=iteration), **RAMP).tolist()
+    weights = role_ramp(line(roles, iteration=iteration), section(RoleRampWeight, **RAMP)).tolist()
     assert [w / weights[1] for w in weights[1:]] == pytest.approx([1, reasoning, reasoning, 1, 1.2])
 
 
@@ -191,14 +219,14 @@ def test_top_entropy_keeps_the_ceiling_of_its_share(batch: TokenBatch, share: fl
         ahead = sum(entropy[u] > entropy[t] or (entropy[u] == entropy[t] and u < t) for u in own)
         expected[t] = float(ahead < room)
     assert sum(expected.values()) == room
-    assert_weights(top_entropy(batch, share=share), expected)
+    assert_weights(highest(batch, share), expected)
 
 
 def test_top_entropy_keeps_the_first_of_equals_and_never_an_untrainable_token() -> None:
     batch = line([Role.REASONING] * 5, entropy=[1.0, 2.0, 1.0, 2.0, 1.0])
     batch = replace(batch, entropy=batch.entropy + torch.tensor([9.0] + [0.0] * 5))
     for share, kept in ((0.2, [1]), (0.4, [1, 3]), (0.6, [0, 1, 3]), (0.8, [0, 1, 2, 3]), (0.41, [0, 1, 3])):
-        weights = top_entropy(batch, share=share).tolist()
+        weights = highest(batch, share).tolist()
         assert weights == [0.0] + [float(t in kept) for t in range(5)]
 
 
@@ -206,7 +234,7 @@ def test_the_share_of_tokens_is_not_rounded_up_by_float_error() -> None:
     """0.28 * 25 is 7.000000000000001 in floats."""
     batch = line([Role.ACTION] * 25, entropy=[float(t) for t in range(25)])
     for share, room in ((0.28, 7), (0.29, 8), (0.56, 14)):
-        assert int(top_entropy(batch, share=share).sum()) == room
+        assert int(highest(batch, share).sum()) == room
 
 
 # ------------------------------------------------------------------------------------------------ spurious_mask
@@ -223,7 +251,7 @@ def test_spurious_mask_equals_reference(batch: TokenBatch, probability: float, s
     if of_success:
         sure = quantile(of_success, share)
         expected |= {t: 0.0 for t in unlikely if advantage[t] > 0 and entropy[t] < sure - 1e-12}
-    assert_weights(spurious_mask(batch, probability=probability, quantile=share), expected)
+    assert_weights(masked(batch, probability, share), expected)
 
 
 @properties
@@ -231,7 +259,7 @@ def test_spurious_mask_equals_reference(batch: TokenBatch, probability: float, s
 def test_spurious_mask_masks_nothing_that_is_blamed(batch: TokenBatch) -> None:
     """At the widest setting, where with positive advantages all but the highest entropies would go."""
     blamed = replace(batch, advantage=-batch.advantage.abs())
-    assert torch.equal(spurious_mask(blamed, probability=1.0, quantile=1.0), batch.trainable.double())
+    assert torch.equal(masked(blamed, 1.0, 1.0), batch.trainable.double())
 
 
 @properties
@@ -241,7 +269,7 @@ def test_spurious_mask_without_an_unlikely_token_of_success_is_uniform(batch: To
     failed = replace(rewarded, success=torch.zeros_like(batch.success))
     likely = replace(rewarded, logprob=torch.zeros_like(batch.logprob))
     for one in (failed, likely):
-        assert torch.equal(spurious_mask(one, probability=0.9, quantile=1.0), batch.trainable.double())
+        assert torch.equal(masked(one, 0.9, 1.0), batch.trainable.double())
 
 
 def test_spurious_mask_by_hand() -> None:
@@ -252,11 +280,11 @@ def test_spurious_mask_by_hand() -> None:
         entropy=[1.0, 1.5, 2.0, 0.5, 0.1, 3.0],
         advantage=[1.0, -1.0, 1.0, 0.5, 1.0, 1.0],
     )
-    assert spurious_mask(batch, probability=0.1, quantile=0.5).tolist() == [0, 0, 1, 1, 0, 1, 1]
+    assert masked(batch, 0.1, 0.5).tolist() == [0, 0, 1, 1, 0, 1, 1]
     # At the 75 % quantile, 2, token 1 is below but blamed, token 2 not below.
-    assert spurious_mask(batch, probability=0.1, quantile=0.75).tolist() == [0, 0, 1, 1, 0, 1, 1]
-    assert spurious_mask(batch, probability=0.1, quantile=1.0).tolist() == [0, 0, 1, 0, 0, 1, 1]
-    assert spurious_mask(batch, probability=0.2, quantile=1.0).tolist() == [0, 0, 1, 0, 0, 0, 1]
+    assert masked(batch, 0.1, 0.75).tolist() == [0, 0, 1, 1, 0, 1, 1]
+    assert masked(batch, 0.1, 1.0).tolist() == [0, 0, 1, 0, 0, 1, 1]
+    assert masked(batch, 0.2, 1.0).tolist() == [0, 0, 1, 0, 0, 0, 1]
 
 
 # ----------------------------------------------------------------------------------------- attenuated and pivots
@@ -269,14 +297,14 @@ def test_attenuated_equals_reference(batch: TokenBatch, share: float, low: float
     entropy = {t: float(batch.entropy[t]) for t in own}
     bound = quantile(list(entropy.values()), share) if own else 0.0
     expected = {t: low if entropy[t] < bound - 1e-12 else 1.0 for t in own}
-    assert_weights(attenuated(batch, quantile=share, low_entropy_weight=low), expected)
+    assert_weights(dimmed(batch, share, low), expected)
 
 
 def test_attenuated_by_hand() -> None:
     batch = line([Role.ACTION] * 4, entropy=[4.0, 1.0, 3.0, 2.0])
-    assert attenuated(batch, quantile=0.5, low_entropy_weight=0.25).tolist() == [0, 1, 0.25, 1, 0.25]
-    assert attenuated(batch, quantile=0.0, low_entropy_weight=0.25).tolist() == [0, 1, 1, 1, 1]
-    assert attenuated(batch, quantile=1.0, low_entropy_weight=0.25).tolist() == [0, 1, 0.25, 0.25, 0.25]
+    assert dimmed(batch, 0.5, 0.25).tolist() == [0, 1, 0.25, 1, 0.25]
+    assert dimmed(batch, 0.0, 0.25).tolist() == [0, 1, 1, 1, 1]
+    assert dimmed(batch, 1.0, 0.25).tolist() == [0, 1, 0.25, 0.25, 0.25]
 
 
 @properties
@@ -292,15 +320,15 @@ def test_pivots_equal_reference(batch: TokenBatch, buckets: int, share: float) -
         entropy = [float(batch.entropy[t]) for t in part]
         for t, value in zip(part, entropy, strict=True):
             expected[t] = 1 + 1.5 * (value >= quantile(entropy, share) - 1e-12)
-    assert_weights(pivots(batch, buckets=buckets, quantile=share, strength=1.5), expected)
+    assert_weights(raised(batch, buckets, share, 1.5), expected)
 
 
 def test_pivots_are_relative_to_their_part_of_the_trajectory() -> None:
     """Two parts of three: the highest of each, though the second's would be the lowest of the first."""
     batch = line([Role.REASONING] * 6, entropy=[5.0, 7.0, 6.0, 0.1, 0.3, 0.2])
-    assert pivots(batch, buckets=2, quantile=1.0, strength=1.0).tolist() == [0, 1, 2, 1, 1, 2, 1]
-    assert pivots(batch, buckets=1, quantile=1.0, strength=1.0).tolist() == [0, 1, 2, 1, 1, 1, 1]
-    assert pivots(batch, buckets=6, quantile=1.0, strength=0.5).tolist() == [0] + [1.5] * 6
+    assert raised(batch, 2, 1.0, 1.0).tolist() == [0, 1, 2, 1, 1, 2, 1]
+    assert raised(batch, 1, 1.0, 1.0).tolist() == [0, 1, 2, 1, 1, 1, 1]
+    assert raised(batch, 6, 1.0, 0.5).tolist() == [0] + [1.5] * 6
 
 
 # ------------------------------------------------------------------------------------------- controls of ActFocus
@@ -320,8 +348,8 @@ def test_focus_on_reasoning_is_the_mirror_image(form: str, batch: TokenBatch) ->
     """Where actions and reasoning change places, it gives what the method gives."""
     swapped = {Role.ACTION: Role.REASONING, Role.REASONING: Role.ACTION}
     mirrored = replace(batch, role=torch.tensor([int(swapped.get(Role(r), r)) for r in batch.role.tolist()]))
-    actual = actfocus_weights(batch, **DEFAULTS, form=form, focus="reasoning")
-    assert torch.equal(actual, actfocus_weights(mirrored, **DEFAULTS, form=form))
+    actual = focused(batch, **DEFAULTS, form=form, focus="reasoning")
+    assert torch.equal(actual, focused(mirrored, **DEFAULTS, form=form))
 
 
 @properties
@@ -362,12 +390,12 @@ def test_shuffled_energy_is_a_reproducible_permutation(batch: TokenBatch, role: 
 def test_weights_by_shuffled_energy_are_the_methods_on_other_tokens(batch: TokenBatch) -> None:
     """The control keeps the weights' distribution; with the noise in the energies' order it is no shuffle at all."""
     action = batch.of(Role.ACTION)
-    plain = actfocus_weights(batch, **DEFAULTS, form="sigmoid")
-    shuffled = actfocus_weights(batch, **DEFAULTS | {"signal": "shuffled_energy"}, form="sigmoid")
+    plain = focused(batch, **DEFAULTS, form="sigmoid")
+    shuffled = focused(batch, **DEFAULTS | {"signal": "shuffled_energy"}, form="sigmoid")
     assert sorted(shuffled[action].tolist()) == pytest.approx(sorted(plain[action].tolist()), abs=1e-9)
     torch.testing.assert_close(shuffled[~action], plain[~action])
     in_order = replace(batch, noise=torch.arange(len(batch.role)) / len(batch.role))
-    unmoved = actfocus_weights(in_order, **DEFAULTS | {"signal": "shuffled_energy"}, form="sigmoid")
+    unmoved = focused(in_order, **DEFAULTS | {"signal": "shuffled_energy"}, form="sigmoid")
     torch.testing.assert_close(unmoved, plain)
 
 

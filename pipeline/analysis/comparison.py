@@ -16,6 +16,7 @@ import pyarrow.parquet as pq
 from pipeline.analysis import statistics
 from pipeline.analysis.differences import NO_VERDICT
 from pipeline.analysis.statistics import VERDICT_SEEDS, Difference, Interval
+from pipeline.settings.custom import custom_sections
 from pipeline.settings.params import Config
 from pipeline.trajectories.trajectory import CUT_OFF, RESPONSES
 from pipeline.workspace.errors import UserError
@@ -197,6 +198,7 @@ def _training(config: Config, method: str, curves: Curves | None) -> dict[str, A
     first = [row["kl_iteration_action"] for rows in curves.values() for row in rows[:3] if "kl_iteration_action" in row]
     shares = [r[SHARE] for rows in curves.values() for r in rows if SHARE in r]
     settings = config.methods[method]
+    own = {slot: section.model_dump(mode="json") for slot, section in custom_sections(settings).items()}
     return {
         "iterations": mean(len(rows) for rows in curves.values()),
         "kl_iteration_action_first3": _finite(float(f"{np.mean(first):.6g}")) if first else None,
@@ -206,6 +208,7 @@ def _training(config: Config, method: str, curves: Curves | None) -> dict[str, A
         "non_finite_losses": int(sum(row.get("non_finite_losses", 0) for rows in curves.values() for row in rows)),
         "status": settings.status,
         "source": settings.source,
+        **({"custom": own} if own else {}),
         **_spent(config, curves),
     }
 

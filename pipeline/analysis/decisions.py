@@ -21,8 +21,8 @@ from pipeline.rollout.branching import ranked_positions
 from pipeline.rollout.collector import Episode, EpisodeSpec, Setup, iteration_specs, play
 from pipeline.rollout.scores import blank_tokens, branch_scores
 from pipeline.rollout.transformers_engine import TransformersEngine
+from pipeline.settings.branching import Positions
 from pipeline.settings.params import Config
-from pipeline.settings.slots import Positions
 from pipeline.training.result import training_task
 from pipeline.training.run import TrainingJob, train_one
 from pipeline.trajectories.trajectory import Role, build

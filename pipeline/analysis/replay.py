@@ -24,11 +24,13 @@ from torch import Tensor
 from pipeline.model.policy import load_trained
 from pipeline.model.scoring import length_batches, predicting_hidden, score_tokens
 from pipeline.objective.batch import TokenBatch, token_batch
+from pipeline.objective.estimates import declared_heads
 from pipeline.objective.methods import shape_rewards, token_advantages
-from pipeline.objective.weights import signal_values, z_score
+from pipeline.objective.standardise import z_score
+from pipeline.objective.weights import signal_values
 from pipeline.progress.display import within
 from pipeline.settings.params import Config
-from pipeline.settings.slots import ActFocusWeight
+from pipeline.settings.weight import ActFocusWeight
 from pipeline.trajectories.trajectory import Role, Trajectories
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.processes import Report, run_in_processes
@@ -92,7 +94,7 @@ def replay(
         UserError: the method needs a network beside the policy, or there are too few groups.
     """
     method = config.methods[name]
-    if method.advantage.heads():
+    if declared_heads(method.advantage):
         raise UserError(f"methods.{name}: replay has no values for advantage {method.advantage.kind}; name another")
     members = [np.flatnonzero(table.groups == g) for g in range(min(groups, int(table.groups.max()) + 1))]
     if len(members) < 2 * config.rollout.groups:

@@ -22,7 +22,8 @@ def main() -> str:
     parser.add_argument("--tau", type=float, nargs="+", default=[1.0])
     parser.add_argument("--signal", nargs="+", default=["reference_energy", "reference_entropy"])
     arguments = parser.parse_args()
-    from pipeline.settings.slots import ActFocusWeight, Signal
+    from pipeline.settings.advantage import CriticAdvantage
+    from pipeline.settings.weight import ActFocusWeight, Signal
     from pipeline.workspace.errors import UserError
 
     for name, values, least in (("alpha", arguments.alpha, 0.0), ("beta", arguments.beta, 0.0)):
@@ -35,7 +36,7 @@ def main() -> str:
             raise UserError(f"--signal: {signal!r} is not allowed; allowed: {', '.join(get_args(Signal))}")
     config = configured(arguments)
     environment = arguments.environment or next(iter(config.environments))
-    usable = [name for name, method in config.methods.items() if not method.advantage.heads()]
+    usable = [name for name, method in config.methods.items() if not isinstance(method.advantage, CriticAdvantage)]
     weighted = [name for name in usable if isinstance(config.methods[name].weight, ActFocusWeight)]
     method = arguments.method or next(iter([*weighted, *usable, *config.methods]))
     import transformers.models.auto.modeling_auto  # noqa: F401  (imported before the processes fork)

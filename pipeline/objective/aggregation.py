@@ -1,8 +1,8 @@
 """Slot S4, second half: what divides the weighted sum of token losses.
 
 Each function gives the factors c_t with which a minibatch's loss is ``sum_t c_t * loss_t``. Arguments: the token weights of
-one minibatch, 0 where not trainable; which tokens are trainable; the index of each token's trajectory. Factors are 0
-where the weight is, and all 0 if nothing has weight.
+one minibatch, 0 where not trainable; which tokens are trainable; the index of each token's trajectory; the section.
+Factors are 0 where the weight is, and all 0 if nothing has weight.
 """
 
 from __future__ import annotations
@@ -11,23 +11,25 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from pipeline.settings.aggregation import ConstantNormaliser, SequenceMean, TokenMean, WeightSum
+
 
 def weight_sum(
-    weights: Float[Tensor, " n"], trainable: Bool[Tensor, " n"], trajectory: Int[Tensor, " n"]
+    weights: Float[Tensor, " n"], trainable: Bool[Tensor, " n"], trajectory: Int[Tensor, " n"], section: WeightSum
 ) -> Float[Tensor, " n"]:
     """``w_t / sum w`` (ActFocus, arXiv 2605.14558); with w = 1 the token mean."""
     return weights / weights.sum().clamp_min(torch.finfo(weights.dtype).tiny)
 
 
 def token_mean(
-    weights: Float[Tensor, " n"], trainable: Bool[Tensor, " n"], trajectory: Int[Tensor, " n"]
+    weights: Float[Tensor, " n"], trainable: Bool[Tensor, " n"], trajectory: Int[Tensor, " n"], section: TokenMean
 ) -> Float[Tensor, " n"]:
     """``w_t / n`` with n trainable tokens."""
     return weights / trainable.sum().clamp_min(1)
 
 
 def sequence_mean(
-    weights: Float[Tensor, " n"], trainable: Bool[Tensor, " n"], trajectory: Int[Tensor, " n"]
+    weights: Float[Tensor, " n"], trainable: Bool[Tensor, " n"], trajectory: Int[Tensor, " n"], section: SequenceMean
 ) -> Float[Tensor, " n"]:
     """Each trajectory's weighted mean, then the mean over the trajectories that have weight (GRPO, arXiv 2402.03300)."""
     totals = torch.zeros(_trajectories(trajectory), dtype=weights.dtype).index_add_(0, trajectory, weights)
@@ -37,13 +39,16 @@ def sequence_mean(
 
 
 def constant(
-    weights: Float[Tensor, " n"], trainable: Bool[Tensor, " n"], trajectory: Int[Tensor, " n"], *, tokens: float
+    weights: Float[Tensor, " n"],
+    trainable: Bool[Tensor, " n"],
+    trajectory: Int[Tensor, " n"],
+    section: ConstantNormaliser,
 ) -> Float[Tensor, " n"]:
     """``w_t / (e * tokens)``: long responses are not blamed less (Dr. GRPO, arXiv 2503.20783).
 
     e is the number of trajectories that have a trainable token.
     """
-    return weights / (max(1, len(torch.unique(trajectory[trainable]))) * tokens)
+    return weights / (max(1, len(torch.unique(trajectory[trainable]))) * section.tokens)
 
 
 def _trajectories(trajectory: Int[Tensor, " n"]) -> int:

@@ -8,10 +8,13 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from pipeline.objective.batch import TokenBatch
+from pipeline.settings.filter import AllGroups, RewardVariance
 
-def all_groups(returns: Float[Tensor, " e"], group: Int[Tensor, " e"]) -> Bool[Tensor, " e"]:
+
+def all_groups(batch: TokenBatch, section: AllGroups) -> Bool[Tensor, " e"]:
     """Keep every trajectory."""
-    return torch.ones_like(returns, dtype=torch.bool)
+    return torch.ones_like(batch.success)
 
 
 def group_deviation(returns: Float[Tensor, " e"], group: Int[Tensor, " e"]) -> Float[Tensor, " g"]:
@@ -25,23 +28,22 @@ def group_deviation(returns: Float[Tensor, " e"], group: Int[Tensor, " e"]) -> F
     return deviation
 
 
-def reward_variance(returns: Float[Tensor, " e"], group: Int[Tensor, " e"], keep: float) -> Bool[Tensor, " e"]:
+def reward_variance(batch: TokenBatch, section: RewardVariance) -> Bool[Tensor, " e"]:
     """Keep the ``ceil(keep * g)`` groups whose returns vary most (StarPO-S, arXiv 2504.20073).
 
     Groups of equal returns are always dropped (DAPO, arXiv 2503.14476), so fewer may remain, or none. Ties go to the
     group that comes first.
 
     Args:
-        returns: one per trajectory.
-        group: index of its group.
-        keep: share of groups, in (0, 1].
+        batch: its returns and groups.
+        section: ``keep``, share of groups, in (0, 1].
 
     Returns:
         Which trajectories are trained on.
     """
-    deviation = group_deviation(returns, group)
+    deviation = group_deviation(batch.returns, batch.group)
     order = torch.sort(deviation, descending=True, stable=True).indices
     chosen = torch.zeros(len(deviation), dtype=torch.bool)
-    room = max(1, math.ceil(round(keep * len(deviation), 9)))  # 0.28 * 25 is 7.000000000000001
+    room = max(1, math.ceil(round(section.keep * len(deviation), 9)))  # 0.28 * 25 is 7.000000000000001
     chosen[order[:room]] = True
-    return (chosen & (deviation > 0))[group]
+    return (chosen & (deviation > 0))[batch.group]

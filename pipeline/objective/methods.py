@@ -1,136 +1,207 @@
 """Composing a method from its slots: the tables in which settings meet functions. Nothing else dispatches on a choice.
 
-A function's keyword arguments are its section's settings. To add a choice: its section in ``pipeline/settings/slots.py``, its
-function in the slot's file, and one entry here. ``python -m pipeline.objective.methods`` prints a params file's methods.
+Every function is given its section, and reads its settings there. To add a choice: its section in the slot's file in
+pipeline/settings, its function in the slot's file in pipeline/objective, and one entry here.
 """
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pipeline.objective import advantages, aggregation, filters, regularisers, rewards, surrogates, weights
-from pipeline.objective.advantages import AdvantageEstimate, Estimates
+from pipeline.objective import (
+    aggregation,
+    critic_advantages,
+    custom,
+    filters,
+    group_advantages,
+    regularisers,
+    rewards,
+    surrogates,
+    tree_advantages,
+    weights,
+)
 from pipeline.objective.batch import State, TokenBatch
+from pipeline.objective.estimates import AdvantageEstimate, Estimates, needed_behind, needed_estimates
 from pipeline.objective.regularisers import EntropyTerms
-from pipeline.objective.surrogates import Plan, Surrogate, SurrogateLoss, UpdateTokens
-from pipeline.settings import slots
-from pipeline.settings.params import load
+from pipeline.objective.standardise import z_score
+from pipeline.objective.surrogates import MinibatchPlan, SurrogateLoss, UpdateTokens
+from pipeline.settings.advantage import (
+    GAE,
+    BilevelGAE,
+    CustomAdvantage,
+    EntropyGAE,
+    GroupAdvantage,
+    PrefixCreditAdvantage,
+    ReinforcedAdvantage,
+    SharedPrefixAdvantage,
+    SiblingAdvantage,
+    SoftQ,
+    StepGroupAdvantage,
+    TokenGroupAdvantage,
+    TurnGAE,
+)
+from pipeline.settings.aggregation import ConstantNormaliser, CustomAggregation, SequenceMean, TokenMean, WeightSum
+from pipeline.settings.filter import AllGroups, CustomFilter, RewardVariance
+from pipeline.settings.method import Method
+from pipeline.settings.regulariser import CustomRegulariser, EntropyBand, EntropyTarget, FixedRegulariser
+from pipeline.settings.reward import (
+    CustomReward,
+    EntropyRateReward,
+    PlainReward,
+    ReferenceKLReward,
+    SequenceEntropyReward,
+    TokenEntropyReward,
+)
 from pipeline.settings.section import Section
+from pipeline.settings.surrogate import (
+    BalancedClip,
+    CovarianceClip,
+    CovarianceKL,
+    CustomSurrogate,
+    DetachedClip,
+    PPOClip,
+    ProcedureClip,
+    SequenceClip,
+    SoftQSurrogate,
+    StraightThroughClip,
+)
+from pipeline.settings.weight import (
+    ActFocusWeight,
+    AttenuatedWeight,
+    CustomWeight,
+    PivotWeight,
+    RoleRampWeight,
+    SpuriousMaskWeight,
+    TopEntropyWeight,
+    UniformWeight,
+)
 
 REWARDS: dict[type[Section], Callable[..., Tensor]] = {
-    slots.PlainReward: rewards.plain,
-    slots.TokenEntropyReward: rewards.token_entropy,
-    slots.SequenceEntropyReward: rewards.sequence_entropy,
-    slots.EntropyRateReward: rewards.entropy_rate,
-    slots.ReferenceKLReward: rewards.reference_kl,
+    PlainReward: rewards.plain,
+    TokenEntropyReward: rewards.token_entropy,
+    SequenceEntropyReward: rewards.sequence_entropy,
+    EntropyRateReward: rewards.entropy_rate,
+    ReferenceKLReward: rewards.reference_kl,
+    CustomReward: custom.reward,
 }
 FILTERS: dict[type[Section], Callable[..., Tensor]] = {
-    slots.AllGroups: filters.all_groups,
-    slots.RewardVariance: filters.reward_variance,
+    AllGroups: filters.all_groups,
+    RewardVariance: filters.reward_variance,
+    CustomFilter: custom.keep,
 }
 ADVANTAGES: dict[type[Section], Callable[..., AdvantageEstimate]] = {
-    slots.GroupAdvantage: advantages.from_group,
-    slots.TokenGroupAdvantage: advantages.from_token_group,
-    slots.StepGroupAdvantage: advantages.from_step_group,
-    slots.GAE: advantages.from_gae,
-    slots.TurnGAE: advantages.from_turn_gae,
-    slots.BilevelGAE: advantages.from_bilevel_gae,
-    slots.EntropyGAE: advantages.from_entropy_gae,
-    slots.SoftQ: advantages.from_soft_q,
-    slots.SharedPrefixAdvantage: advantages.from_shared_prefix,
-    slots.PrefixCreditAdvantage: advantages.from_prefix_credit,
-    slots.SiblingAdvantage: advantages.from_siblings,
-    slots.ReinforcedAdvantage: advantages.from_reinforced,
+    GroupAdvantage: group_advantages.from_group,
+    TokenGroupAdvantage: group_advantages.from_token_group,
+    StepGroupAdvantage: group_advantages.from_step_group,
+    GAE: critic_advantages.from_gae,
+    TurnGAE: critic_advantages.from_turn_gae,
+    BilevelGAE: critic_advantages.from_bilevel_gae,
+    EntropyGAE: critic_advantages.from_entropy_gae,
+    SoftQ: critic_advantages.from_soft_q,
+    SharedPrefixAdvantage: tree_advantages.from_shared_prefix,
+    PrefixCreditAdvantage: tree_advantages.from_prefix_credit,
+    SiblingAdvantage: tree_advantages.from_siblings,
+    ReinforcedAdvantage: tree_advantages.from_reinforced,
+    CustomAdvantage: custom.advantage,
 }
 WEIGHTS: dict[type[Section], Callable[..., Tensor]] = {
-    slots.UniformWeight: weights.uniform_weights,
-    slots.ActFocusWeight: weights.actfocus_weights,
-    slots.RoleRampWeight: weights.role_ramp,
-    slots.TopEntropyWeight: weights.top_entropy,
-    slots.SpuriousMaskWeight: weights.spurious_mask,
-    slots.AttenuatedWeight: weights.attenuated,
-    slots.PivotWeight: weights.pivots,
+    UniformWeight: weights.uniform,
+    ActFocusWeight: weights.actfocus_weights,
+    RoleRampWeight: weights.role_ramp,
+    TopEntropyWeight: weights.top_entropy,
+    SpuriousMaskWeight: weights.spurious_mask,
+    AttenuatedWeight: weights.attenuated,
+    PivotWeight: weights.pivots,
+    CustomWeight: custom.weight,
 }
 AGGREGATIONS: dict[type[Section], Callable[..., Tensor]] = {
-    slots.WeightSum: aggregation.weight_sum,
-    slots.TokenMean: aggregation.token_mean,
-    slots.SequenceMean: aggregation.sequence_mean,
-    slots.ConstantNormaliser: aggregation.constant,
+    WeightSum: aggregation.weight_sum,
+    TokenMean: aggregation.token_mean,
+    SequenceMean: aggregation.sequence_mean,
+    ConstantNormaliser: aggregation.constant,
+    CustomAggregation: custom.aggregation,
 }
-SURROGATES: dict[type[Section], Surrogate] = {
-    slots.PPOClip: Surrogate(surrogates.token_clip),
-    slots.SequenceClip: Surrogate(surrogates.sequence_clip),
-    slots.DetachedClip: Surrogate(surrogates.detached_clip),
-    slots.StraightThroughClip: Surrogate(surrogates.straight_through_clip),
-    slots.CovarianceClip: Surrogate(surrogates.covariance_clip, surrogates.plan_covariance_clip),
-    slots.CovarianceKL: Surrogate(surrogates.covariance_kl, surrogates.plan_covariance_kl),
-    slots.BalancedClip: Surrogate(surrogates.balanced_clip, surrogates.plan_balanced_clip),
-    slots.ProcedureClip: Surrogate(surrogates.procedure_clip, surrogates.plan_procedure_clip),
-    slots.SoftQSurrogate: Surrogate(surrogates.soft_q),
+SURROGATES: dict[type[Section], Callable[..., SurrogateLoss]] = {
+    PPOClip: surrogates.token_clip,
+    SequenceClip: surrogates.sequence_clip,
+    DetachedClip: surrogates.detached_clip,
+    StraightThroughClip: surrogates.straight_through_clip,
+    CovarianceClip: surrogates.covariance_clip,
+    CovarianceKL: surrogates.covariance_kl,
+    BalancedClip: surrogates.balanced_clip,
+    ProcedureClip: surrogates.procedure_clip,
+    SoftQSurrogate: surrogates.soft_q,
+    CustomSurrogate: custom.surrogate,
 }
+PLANS: dict[type[Section], Callable[..., MinibatchPlan]] = {
+    CovarianceClip: surrogates.plan_covariance_clip,
+    CovarianceKL: surrogates.plan_covariance_kl,
+    BalancedClip: surrogates.plan_balanced_clip,
+    ProcedureClip: surrogates.plan_procedure_clip,
+}
+"""Of the surrogates that must know their whole minibatch."""
 REGULARISERS: dict[type[Section], Callable[..., tuple[EntropyTerms, dict[str, float]]]] = {
-    slots.FixedRegulariser: regularisers.fixed,
-    slots.EntropyBand: regularisers.entropy_band,
-    slots.EntropyTarget: regularisers.entropy_target,
+    FixedRegulariser: regularisers.fixed,
+    EntropyBand: regularisers.entropy_band,
+    EntropyTarget: regularisers.entropy_target,
+    CustomRegulariser: custom.regulariser,
 }
 
 
-def settings(section: Section, *elsewhere: str) -> dict[str, Any]:
-    """A section's settings as keyword arguments, but for its ``kind`` and those that are used elsewhere."""
-    return {name: getattr(section, name) for name in type(section).model_fields if name not in ("kind", *elsewhere)}
-
-
-def select_groups(method: slots.Method, returns: Float[Tensor, " e"], group: Int[Tensor, " e"]) -> Bool[Tensor, " e"]:
+def select_groups(method: Method, batch: TokenBatch) -> Bool[Tensor, " e"]:
     """S2: which trajectories the iteration trains on."""
-    return FILTERS[type(method.filter)](returns, group, **settings(method.filter))
+    return FILTERS[type(method.filter)](batch, method.filter)
 
 
-def shape_rewards(method: slots.Method, batch: TokenBatch) -> TokenBatch:
+def shape_rewards(method: Method, batch: TokenBatch) -> TokenBatch:
     """S7: the batch with reshaped rewards and their returns."""
-    reward = REWARDS[type(method.reward)](batch, **settings(method.reward))
+    reward = REWARDS[type(method.reward)](batch, method.reward)
     return batch if reward is batch.reward else replace(batch, reward=reward, returns=batch.per_trajectory(reward))
 
 
 def token_advantages(
-    method: slots.Method, batch: TokenBatch, estimates: Estimates, state: State | None = None
+    method: Method, batch: TokenBatch, estimates: Estimates, state: State | None = None
 ) -> AdvantageEstimate:
     """S3: advantages of all tokens, the targets of the method's heads, and what an adaptive advantage will remember.
+
+    With ``entropy_scale`` ``A_t * (1 + entropy_scale * z(H_t))`` over the batch's trainable tokens (AEPO, arXiv 2510.14545).
 
     Args:
         method: the row of slots.
         batch: the trajectories that passed the filter, rewards reshaped.
-        estimates: what the heads say of each token, and behind the last ones (see ``advantages.Estimates``).
+        estimates: what the heads say of each token, and behind the last ones (see ``estimates.Estimates``).
         state: what the advantage remembers.
 
     Raises:
         ValueError: an estimate is missing, or a reward stands on a token that the policy did not choose.
     """
     section = method.advantage
-    wanted = (*section.estimates(), *(f"{name}_behind" for name in section.behind()))
+    wanted = (*needed_estimates(section), *(f"{name}_behind" for name in needed_behind(section)))
     missing = [name for name in wanted if name not in estimates]
     if missing:
         raise ValueError(f"advantage {section.kind} needs the estimates of its heads: {', '.join(missing)}")
     if bool((batch.reward[~batch.trainable] != 0).any()):
         raise ValueError("a reward stands on a token that the policy did not choose")
-    elsewhere = (*(name for name, field in section if isinstance(field, slots.Head)), "entropy_scale", "cut_off")
-    estimate = ADVANTAGES[type(section)](batch, estimates, state or {}, **settings(section, *elsewhere))
-    return estimate._replace(advantage=advantages.scaled_by_entropy(batch, estimate.advantage, section.entropy_scale))
+    estimate = ADVANTAGES[type(section)](batch, estimates, state or {}, section)
+    if not section.entropy_scale:
+        return estimate
+    factor = 1 + section.entropy_scale * z_score(batch.entropy, batch.trainable)
+    return estimate._replace(advantage=estimate.advantage * factor)
 
 
-def token_weights(method: slots.Method, batch: TokenBatch) -> Float[Tensor, " n"]:
+def token_weights(method: Method, batch: TokenBatch) -> Float[Tensor, " n"]:
     """S4: weights of all tokens; the batch knows its advantages."""
-    return WEIGHTS[type(method.weight)](batch, **settings(method.weight))
+    return WEIGHTS[type(method.weight)](batch, method.weight)
 
 
 def coefficients(
-    method: slots.Method,
+    method: Method,
     weight: Float[Tensor, " n"],
     trainable: Bool[Tensor, " n"],
     trajectory: Int[Tensor, " n"],
@@ -154,29 +225,26 @@ def coefficients(
             raise ValueError("aggregation.count with_advantage needs the advantages")
         trainable = trainable & (advantage != 0)
         weight = torch.where(trainable, weight, 0.0)
-    return AGGREGATIONS[type(section)](weight, trainable, trajectory, **settings(section, "count"))
+    return AGGREGATIONS[type(section)](weight, trainable, trajectory, section)
 
 
-def surrogate_plan(method: slots.Method) -> Callable[[UpdateTokens], Plan] | None:
+def surrogate_plan(method: Method) -> Callable[[UpdateTokens], MinibatchPlan] | None:
     """S5: what the surrogate must know of a whole minibatch before its loss; None if nothing."""
     section = method.surrogate
-    function = SURROGATES[type(section)].plan
-    return None if function is None else lambda tokens: function(tokens, **settings(section))
+    plan = PLANS.get(type(section))
+    return None if plan is None else lambda tokens: plan(tokens, section)
 
 
 def entropy_terms(
-    method: slots.Method, batch: TokenBatch, state: State | None = None
+    method: Method, batch: TokenBatch, state: State | None = None
 ) -> tuple[EntropyTerms, dict[str, float]]:
     """S6: entropy terms of all tokens, and what an adaptive regulariser will remember."""
-    section = method.regulariser
-    elsewhere = ("kl", "kl_estimator", "skip_above_kl")
-    return REGULARISERS[type(section)](batch, state or {}, **settings(section, *elsewhere))
+    return REGULARISERS[type(method.regulariser)](batch, state or {}, method.regulariser)
 
 
-def surrogate_loss(method: slots.Method, tokens: UpdateTokens, plan: Plan | None) -> SurrogateLoss:
+def surrogate_loss(method: Method, tokens: UpdateTokens, plan: MinibatchPlan | None) -> SurrogateLoss:
     """S5: the loss of each token; ``plan`` holds their rows of the surrogate's plan, if it has one."""
-    section = method.surrogate
-    return SURROGATES[type(section)].loss(tokens, plan, **settings(section))
+    return SURROGATES[type(method.surrogate)](tokens, plan, method.surrogate)
 
 
 class PolicyLoss(NamedTuple):
@@ -191,7 +259,7 @@ class PolicyLoss(NamedTuple):
     """KL of the policy from the behaviour policy (k3)."""
 
 
-def policy_loss(method: slots.Method, tokens: UpdateTokens, plan: Plan | None, count: int) -> PolicyLoss:
+def policy_loss(method: Method, tokens: UpdateTokens, plan: MinibatchPlan | None, count: int) -> PolicyLoss:
     """S5 and S6: ``sum_t c_t * surrogate_t + mean entropy loss + c_KL * mean KL``.
 
     The means are over tokens whatever the token weights are, as ActFocus's paper leaves these terms untouched.
@@ -214,43 +282,3 @@ def policy_loss(method: slots.Method, tokens: UpdateTokens, plan: Plan | None, c
         total = total + regulariser.kl * kl
     moved = regularisers.kl_penalty(tokens.logprob_old, tokens.logprob.detach(), "k3").sum() / count
     return PolicyLoss(total, surrogate, tokens.entropy.sum() / count, kl, clipped.float().sum() / count, moved)
-
-
-SLOTS = ("branching", "reward", "filter", "advantage", "weight", "aggregation", "surrogate", "regulariser")
-
-
-def described(method: slots.Method) -> dict[str, str]:
-    """Each slot's choice with its settings, as in params.yaml."""
-    return {slot: _written(getattr(method, slot)) for slot in SLOTS}
-
-
-def method_table(methods: Mapping[str, slots.Method], defaults: slots.Method) -> str:
-    """One paragraph per method: name, status, source, and the slots in which it differs from the defaults."""
-    usual, lines = described(defaults), []
-    for name, method in methods.items():
-        lines.append(f"{name}  [{method.status}]  {method.source}".rstrip())
-        own = {slot: text for slot, text in described(method).items() if text != usual[slot]}
-        lines += [f"    {slot:<12}{text}" for slot, text in own.items()] or ["    the defaults"]
-        lines.append(f"    {'step':<12}learning_rate {method.learning_rate:g}")
-    lines += ["defaults", *(f"    {slot:<12}{text}" for slot, text in usual.items())]
-    return "\n".join(lines)
-
-
-def _written(section: Section) -> str:
-    parts = []
-    for name, value in section:
-        if name == "kind":
-            continue
-        if isinstance(value, Section):
-            parts.append(f"{name} ({_written(value)})")
-        else:
-            parts.append(f"{name} {value:g}" if isinstance(value, float) else f"{name} {value}")
-    kind = getattr(section, "kind", "")
-    return f"{kind}: {', '.join(parts)}" if parts else str(kind)
-
-
-if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description="Print the methods of a params file: slots, settings, source, status.")
-    parser.add_argument("--params", default="presets/methods/params.yaml")
-    config = load(parser.parse_args().params)
-    print(method_table(config.methods, config.method_defaults))

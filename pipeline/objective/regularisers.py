@@ -13,6 +13,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pipeline.objective.batch import State, TokenBatch
+from pipeline.settings.regulariser import EntropyBand, EntropyTarget, FixedRegulariser
 
 
 class EntropyTerms(NamedTuple):
@@ -30,14 +31,12 @@ def entropy_loss(entropy: Float[Tensor, " n"], terms: EntropyTerms) -> Float[Ten
     return terms.penalty * outside - terms.bonus * entropy
 
 
-def fixed(batch: TokenBatch, state: State, *, entropy: float) -> tuple[EntropyTerms, dict[str, float]]:
+def fixed(batch: TokenBatch, state: State, section: FixedRegulariser) -> tuple[EntropyTerms, dict[str, float]]:
     """The same bonus on every token."""
-    return _without_band(torch.full_like(batch.entropy, entropy)), {}
+    return without_band(torch.full_like(batch.entropy, section.entropy)), {}
 
 
-def entropy_band(
-    batch: TokenBatch, state: State, *, entropy: float, penalty: float, low: float, high: float
-) -> tuple[EntropyTerms, dict[str, float]]:
+def entropy_band(batch: TokenBatch, state: State, section: EntropyBand) -> tuple[EntropyTerms, dict[str, float]]:
     """EPO (arXiv 2509.22576): a band of ``low`` to ``high`` times the mean entropy of the same turn in earlier iterations.
 
     The mean is over all tokens of a turn's number in all earlier iterations; a turn that has none has no band.
@@ -49,22 +48,20 @@ def entropy_band(
         first = torch.full((batch.trajectories,), len(index), dtype=torch.long)
         first = first.scatter_reduce(0, batch.turn_trajectory, index, "amin")
         number = (index - first[batch.turn_trajectory])[batch.turn.clamp_min(0)]
-    terms = _without_band(torch.full_like(batch.entropy, entropy))
+    terms = without_band(torch.full_like(batch.entropy, section.entropy))
     kept = dict(state)
     for turn in sorted(set(number[inside].tolist())):
         own = inside & (number == turn)
         total, count = (state.get(f"turn_{turn}_{key}", 0.0) for key in ("entropy", "tokens"))
         if count:
-            mean = total / count
-            terms.penalty[own], terms.low[own], terms.high[own] = penalty, low * mean, high * mean
+            terms.penalty[own] = section.penalty
+            terms.low[own], terms.high[own] = section.low * (total / count), section.high * (total / count)
         kept[f"turn_{turn}_entropy"] = total + float(batch.entropy[own].double().sum())
         kept[f"turn_{turn}_tokens"] = count + float(own.sum())
     return terms, kept
 
 
-def entropy_target(
-    batch: TokenBatch, state: State, *, entropy: float, target: float, rate: float, largest: float, hardness: float
-) -> tuple[EntropyTerms, dict[str, float]]:
+def entropy_target(batch: TokenBatch, state: State, section: EntropyTarget) -> tuple[EntropyTerms, dict[str, float]]:
     """After the idea of AER (arXiv 2510.10959); its exact form is not known to us.
 
     The coefficient starts at ``entropy`` and moves by ``rate * (target * H_0 - H)`` an iteration, within 0 and
@@ -74,17 +71,19 @@ def entropy_target(
     chosen = batch.entropy[batch.trainable]
     mean = float(chosen.mean()) if len(chosen) else 0.0
     first = state.get("first_entropy", mean)
-    coefficient = entropy
+    coefficient = section.entropy
     if "coefficient" in state:
-        coefficient = min(largest, max(0.0, state["coefficient"] + rate * (target * first - mean)))
+        moved = state["coefficient"] + section.rate * (section.target * first - mean)
+        coefficient = min(section.largest, max(0.0, moved))
     nothing = torch.zeros(int(batch.group.max()) + 1, dtype=batch.entropy.dtype)
     members = nothing.index_add(0, batch.group, torch.ones_like(batch.group, dtype=nothing.dtype)).clamp_min(1)
     failed = nothing.index_add(0, batch.group, (~batch.success).to(nothing.dtype)) / members
-    bonus = coefficient * (1 + hardness * failed[batch.group][batch.trajectory])
-    return _without_band(bonus), {"first_entropy": first, "coefficient": coefficient}
+    bonus = coefficient * (1 + section.hardness * failed[batch.group][batch.trajectory])
+    return without_band(bonus), {"first_entropy": first, "coefficient": coefficient}
 
 
-def _without_band(bonus: Float[Tensor, " n"]) -> EntropyTerms:
+def without_band(bonus: Float[Tensor, " n"]) -> EntropyTerms:
+    """A bonus alone, no penalty anywhere."""
     nothing = torch.zeros_like(bonus)
     return EntropyTerms(bonus, nothing.clone(), nothing - torch.inf, nothing + torch.inf)
 

@@ -7,14 +7,21 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pipeline.objective.batch import TokenBatch, positions
+from pipeline.settings.reward import (
+    EntropyRateReward,
+    PlainReward,
+    ReferenceKLReward,
+    SequenceEntropyReward,
+    TokenEntropyReward,
+)
 
 
-def plain(batch: TokenBatch) -> Float[Tensor, " n"]:
+def plain(batch: TokenBatch, section: PlainReward) -> Float[Tensor, " n"]:
     """The environment's reward."""
     return batch.reward
 
 
-def token_entropy(batch: TokenBatch, *, base: float, bonus: float) -> Float[Tensor, " n"]:
+def token_entropy(batch: TokenBatch, section: TokenEntropyReward) -> Float[Tensor, " n"]:
     """GTPO (arXiv 2508.04349): every token of a trajectory is given a reward of its own.
 
     Of a successful trajectory i, at position t among its trainable tokens: ``base * R_i + bonus * d_t * H_it / sum_k H_kt``,
@@ -32,10 +39,10 @@ def token_entropy(batch: TokenBatch, *, base: float, bonus: float) -> Float[Tens
     # The ratio before the product: entropies of 1e-38 must not overflow.
     share = torch.where(total[cell] > 0, batch.entropy / total[cell] * alive[cell], 1.0)
     earned = batch.returns[owner]
-    return torch.where(chosen, torch.where(correct, base * earned + bonus * share, earned), 0.0)
+    return torch.where(chosen, torch.where(correct, section.base * earned + section.bonus * share, earned), 0.0)
 
 
-def sequence_entropy(batch: TokenBatch, *, base: float, bonus: float) -> Float[Tensor, " n"]:
+def sequence_entropy(batch: TokenBatch, section: SequenceEntropyReward) -> Float[Tensor, " n"]:
     """GRPO-S (arXiv 2508.04349): ``base * R_i + bonus * n * H_i / sum_k H_k`` for a successful trajectory.
 
     H_i is its mean token entropy, the sum is over the group's n successful trajectories. Any other keeps ``R_i``. What
@@ -46,18 +53,19 @@ def sequence_entropy(batch: TokenBatch, *, base: float, bonus: float) -> Float[T
     count = nothing.index_add(0, batch.group, batch.success.to(entropy.dtype))
     total = nothing.index_add(0, batch.group, torch.where(batch.success, entropy, 0.0))
     share = torch.where(total[batch.group] > 0, entropy / total[batch.group] * count[batch.group], 1.0)
-    change = torch.where(batch.success, (base - 1) * batch.returns + bonus * share, 0.0)
+    change = torch.where(batch.success, (section.base - 1) * batch.returns + section.bonus * share, 0.0)
     return batch.reward + at_the_end(batch, change)
 
 
-def entropy_rate(batch: TokenBatch, *, coefficient: float) -> Float[Tensor, " n"]:
+def entropy_rate(batch: TokenBatch, section: EntropyRateReward) -> Float[Tensor, " n"]:
     """After PARL: ``R_i - coefficient * H_i`` with H_i the trajectory's mean token entropy; on its last trainable token."""
-    return batch.reward - coefficient * at_the_end(batch, mean_entropy(batch))
+    return batch.reward - section.coefficient * at_the_end(batch, mean_entropy(batch))
 
 
-def reference_kl(batch: TokenBatch, *, coefficient: float) -> Float[Tensor, " n"]:
+def reference_kl(batch: TokenBatch, section: ReferenceKLReward) -> Float[Tensor, " n"]:
     """``r_t - coefficient * (log pi_old - log ref)`` on every trainable token (arXiv 2203.02155): k1 as a penalty."""
-    return batch.reward - torch.where(batch.trainable, coefficient * (batch.logprob - batch.ref_logprob), 0.0)
+    penalty = section.coefficient * (batch.logprob - batch.ref_logprob)
+    return batch.reward - torch.where(batch.trainable, penalty, 0.0)
 
 
 def mean_entropy(batch: TokenBatch) -> Float[Tensor, " e"]:

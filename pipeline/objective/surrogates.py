@@ -8,13 +8,24 @@ tokens as the policy now scores them; the loss is then given its tokens' rows of
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
+
+from pipeline.settings.surrogate import (
+    BalancedClip,
+    CovarianceClip,
+    CovarianceKL,
+    DetachedClip,
+    PPOClip,
+    ProcedureClip,
+    SequenceClip,
+    SoftQSurrogate,
+    StraightThroughClip,
+)
 
 
 @dataclass(frozen=True)
@@ -43,7 +54,8 @@ class UpdateTokens:
     """``sum_v pi(v) (b log(pi(v) / ref(v)) - Q(v))``, for methods with a Q function."""
 
 
-Plan = Float[Tensor, "m k"]
+MinibatchPlan = Float[Tensor, "m k"]
+"""What a surrogate has planned for each token of a minibatch."""
 
 
 class SurrogateLoss(NamedTuple):
@@ -51,13 +63,6 @@ class SurrogateLoss(NamedTuple):
 
     loss: Float[Tensor, " m"]
     clipped: Bool[Tensor, " m"]
-
-
-class Surrogate(NamedTuple):
-    """A choice of S5: its loss, and its plan if it needs one. Settings are passed as keyword arguments."""
-
-    loss: Callable[..., SurrogateLoss]
-    plan: Callable[..., Plan] | None = None
 
 
 def ppo_clip(
@@ -78,12 +83,9 @@ def ppo_clip(
     return SurrogateLoss(-torch.minimum(plain, bounded), bounded < plain)
 
 
-def token_clip(
-    tokens: UpdateTokens, plan: Plan | None, *, low: float, high: float, dual: float | None = None
-) -> SurrogateLoss:
+def token_clip(tokens: UpdateTokens, plan: MinibatchPlan | None, section: PPOClip) -> SurrogateLoss:
     """``ppo_clip`` token by token, bounded by ``dual_clip``."""
-    loss = ppo_clip(tokens.logprob, tokens.logprob_old, tokens.advantage, low=low, high=high)
-    return dual_clip(loss, tokens.advantage, dual)
+    return dual_clip(_clipped(tokens, section), tokens.advantage, section.dual)
 
 
 def dual_clip(given: SurrogateLoss, advantage: Float[Tensor, " m"], dual: float | None) -> SurrogateLoss:
@@ -95,7 +97,7 @@ def dual_clip(given: SurrogateLoss, advantage: Float[Tensor, " m"], dual: float 
     return SurrogateLoss(torch.where(beyond, largest, given.loss), given.clipped | beyond)
 
 
-def sequence_clip(tokens: UpdateTokens, plan: Plan | None, *, low: float, high: float) -> SurrogateLoss:
+def sequence_clip(tokens: UpdateTokens, plan: MinibatchPlan | None, section: SequenceClip) -> SurrogateLoss:
     """GSPO (arXiv 2507.18071): PPO's surrogate with one ratio per trajectory, ``s = exp(mean_t log r_t)``.
 
     In the token form ``s_t = sg(s) * pi / sg(pi)``, which for equal advantages within a trajectory has GSPO's value and
@@ -107,28 +109,29 @@ def sequence_clip(tokens: UpdateTokens, plan: Plan | None, *, low: float, high: 
     total = nothing.index_add(0, tokens.trajectory, shift.detach())
     count = nothing.index_add(0, tokens.trajectory, torch.ones_like(shift)).clamp_min(1)
     of_sequence = (total / count)[tokens.trajectory] + tokens.logprob - tokens.logprob.detach()
-    return ppo_clip(of_sequence, torch.zeros_like(shift), tokens.advantage, low=low, high=high)
+    return ppo_clip(of_sequence, torch.zeros_like(shift), tokens.advantage, low=section.low, high=section.high)
 
 
-def detached_clip(tokens: UpdateTokens, plan: Plan | None, *, low: float, high: float) -> SurrogateLoss:
+def detached_clip(tokens: UpdateTokens, plan: MinibatchPlan | None, section: DetachedClip) -> SurrogateLoss:
     """CISPO (arXiv 2506.13585): ``-sg(clip(r, 1 - low, 1 + high)) * A * log pi``; no token loses its gradient."""
     ratio = torch.exp(tokens.logprob.detach() - tokens.logprob_old)
-    loss = -ratio.clamp(1 - low, 1 + high) * tokens.advantage * tokens.logprob
+    loss = -ratio.clamp(1 - section.low, 1 + section.high) * tokens.advantage * tokens.logprob
     return SurrogateLoss(loss, torch.zeros_like(ratio, dtype=torch.bool))
 
 
 def straight_through_clip(
-    tokens: UpdateTokens, plan: Plan | None, *, low: float, high: float, dual: float | None = None
+    tokens: UpdateTokens, plan: MinibatchPlan | None, section: StraightThroughClip
 ) -> SurrogateLoss:
     """AEPO (arXiv 2510.14545): where ``A > 0`` and ``r > 1 + high`` the ratio is ``(1 + high) / sg(r) * r``.
 
     Its value is clipped, its gradient kept; where ``A < 0`` PPO's lower bound holds, and ``dual_clip``.
     """
     ratio = torch.exp(tokens.logprob - tokens.logprob_old)
-    above = (tokens.advantage > 0) & (ratio.detach() > 1 + high)
-    below = (tokens.advantage < 0) & (ratio.detach() < 1 - low)
-    held = torch.where(above, (1 + high) / ratio.detach() * ratio, torch.where(below, 1 - low, ratio))
-    return dual_clip(SurrogateLoss(-held * tokens.advantage, below), tokens.advantage, dual)
+    above = (tokens.advantage > 0) & (ratio.detach() > 1 + section.high)
+    below = (tokens.advantage < 0) & (ratio.detach() < 1 - section.low)
+    kept = (1 + section.high) / ratio.detach() * ratio
+    held = torch.where(above, kept, torch.where(below, 1 - section.low, ratio))
+    return dual_clip(SurrogateLoss(-held * tokens.advantage, below), tokens.advantage, section.dual)
 
 
 def covariance(tokens: UpdateTokens) -> Float[Tensor, " m"]:
@@ -137,57 +140,44 @@ def covariance(tokens: UpdateTokens) -> Float[Tensor, " m"]:
     return (advantage - advantage.mean()) * (logprob - logprob.mean())
 
 
-def plan_covariance_clip(
-    tokens: UpdateTokens, *, low: float, high: float, share: float, band: tuple[float, float]
-) -> Plan:
+def plan_covariance_clip(tokens: UpdateTokens, section: CovarianceClip) -> MinibatchPlan:
     """1 on the tokens whose loss is dropped: ``max(1, floor(share * m))`` random ones with covariance in the band.
 
     None is spent on tokens that PPO's clip has already taken, as in the released code.
     """
     cov = covariance(tokens)
-    already = token_clip(tokens, None, low=low, high=high).clipped
-    candidates = torch.nonzero((cov > band[0]) & (cov < band[1]) & ~already).squeeze(-1)
-    room = max(1, math.floor(round(share * len(cov), 9)))
+    already = _clipped(tokens, section).clipped
+    candidates = torch.nonzero((cov > section.band[0]) & (cov < section.band[1]) & ~already).squeeze(-1)
+    room = max(1, math.floor(round(section.share * len(cov), 9)))
     dropped = torch.zeros_like(cov)
     dropped[candidates[torch.argsort(tokens.noise[candidates], stable=True)[:room]]] = 1.0
     return dropped.unsqueeze(-1)
 
 
-def covariance_clip(
-    tokens: UpdateTokens, plan: Plan, *, low: float, high: float, share: float, band: tuple[float, float]
-) -> SurrogateLoss:
+def covariance_clip(tokens: UpdateTokens, plan: MinibatchPlan, section: CovarianceClip) -> SurrogateLoss:
     """Clip-Cov (arXiv 2505.22617): PPO's surrogate, and nothing on the dropped tokens."""
     dropped = plan[:, 0] > 0
-    loss, clipped = token_clip(tokens, None, low=low, high=high)
+    loss, clipped = _clipped(tokens, section)
     return SurrogateLoss(torch.where(dropped, 0.0, loss), clipped | dropped)
 
 
-def plan_covariance_kl(tokens: UpdateTokens, *, share: float, coefficient: float) -> Plan:
+def plan_covariance_kl(tokens: UpdateTokens, section: CovarianceKL) -> MinibatchPlan:
     """1 on the ``max(1, floor(share * m))`` tokens of highest covariance."""
     cov = covariance(tokens)
     chosen = torch.zeros_like(cov)
-    room = max(1, math.floor(round(share * len(cov), 9)))
+    room = max(1, math.floor(round(section.share * len(cov), 9)))
     chosen[torch.sort(cov, descending=True, stable=True).indices[:room]] = 1.0
     return chosen.unsqueeze(-1)
 
 
-def covariance_kl(tokens: UpdateTokens, plan: Plan, *, share: float, coefficient: float) -> SurrogateLoss:
+def covariance_kl(tokens: UpdateTokens, plan: MinibatchPlan, section: CovarianceKL) -> SurrogateLoss:
     """KL-Cov (arXiv 2505.22617): ``-r A``, and ``+ coefficient * abs(log pi - log pi_old)`` on the chosen tokens."""
     shift = tokens.logprob - tokens.logprob_old
-    loss = -torch.exp(shift) * tokens.advantage + coefficient * plan[:, 0] * shift.abs()
+    loss = -torch.exp(shift) * tokens.advantage + section.coefficient * plan[:, 0] * shift.abs()
     return SurrogateLoss(loss, torch.zeros_like(plan[:, 0], dtype=torch.bool))
 
 
-def plan_balanced_clip(
-    tokens: UpdateTokens,
-    *,
-    low: tuple[float, float],
-    high: tuple[float, float],
-    step: float,
-    positive_share: float,
-    share_of: str,
-    first: str,
-) -> Plan:
+def plan_balanced_clip(tokens: UpdateTokens, section: BalancedClip) -> MinibatchPlan:
     """The two bounds of the ratio, on every token.
 
     From their starts one bound and then the other moves by ``step`` until tokens of positive advantage carry
@@ -197,20 +187,20 @@ def plan_balanced_clip(
     ratio = torch.exp(tokens.logprob - tokens.logprob_old)
     pull = tokens.coefficient * ratio * tokens.advantage.abs()
     positive, negative = tokens.advantage > 0, tokens.advantage < 0
-    bounds, ends = {"low": low[0], "high": high[0]}, {"low": low[1], "high": high[1]}
+    bounds, ends = {"low": section.low[0], "high": section.high[0]}, {"low": section.low[1], "high": section.high[1]}
 
     def reached() -> bool:
         gain = float(pull[positive & (ratio <= bounds["high"])].sum())
         cost = float(pull[negative & (ratio >= bounds["low"])].sum())
-        return gain >= positive_share * (cost + (gain if share_of == "total" else 0.0))
+        return gain >= section.positive_share * (cost + (gain if section.share_of == "total" else 0.0))
 
-    for bound in (first, "low" if first == "high" else "high"):
+    for bound in (section.first, "low" if section.first == "high" else "high"):
         while bounds[bound] < ends[bound] and not reached():
-            bounds[bound] = min(ends[bound], bounds[bound] + step)
+            bounds[bound] = min(ends[bound], bounds[bound] + section.step)
     return torch.tensor([bounds["low"], bounds["high"]], dtype=ratio.dtype).expand(len(ratio), 2)
 
 
-def balanced_clip(tokens: UpdateTokens, plan: Plan, **_: Any) -> SurrogateLoss:
+def balanced_clip(tokens: UpdateTokens, plan: MinibatchPlan, section: BalancedClip) -> SurrogateLoss:
     """BAPO (arXiv 2510.18927): PPO's surrogate with the planned bounds of the ratio."""
     low, high = 1 - plan[:, 0], plan[:, 1] - 1
     return ppo_clip(tokens.logprob, tokens.logprob_old, tokens.advantage, low=low, high=high)
@@ -231,19 +221,7 @@ def future_kl(tokens: UpdateTokens, *, half_life: float, largest_shift: float) -
     return torch.tensor(result, dtype=shift.dtype, device=shift.device)
 
 
-def plan_procedure_clip(
-    tokens: UpdateTokens,
-    *,
-    low: float,
-    high: float,
-    dual: float,
-    strength: float,
-    form: str,
-    half_life: float,
-    largest_shift: float,
-    bound: float,
-    safety: float,
-) -> Plan:
+def plan_procedure_clip(tokens: UpdateTokens, section: ProcedureClip) -> MinibatchPlan:
     """Each token's factor: APPO's scaling, times 0 or the rest's share for trajectories that leave the mean.
 
     ``f_t = clip(exp(FutureKL_t), 1, bound)``, and 1 where A < 0 and ``r > safety``: the released code then clips f_t, within
@@ -251,10 +229,11 @@ def plan_procedure_clip(
     others' coefficients then add up to what all had.
     """
     ratio = torch.exp(tokens.logprob - tokens.logprob_old)
-    leads = torch.exp(future_kl(tokens, half_life=half_life, largest_shift=largest_shift)).to(ratio.dtype)
-    f = torch.where((tokens.advantage < 0) & (ratio > safety), 1.0, leads.clamp(1.0, bound))
-    scale = 1 + strength * (f if form == "raw" else f - 1)
-    dual_clipped = ((tokens.advantage < 0) & (ratio > dual)).to(ratio.dtype)
+    ahead = future_kl(tokens, half_life=section.half_life, largest_shift=section.largest_shift)
+    leads = torch.exp(ahead).to(ratio.dtype)
+    f = torch.where((tokens.advantage < 0) & (ratio > section.safety), 1.0, leads.clamp(1.0, section.bound))
+    scale = 1 + section.strength * (f if section.form == "raw" else f - 1)
+    dual_clipped = ((tokens.advantage < 0) & (ratio > section.dual)).to(ratio.dtype)
     trajectories = int(tokens.trajectory.max()) + 1 if len(ratio) else 0
     often = torch.zeros(trajectories, dtype=ratio.dtype, device=ratio.device)
     left = (often.index_add(0, tokens.trajectory, dual_clipped) > 1)[tokens.trajectory]
@@ -263,16 +242,18 @@ def plan_procedure_clip(
     return torch.where(left, 0.0, scale * share).unsqueeze(-1)
 
 
-def procedure_clip(
-    tokens: UpdateTokens, plan: Plan, *, low: float, high: float, dual: float, **_: Any
-) -> SurrogateLoss:
+def procedure_clip(tokens: UpdateTokens, plan: MinibatchPlan, section: ProcedureClip) -> SurrogateLoss:
     """APPO (arXiv 2606.12384): PPO's surrogate, ``-dual * A`` at most where A < 0, times the planned factor."""
-    loss, clipped = token_clip(tokens, None, low=low, high=high, dual=dual)
+    loss, clipped = dual_clip(_clipped(tokens, section), tokens.advantage, section.dual)
     return SurrogateLoss(loss * plan[:, 0], clipped | (plan[:, 0] == 0))
 
 
-def soft_q(tokens: UpdateTokens, plan: Plan | None) -> SurrogateLoss:
+def soft_q(tokens: UpdateTokens, plan: MinibatchPlan | None, section: SoftQSurrogate) -> SurrogateLoss:
     """ETPO (arXiv 2402.06700): the expected soft value that is to be lost; see ``soft.soft_policy_loss``."""
     if tokens.soft is None:
         raise ValueError("surrogate soft_q needs a Q function")
     return SurrogateLoss(tokens.soft, torch.zeros_like(tokens.soft, dtype=torch.bool))
+
+
+def _clipped(tokens: UpdateTokens, section: PPOClip | CovarianceClip | ProcedureClip) -> SurrogateLoss:
+    return ppo_clip(tokens.logprob, tokens.logprob_old, tokens.advantage, low=section.low, high=section.high)

@@ -9,10 +9,17 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pipeline.objective.batch import TokenBatch, positions
+from pipeline.objective.standardise import z_score
+from pipeline.settings.weight import (
+    ActFocusWeight,
+    AttenuatedWeight,
+    PivotWeight,
+    RoleRampWeight,
+    SpuriousMaskWeight,
+    TopEntropyWeight,
+    UniformWeight,
+)
 from pipeline.trajectories.trajectory import Role
-
-EPS = 1e-8
-"""Inside the root of the standard deviation of the z-score."""
 
 
 def uniform_weights(batch: TokenBatch) -> Float[Tensor, " n"]:
@@ -20,13 +27,9 @@ def uniform_weights(batch: TokenBatch) -> Float[Tensor, " n"]:
     return batch.trainable.to(batch.entropy.dtype)
 
 
-def z_score(signal: Float[Tensor, " n"], mask: Bool[Tensor, " n"]) -> Float[Tensor, " n"]:
-    """``(x - mu) / sigma`` with mean and population standard deviation over the mask; 0 outside it."""
-    chosen = signal[mask]
-    if len(chosen) == 0:
-        return torch.zeros_like(signal)
-    sigma = (chosen.var(unbiased=False) + EPS).sqrt()
-    return torch.where(mask, (signal - chosen.mean()) / sigma, 0.0)
+def uniform(batch: TokenBatch, section: UniformWeight) -> Float[Tensor, " n"]:
+    """Every token that the policy chose weighs 1."""
+    return uniform_weights(batch)
 
 
 def signal_values(batch: TokenBatch, signal: str, focus: Bool[Tensor, " n"]) -> Float[Tensor, " n"]:
@@ -39,23 +42,11 @@ def signal_values(batch: TokenBatch, signal: str, focus: Bool[Tensor, " n"]) -> 
         "reference_entropy": lambda: batch.ref_entropy,
         "behaviour_nll": lambda: -batch.logprob,
         "logprob_shift": lambda: batch.logprob - batch.ref_logprob,
-        "shuffled_energy": lambda: _shuffled(batch.energy, focus, batch.noise),
+        "shuffled_energy": lambda: shuffled(batch.energy, focus, batch.noise),
     }[signal]()
 
 
-def actfocus_weights(
-    batch: TokenBatch,
-    *,
-    reasoning_downweight: float,
-    redistribution_strength: float,
-    redistribution_temperature: float,
-    form: str,
-    signal: str,
-    focus: str = "action",
-    think_tag_weight: float | None = None,
-    answer_tag_weight: float = 1.0,
-    malformed_weight: float | None = None,
-) -> Float[Tensor, " n"]:
+def actfocus_weights(batch: TokenBatch, section: ActFocusWeight) -> Float[Tensor, " n"]:
     """ActFocus (arXiv 2605.14558): downweight reasoning, redistribute among action tokens by token energy.
 
     Reasoning tokens weigh ``alpha``; action tokens weigh, with z the signal's z-score over all action tokens of the batch,
@@ -64,67 +55,47 @@ def actfocus_weights(
     * ``softmax``: ``(1 - beta) + beta * n_act * softmax(z / tau)`` over the n_act action tokens of one trajectory, whose
       total stays n_act.
 
-    Args:
-        batch: the episodes that passed the filter, before they are split into minibatches.
-        reasoning_downweight: alpha, at least 0.
-        redistribution_strength: beta, at least 0 (at most 1 for softmax).
-        redistribution_temperature: tau, greater than 0.
-        form: ``sigmoid`` or ``softmax``.
-        signal: see ``signal_values``.
-        focus: ``action``, or as a control ``reasoning``: the two roles change places.
-        think_tag_weight: of think tags; None is alpha.
-        answer_tag_weight: of answer tags.
-        malformed_weight: of text that has left the format; None is alpha.
-
-    Returns:
-        Weights, 0 where not trainable.
+    With ``focus`` "reasoning" the two roles change places. The batch is the episodes that passed the filter, before they
+    are split into minibatches.
     """
-    alpha, beta = reasoning_downweight, redistribution_strength
+    alpha, beta = section.reasoning_downweight, section.redistribution_strength
     raised_role, other_role = Role.ACTION, Role.REASONING
-    if focus == "reasoning":
+    if section.focus == "reasoning":
         raised_role, other_role = other_role, raised_role
     chosen = batch.of(raised_role)
-    z = z_score(signal_values(batch, signal, chosen), chosen) / redistribution_temperature
-    if form == "sigmoid":
+    z = z_score(signal_values(batch, section.signal, chosen), chosen) / section.redistribution_temperature
+    if section.form == "sigmoid":
         raised = 1 + beta * torch.sigmoid(z)
     else:
         raised = (1 - beta) + beta * _share_of_trajectory(z, chosen, batch.trajectory, batch.trajectories)
     fixed = {
         other_role: alpha,
-        Role.THINK_TAG: alpha if think_tag_weight is None else think_tag_weight,
-        Role.ANSWER_TAG: answer_tag_weight,
-        Role.OTHER: alpha if malformed_weight is None else malformed_weight,
+        Role.THINK_TAG: alpha if section.think_tag_weight is None else section.think_tag_weight,
+        Role.ANSWER_TAG: section.answer_tag_weight,
+        Role.OTHER: alpha if section.malformed_weight is None else section.malformed_weight,
     }
     return torch.where(chosen, raised, _by_role(batch, fixed))
 
 
-def role_ramp(
-    batch: TokenBatch,
-    *,
-    tag: float,
-    action: float,
-    reasoning_start: float,
-    reasoning_growth: float,
-    reasoning_end: float,
-) -> Float[Tensor, " n"]:
+def role_ramp(batch: TokenBatch, section: RoleRampWeight) -> Float[Tensor, " n"]:
     """ResT (arXiv 2509.21826): weights by role, scaled to a mean of 1 over each trajectory's trainable tokens.
 
     Reasoning, and text that has left the format, weighs ``min(start + growth * iteration, end)``.
     """
-    reasoning = min(reasoning_start + reasoning_growth * batch.iteration, reasoning_end)
+    reasoning = min(section.reasoning_start + section.reasoning_growth * batch.iteration, section.reasoning_end)
     fixed = {
         Role.REASONING: reasoning,
         Role.OTHER: reasoning,
-        Role.ACTION: action,
-        Role.THINK_TAG: tag,
-        Role.ANSWER_TAG: tag,
+        Role.ACTION: section.action,
+        Role.THINK_TAG: section.tag,
+        Role.ANSWER_TAG: section.tag,
     }
     raw = _by_role(batch, fixed)
     mean = batch.per_trajectory(raw) / batch.per_trajectory(torch.ones_like(raw)).clamp_min(1)
     return torch.where(raw > 0, raw / mean.clamp_min(1e-30)[batch.trajectory], 0.0)
 
 
-def top_entropy(batch: TokenBatch, *, share: float) -> Float[Tensor, " n"]:
+def top_entropy(batch: TokenBatch, section: TopEntropyWeight) -> Float[Tensor, " n"]:
     """80/20 (arXiv 2506.01939): 1 on the ``ceil(share * n)`` trainable tokens of highest entropy, 0 on the others.
 
     Ties go to the token that comes first.
@@ -132,48 +103,48 @@ def top_entropy(batch: TokenBatch, *, share: float) -> Float[Tensor, " n"]:
     index = torch.nonzero(batch.trainable).squeeze(-1)
     order = torch.sort(batch.entropy[index], descending=True, stable=True).indices
     weights = torch.zeros_like(batch.entropy)
-    room = max(1, math.ceil(round(share * len(index), 9)))  # 0.28 * 25 is 7.000000000000001
+    room = max(1, math.ceil(round(section.share * len(index), 9)))  # 0.28 * 25 is 7.000000000000001
     weights[index[order[:room]]] = 1.0
     return weights
 
 
-def spurious_mask(batch: TokenBatch, *, probability: float, quantile: float) -> Float[Tensor, " n"]:
+def spurious_mask(batch: TokenBatch, section: SpuriousMaskWeight) -> Float[Tensor, " n"]:
     """STAPO (arXiv 2602.15620): 0 where a token is rewarded, unlikely, and the policy was sure; 1 elsewhere.
 
     Rewarded: ``A > 0``. Unlikely: ``pi < probability``. Sure: entropy below the quantile over the unlikely tokens of
     successful trajectories; without any such token nothing is masked.
     """
-    unlikely = batch.trainable & (batch.logprob.exp() < probability)
+    unlikely = batch.trainable & (batch.logprob.exp() < section.probability)
     correct = batch.entropy[unlikely & batch.success[batch.trajectory]]
     if len(correct) == 0:
         return uniform_weights(batch)
-    sure = batch.entropy < torch.quantile(correct, quantile)
+    sure = batch.entropy < torch.quantile(correct, section.quantile)
     return torch.where((batch.advantage > 0) & unlikely & sure, 0.0, uniform_weights(batch))
 
 
-def attenuated(batch: TokenBatch, *, quantile: float, low_entropy_weight: float) -> Float[Tensor, " n"]:
+def attenuated(batch: TokenBatch, section: AttenuatedWeight) -> Float[Tensor, " n"]:
     """EGSPO (arXiv 2602.03309): 1 where the entropy reaches the quantile over the batch, ``low_entropy_weight`` below."""
     chosen = batch.entropy[batch.trainable]
     if len(chosen) == 0:
         return uniform_weights(batch)
-    low = batch.trainable & (batch.entropy < torch.quantile(chosen, quantile))
-    return torch.where(low, low_entropy_weight, uniform_weights(batch))
+    low = batch.trainable & (batch.entropy < torch.quantile(chosen, section.quantile))
+    return torch.where(low, section.low_entropy_weight, uniform_weights(batch))
 
 
-def pivots(batch: TokenBatch, *, buckets: int, quantile: float, strength: float) -> Float[Tensor, " n"]:
+def pivots(batch: TokenBatch, section: PivotWeight) -> Float[Tensor, " n"]:
     """After ERPO (arXiv 2603.28204): ``1 + strength`` on pivots, 1 elsewhere.
 
     A pivot's entropy is at least the quantile over the batch's tokens of the same bucket. Token i of a trajectory's n
     trainable tokens is in bucket ``floor(buckets * i / n)``.
     """
     length = batch.per_trajectory(torch.ones_like(batch.entropy)).long()
-    bucket = (positions(batch) * buckets) // length.clamp_min(1)[batch.trajectory]
+    bucket = (positions(batch) * section.buckets) // length.clamp_min(1)[batch.trajectory]
     weights = uniform_weights(batch)
-    for index in range(buckets):
+    for index in range(section.buckets):
         own = batch.trainable & (bucket == index)
         if bool(own.any()):
-            pivot = own & (batch.entropy >= torch.quantile(batch.entropy[own], quantile))
-            weights = torch.where(pivot, 1 + strength, weights)
+            pivot = own & (batch.entropy >= torch.quantile(batch.entropy[own], section.quantile))
+            weights = torch.where(pivot, 1 + section.strength, weights)
     return weights
 
 
@@ -184,7 +155,7 @@ def _by_role(batch: TokenBatch, fixed: dict[Role, float]) -> Float[Tensor, " n"]
     return weights
 
 
-def _shuffled(values: Float[Tensor, " n"], mask: Bool[Tensor, " n"], noise: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
+def shuffled(values: Float[Tensor, " n"], mask: Bool[Tensor, " n"], noise: Float[Tensor, " n"]) -> Float[Tensor, " n"]:
     """The masked values in the order of their noise."""
     index = torch.nonzero(mask).squeeze(-1)
     result = values.clone()

@@ -106,16 +106,17 @@ def result_table(comparison: Mapping[str, Any], environment: str, temperature: f
 def training_table(comparison: Mapping[str, Any], environment: str) -> Table:
     """How the methods were trained, and what they were given: means over seeds of iterations, episodes, sampled tokens.
 
-    Entropy and KL terms are a column only if they differ, status and source if given.
+    Entropy and KL terms are a column only if they differ, status and source if given, functions of one's own if there are any.
     """
     rows = [r for r in comparison["rows"] if r["environment"] == environment and r["headline"] and r["regulariser"]]
     differ, sourced = len({_terms(row["regulariser"]) for row in rows}) > 1, any(row["source"] for row in rows)
+    custom = any("custom" in row for row in rows)
     return Table(
         f"{environment}, training" + (f" to {comparison['tokens']} sampled tokens" if comparison["tokens"] else ""),
         ["method", *(["status", "source"] if sourced else []), "iterations", "episodes per training",
          "sampled tokens per training", "paths per initial state", "learning rate",
          "KL per iteration on action tokens, first 3 iterations", "action tokens' share of the gradient, measured",
-         "skipped non-finite updates", *(["entropy and KL terms"] if differ else [])],
+         "skipped non-finite updates", *(["entropy and KL terms"] if differ else []), *(["own functions"] if custom else [])],
         [
             [
                 row["method"],
@@ -129,6 +130,7 @@ def training_table(comparison: Mapping[str, Any], environment: str) -> Table:
                 "–" if row["gradient_share_action"] is None else f"{row['gradient_share_action']:.2f}",
                 str(row["non_finite_losses"]),
                 *([_terms(row["regulariser"])] if differ else []),
+                *([_functions(row.get("custom", {}))] if custom else []),
             ]
             for row in rows
         ],
@@ -215,6 +217,16 @@ def _bounds(low: float | None, high: float | None) -> str:
 
 def _number(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
+
+
+def _functions(custom: Mapping[str, Mapping[str, Any]]) -> str:
+    """Each slot's function with its settings."""
+    parts = []
+    for slot, section in custom.items():
+        settings = ", ".join(f"{name} {value}" for name, value in section["settings"].items())
+        shuffled = ", shuffled" if section.get("shuffle") else ""
+        parts.append(f"{slot} {section['function']}" + (f" ({settings})" if settings else "") + shuffled)
+    return "; ".join(parts) or "–"
 
 
 def _terms(regulariser: Mapping[str, Any]) -> str:

@@ -18,7 +18,7 @@ import numpy as np
 from pipeline.progress.display import span
 from pipeline.rollout.collector import Episode, EpisodeSpec, Setup, play
 from pipeline.rollout.engine import RolloutEngine
-from pipeline.settings import slots
+from pipeline.settings.branching import EntropyRise, Independent, Positions, TemperatureSwitch, TreeSearch
 from pipeline.settings.section import Section
 from pipeline.trajectories.trajectory import Role, Trajectories, build
 from pipeline.workspace.randomness import generator
@@ -387,11 +387,11 @@ def independent(tree: Tree) -> Growth:
 
 
 GROWTHS: dict[type[Section], Callable[..., Growth]] = {
-    slots.Independent: independent,
-    slots.EntropyRise: entropy_rise,
-    slots.Positions: positions,
-    slots.TreeSearch: tree_search,
-    slots.TemperatureSwitch: temperature_switch,
+    Independent: independent,
+    EntropyRise: entropy_rise,
+    Positions: positions,
+    TreeSearch: tree_search,
+    TemperatureSwitch: temperature_switch,
 }
 
 

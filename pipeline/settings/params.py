@@ -6,15 +6,15 @@ reported at once, one line each, with the dotted key, the value and what is allo
 
 from __future__ import annotations
 
-import difflib
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union, get_args
+from typing import Annotated, Any, Literal, Union
 
 from pydantic import Field, ValidationError, model_validator
 
+from pipeline.settings.method import Method
+from pipeline.settings.mistakes import explain, nearest
 from pipeline.settings.section import (
-    PATTERNS,
     Above,
     Count,
     Float,
@@ -29,7 +29,6 @@ from pipeline.settings.section import (
     Seed,
     Temperature,
 )
-from pipeline.settings.slots import Method
 from pipeline.settings.sweep import Sweep
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.yaml_files import read_yaml
@@ -292,24 +291,31 @@ class Config(Section):
                     raise ValueError(f"compare.{field}: {method} is compared with itself; name another method")
                 for name in (method, baseline):
                     if name not in self.methods:
-                        raise ValueError(f"compare.{field}: unknown method {name!r}{_nearest(name, self.methods)}")
+                        raise ValueError(f"compare.{field}: unknown method {name!r}{nearest(name, self.methods)}")
         if "reference" in self.methods:
             raise ValueError("methods: 'reference' is the reference policy's own name; choose another")
         for name, method in self.methods.items():
             self._branches(name, method)
-            # A filter leaves so many groups at most, prefix credit only the initial episodes of each.
-            groups = math.ceil(round(getattr(method.filter, "keep", 1.0) * self.rollout.groups, 9))
-            initial = getattr(method.branching, "initial", None) if method.advantage.kind == "prefix_credit" else None
-            kept = groups * (initial or self.rollout.group_size)
-            whole, rest = divmod(kept, self.train.minibatch)
-            passes = self.train.passes + method.branching.moved
-            updates = passes * max(1, whole + (2 * rest >= self.train.minibatch))
-            if updates == 1 and method.ratio_rule:
-                raise ValueError(
-                    f"methods.{name}.{method.ratio_rule}: a rule on the ratio does nothing with one update per "
-                    f"iteration of {kept} episodes; lower train.minibatch or raise train.passes"
-                )
+            self._updates_twice(name, method)
         return self
+
+    def _updates_twice(self, name: str, method: Method) -> None:
+        """Rules on the ratio do nothing in the first update after a rollout: there must be another one."""
+        if method.surrogate.kind in ("soft_q", "custom") and method.regulariser.skip_above_kl is None:
+            return
+        # A filter leaves so many groups at most, prefix credit only the initial episodes of each.
+        groups = math.ceil(round(getattr(method.filter, "keep", 1.0) * self.rollout.groups, 9))
+        initial = getattr(method.branching, "initial", None) if method.advantage.kind == "prefix_credit" else None
+        kept = groups * (initial or self.rollout.group_size)
+        whole, rest = divmod(kept, self.train.minibatch)
+        # By this score branches are placed where the policy has moved: it is updated once before there are any.
+        moved = getattr(method.branching, "signal", None) == "branching_score"
+        if (self.train.passes + moved) * max(1, whole + (2 * rest >= self.train.minibatch)) == 1:
+            rule = "regulariser.skip_above_kl" if method.surrogate.kind in ("soft_q", "custom") else "surrogate"
+            raise ValueError(
+                f"methods.{name}.{rule}: a rule on the ratio does nothing with one update per "
+                f"iteration of {kept} episodes; lower train.minibatch or raise train.passes"
+            )
 
     def _branches(self, name: str, method: Method) -> None:
         """What a method's branching asks of the rollout."""
@@ -326,11 +332,6 @@ class Config(Section):
 
 
 Demonstrations.model_rebuild()
-
-
-def _nearest(name: str, allowed: Any) -> str:
-    close = difflib.get_close_matches(str(name), [str(a) for a in allowed], n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; allowed: {', '.join(sorted(map(str, allowed)))}"
 
 
 def load(path: str | Path = "params.yaml") -> Config:
@@ -350,7 +351,7 @@ def parse(raw: Any, source: str = "params.yaml") -> Config:
         return Config.model_validate(raw)
     except ValidationError as error:
         mistakes = [item for item in error.errors(include_url=False) if not _inherited(item["loc"], raw)]
-        raise UserError("\n".join(dict.fromkeys(_explain(source, item) for item in mistakes))) from None
+        raise UserError("\n".join(dict.fromkeys(explain(Config, source, item) for item in mistakes))) from None
 
 
 def _inherited(location: tuple[Any, ...], raw: dict[str, Any]) -> bool:
@@ -359,77 +360,3 @@ def _inherited(location: tuple[Any, ...], raw: dict[str, Any]) -> bool:
         return False
     own = raw["methods"].get(location[1])
     return isinstance(own, dict) and location[2] not in own
-
-
-def _explain(source: str, error: Any) -> str:
-    path = _dotted(error["loc"]).removesuffix(".[key]")
-    value = error["input"]
-    kind = error["type"]
-    where = f"{source}: {path}" if path else source
-    if kind == "extra_forbidden":
-        allowed = _fields_at(error["loc"][:-1])
-        return f"{where}: unknown key{_nearest(str(error['loc'][-1]), allowed)}"
-    if kind == "missing":
-        return f"{where}: missing"
-    if kind in ("union_tag_invalid", "union_tag_not_found"):
-        expected = error["ctx"].get("expected_tags", "").replace("'", "") if "ctx" in error else ""
-        tag = value.get("kind") if isinstance(value, dict) else value
-        allowed = [t.strip() for t in expected.split(",") if t.strip()]
-        return (
-            f"{where}.kind: {tag!r} is not known{_nearest(str(tag), allowed)}" if allowed else f"{where}.kind: missing"
-        )
-    if kind == "string_pattern_mismatch":
-        return f"{where}: {value!r} is not allowed; allowed: {PATTERNS[error['ctx']['pattern']]}"
-    if kind == "value_error":
-        return f"{where}: {error['ctx']['error']}"
-    if kind == "literal_error":
-        return f"{where}: {value!r} is not allowed; allowed: {error['ctx']['expected']}"
-    return f"{where}: {error['msg'].lower()}, got {value!r}"
-
-
-def _dotted(location: tuple[Any, ...]) -> str:
-    """The key as the user wrote it: pydantic puts a union's chosen ``kind`` into the path, which is left out."""
-    parts: list[str] = []
-    section: Any = Config
-    for part in location:
-        if isinstance(part, str) and part.startswith(("function-", "constrained-", "literal[", "list[")):
-            continue  # the member of a union of values
-        chosen = _member(section, part)
-        if chosen is not None:
-            section = chosen
-            continue
-        parts.append(str(part))
-        section = _descend(section, part)
-    return ".".join(parts)
-
-
-def _member(annotation: Any, kind: Any) -> type[Section] | None:
-    """The member of a union of sections that has this ``kind``."""
-    if isinstance(annotation, type):
-        return None
-    for option in _sections(annotation):
-        tag = option.model_fields.get("kind")
-        if tag is not None and kind in get_args(tag.annotation) and len(_sections(annotation)) > 1:
-            return option
-    return None
-
-
-def _sections(annotation: Any) -> list[type[Section]]:
-    if isinstance(annotation, type) and issubclass(annotation, Section):
-        return [annotation]
-    return [s for argument in get_args(annotation) for s in _sections(argument)]
-
-
-def _descend(section: Any, part: Any) -> Any:
-    if isinstance(section, type) and issubclass(section, Section):
-        field = section.model_fields.get(str(part))
-        return field.annotation if field else None
-    arguments = get_args(section)
-    return arguments[-1] if arguments else None
-
-
-def _fields_at(location: tuple[Any, ...]) -> list[str]:
-    section: Any = Config
-    for part in location:
-        section = _member(section, part) or _descend(section, part)
-    return [name for option in _sections(section) for name in option.model_fields]

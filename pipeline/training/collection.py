@@ -16,8 +16,8 @@ from pipeline.rollout.branching import Forest
 from pipeline.rollout.collector import EpisodeSpec, Setup, collect, iteration_specs
 from pipeline.rollout.engine import RolloutEngine
 from pipeline.rollout.scores import blank_tokens, branch_scores
+from pipeline.settings.branching import Branching, Independent, Positions
 from pipeline.settings.params import Config
-from pipeline.settings.slots import BranchingSection, Independent, Positions
 from pipeline.trajectories.trajectory import Trajectories, concatenate
 from pipeline.workspace.randomness import generator
 
@@ -33,7 +33,7 @@ class Collection:
     name: str
     """Key in ``environments``."""
     seed: int
-    branching: BranchingSection
+    branching: Branching
     """S1."""
     engine: RolloutEngine
     policy: Policy
@@ -82,7 +82,7 @@ class Collection:
         while (sampled := self._wave(forest)) is not None:
             parts.append(self._annotated(sampled))
             if isinstance(self.branching, Positions) and len(parts) == 1:
-                if self.branching.moved:
+                if self.branching.signal == "branching_score":
                     yield parts[0]
                     self.engine.forget()  # the policy is another one now
                 forest.score(parts[0], self._scores(self.branching, parts[0]))
@@ -105,7 +105,9 @@ class Collection:
             )
 
     def _scores(self, section: Positions, initial: Trajectories) -> np.ndarray:
-        moved = self.now(initial)[0] - initial.logprob if section.moved else np.zeros(len(initial.input_ids))
+        moved = np.zeros(len(initial.input_ids))
+        if section.signal == "branching_score":
+            moved = self.now(initial)[0] - initial.logprob
         scores, blank = np.zeros(len(initial.input_ids)), blank_tokens(self.policy.tokenizer, initial.input_ids)
         for group in dict.fromkeys(initial.episodes["group_id"]):  # each with draws of its own
             rows = [row for row, own in enumerate(initial.episodes["group_id"]) if own == group]

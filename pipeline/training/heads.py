@@ -1,7 +1,7 @@
 """Networks beside the policy that a method declares: value functions, and Q with its target network.
 
 One interface for all: ``estimate`` before the update, ``loss`` in it, ``after_step`` behind each step. What a method
-declares is in its advantage's settings (``heads()``); ``HEADS`` has the class for each kind of settings.
+declares is in its advantage's settings (``estimates.declared_heads``); ``HEADS`` has the class for each kind of settings.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from pipeline.model.policy import Policy
 from pipeline.model.scoring import LOGITS_PER_CHUNK, predicting_hidden
 from pipeline.objective.regularisers import value_loss
 from pipeline.objective.soft import soft_policy_loss, soft_state
-from pipeline.settings import slots
+from pipeline.settings.heads import Critic, QFunction
 from pipeline.training.masters import Masters
 
 
@@ -62,7 +62,7 @@ class Scene:
 class Head(nn.Module):
     """A network that reads the policy's hidden states (kind ``trunk``) or has a trunk of its own (``model``)."""
 
-    def __init__(self, name: str, settings: slots.Head, reference: Policy) -> None:
+    def __init__(self, name: str, settings: Critic | QFunction, reference: Policy) -> None:
         super().__init__()
         self.name, self.settings = name, settings
         self.trunk = copy.deepcopy(reference.backbone).requires_grad_(True) if settings.kind == "model" else None
@@ -91,7 +91,7 @@ class Head(nn.Module):
 class ValueHead(Head):
     """V of the state in which each token is chosen. The linear head starts at zero."""
 
-    def __init__(self, name: str, settings: slots.Critic, reference: Policy) -> None:
+    def __init__(self, name: str, settings: Critic, reference: Policy) -> None:
         super().__init__(name, settings, reference)
         self.head = _zero_linear(reference.head.weight.shape[1], 1)
         self._clip = settings.clip
@@ -115,7 +115,7 @@ class QHead(Head):
     chunk at a time, in the backward pass too.
     """
 
-    def __init__(self, name: str, settings: slots.QFunction, reference: Policy) -> None:
+    def __init__(self, name: str, settings: QFunction, reference: Policy) -> None:
         super().__init__(name, settings, reference)
         self.q = settings
         vocabulary, width = reference.head.weight.shape
@@ -165,10 +165,10 @@ class QHead(Head):
         return (hidden.float() * self.head.weight[tokens]).sum(-1) + self.head.bias[tokens]
 
 
-HEADS: dict[type[Any], Callable[..., Head]] = {slots.Critic: ValueHead, slots.QFunction: QHead}
+HEADS: dict[type[Any], Callable[..., Head]] = {Critic: ValueHead, QFunction: QHead}
 
 
-def make_heads(settings: Mapping[str, slots.Head], reference: Policy) -> list[Head]:
+def make_heads(settings: Mapping[str, Critic | QFunction], reference: Policy) -> list[Head]:
     """The heads that a method declares."""
     return [HEADS[type(section)](name, section, reference) for name, section in settings.items()]
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from pipeline.evaluation.evaluate import summary
 from pipeline.model.scoring import length_batches
 from pipeline.objective.batch import TokenBatch, token_batch
+from pipeline.objective.estimates import needed_behind
 from pipeline.objective.filters import group_deviation
 from pipeline.objective.methods import (
     entropy_terms,
@@ -23,8 +24,8 @@ from pipeline.objective.methods import (
 from pipeline.progress.display import span
 from pipeline.progress.timing import Phases
 from pipeline.rollout.branching import branches_by_role
+from pipeline.settings.method import Method
 from pipeline.settings.params import Config
-from pipeline.settings.slots import Method
 from pipeline.trajectories.trajectory import CUT_OFF, Role, Trajectories
 from pipeline.workspace.finite import require_finite
 from pipeline.workspace.randomness import generator
@@ -98,7 +99,7 @@ def prepare_iteration(
     temperature = config.rollout.temperature
     whole = len(collected) == config.rollout.groups * config.rollout.group_size
     everything = token_batch(collected, generator(seed, "slots", number), number, temperature)
-    kept = select_groups(method, everything.returns, everything.group)
+    kept = select_groups(method, everything)
     metrics = _collection_metrics(collected, everything, kept)
     if method.branching.kind != "none":
         metrics |= {f"branches_{role}": count for role, count in branches_by_role(collected).items()}
@@ -110,7 +111,7 @@ def prepare_iteration(
     with phases.phase("values"), span("values", 0.7, 0.7):
         estimates, behind = dict[str, Tensor](), dict[str, Tensor]()
         if estimate is not None:
-            asked = method.advantage.behind()
+            asked = needed_behind(method.advantage)
             estimates, behind = _estimates(selected, estimate, config.train.tokens_per_forward, asked)
     with phases.phase("advantages"):
         advantages = token_advantages(method, batch, {**estimates, **behind}, memory.get("advantage"))

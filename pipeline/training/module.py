@@ -15,14 +15,15 @@ from torch.utils.data import DataLoader
 
 from pipeline.model.policy import Policy
 from pipeline.model.scoring import TokenScores, length_batches, predicting_hidden, score_tokens
+from pipeline.objective.estimates import declared_heads, needed_behind
 from pipeline.objective.methods import coefficients, policy_loss, surrogate_loss, surrogate_plan
 from pipeline.objective.regularisers import kl_penalty
 from pipeline.objective.surrogates import UpdateTokens
 from pipeline.progress.display import span, within
 from pipeline.progress.timing import Phases
 from pipeline.rollout.transformers_engine import TransformersEngine
+from pipeline.settings.method import Method
 from pipeline.settings.params import Config
-from pipeline.settings.slots import Method
 from pipeline.training.budget import progress, training_over
 from pipeline.training.checks import recomputed, require_finite_training, require_recomputed
 from pipeline.training.collection import Collection
@@ -62,7 +63,7 @@ class PolicyGradient(lightning.LightningModule):
         self.policy = policy
         # In a tuple, so that Lightning neither trains nor saves it.
         self._frozen = (policy.frozen_copy(),)
-        self.heads = torch.nn.ModuleList(make_heads(self.method.advantage.heads(), self.reference))
+        self.heads = torch.nn.ModuleList(make_heads(declared_heads(self.method.advantage), self.reference))
         self.masters = torch.nn.ModuleList(self._trained(f"{config.params_file}: methods.{method_name}"))
         self.memory: Memory = {}
         """What adaptive slots keep from one iteration for the next."""
@@ -78,7 +79,7 @@ class PolicyGradient(lightning.LightningModule):
             self.reference,
             self.phases,
             first,
-            closing=bool(self.method.advantage.behind()),
+            closing=bool(needed_behind(self.method.advantage)),
         )
         self.curve: list[dict[str, float]] = []
         """One row of metrics per finished iteration."""

@@ -1,0 +1,120 @@
+"""Slot S3: advantages that are learned values' surprise: GAE over tokens or turns, and soft Q."""
+
+from __future__ import annotations
+
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pipeline.objective.batch import State, TokenBatch
+from pipeline.objective.estimates import AdvantageEstimate, Estimates, HeadTarget
+from pipeline.objective.gae import gae
+from pipeline.objective.standardise import z_score
+from pipeline.objective.turns import first_of_turn, last_of_turn, turn_rewards, turns_to_tokens
+from pipeline.settings.advantage import GAE, BilevelGAE, EntropyGAE, SoftQ, TurnGAE
+
+
+def from_gae(batch: TokenBatch, estimates: Estimates, state: State, section: GAE) -> AdvantageEstimate:
+    """Token-level GAE; with ``discount`` "turn" gamma applies after a response's last token only (POAD)."""
+    gamma: float | Tensor = section.gamma
+    if section.discount == "turn":
+        gamma = torch.where(last_of_turn(batch), section.gamma, 1.0).to(batch.reward.dtype)
+    values, behind = estimates["value"], estimates.get("value_behind")
+    raw = gae(batch.reward, values, batch.trainable, batch.trajectory, gamma=gamma, lam=section.lam, behind=behind)
+    return AdvantageEstimate(_whitened(raw, batch, section.whiten), {"value": _target(raw, values, batch)}, {})
+
+
+def from_turn_gae(batch: TokenBatch, estimates: Estimates, state: State, section: TurnGAE) -> AdvantageEstimate:
+    """GAE over turns, V_k the value of turn k's first trainable token; its tokens share A_k.
+
+    ``delta_k = r_k + gamma * V_{k+1} - V_k`` over a trajectory's turns that have a trainable token, with ``V_{k+1}`` of
+    ``gae`` behind the last.
+    """
+    first = first_of_turn(batch)
+    owner, turn = batch.trajectory[first], batch.turn[first]
+    values, behind = estimates["value"][first], estimates.get("value_behind")
+    everything = torch.ones_like(owner, dtype=torch.bool)
+    own = gae(turn_rewards(batch)[turn], values, everything, owner, gamma=section.gamma, lam=section.lam, behind=behind)
+    by_turn = torch.zeros(len(batch.turn_trajectory), dtype=own.dtype).index_add_(0, turn, own)
+    target = torch.zeros_like(batch.reward)
+    target[first] = own + values
+    whitened = _whitened(turns_to_tokens(batch, by_turn), batch, section.whiten)
+    return AdvantageEstimate(whitened, {"value": HeadTarget(target, first)}, {})
+
+
+def from_bilevel_gae(batch: TokenBatch, estimates: Estimates, state: State, section: BilevelGAE) -> AdvantageEstimate:
+    """Bi-level GAE (arXiv 2510.16907): over turns, then backwards over the tokens within each.
+
+    V_k is the value at turn k's last trainable token; the turn's advantage ``A_k = delta_k + turn_gamma * turn_lam *
+    A_{k+1}``, ``delta_k = r_k + turn_gamma * V_{k+1} - V_k``, stands on that token, and the others follow from it by
+    ``A_t = r_t + gamma * V_{t+1} - V_t + gamma * lam * A_{t+1}``. Turn ends come from the turns themselves, not from rewards;
+    r_k is the reward on the last token, so that rewards inside a turn reach no earlier one.
+    """
+    last, values = last_of_turn(batch), estimates["value"]
+    high, owner = torch.zeros_like(values), batch.trajectory[last]
+    high[last] = gae(
+        batch.reward[last],
+        values[last],
+        torch.ones_like(owner, dtype=torch.bool),
+        owner,
+        gamma=section.turn_gamma,
+        lam=section.turn_lam,
+        behind=estimates.get("value_behind"),
+    )
+    # Token GAE of one turn whose last delta is A_k: a "reward" of A_k + V_k, and nothing after it.
+    closing = torch.where(last, high + values, batch.reward)
+    raw = gae(closing, values, batch.trainable, batch.turn, gamma=section.gamma, lam=section.lam)
+    return AdvantageEstimate(_whitened(raw, batch, section.whiten), {"value": _target(raw, values, batch)}, {})
+
+
+def from_entropy_gae(batch: TokenBatch, estimates: Estimates, state: State, section: EntropyGAE) -> AdvantageEstimate:
+    """After TECRL (arXiv 2511.11592): ``A_reward + c * A_entropy``, each by GAE with a value function of its own.
+
+    In the second ``(1 - entropy_gamma) * H_t`` is a token's "reward", so that values are on the scale of H. c starts at 0
+    and moves by ``multiplier_rate * (budget - H / H_0)`` an iteration, never below 0; H is the mean token entropy, H_0 the
+    first iteration's.
+    """
+    entropy = float(batch.entropy[batch.trainable].mean()) if bool(batch.trainable.any()) else 0.0
+    first = state.get("first_entropy", entropy)
+    relative = entropy / first if first > 0 else 0.0
+    multiplier = max(0.0, state.get("multiplier", 0.0) + section.multiplier_rate * (section.budget - relative))
+    advantage, targets = torch.zeros_like(batch.reward), {}
+    own = torch.where(batch.trainable, (1 - section.entropy_gamma) * batch.entropy, 0.0)
+    parts = (
+        ("value", batch.reward, section.gamma, section.lam, 1.0),
+        ("entropy_value", own, section.entropy_gamma, section.entropy_lam, multiplier),
+    )
+    for name, earned, gamma, lam, factor in parts:
+        values, behind = estimates[name], estimates.get(f"{name}_behind")
+        raw = gae(earned, values, batch.trainable, batch.trajectory, gamma=gamma, lam=lam, behind=behind)
+        targets[name] = _target(raw, values, batch)
+        advantage = advantage + factor * _whitened(raw, batch, section.whiten)
+    return AdvantageEstimate(advantage, targets, {"first_entropy": first, "multiplier": multiplier})
+
+
+def from_soft_q(batch: TokenBatch, estimates: Estimates, state: State, section: SoftQ) -> AdvantageEstimate:
+    """ETPO (arXiv 2402.06700): soft Bellman targets, token by token.
+
+    With ``S(x) = V(x) - b KL(x)`` of the prefix x in which a token is chosen (``soft_value`` of the estimates):
+    ``y_j = S(x_{j+1})`` inside a response, ``y_K = reward + gamma * S(s')`` at its end, and ``reward`` alone at the
+    episode's (where it was cut off and is bootstrapped, with ``S`` behind its last token). The policy learns from Q itself;
+    ``A_t = Q(x_t, w_t) - S(x_t)`` is there for weights that ask for it.
+    """
+    soft, taken = estimates["soft_value"], estimates["taken"]
+    chosen = batch.trainable
+    index = torch.nonzero(chosen).squeeze(-1)
+    owner = batch.trajectory[index]
+    following = estimates.get("soft_value_behind", torch.zeros(batch.trajectories, dtype=soft.dtype))[owner]
+    following[:-1] = torch.where(owner[1:] == owner[:-1], soft[index][1:], following[:-1])
+    factor = torch.where(last_of_turn(batch)[index], section.gamma, 1.0).to(soft.dtype)
+    target = torch.zeros_like(soft)
+    target[index] = batch.reward[index] + factor * following
+    return AdvantageEstimate(torch.where(chosen, taken - soft, 0.0), {"q": HeadTarget(target, chosen)}, {})
+
+
+def _target(raw: Float[Tensor, " n"], values: Float[Tensor, " n"], batch: TokenBatch) -> HeadTarget:
+    return HeadTarget(torch.where(batch.trainable, raw + values, 0.0), batch.trainable)
+
+
+def _whitened(raw: Float[Tensor, " n"], batch: TokenBatch, wanted: bool) -> Float[Tensor, " n"]:
+    return z_score(raw, batch.trainable) if wanted else raw

@@ -1,0 +1,239 @@
+"""Slot S3: the advantage A_t."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal, Union
+
+from pydantic import Field, model_validator
+
+from pipeline.settings.custom import Custom
+from pipeline.settings.heads import Critic, QFunction
+from pipeline.settings.section import Epsilon, Float, NonNegative, Positive, Probability, Section, refuse_ignored
+
+
+class AdvantageSection(Section):
+    """What every choice of S3 has."""
+
+    entropy_scale: NonNegative = 0.0
+    """``A_t * (1 + entropy_scale * z(H_t))`` with the behaviour policy's entropy, z-scored over the batch's trainable
+    tokens (AEPO, arXiv 2510.14545: 0.2); 0 for none."""
+
+
+class CriticAdvantage(AdvantageSection):
+    """What every choice has that learns values."""
+
+    cut_off: Literal["end", "bootstrap"] = "end"
+    """What is behind an episode that no turn or no room was left for (end_reason ``turns`` or ``context``): nothing, as
+    behind one that the environment has ended; or what the networks say where the next response would have begun."""
+
+
+class StandardisedAdvantage(AdvantageSection):
+    """What every choice has that standardises values within a group: of trajectories, or of what competes at one place."""
+
+    std: bool = True
+    """Divide by the group's standard deviation."""
+    ddof: Literal[0, 1] = 1
+    """Delta degrees of freedom of that standard deviation; libraries differ."""
+    eps: Epsilon = 1e-6
+    """Added to that standard deviation."""
+
+    @model_validator(mode="after")
+    def _effective(self) -> StandardisedAdvantage:
+        if not self.std:
+            refuse_ignored(self, "std is false", "ddof", "eps")
+        return self
+
+
+class GroupAdvantage(StandardisedAdvantage):
+    """S3: GRPO, the return standardised within its group (arXiv 2402.03300)."""
+
+    kind: Literal["group"]
+
+
+class TokenGroupAdvantage(AdvantageSection):
+    """S3: each token's own reward standardised over all tokens of its group (GTPO, arXiv 2508.04349)."""
+
+    kind: Literal["token_group"]
+    ddof: Literal[0, 1] = 1
+    """Delta degrees of freedom of the standard deviation."""
+    eps: Epsilon = 1e-6
+    """Added to that standard deviation."""
+
+
+class StepGroupAdvantage(AdvantageSection):
+    """S3: the episode's advantage plus that of each turn among the group's visits of its state (GiGPO, arXiv 2505.10978)."""
+
+    kind: Literal["step_group"]
+    step_weight: NonNegative = 1.0
+    """Weight of the turn's advantage beside the episode's."""
+    episodes_by: Literal["trajectory", "turn"] = "trajectory"
+    """How often an episode counts in the mean (and standard deviation) of its group: once, as in the authors' DrMAS, or once
+    per turn, as in verl-agent by default, where longer episodes weigh more."""
+    gamma: Probability = 0.95
+    """Discount per turn of the return that scores a turn."""
+    std: bool = False
+    """Divide both advantages by their group's standard deviation; the authors' scripts only centre."""
+
+    @model_validator(mode="after")
+    def _effective(self) -> StepGroupAdvantage:
+        if self.step_weight == 0:
+            refuse_ignored(self, "step_weight is 0", "gamma")
+        return self
+
+
+class GAE(CriticAdvantage):
+    """S3: token-level generalised advantage estimation over sampled tokens only (arXiv 1506.02438)."""
+
+    kind: Literal["gae"]
+    gamma: Probability = 1.0
+    """Discount."""
+    discount: Literal["token", "turn"] = "token"
+    """Where gamma applies: after every sampled token, or after a response's last one only (POAD, arXiv 2405.15821)."""
+    lam: Probability = 1.0
+    """Lambda of GAE, per sampled token."""
+    whiten: bool = True
+    """Standardise advantages over the iteration's sampled tokens."""
+    critic: Critic = Critic()
+
+    @model_validator(mode="after")
+    def _effective(self) -> GAE:
+        if self.gamma == 1:
+            refuse_ignored(self, "gamma is 1", "discount")
+        return self
+
+
+class TurnGAE(CriticAdvantage):
+    """S3: GAE over turns; a response's tokens share its advantage (turn-level PPO). The value is that of its first token."""
+
+    kind: Literal["turn_gae"]
+    gamma: Probability = 0.95
+    """Discount per turn."""
+    lam: Probability = 0.95
+    """Lambda per turn."""
+    whiten: bool = True
+    """Standardise advantages over the iteration's sampled tokens."""
+    critic: Critic = Critic()
+
+
+class BilevelGAE(CriticAdvantage):
+    """S3: GAE over turns, then over the tokens within a turn (bi-level GAE, arXiv 2510.16907)."""
+
+    kind: Literal["bilevel_gae"]
+    turn_gamma: Probability = 0.95
+    """Discount per turn."""
+    turn_lam: Probability = 1.0
+    """Lambda per turn."""
+    gamma: Probability = 1.0
+    """Discount per token within a turn."""
+    lam: Probability = 1.0
+    """Lambda per token within a turn."""
+    whiten: bool = True
+    """Standardise advantages over the iteration's sampled tokens."""
+    critic: Critic = Critic()
+
+
+class EntropyGAE(CriticAdvantage):
+    """S3: separate values of reward and entropy; entropy counts while it is below its budget (after TECRL, 2511.11592)."""
+
+    kind: Literal["entropy_gae"]
+    gamma: Probability = 1.0
+    """Discount of reward per sampled token."""
+    lam: Probability = 1.0
+    """Lambda of the reward's GAE."""
+    entropy_gamma: Annotated[Float, Field(ge=0.0, lt=1.0)] = 0.95
+    """Discount of entropy per sampled token. Ours."""
+    entropy_lam: Probability = 0.95
+    """Lambda of the entropy's GAE. Ours."""
+    budget: Positive = 0.8
+    """Mean token entropy to be kept, as a share of the first iteration's. Ours."""
+    multiplier_rate: Positive = 0.5
+    """Change of the entropy advantage's multiplier per iteration and relative shortfall of entropy. Ours."""
+    whiten: bool = True
+    """Standardise both advantages over the iteration's sampled tokens before they are added."""
+    critic: Critic = Critic()
+    """Value function of reward."""
+    entropy_critic: Critic = Critic()
+    """Value function of entropy."""
+
+
+class SoftQ(CriticAdvantage):
+    """S3: token-level soft Bellman targets of Q over the vocabulary (ETPO, arXiv 2402.06700); goes with surrogate soft_q."""
+
+    kind: Literal["soft_q"]
+    gamma: Probability = 0.99
+    """Discount per turn; there is none inside a response."""
+    q: QFunction = QFunction()
+
+    @model_validator(mode="after")
+    def _effective(self) -> SoftQ:
+        refuse_ignored(self, "the policy learns from Q itself", "entropy_scale")
+        return self
+
+
+class SharedPrefixAdvantage(StandardisedAdvantage):
+    """S3: the return standardised within its group; a token that branches share has their mean (ARPO, arXiv 2507.19849)."""
+
+    kind: Literal["shared_prefix"]
+    credit: Literal["hard", "soft"] = "soft"
+    """``soft``: such a token counts as often as there are episodes through it, as if each were trained on whole, which
+    is the published default; ``hard``: it counts once."""
+
+
+class PrefixCreditAdvantage(StandardisedAdvantage):
+    """S3: initial episodes and branches are groups of their own; branches only credit prefixes (APPO, arXiv 2606.12384).
+
+    A token of an initial episode has its episode's advantage, and the mean advantage of the branches from behind it.
+    """
+
+    kind: Literal["prefix_credit"]
+    ddof: Literal[0, 1] = 0
+    """Delta degrees of freedom of that standard deviation."""
+    credit: Positive = 1.0
+    """Factor of that mean."""
+
+
+class SiblingAdvantage(StandardisedAdvantage):
+    """S3: each stretch between two branchings against those that begin at the same place (after SEEA-R1 and TLPO).
+
+    A stretch is worth the mean return of the episodes through it.
+    """
+
+    kind: Literal["siblings"]
+    scope: Literal["segment", "token"] = "segment"
+    """What is trained: the whole stretch, or only its first token, the candidate at the branching (TLPO)."""
+
+
+class ReinforcedAdvantage(StandardisedAdvantage):
+    """S3: GRPO over the initial episodes, REINFORCE on the others that succeeded (Arbitrary Entropy PO, 2510.08141)."""
+
+    kind: Literal["reinforced"]
+    coefficient: Positive = 0.5
+    """Advantage of their tokens. Ours."""
+
+
+class CustomAdvantage(AdvantageSection, Custom):
+    """S3: a function of one's own, without a critic; it may go by branches (``parent`` and ``split`` of the batch)."""
+
+    slot: ClassVar[str] = "advantage"
+
+
+TREE_ADVANTAGES = (SharedPrefixAdvantage, PrefixCreditAdvantage, SiblingAdvantage, ReinforcedAdvantage)
+
+Advantage = Annotated[
+    Union[
+        GroupAdvantage,
+        TokenGroupAdvantage,
+        StepGroupAdvantage,
+        GAE,
+        TurnGAE,
+        BilevelGAE,
+        EntropyGAE,
+        SoftQ,
+        SharedPrefixAdvantage,
+        PrefixCreditAdvantage,
+        SiblingAdvantage,
+        ReinforcedAdvantage,
+        CustomAdvantage,
+    ],
+    Field(discriminator="kind"),
+]

@@ -1,0 +1,131 @@
+"""Slot S1: where episodes come from. What each choice does is in pipeline/rollout/branching.py.
+
+The budget, ``rollout.group_size`` episodes per initial state, is the same for all.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Literal, Union
+
+from pydantic import Field, model_validator
+
+from pipeline.settings.section import (
+    Count,
+    Int,
+    NonNegative,
+    Positive,
+    Probability,
+    Section,
+    Temperature,
+    refuse_ignored,
+)
+
+
+class Independent(Section):
+    """S1: every episode begins at the initial state."""
+
+    kind: Literal["none"] = "none"
+
+
+class EntropyRise(Section):
+    """S1: branch where an observation has raised the entropy (ARPO, arXiv 2507.19849; AEPO, arXiv 2510.14545).
+
+    At the beginning of each response but the first, ``width`` more episodes begin if
+    ``(draw + slope * dH) * max(0, 1 - penalty * l) >= threshold``. Budget that is left begins at the initial state.
+    """
+
+    kind: Literal["entropy_rise"]
+    initial: Count | Literal["monitored"] = 8
+    """Episodes that begin at the initial state; ``monitored``: from the entropies of a first episode (AEPO)."""
+    monitor_slope: NonNegative = 0.5
+    """b of AEPO's budget ``int(k * sigmoid(b * (H_root - mean H_tool))) + 1``."""
+    base: Probability | None = None
+    """The draw, if it is a constant (a of ARPO's paper); null: uniform in [0, 1) at each decision (AEPO's code)."""
+    slope: NonNegative = 0.2
+    """Of dH, nats: mean entropy at the beginning of this response less that of the episode's first."""
+    threshold: Probability = 0.5
+    """To be reached."""
+    penalty: Probability = 0.05
+    """Taken per consecutive branching l (AEPO); 0 for none (ARPO)."""
+    penalty_per: Literal["path", "prompt"] = "path"
+    """What counts as branching in a row: decisions of one path (paper), or rounds, a turn of all of the initial state's
+    paths each, in which any of them branches (released code)."""
+    tokens: Count = 10
+    """First tokens of a response over which entropy is averaged. Ours."""
+    width: Count = 1
+    """Branches at a place, beside the episode that goes on."""
+
+    @model_validator(mode="after")
+    def _effective(self) -> EntropyRise:
+        if self.initial != "monitored":
+            refuse_ignored(self, "initial is a number", "monitor_slope")
+        if self.penalty == 0:
+            refuse_ignored(self, "penalty is 0", "penalty_per")
+            if self.base == self.threshold:
+                refuse_ignored(self, "base is the threshold and there is no penalty", "slope")
+        return self
+
+
+class Positions(Section):
+    """S1: branch at the tokens of highest score (APPO, arXiv 2606.12384; after TLPO, arXiv 2604.26553).
+
+    The budget beyond ``initial`` goes to branches, ``width`` at each position, best first.
+    """
+
+    kind: Literal["positions"]
+    initial: Count = 8
+    """Episodes that begin at the initial state."""
+    signal: Literal[
+        "branching_score", "entropy", "reference_energy", "action_energy", "action_random", "action_start", "random"
+    ] = "branching_score"
+    """The score: APPO's ``z(H) * z(Omega)`` under the policy after the iteration's first updates, z over an episode's
+    tokens, those first in which both are positive, and none on whitespace; the behaviour policy's entropy; the reference
+    policy's energy, of all tokens or of action tokens; a draw for any action token, or for the
+    first one of each response; a draw for any token."""
+    side: Literal["before", "after"] = "after"
+    """Sample the scored token again, or only what comes after it (APPO)."""
+    among: Literal["all", "failed"] = "all"
+    """Whether the episodes that succeeded are branched from too, where others failed."""
+    width: Count = 1
+    """Branches at a position."""
+    discount: Probability = 1.0
+    """gamma of ``Omega_t = exp(sum_{k >= t} gamma^(k-t) (log pi - log pi_old))``."""
+    bounds: tuple[Positive, Positive] = (0.8, 1.2)
+    """Omega is clipped to these."""
+
+    @model_validator(mode="after")
+    def _effective(self) -> Positions:
+        if self.signal != "branching_score":
+            refuse_ignored(self, f"signal is {self.signal}", "discount", "bounds")
+        if not self.bounds[0] < 1 < self.bounds[1]:
+            raise ValueError("bounds must be two numbers, low < 1 < high")
+        return self
+
+
+class TreeSearch(Section):
+    """S1: Monte-Carlo tree search over turns, with whole episodes as simulations (after SEEA-R1, arXiv 2506.21669)."""
+
+    kind: Literal["tree_search"]
+    width: Annotated[Int, Field(ge=2, le=1_000_000)] = 4
+    """Children of a state that is expanded. Ours."""
+    exploration: NonNegative = 1.0
+    """c of ``Q + c * sqrt(ln N / n)``, with Q in [0, 1]. Ours."""
+
+
+class TemperatureSwitch(Section):
+    """S1: episodes at another temperature, switched on entropy (Arbitrary Entropy PO, arXiv 2510.08141)."""
+
+    kind: Literal["temperature_switch"]
+    initial: Count = 8
+    """Episodes at ``rollout.temperature``; the budget beyond them is sampled at one of the other two."""
+    target: Positive = 1.0
+    """Nats per token: mean entropy that the initial episodes are held against. Ours."""
+    high: Temperature = 1.2
+    """Temperature where entropy is below the target."""
+    low: Temperature = 0.8
+    """Temperature where it is not."""
+
+
+Branching = Annotated[
+    Union[Independent, EntropyRise, Positions, TreeSearch, TemperatureSwitch], Field(discriminator="kind")
+]

@@ -1,0 +1,33 @@
+"""Slot S2: which groups are trained on. What each choice does is in pipeline/objective/filters.py."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal, Union
+
+from pydantic import Field
+
+from pipeline.settings.custom import Custom
+from pipeline.settings.section import Section, Share
+
+
+class AllGroups(Section):
+    """S2: train on every group."""
+
+    kind: Literal["all"]
+
+
+class RewardVariance(Section):
+    """S2: keep the groups whose returns vary most; groups of equal returns are always dropped (StarPO-S, DAPO)."""
+
+    kind: Literal["reward_variance"]
+    keep: Share = 1.0
+    """Share of the iteration's groups that is kept, by standard deviation of their returns."""
+
+
+class CustomFilter(Custom):
+    """S2: a function of one's own; it may also drop single trajectories."""
+
+    slot: ClassVar[str] = "filter"
+
+
+Filter = Annotated[Union[AllGroups, RewardVariance, CustomFilter], Field(discriminator="kind")]

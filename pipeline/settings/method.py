@@ -1,0 +1,89 @@
+"""A method: one choice per slot, and which of them go together."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from pydantic import model_validator
+
+from pipeline.settings.advantage import (
+    GAE,
+    TREE_ADVANTAGES,
+    Advantage,
+    CriticAdvantage,
+    CustomAdvantage,
+    GroupAdvantage,
+)
+from pipeline.settings.aggregation import Aggregation
+from pipeline.settings.branching import Branching, Independent
+from pipeline.settings.filter import Filter
+from pipeline.settings.regulariser import Regulariser
+from pipeline.settings.reward import Reward
+from pipeline.settings.section import LearningRate, Section
+from pipeline.settings.surrogate import Surrogate
+from pipeline.settings.weight import Weight
+
+Status = Literal["faithful", "after", "ours"]
+
+
+class Method(Section):
+    """One choice per slot, and the step size. In ``methods`` every key is optional; ``method_defaults`` fills the rest."""
+
+    source: str = ""
+    """Where the method comes from; decides nothing."""
+    status: Status = "ours"
+    """``faithful`` to its source, ``after`` it where only the idea is known, or ``ours``; decides nothing."""
+    branching: Branching = Independent()
+    """S1: where do episodes come from?"""
+    reward: Reward
+    """S7: is the reward reshaped?"""
+    filter: Filter
+    """S2: which groups are trained on."""
+    advantage: Advantage
+    """S3: what is A_t."""
+    weight: Weight
+    """S4: the token weight w_t."""
+    aggregation: Aggregation
+    """S4: what divides the weighted sum."""
+    surrogate: Surrogate
+    """S5: how ratio and advantage become a per-token loss."""
+    regulariser: Regulariser
+    """S6: entropy and KL terms."""
+    learning_rate: LearningRate
+    """Adam's learning rate of the policy."""
+
+    @model_validator(mode="after")
+    def _legal(self) -> Method:
+        if (self.advantage.kind == "soft_q") != (self.surrogate.kind == "soft_q"):
+            raise ValueError("advantage soft_q and surrogate soft_q go together: one is of no use without the other")
+        rewarded, compared = self.reward.kind == "token_entropy", self.advantage.kind == "token_group"
+        if rewarded != compared and "custom" not in (self.reward.kind, self.advantage.kind):
+            raise ValueError(
+                "reward token_entropy and advantage token_group go together: such a reward stands on every token"
+            )
+        if self.aggregation.count == "with_advantage" and isinstance(self.advantage, CriticAdvantage):
+            raise ValueError(
+                f"aggregation.count with_advantage has no effect with advantage {self.advantage.kind}: one that comes "
+                "from a critic is 0 nowhere; it needs one that compares within groups"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _legal_on_trees(self) -> Method:
+        """What is defined on trees, and only there."""
+        branching, advantage = self.branching, self.advantage
+        if (branching.kind == "temperature_switch") != (advantage.kind == "reinforced"):
+            raise ValueError("branching temperature_switch and advantage reinforced go together")
+        if branching.kind == "none":
+            if isinstance(advantage, TREE_ADVANTAGES):
+                raise ValueError(f"advantage {advantage.kind} needs branches, and branching is none")
+            return self
+        if advantage.kind == "prefix_credit" and branching.kind != "positions":
+            raise ValueError("advantage prefix_credit needs branching positions, whose initial episodes are one group")
+        if not isinstance(advantage, (*TREE_ADVANTAGES, GroupAdvantage, GAE, CustomAdvantage)):
+            raise ValueError(f"advantage {advantage.kind} is not defined on branches")
+        if self.reward.kind != "none":
+            raise ValueError(f"reward {self.reward.kind} is not defined on branches")
+        if self.weight.kind == "pivots":
+            raise ValueError("weight pivots is not defined on branches: it goes by progress in the whole trajectory")
+        return self

@@ -1,0 +1,95 @@
+"""Mistakes in a params file, each in one line that says what is allowed."""
+
+from __future__ import annotations
+
+import difflib
+from typing import Any, get_args
+
+from pipeline.settings.section import PATTERNS, Section
+
+
+def nearest(name: str, allowed: Any) -> str:
+    """The end of a message about an unknown name: which one was meant, or all that are allowed."""
+    close = difflib.get_close_matches(str(name), [str(a) for a in allowed], n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; allowed: {', '.join(sorted(map(str, allowed)))}"
+
+
+def explain(schema: type[Section], source: str, error: Any) -> str:
+    """One line: file, dotted key, what is wrong, what is allowed.
+
+    Args:
+        schema: the section that was checked.
+        source: what the file is called.
+        error: one of pydantic's.
+    """
+    path = _dotted(schema, error["loc"]).removesuffix(".[key]")
+    value = error["input"]
+    kind = error["type"]
+    where = f"{source}: {path}" if path else source
+    if kind == "extra_forbidden":
+        allowed = _fields_at(schema, error["loc"][:-1])
+        return f"{where}: unknown key{nearest(str(error['loc'][-1]), allowed)}"
+    if kind == "missing":
+        return f"{where}: missing"
+    if kind in ("union_tag_invalid", "union_tag_not_found"):
+        expected = error["ctx"].get("expected_tags", "").replace("'", "") if "ctx" in error else ""
+        tag = value.get("kind") if isinstance(value, dict) else value
+        allowed = [t.strip() for t in expected.split(",") if t.strip()]
+        return (
+            f"{where}.kind: {tag!r} is not known{nearest(str(tag), allowed)}" if allowed else f"{where}.kind: missing"
+        )
+    if kind == "string_pattern_mismatch":
+        return f"{where}: {value!r} is not allowed; allowed: {PATTERNS[error['ctx']['pattern']]}"
+    if kind == "value_error":
+        return f"{where}: {error['ctx']['error']}"
+    if kind == "literal_error":
+        return f"{where}: {value!r} is not allowed; allowed: {error['ctx']['expected']}"
+    return f"{where}: {error['msg'].lower()}, got {value!r}"
+
+
+def _dotted(schema: type[Section], location: tuple[Any, ...]) -> str:
+    """The key as the user wrote it: pydantic puts a union's chosen ``kind`` into the path, which is left out."""
+    parts: list[str] = []
+    section: Any = schema
+    for part in location:
+        if isinstance(part, str) and part.startswith(("function-", "constrained-", "literal[", "list[")):
+            continue  # the member of a union of values
+        chosen = _member(section, part)
+        if chosen is not None:
+            section = chosen
+            continue
+        parts.append(str(part))
+        section = _descend(section, part)
+    return ".".join(parts)
+
+
+def _member(annotation: Any, kind: Any) -> type[Section] | None:
+    """The member of a union of sections that has this ``kind``."""
+    if isinstance(annotation, type):
+        return None
+    for option in _sections(annotation):
+        tag = option.model_fields.get("kind")
+        if tag is not None and kind in get_args(tag.annotation) and len(_sections(annotation)) > 1:
+            return option
+    return None
+
+
+def _sections(annotation: Any) -> list[type[Section]]:
+    if isinstance(annotation, type) and issubclass(annotation, Section):
+        return [annotation]
+    return [s for argument in get_args(annotation) for s in _sections(argument)]
+
+
+def _descend(section: Any, part: Any) -> Any:
+    if isinstance(section, type) and issubclass(section, Section):
+        field = section.model_fields.get(str(part))
+        return field.annotation if field else None
+    arguments = get_args(section)
+    return arguments[-1] if arguments else None
+
+
+def _fields_at(schema: type[Section], location: tuple[Any, ...]) -> list[str]:
+    section: Any = schema
+    for part in location:
+        section = _member(section, part) or _descend(section, part)
+    return [name for option in _sections(section) for name in option.model_fields]

@@ -1,0 +1,90 @@
+"""Slot S6: entropy and KL terms of the loss. What each choice does is in pipeline/objective/regularisers.py."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal, Union
+
+from pydantic import Field, model_validator
+
+from pipeline.settings.custom import Custom
+from pipeline.settings.section import NonNegative, Positive, Section, refuse_ignored
+
+
+class RegulariserSection(Section):
+    """What every choice of S6 has: terms added to the loss as plain token means, whatever the token weights are."""
+
+    entropy: NonNegative = 0.0
+    """Coefficient of the entropy bonus."""
+    kl: NonNegative = 0.0
+    """Coefficient of the KL to the reference policy."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """How the KL is estimated from sampled tokens, and so which KL the loss pulls by: its expected gradient on-policy is that
+    of KL(pi || ref) with k2, that of KL(ref || pi) with k3, and zero with k1."""
+    skip_above_kl: Positive | None = None
+    """The policy's step is skipped while its KL from the behaviour policy is above this (POAD: 0.02); null for never."""
+
+    @model_validator(mode="after")
+    def _kl_effective(self) -> RegulariserSection:
+        if self.kl == 0:
+            refuse_ignored(self, "kl is 0", "kl_estimator")
+        return self
+
+
+class FixedRegulariser(RegulariserSection):
+    """S6: fixed coefficients."""
+
+    kind: Literal["fixed"]
+
+
+class EntropyBand(RegulariserSection):
+    """S6: a penalty where a token's entropy leaves a band around its turn's history (EPO, arXiv 2509.22576).
+
+    The penalty is the distance from the band, so that it has a gradient; the released one is constant and has none.
+    """
+
+    kind: Literal["entropy_band"]
+    penalty: Positive = 0.001
+    """Loss per nat outside the band."""
+    low: NonNegative = 0.8
+    """Lower end of the band, as a factor of the mean entropy of the same turn over all earlier iterations."""
+    high: NonNegative = 1.2
+    """Upper end of the band."""
+
+    @model_validator(mode="after")
+    def _ordered(self) -> EntropyBand:
+        if self.low > self.high:
+            raise ValueError("low must not exceed high")
+        return self
+
+
+class EntropyTarget(RegulariserSection):
+    """S6: the entropy bonus adapts to a target below the initial entropy, larger on hard groups (AER, arXiv 2510.10959).
+
+    ``entropy`` is the coefficient of the first iteration.
+    """
+
+    kind: Literal["entropy_target"]
+    target: Positive = 0.8
+    """Mean token entropy to be kept, as a share of the first iteration's. Ours."""
+    rate: Positive = 0.01
+    """Change of the coefficient per iteration and nat of missing entropy. Ours."""
+    largest: Positive = 0.05
+    """The coefficient stays within 0 and this. Ours."""
+    hardness: NonNegative = 1.0
+    """A group's coefficient is larger by this times its failure rate. Ours."""
+
+
+class CustomRegulariser(RegulariserSection, Custom):
+    """S6: a function of one's own gives each token's entropy terms; the KL terms are as in every choice."""
+
+    slot: ClassVar[str] = "regulariser"
+
+    @model_validator(mode="after")
+    def _effective(self) -> CustomRegulariser:
+        refuse_ignored(self, "the function gives the bonus", "entropy")
+        return self
+
+
+Regulariser = Annotated[
+    Union[FixedRegulariser, EntropyBand, EntropyTarget, CustomRegulariser], Field(discriminator="kind")
+]

@@ -1,0 +1,146 @@
+"""Slot S4: the token weight w_t. What each choice does is in pipeline/objective/weights.py."""
+
+from __future__ import annotations
+
+from typing import Annotated, ClassVar, Literal, Union
+
+from pydantic import Field, model_validator
+
+from pipeline.settings.custom import Custom
+from pipeline.settings.section import Int, NonNegative, Probability, Section, Share, Temperature, refuse_ignored
+
+
+class UniformWeight(Section):
+    """S4: every response token weighs 1."""
+
+    kind: Literal["uniform"]
+
+
+Signal = Literal["reference_energy", "reference_entropy", "behaviour_nll", "logprob_shift", "shuffled_energy"]
+
+
+class ActFocusWeight(Section):
+    """S4: ActFocus (arXiv 2605.14558)."""
+
+    kind: Literal["actfocus"]
+    reasoning_downweight: NonNegative = 0.1
+    """alpha: weight of reasoning tokens."""
+    redistribution_strength: NonNegative = 0.5
+    """beta: how much weight the signal adds to action tokens."""
+    redistribution_temperature: Temperature = 1.0
+    """tau: 1 is the paper; large is flat, small is a threshold at the mean."""
+    form: Literal["sigmoid", "softmax"] = "sigmoid"
+    """``sigmoid`` is the paper's; ``softmax`` keeps the total weight of a trajectory's action tokens (needs beta <= 1)."""
+    signal: Signal = "reference_energy"
+    """What is z-scored over the action tokens of the update batch; ``shuffled_energy`` is a control."""
+    focus: Literal["action", "reasoning"] = "action"
+    """Which tokens the signal raises; ``reasoning`` is a control, the mirror image: action tokens weigh alpha."""
+    think_tag_weight: NonNegative | None = None
+    """Weight of think tags; null is reasoning_downweight. The paper does not say."""
+    answer_tag_weight: NonNegative = 1.0
+    """Weight of answer tags. The paper does not say."""
+    malformed_weight: NonNegative | None = None
+    """Weight of text that has left the format; null is reasoning_downweight. The paper does not say. A small one hardly
+    blames a response for breaking the format where a wrong action is blamed in full."""
+
+    @model_validator(mode="after")
+    def _effective(self) -> ActFocusWeight:
+        if self.form == "softmax" and self.redistribution_strength > 1:
+            raise ValueError("form softmax needs redistribution_strength <= 1")
+        if self.redistribution_strength == 0:
+            refuse_ignored(self, "redistribution_strength is 0", "redistribution_temperature", "signal", "form")
+        return self
+
+
+class RoleRampWeight(Section):
+    """S4: weights by role, reasoning's growing over training, then mean 1 per trajectory (ResT, arXiv 2509.21826).
+
+    Our roles do not tell an action's name from its arguments: action tokens weigh as the published tool name.
+    """
+
+    kind: Literal["role_ramp"]
+    tag: NonNegative = 1.0
+    """Weight of tags."""
+    action: NonNegative = 1.2
+    """Weight of action tokens."""
+    reasoning_start: NonNegative = 0.6
+    """Weight of reasoning tokens, and of text that has left the format, in the first iteration."""
+    reasoning_growth: NonNegative = 0.002
+    """What it gains per iteration."""
+    reasoning_end: NonNegative = 1.0
+    """Where it stops."""
+
+
+class TopEntropyWeight(Section):
+    """S4: only the tokens of highest entropy are trained on (80/20, arXiv 2506.01939)."""
+
+    kind: Literal["top_entropy"]
+    share: Share = 0.2
+    """rho: share of the batch's trainable tokens that is kept, by the behaviour policy's entropy."""
+
+
+class SpuriousMaskWeight(Section):
+    """S4: rewarded tokens that were unlikely though the policy was sure are left out (STAPO, arXiv 2602.15620)."""
+
+    kind: Literal["spurious_mask"]
+    probability: Share = 0.002
+    """A token below this probability under the behaviour policy is unlikely."""
+    quantile: Probability = 0.75
+    """The policy was sure if the entropy is below this quantile over unlikely tokens of successful trajectories."""
+
+
+class AttenuatedWeight(Section):
+    """S4: tokens of low entropy are attenuated (EGSPO, arXiv 2602.03309)."""
+
+    kind: Literal["attenuated"]
+    quantile: Probability = 0.5
+    """Tokens below this quantile of the behaviour policy's entropy over the batch are attenuated. Ours."""
+    low_entropy_weight: NonNegative = 0.3
+    """Their weight; the others weigh 1. Ours."""
+
+    @model_validator(mode="after")
+    def _effective(self) -> AttenuatedWeight:
+        if self.low_entropy_weight == 1:
+            refuse_ignored(self, "low_entropy_weight is 1", "quantile")
+        return self
+
+
+class PivotWeight(Section):
+    """S4: more weight on tokens whose entropy stands out within their part of the trajectory (after ERPO, 2603.28204)."""
+
+    kind: Literal["pivots"]
+    buckets: Annotated[Int, Field(ge=1, le=1000)] = 4
+    """Equal parts into which each trajectory's sampled tokens are cut by progress. Ours."""
+    quantile: Probability = 0.8
+    """A pivot's entropy is at least this quantile over the batch's tokens of the same part. Ours."""
+    strength: NonNegative = 1.0
+    """What a pivot weighs beyond 1. Ours."""
+
+    @model_validator(mode="after")
+    def _effective(self) -> PivotWeight:
+        if self.strength == 0:
+            refuse_ignored(self, "strength is 0", "buckets", "quantile")
+        return self
+
+
+class CustomWeight(Custom):
+    """S4: a function of one's own."""
+
+    slot: ClassVar[str] = "weight"
+    shuffle: bool = False
+    """A control: each role's tokens have the function's weights in a random order."""
+
+
+Weight = Annotated[
+    Union[
+        UniformWeight,
+        ActFocusWeight,
+        RoleRampWeight,
+        TopEntropyWeight,
+        SpuriousMaskWeight,
+        AttenuatedWeight,
+        PivotWeight,
+        CustomWeight,
+    ],
+    Field(discriminator="kind"),
+]
