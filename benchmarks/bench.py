@@ -31,20 +31,23 @@ from benchmarks.baselines import GenerateEngine, padded_scores
 from benchmarks.flops import forward_flops, sampling_flops
 from pipeline.energy.annotate import annotate
 from pipeline.model.kernels.library import library
-from pipeline.model.policy import Policy, load_trained
+from pipeline.model.loading import load_trained
+from pipeline.model.policy import Policy
 from pipeline.model.scoring import length_batches, predicting_hidden, score_tokens
 from pipeline.model.trunk import Attend, Heads, packed_attention, padded_attention
-from pipeline.rollout.collector import collect, iteration_specs
+from pipeline.rollout.collector import collect
 from pipeline.rollout.engine import Continuation, Request, Sampling
+from pipeline.rollout.specs import iteration_specs
 from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.settings.params import Config, load
 from pipeline.settings.presets import resolve_preset
 from pipeline.training.result import table_slice
-from pipeline.trajectories.trajectory import Trajectories, TrajectoryError, read
+from pipeline.trajectories.table import read
+from pipeline.trajectories.trajectory import Trajectories, TrajectoryError
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.files import write_json
 from pipeline.workspace.layout import Layout
-from pipeline.workspace.processes import Report, run_in_processes
+from pipeline.workspace.processes import Tell, run_in_processes
 from pipeline.workspace.yaml_files import read_yaml
 
 REPEATS = 5
@@ -345,7 +348,7 @@ def training_task(setup: Setup, method: str, iterations: int, folder: Path) -> A
     return TrainingJob(task, setup.table, run_settings(config, folder, ENVIRONMENT, method, made_from)[0])
 
 
-def train(job: Any, report: Report) -> list[dict[str, float]]:
+def train(job: Any, report: Tell) -> list[dict[str, float]]:
     """Train; returns what each iteration took."""
     from pipeline.training.run import train_one
 

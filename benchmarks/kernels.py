@@ -28,7 +28,7 @@ from pipeline.model.kernels import native
 from pipeline.model.kernels.library import CHOICE, library, usable
 from pipeline.model.policy import Policy
 from pipeline.model.trunk import Heads, padded_attention
-from pipeline.rollout.cache import SlotCache
+from pipeline.rollout.key_value_cache import SlotCache
 
 CAPABILITY = {"avx512": "avx512", "avx2": "avx2", "baseline": "default", "neon": "default"}
 """What PyTorch calls them."""

@@ -36,11 +36,12 @@ from transformers import DynamicCache, GenerationConfig, PrinterCallback, Traine
 from transformers.utils import logging
 from trl import GRPOConfig, GRPOTrainer
 
-from pipeline.model.policy import load_policy
-from pipeline.rollout.collector import collect, iteration_specs
+from pipeline.model.loading import load_policy
+from pipeline.rollout.collector import collect
 from pipeline.rollout.engine import Continuation, Follow, Request, Sampling
+from pipeline.rollout.specs import iteration_specs
 from pipeline.settings.params import Config, load
-from pipeline.trajectories.prompting import END_OF_RESPONSE
+from pipeline.trajectories.parsing import END_OF_RESPONSE
 
 CONFIGURATIONS = {
     "plain": "model.generate once a turn on the active episodes' whole dialogues, left-padded, with a fresh dynamic cache",

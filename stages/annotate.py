@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pipeline.commands.command import configured, layout_of, next_command, parse_arguments, run
-from pipeline.trajectories.trajectory import concatenate, read
+from pipeline.trajectories.table import read, write
+from pipeline.trajectories.trajectory import concatenate
 
 
 def main() -> str:
@@ -28,7 +29,7 @@ def main() -> str:
     }
     annotated = concatenate(list(run_in_processes(annotate_part, tasks, config.workers, f"annotate {name}").values()))
     target = layout.annotated(name)
-    annotated.write(target)
+    write(annotated, target)
     return (
         f"{target}: {len(annotated)} episodes, {int(annotated.sampled.sum())} sampled tokens with their energies. "
         f"{next_command(arguments, 'bottleneck', environment=name)}"

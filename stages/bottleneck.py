@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pipeline.commands.command import configured, layout_of, next_command, parse_arguments, run
-from pipeline.trajectories.trajectory import read
+from pipeline.trajectories.table import read
 
 
 def main() -> str:

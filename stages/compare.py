@@ -18,7 +18,7 @@ def main() -> str:
     from pipeline.report.sweep import read_sweeps
     from pipeline.report.viewer import SavedTokenizer, read_all_played, viewer_data
     from pipeline.tracking.comparison import log_comparison
-    from pipeline.trajectories.trajectory import read
+    from pipeline.trajectories.table import read
     from pipeline.workspace.errors import UserError
     from pipeline.workspace.files import read_json, write_json, write_text
 

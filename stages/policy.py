@@ -13,11 +13,10 @@ def main() -> str:
     from pipeline.bootstrap.supervision import bootstrap, expert_of
     from pipeline.environments import make
     from pipeline.environments.registry import reset
-    from pipeline.model.policy import load_policy, longest_context
+    from pipeline.model.loading import load_policy, longest_context
     from pipeline.progress.display import Display, doing
     from pipeline.rollout.acceptance import accept
     from pipeline.workspace.errors import UserError
-    from pipeline.workspace.files import replacing
 
     torch.set_num_threads(config.workers)
     target = layout_of(config).policy
@@ -52,8 +51,7 @@ def main() -> str:
             )
     if settings.kind == "pretrained":
         accept(policy, settings.model, config)
-    with replacing(target) as partial:
-        policy.save(partial)
+    policy.save(target)
     size = sum(p.numel() for p in policy.model.parameters())
     following = next_command(arguments, "rollout", environment=next(iter(config.environments)))
     return f"{target}: {size / 1e6:.2f} M parameters, {len(policy.tokenizer)} tokens. {following}"

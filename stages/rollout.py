@@ -12,7 +12,8 @@ def main() -> str:
     import transformers.models.auto.modeling_auto  # noqa: F401  (imported before the processes fork)
 
     from pipeline.progress.display import doing
-    from pipeline.rollout.table import sample_slice
+    from pipeline.rollout.slices import sample_slices
+    from pipeline.trajectories.table import write
     from pipeline.trajectories.trajectory import RESPONSES, concatenate
     from pipeline.workspace.processes import run_in_processes
 
@@ -21,12 +22,12 @@ def main() -> str:
     tasks = {
         f"slice {n}": (config, name, layout.policy, list(slices[n :: config.workers])) for n in range(config.workers)
     }
-    parts = run_in_processes(sample_slice, tasks, config.workers, f"rollout {name}")
+    parts = run_in_processes(sample_slices, tasks, config.workers, f"rollout {name}")
     by_seed = {seed: part for result in parts.values() for seed, part in result.items()}
     doing("writing the table")
     table = concatenate([by_seed[seed] for seed in slices])
     target = layout.trajectories(name)
-    table.write(target)
+    write(table, target)
     success = sum(table.episodes["success"]) / len(table)
     responses = table.responses
     turns = ", ".join(f"{responses.count(kind)} {kind}" for kind in RESPONSES)

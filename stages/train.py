@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipeline.commands.command import configured, layout_of, next_command, parse_arguments, run
-from pipeline.trajectories.trajectory import TrajectoryError, read
+from pipeline.trajectories.table import read
+from pipeline.trajectories.trajectory import TrajectoryError
 from pipeline.workspace.files import lock, read_json, write_json
 from pipeline.workspace.layout import Cache
 

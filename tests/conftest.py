@@ -65,6 +65,6 @@ def migrated(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture
 def policy(directory: Path) -> Policy:
     """The tiny reference policy, to be trained."""
-    from pipeline.model.policy import load_policy
+    from pipeline.model.loading import load_policy
 
     return load_policy(directory)

@@ -9,9 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.rollout.branching import Forest
-from pipeline.rollout.collector import EpisodeSpec, Setup, iteration_specs
 from pipeline.rollout.engine import Continuation, Follow, Request, Sampling
+from pipeline.rollout.episode import Setup
+from pipeline.rollout.forest import Forest
+from pipeline.rollout.specs import EpisodeSpec, iteration_specs
 from pipeline.settings.branching import EntropyRise, Positions, TemperatureSwitch, TreeSearch
 from pipeline.settings.params import Config
 from pipeline.settings.section import Section
@@ -99,7 +100,7 @@ def grow(
 def in_order(forest: Forest, waves: Iterable[Trajectories]) -> Trajectories:
     table = concatenate(list(waves))
     place = {name: index for index, name in enumerate(table.episodes["episode_id"])}
-    return table.select([place[name] for name in forest.order()])
+    return table.select([place[episode.spec.episode_id] for tree in forest.trees for episode in tree.episodes])
 
 
 def planted(

@@ -20,9 +20,11 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BertConfig, BertL
 
 from pipeline.bootstrap.tokenizer import train_tokenizer
 from pipeline.energy.annotate import annotate
-from pipeline.model.policy import Policy, load_policy, longest_context
+from pipeline.model.loading import load_policy, longest_context
+from pipeline.model.policy import Policy
 from pipeline.rollout.acceptance import accept
-from pipeline.rollout.collector import collect, iteration_specs
+from pipeline.rollout.collector import collect
+from pipeline.rollout.specs import iteration_specs
 from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.settings.params import Config
 from pipeline.settings.presets import overlay

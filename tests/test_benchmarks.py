@@ -28,7 +28,8 @@ from pipeline.bootstrap.tokenizer import train_tokenizer
 from pipeline.commands.publish import MARKS, blocks_of, fenced, name_commits, publish_block, replace_block
 from pipeline.model.policy import Policy
 from pipeline.model.scoring import predicting_hidden, score_tokens
-from pipeline.rollout.collector import collect, iteration_specs
+from pipeline.rollout.collector import collect
+from pipeline.rollout.specs import iteration_specs
 from pipeline.settings.params import load
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.files import write_json

@@ -19,8 +19,8 @@ from pipeline.bootstrap.supervision import bootstrap
 from pipeline.energy.annotate import annotate
 from pipeline.environments.registry import OURS, make, reset
 from pipeline.evaluation.evaluate import EvaluationTask, evaluate_policy
-from pipeline.model.policy import load_policy
-from pipeline.rollout.table import sample_slice
+from pipeline.model.loading import load_policy
+from pipeline.rollout.slices import sample_slices
 from pipeline.settings.custom import Custom
 from pipeline.settings.method import Method
 from pipeline.settings.params import Config, Environment, ScratchPolicy, parse
@@ -164,7 +164,7 @@ def test_a_drawn_params_file_rolls_out_annotates_trains_and_evaluates(
     print(
         config.model_dump(include={"seeds", "rollout", "train", "evaluation", "environments"}), config.methods["drawn"]
     )
-    (table,) = sample_slice((config, LAKE, directory, [0]), quiet).values()
+    (table,) = sample_slices((config, LAKE, directory, [0]), quiet).values()
     annotated = annotate(table, load_policy(directory), config.rollout.temperature, config.train.tokens_per_forward)
     assert np.isfinite(annotated.energy[annotated.sampled]).all()
     bottleneck(annotated, 100)

@@ -9,7 +9,7 @@ import multiprocessing
 import os
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +25,12 @@ from pipeline.environments import make
 from pipeline.environments.registry import EXTRAS, parse_action, reset, step
 from pipeline.model.policy import Policy
 from pipeline.progress.timing import Phases
-from pipeline.rollout.branching import Forest, branches_by_role
-from pipeline.rollout.collector import Episode, EpisodeSpec, Setup, collect, iteration_specs
+from pipeline.rollout.branch_scores import omega
+from pipeline.rollout.collector import collect
 from pipeline.rollout.engine import Continuation, Sampling
-from pipeline.rollout.scores import omega
+from pipeline.rollout.episode import Episode, Setup
+from pipeline.rollout.forest import Forest, branches_by_role
+from pipeline.rollout.specs import EpisodeSpec, iteration_specs
 from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.settings.branching import Independent, Positions
 from pipeline.settings.params import Config, Environment
@@ -37,8 +39,9 @@ from pipeline.training.collection import Collection
 from pipeline.training.module import PolicyGradient
 from pipeline.training.result import TrainingTask, training_task
 from pipeline.training.run import TrainingJob, train_one
-from pipeline.trajectories.prompting import Dialogue, decode, token_roles
-from pipeline.trajectories.trajectory import Role, Trajectories, read
+from pipeline.trajectories.parsing import decode, token_roles
+from pipeline.trajectories.table import read, to_table, write
+from pipeline.trajectories.trajectory import Role, Trajectories
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.files import read_json
 from pipeline.workspace.randomness import generator
@@ -182,7 +185,7 @@ def test_any_forest_meets_its_budget_with_branches_of_its_own_episodes(
     if share == 1 and isinstance(section, Positions):
         assert (made.parents == -1).all()
     again = planted(changed, section, specs=specs, score=score)
-    assert again.to_table().equals(made.to_table())
+    assert to_table(again).equals(to_table(made))
 
 
 def test_branches_grow_from_branches_and_siblings_at_one_place_go_their_own_ways() -> None:
@@ -259,9 +262,7 @@ def test_a_branch_may_say_as_much_as_was_left_and_draws_as_its_name_says(number:
 
 def test_what_a_response_turns_out_to_be_decides_on_the_beginning_that_it_shares() -> None:
     """An action is one only if its tag is closed; the parent's stays what it was."""
-    section = lake().environments[NAME]
-    dialogue = Dialogue(TOKENIZER, "compact", "", section.response_tokens)
-    parent = Episode(section, dialogue, EpisodeSpec("p", "g", 1, 0, 0, 0, (0, "t")), Phases())
+    parent = Episode(Setup(TOKENIZER, lake(), NAME), EpisodeSpec("p", "g", 1, 0, 0, 0, (0, "t")))
     said, start = TOKENIZER(says("Up"), add_special_tokens=False)["input_ids"], len(parent.builder)
     parent.take(Continuation(said, [0.0] * len(said), [0.0] * len(said), "stop", 0))
     closed = list(parent.builder.tokens["role"])
@@ -292,12 +293,11 @@ def test_a_replayed_environment_is_the_one_that_was_there(name: str, monkeypatch
     monkeypatch.syspath_prepend(EXAMPLES)
     limits = {"max_turns": 9, "response_tokens": 400, "context_tokens": 100_000, "actions_per_turn": 2}
     section = SOUND.get(name, Environment(id=name)).model_copy(update=limits)
-    dialogue = Dialogue(TOKENIZER, "compact", "", section.response_tokens)
-    compared = 0
+    setup, compared = Setup(TOKENIZER, config().model_copy(update={"environments": {NAME: section}}), NAME), 0
     for state in range(3):
         draws = np.random.default_rng(state)
         spec = EpisodeSpec(str(state), str(state), state, 0, 0, 70 + state, (0, "tokens", state))
-        episode, copies = Episode(section, dialogue, spec, Phases()), list[Any]()
+        episode, copies = Episode(setup, spec), list[Any]()
         while not episode.done:
             copies.append((copy.deepcopy(episode.environment), episode.observation))
             actions = [random_action(episode.environment, draws) for _ in range(2)]
@@ -343,11 +343,11 @@ def test_an_environment_that_cannot_be_led_there_again_is_named_in_one_line() ->
     changed = config({"group_size": 6}, max_turns=12, context_tokens=900)
     walk = changed.environments[NAME].model_copy(update={"id": "Forgetful-v0", "settings": {}})
     changed = changed.model_copy(update={"environments": {NAME: walk}})
-    dialogue = Dialogue(TOKENIZER, "compact", "", walk.response_tokens)
+    setup = Setup(TOKENIZER, changed, NAME)
     said = TOKENIZER(says("left"), add_special_tokens=False)["input_ids"]
     refusals = []
     for state in range(20):
-        episode = Episode(walk, dialogue, EpisodeSpec("e", "g", state, 0, 0, state, (0, "t")), Phases())
+        episode = Episode(setup, EpisodeSpec("e", "g", state, 0, 0, state, (0, "t")))
         while not episode.done:
             episode.take(Continuation(said, [0.0] * len(said), [0.0] * len(said), "stop", 0))
         try:
@@ -478,8 +478,8 @@ def test_without_branches_a_forest_is_the_table_of_the_independent_engine(
     """Byte for byte."""
     changed = at_temperature(0.8)
     specs = iteration_specs(changed, NAME, 0, 0)
-    collect(engine_of(speaker), speaker.tokenizer, changed, NAME, specs, 0.8).write(tmp_path / "independent")
-    planted(changed, UNBRANCHED[growth], engine_of(speaker), speaker.tokenizer).write(tmp_path / "forest")
+    write(collect(engine_of(speaker), speaker.tokenizer, changed, NAME, specs, 0.8), tmp_path / "independent")
+    write(planted(changed, UNBRANCHED[growth], engine_of(speaker), speaker.tokenizer), tmp_path / "forest")
     assert (tmp_path / "forest").read_bytes() == (tmp_path / "independent").read_bytes()
 
 
@@ -557,9 +557,14 @@ def collection_of(policy: Policy, method: str, changed: Config) -> Collection:
     )
 
 
+def rounds_of(collection: Collection, number: int) -> Iterator[Trajectories]:
+    """The annotated episodes of each of an iteration's rounds."""
+    return map(collection.annotate, collection.collect(number))
+
+
 def test_appos_omega_is_one_before_an_update_and_another_after_it(policy: Policy) -> None:
     changed = branching_config()
-    (table,) = collection_of(policy, "grpo", changed).rounds(0)
+    (table,) = rounds_of(collection_of(policy, "grpo", changed), 0)
 
     def leads() -> np.ndarray:
         now = score_trajectories(policy, table, 1.0, 4096)[0]
@@ -591,18 +596,18 @@ def test_appo_updates_on_its_initial_episodes_then_samples_its_branches_and_upda
 def test_rounds_of_a_collection(policy: Policy) -> None:
     """Where the policy has to move first the initial episodes come first, and again among all."""
     for method in METHODS:
-        found = list(collection_of(policy, method, branching_config()).rounds(1))
+        found = list(rounds_of(collection_of(policy, method, branching_config()), 1))
         assert [len(episodes) for episodes in found] == ([4, 8] if method == "appo" else [8])
         assert all(episodes.annotated for episodes in found)
         assert set(found[-1].episodes["iteration"]) == {1}
         if method == "appo":
             again = found[1].select([e for e, parent in enumerate(found[1].parents) if parent < 0])
-            assert again.to_table().equals(found[0].to_table())
+            assert to_table(again).equals(to_table(found[0]))
 
 
 def test_branches_after_an_update_are_sampled_by_the_policy_as_it_is_then(policy: Policy) -> None:
     """Nothing of their prefixes is left that the policy before it has computed."""
-    rounds = collection_of(policy, "appo", branching_config()).rounds(0)
+    rounds = rounds_of(collection_of(policy, "appo", branching_config()), 0)
     next(rounds)
     with torch.no_grad():
         for parameter in policy.model.parameters():
@@ -621,7 +626,7 @@ def test_scores_of_a_group_do_not_depend_on_other_groups(policy: Policy, method:
     """The same state beside one other and beside three: its branches begin at the same places."""
     few = branching_config()
     many = branching_config({"rollout": {"groups": 4}, "bottleneck": {"groups": 4}})
-    tables = [list(collection_of(policy, method, changed).rounds(0))[-1] for changed in (few, many)]
+    tables = [list(rounds_of(collection_of(policy, method, changed), 0))[-1] for changed in (few, many)]
     places = [list(zip(table.episodes["parent"], table.episodes["split"], strict=True))[:8] for table in tables]
     assert places[0] == places[1]
     assert any(split for _, split in places[0])
@@ -630,7 +635,7 @@ def test_scores_of_a_group_do_not_depend_on_other_groups(policy: Policy, method:
 def test_what_was_sampled_at_another_temperature_is_trained_on_at_the_rollouts(policy: Policy) -> None:
     changed = branching_config()
     collection = collection_of(policy, "switch", changed)
-    (sampled,) = collection.rounds(0)
+    (sampled,) = rounds_of(collection, 0)
     assert sampled.episodes["temperature"] == [1.0, 1.0, 2.0, 2.0] * 2
     trained = collection.at_temperature(sampled)
     policy.model.eval()
@@ -643,7 +648,7 @@ def test_what_was_sampled_at_another_temperature_is_trained_on_at_the_rollouts(p
     module = fit(PolicyGradient(changed, LAKE, "switch", 0, policy), 1)
     assert module.curve[0]["recompute_error"] < 1e-4
     assert module.last_episodes is not None
-    assert module.last_episodes.to_table().equals(sampled.to_table())
+    assert to_table(module.last_episodes).equals(to_table(sampled))
 
 
 # ------------------------------------------------------------------------------------------------- killed and run again
@@ -654,7 +659,7 @@ def killed_within_a_tree(task: TrainingTask) -> None:
     wave = Forest.wave
 
     def fatal(forest: Forest) -> Trajectories | None:
-        if forest.trees[0].specs[0].iteration == 1 and forest.order():
+        if forest.trees[0].specs[0].iteration == 1 and forest.trees[0].episodes:
             os.kill(os.getpid(), signal.SIGKILL)
         return wave(forest)
 

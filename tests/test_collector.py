@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -27,14 +27,19 @@ from pipeline.model.policy import Policy
 from pipeline.objective.batch import token_batch
 from pipeline.objective.weights import actfocus_weights
 from pipeline.progress.timing import Phases
-from pipeline.rollout.collector import INVALID, EpisodeSpec, Setup, collect, group_specs, iteration_specs
+from pipeline.rollout import collector
+from pipeline.rollout.collector import collect
 from pipeline.rollout.engine import Continuation, Follow, Request, Sampling
+from pipeline.rollout.episode import Episode, Setup
+from pipeline.rollout.specs import EpisodeSpec, group_specs, iteration_specs
 from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.settings.params import Config, Environment, Phase, parse
 from pipeline.settings.weight import ActFocusWeight
-from pipeline.trajectories.prompting import END_OF_RESPONSE, Dialogue
+from pipeline.trajectories.parsing import END_OF_RESPONSE
+from pipeline.trajectories.prompting import INVALID, Dialogue
 from pipeline.trajectories.records import episode_records
-from pipeline.trajectories.trajectory import RESPONSE_ROLES, RESPONSES, Role, Trajectories, read
+from pipeline.trajectories.table import read, to_table, write
+from pipeline.trajectories.trajectory import RESPONSE_ROLES, RESPONSES, Role, Trajectories
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.randomness import generator
 from pipeline.workspace.yaml_files import read_yaml
@@ -588,7 +593,7 @@ def test_equal_specs_give_equal_bytes(tmp_path: Path) -> None:
     contents = []
     for name in ("one", "two"):
         made, _ = play(settings, wander)
-        made.write(tmp_path / name)
+        write(made, tmp_path / name)
         contents.append((tmp_path / name).read_bytes())
     assert contents[0] == contents[1]
 
@@ -598,7 +603,7 @@ def test_number_of_episodes_at_once_changes_nothing() -> None:
     specs = iteration_specs(settings, NAME, 0, 0)
     for at_once in (6, 4, 1):
         engine = ScriptedEngine(wander, [spec.episode_id for spec in specs], at_once)
-        tables.append(collect(engine, TOKENIZER, settings, NAME, specs, 1.0).to_table())
+        tables.append(to_table(collect(engine, TOKENIZER, settings, NAME, specs, 1.0)))
         assert engine.most_open == at_once
         assert engine.forgotten == 1
     assert tables[0].equals(tables[1])
@@ -616,17 +621,19 @@ def test_the_environment_is_timed_apart() -> None:
     assert min(taken.values()) > 0
 
 
-def test_every_finished_episode_is_reported() -> None:
-    settings, reported = config(), list[tuple[int, int]]()
-    specs = iteration_specs(settings, NAME, 0, 0)
+def test_an_episode_begins_when_there_is_room_for_it() -> None:
+    settings, begun = config(), list[Episode]()
+    specs, setup = iteration_specs(settings, NAME, 0, 0), Setup(TOKENIZER, settings, NAME)
+
+    def episodes() -> Iterator[Episode]:
+        for spec in specs:
+            assert sum(not episode.done for episode in begun) < 2
+            begun.append(setup.begin(spec))
+            yield begun[-1]
+
     engine = ScriptedEngine(wander, [spec.episode_id for spec in specs], 2)
-
-    def progress(episodes: int) -> None:
-        reported.append((episodes, len(engine.asked)))
-
-    collect(engine, TOKENIZER, settings, NAME, specs, 1.0, progress)
-    assert [episodes for episodes, _ in reported] == [1] * len(specs)
-    assert reported[0][1] == 2  # when the first one ends, only two have begun
+    assert collector.play(engine, episodes(), 1.0) == begun
+    assert len(begun) == len(specs)
 
 
 @pytest.fixture(scope="module")
@@ -652,7 +659,7 @@ def test_a_real_policy_is_recorded_with_the_log_probabilities_of_its_tokens(poli
     for name in ("one", "two"):
         specs = iteration_specs(settings, NAME, 0, 0)
         made = collect(TransformersEngine(policy, 4, policy_version=3), TOKENIZER, settings, NAME, specs, 0.8)
-        made.write(tmp_path / name)
+        write(made, tmp_path / name)
     assert (tmp_path / "one").read_bytes() == (tmp_path / "two").read_bytes()
     assert set(made.episodes["policy_version"]) == {3}
     assert made.lengths.min() > 2 * 24
@@ -824,7 +831,7 @@ def test_any_text_of_an_environment_stays_in_its_role_and_can_be_stored(text: st
             np.testing.assert_array_equal(*chosen)
         else:
             np.testing.assert_array_equal(*(ids[np.isin(ids, special)] for ids in chosen))
-    hostile.write(tmp_path / "table")
+    write(hostile, tmp_path / "table")
     again = read(tmp_path / "table")
     assert again.turns == hostile.turns
     assert again.episodes == hostile.episodes

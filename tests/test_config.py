@@ -605,7 +605,7 @@ def test_a_missing_model_is_one_line(
 def test_a_policy_that_was_not_made_yet_is_not_looked_for_on_the_hub(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from pipeline.model.policy import load_trained
+    from pipeline.model.loading import load_trained
 
     config = load(ROOT / "params.yaml")
     monkeypatch.chdir(tmp_path)

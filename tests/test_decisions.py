@@ -11,9 +11,11 @@ import pytest
 
 from pipeline.analysis import decisions as subject
 from pipeline.analysis.decisions import SIGNALS, Plan, Position, components, decisions, resampled, summarised
-from pipeline.model.policy import load_trained
+from pipeline.model.loading import load_trained
 from pipeline.report.decision_figures import decisions_text, draw_decisions
-from pipeline.rollout.collector import Episode, Setup, iteration_specs, play
+from pipeline.rollout.collector import play
+from pipeline.rollout.episode import Episode, Setup
+from pipeline.rollout.specs import iteration_specs
 from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.workspace.errors import UserError
 from tests.trainings import LAKE, ROOT, configured

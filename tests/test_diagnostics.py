@@ -14,7 +14,8 @@ from scipy import stats
 
 from pipeline.analysis.bottleneck import bottleneck, group_energy
 from pipeline.report.bottleneck_figures import draw_bottleneck
-from pipeline.trajectories.trajectory import RESPONSE_ROLES, EpisodeBuilder, Role, Trajectories, TrajectoryError, build
+from pipeline.trajectories.builder import EpisodeBuilder, build
+from pipeline.trajectories.trajectory import RESPONSE_ROLES, Role, Trajectories, TrajectoryError
 
 GROUPS, SIZE = 40, 8
 Returns = Callable[[int, int], float]

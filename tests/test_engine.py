@@ -28,7 +28,8 @@ from transformers import (
 
 from pipeline.bootstrap.tokenizer import train_tokenizer
 from pipeline.model.kernels import library, native
-from pipeline.model.policy import Policy, load_policy
+from pipeline.model.loading import load_policy
+from pipeline.model.policy import Policy
 from pipeline.model.trunk import hidden_states
 from pipeline.rollout import transformers_engine
 from pipeline.rollout.engine import Continuation, Follow, Request, RolloutEngine, Sampling

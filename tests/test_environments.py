@@ -21,8 +21,9 @@ from pipeline.bootstrap.tokenizer import train_tokenizer
 from pipeline.environments import initial_states, make, split_of
 from pipeline.environments.frozen_lake import MOVES, FrozenLake, FrozenLakeExpert
 from pipeline.environments.registry import OURS, SPLITS
-from pipeline.rollout.collector import collect, iteration_specs
+from pipeline.rollout.collector import collect
 from pipeline.rollout.engine import Continuation, Follow, Request, Sampling
+from pipeline.rollout.specs import iteration_specs
 from pipeline.settings.params import Config, Environment, parse
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.yaml_files import read_yaml

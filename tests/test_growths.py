@@ -13,10 +13,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.rollout.branching import (
-    ROOT,
-    Origin,
-    Tree,
+from pipeline.rollout.branch_scores import action_starts, blank_tokens, branch_scores, omega, standardised
+from pipeline.rollout.growths import (
     entropy_rise,
     expandable,
     monitored_budget,
@@ -26,10 +24,11 @@ from pipeline.rollout.branching import (
     temperature_switch,
     turn_path,
 )
-from pipeline.rollout.collector import iteration_specs
-from pipeline.rollout.scores import action_starts, blank_tokens, branch_scores, omega, standardised
+from pipeline.rollout.specs import iteration_specs
+from pipeline.rollout.tree import ROOT, Origin, Tree
 from pipeline.settings.branching import Independent
-from pipeline.trajectories.trajectory import EpisodeBuilder, Role, Trajectories, build
+from pipeline.trajectories.builder import EpisodeBuilder, build
+from pipeline.trajectories.trajectory import Role, Trajectories
 from tests.batches import properties
 from tests.forests import lake, planted, rows
 from tests.test_collector import NAME, TOKENIZER

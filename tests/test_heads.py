@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +21,14 @@ from pipeline.settings.heads import Critic, QFunction
 from pipeline.settings.params import parse
 from pipeline.settings.presets import overlay
 from pipeline.training import gradients, heads
-from pipeline.training.gradients import SHARES, gradient_share
+from pipeline.training.gradients import gradient_share
 from pipeline.training.heads import HEADS, Head, QHead, Scene, ValueHead, make_heads
-from pipeline.training.iteration import Example
-from pipeline.training.module import PolicyGradient, _Averages
+from pipeline.training.module import PolicyGradient
+from pipeline.training.tokens import TokenTable
+from pipeline.training.update import SHARES
 from pipeline.trajectories.trajectory import RESPONSE_ROLES, Role
 from pipeline.workspace.yaml_files import read_yaml
-from tests.trainings import standing
+from tests.trainings import standing, updated
 
 ROOT = Path(__file__).parents[1]
 VOCABULARY, WIDTH, TEMPERATURE = 23, 16, 0.8
@@ -382,6 +383,33 @@ def module_of(row: dict[str, Any]) -> PolicyGradient:
     return module
 
 
+@dataclass(frozen=True)
+class Example:
+    """One trajectory; columns have a row per trainable token."""
+
+    ids: np.ndarray
+    trainable: np.ndarray
+    columns: dict[str, Tensor]
+
+    def __getattr__(self, name: str) -> Tensor:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return self.columns[name]
+
+    def with_columns(self, **columns: Tensor) -> Example:
+        return replace(self, columns=self.columns | columns)
+
+
+def table_of(examples: Sequence[Example]) -> TokenTable:
+    """The trajectories one after the other."""
+    ids, trainable = (
+        torch.from_numpy(np.concatenate([getattr(e, name) for e in examples])) for name in ("ids", "trainable")
+    )
+    lengths = torch.tensor([len(example.ids) for example in examples])
+    columns = {name: torch.cat([e.columns[name] for e in examples]) for name in examples[0].columns}
+    return TokenTable(lengths, {"ids": ids.long(), "trainable": trainable}).with_columns(**columns)
+
+
 def some_examples(counts: Sequence[int], seed: int = 0, **heads: float) -> list[Example]:
     """One per count of trainable tokens, of all roles in turn, each after a token of an observation."""
     draws = np.random.default_rng(seed)
@@ -398,14 +426,16 @@ def some_examples(counts: Sequence[int], seed: int = 0, **heads: float) -> list[
             Example(
                 ids=ids,
                 trainable=trainable,
-                role=torch.tensor([int(RESPONSE_ROLES[(t + len(examples)) % 5]) for t in range(count)]).long(),
-                logprob=column(),
-                ref_logprob=column(-3.0),
-                advantage=column(),
-                weight=column().abs(),
-                entropy_terms=torch.zeros(count, 4),
-                noise=torch.from_numpy(draws.random(count)).float(),
-                heads={name: torch.full((count,), value) for name, value in heads.items()},
+                columns={
+                    "role": torch.tensor([int(RESPONSE_ROLES[(t + len(examples)) % 5]) for t in range(count)]).long(),
+                    "logprob_old": column(),
+                    "ref_logprob": column(-3.0),
+                    "advantage": column(),
+                    "weight": column().abs(),
+                    "entropy_terms": torch.zeros(count, 4),
+                    "noise": torch.from_numpy(draws.random(count)).float(),
+                    **{name: torch.full((count,), value) for name, value in heads.items()},
+                },
             )
         )
     return examples
@@ -433,7 +463,7 @@ def near(module: PolicyGradient, examples: list[Example], size: float) -> list[E
                 rows = distributions(module, module.policy, example)
             ids = torch.from_numpy(example.ids[example.trainable].astype(np.int64))
             now = rows[torch.arange(len(ids)), ids]
-            example = replace(example, logprob=now + size * example.logprob)
+            example = example.with_columns(logprob_old=now + size * example.logprob_old)
         result.append(example)
     return result
 
@@ -442,7 +472,7 @@ Loss = Callable[[PolicyGradient, Example, int, Tensor, bool], Tensor]
 
 
 def ppo_token(module: PolicyGradient, example: Example, t: int, logprob: Tensor, marked: bool) -> Tensor:
-    ratio = torch.exp(logprob - example.logprob[t])
+    ratio = torch.exp(logprob - example.logprob_old[t])
     advantage = float(example.advantage[t])
     held = min(max(float(ratio.detach()), 0.8), 1.28)
     if held * advantage < float(ratio.detach()) * advantage:
@@ -451,7 +481,7 @@ def ppo_token(module: PolicyGradient, example: Example, t: int, logprob: Tensor,
 
 
 def kl_cov_token(module: PolicyGradient, example: Example, t: int, logprob: Tensor, marked: bool) -> Tensor:
-    shift = logprob - example.logprob[t]
+    shift = logprob - example.logprob_old[t]
     return -torch.exp(shift) * example.advantage[t] + 2.0 * float(marked) * shift.abs()
 
 
@@ -492,7 +522,7 @@ def soft_token(module: PolicyGradient, example: Example, t: int, log_pi: Tensor)
     (head,) = module.heads
     assert isinstance(head, QHead)
     with torch.no_grad():
-        log_ref = distributions(module, module.reference, example)[t]
+        log_ref = distributions(module, module.learner.reference, example)[t]
         ids = torch.from_numpy(example.ids.astype(np.int64))[None]
         hidden = module.policy.backbone(input_ids=ids).last_hidden_state[0]
         q = head.head(hidden[np.flatnonzero(example.trainable)[t] - 1])
@@ -524,7 +554,7 @@ def test_gradient_shares_equal_those_of_every_token(
     expected = shares_of(examples, direct_norms(module, examples, loss_of))
     first, *others = module.model.parameters()
     kept = first.grad = torch.full_like(first, 3.0)
-    actual = gradient_share(module, examples, np.random.default_rng(0))
+    actual = gradient_share(module.learner, table_of(examples), np.random.default_rng(0))
     assert actual == pytest.approx(expected, rel=1e-3)
     assert sum(actual.values()) == pytest.approx(1.0)
     assert min(actual.values()) > 0.001
@@ -538,14 +568,14 @@ def test_gradient_shares_of_a_sample_are_estimates_of_the_whole(monkeypatch: pyt
     monkeypatch.setattr(gradients, "TOKENS_PER_ROLE", 1)
     module, (example,) = module_of(PPO), some_examples((6,))
     roles = torch.tensor([int(Role.ACTION)] * 2 + [int(Role.REASONING)] * 4)
-    (example,) = near(module, [replace(example, role=roles, advantage=-roles.float())], 0.05)
+    (example,) = near(module, [example.with_columns(role=roles, advantage=-roles.float())], 0.05)
     (norms,) = direct_norms(module, [example], ppo_token)
     possible = [2 * a / (2 * a + 4 * r) for a in norms[:2] for r in norms[2:]]
     assert min(abs(x - y) for x in possible for y in possible if x is not y) > 1e-4
     drawn = set()
     for seed in range(12):
-        actual = gradient_share(module, [example], np.random.default_rng(seed))
-        assert actual == gradient_share(module, [example], np.random.default_rng(seed))
+        actual = gradient_share(module.learner, table_of([example]), np.random.default_rng(seed))
+        assert actual == gradient_share(module.learner, table_of([example]), np.random.default_rng(seed))
         action = actual["measured_gradient_share_action"]
         (which,) = [i for i, share in enumerate(possible) if share == pytest.approx(action, abs=2e-5)]
         drawn.add(which)
@@ -563,7 +593,7 @@ def test_gradient_shares_look_at_so_many_trajectories_and_tokens(monkeypatch: py
         return 1.0
 
     monkeypatch.setattr(gradients, "_norm", norm)
-    shares = gradient_share(module, examples, np.random.default_rng(3))
+    shares = gradient_share(module.learner, table_of(examples), np.random.default_rng(3))
     everyone = torch.cat([e.role for e in examples])
     for name, roles in SHARES.items():
         expected = sum(int((everyone == role).sum()) for role in roles) / len(everyone)
@@ -573,8 +603,8 @@ def test_gradient_shares_look_at_so_many_trajectories_and_tokens(monkeypatch: py
 
 def test_without_any_gradient_there_are_no_shares() -> None:
     module, examples = module_of(PPO), some_examples((5,))
-    still = replace(examples[0], advantage=torch.zeros(5))
-    assert set(gradient_share(module, [still], np.random.default_rng(0)).values()) == {0.0}
+    still = table_of(examples).with_columns(advantage=torch.zeros(5))
+    assert set(gradient_share(module.learner, still, np.random.default_rng(0)).values()) == {0.0}
 
 
 def test_an_update_trains_q_and_its_target_follows() -> None:
@@ -589,8 +619,7 @@ def test_an_update_trains_q_and_its_target_follows() -> None:
     assert held == {id(p) for p in trained}
     before, policy = copy.deepcopy(head), [p.detach().clone() for p in module.model.parameters()]
     examples = some_examples((6, 3, 9), q_target=1.0, q_mask=1.0, taken=0.0, soft_value=0.0)
-    module._update(examples, 0, record := _Averages())
-    assert record.means()["q_gradient_norm"] > 0
+    assert updated(module, table_of(examples))["q_gradient_norm"] > 0
     assert not torch.equal(head.head.weight, before.head.weight)
     expected = 0.75 * before.target_head.weight + 0.25 * head.head.weight
     torch.testing.assert_close(head.target_head.weight, expected)

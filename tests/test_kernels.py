@@ -25,8 +25,9 @@ from pipeline.energy.annotate import score_trajectories
 from pipeline.model.kernels import library, native
 from pipeline.model.policy import Policy
 from pipeline.model.trunk import Heads, packed_attention
-from pipeline.rollout.cache import SlotCache
-from pipeline.rollout.collector import collect, iteration_specs
+from pipeline.rollout.collector import collect
+from pipeline.rollout.key_value_cache import SlotCache
+from pipeline.rollout.specs import iteration_specs
 from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.settings.params import parse
 from pipeline.workspace.errors import UserError

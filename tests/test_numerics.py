@@ -18,19 +18,23 @@ from torch import Tensor
 from pipeline.commands.command import run
 from pipeline.energy.annotate import annotate
 from pipeline.evaluation import evaluate as evaluation
-from pipeline.model.policy import Policy, load_policy
-from pipeline.rollout.collector import collect, iteration_specs
+from pipeline.model.loading import load_policy
+from pipeline.model.policy import Policy
+from pipeline.rollout.collector import collect
+from pipeline.rollout.specs import iteration_specs
 from pipeline.rollout.transformers_engine import TransformersEngine, sample
 from pipeline.training.checks import recomputed
-from pipeline.training.iteration import Example
-from pipeline.training.module import PolicyGradient, _Averages
+from pipeline.training.iteration import Iteration, run_iteration
+from pipeline.training.module import PolicyGradient
 from pipeline.training.result import training_task
 from pipeline.training.run import TrainingJob, train_one, train_until
+from pipeline.training.tokens import TokenTable
+from pipeline.training.update import Learner
 from pipeline.workspace import files
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.finite import NumericsError
 from pipeline.workspace.randomness import generator
-from tests.trainings import LAKE, configured, fit, left, quiet, standing, supervised, weights
+from tests.trainings import LAKE, configured, fit, left, quiet, standing, supervised, unmoved, updated, weights
 
 PRECISIONS = ("float32", "bfloat16")
 ROWS: dict[str, Any] = {
@@ -60,9 +64,8 @@ def begun(directory: Path, rate: float, dtype: str = "float32", method: str = "g
     return standing(PolicyGradient(config, LAKE, method, 0, load_policy(directory, dtype=dtype)))
 
 
-def examples(module: PolicyGradient) -> list[Example]:
-    (iteration,) = module.rounds()
-    return iteration.examples
+def table(module: PolicyGradient) -> TokenTable:
+    return unmoved(module).table
 
 
 def flat(module: torch.nn.Module) -> Tensor:
@@ -78,9 +81,9 @@ def test_a_policy_goes_as_far_in_low_precision_as_in_float32(directory: Path, dt
     moved = {}
     for kind in ("float32", dtype):
         module = begun(directory, 2e-4, kind)
-        before, own = flat(module.model), examples(begun(directory, 2e-4))
+        before, own = flat(module.model), table(begun(directory, 2e-4))
         for _ in range(12):
-            module._update(own, 0, _Averages())
+            updated(module, own)
         moved[kind] = flat(module.model) - before
     share = float(moved[dtype] @ moved["float32"] / moved["float32"].square().sum())
     assert 0.9 < share < 1.1
@@ -105,7 +108,7 @@ def test_a_target_network_follows_in_low_precision(directory: Path, dtype: str) 
 
 def test_gradients_of_low_precision_are_added_up_in_float32(directory: Path) -> None:
     module = begun(directory, 1e-4, "bfloat16")
-    masters = module._masters()[0]
+    masters = module.learner.masters[0]
     for value in (256.0, *[1.0] * 64):
         for parameter in module.model.parameters():
             parameter.grad = torch.full_like(parameter, value)
@@ -130,11 +133,11 @@ def test_vanishing_steps_of_a_head_are_refused_by_its_key(directory: Path, metho
     """From the first that moves anything: heads begin at 0, and nothing reaches their trunk before they have moved."""
     config = slowed(at_rate(1e-4), method, 1e-12, section)
     module = standing(PolicyGradient(config, LAKE, method, 0, load_policy(directory)))
-    own = examples(module)
-    module._update(own, 0, _Averages())
+    own = table(module)
+    updated(module, own)
     torch.nn.init.ones_(module.heads[0].head.weight)  # type: ignore[union-attr, arg-type]
     with pytest.raises(UserError, match=re.escape(f"methods.{method}.advantage.{section}.learning_rate: ")):
-        module._update(own, 0, _Averages())
+        updated(module, own)
 
 
 def test_the_smallest_rate_that_is_called_allowed_is_allowed(directory: Path) -> None:
@@ -150,10 +153,10 @@ def test_a_step_without_a_gradient_is_no_vanished_one(directory: Path) -> None:
     """Equal returns and no other term, parameters that nothing reaches; the first step that counts is watched then."""
     config = configured({"method_defaults": {"regulariser": {"entropy": 0.0, "kl": 0.0}}})
     module = standing(PolicyGradient(slowed(config, "grpo", 1e-12), LAKE, "grpo", 0, load_policy(directory)))
-    own = examples(module)
-    module._update([replace(e, advantage=torch.zeros_like(e.advantage)) for e in own], 0, _Averages())
+    own = table(module)
+    updated(module, own.with_columns(advantage=torch.zeros_like(own["advantage"])))
     with pytest.raises(UserError, match=r"methods\.grpo\.learning_rate"):
-        module._update([replace(e, advantage=torch.linspace(-1, 1, len(e.advantage))) for e in own], 0, _Averages())
+        updated(module, own.with_columns(advantage=torch.linspace(-1, 1, len(own["advantage"]))))
 
 
 # ------------------------------------------------------------------------------------------------------------ not finite
@@ -165,22 +168,22 @@ def job(directory: Path, cache: Path, method: str = "critic", dtype: str = "floa
     return TrainingJob(training_task(config, LAKE, method, 0, directory, cache), None, None)
 
 
-Fault = Callable[[PolicyGradient, torch.optim.Optimizer], None]
+Fault = Callable[[Learner, torch.optim.Optimizer], None]
 
 
 @torch.no_grad()
-def spoil_weight(module: PolicyGradient, optimizer: torch.optim.Optimizer) -> None:
-    module.model.model.layers[0].mlp.up_proj.weight[3, 5] = torch.nan
+def spoil_weight(learner: Learner, optimizer: torch.optim.Optimizer) -> None:
+    learner.policy.model.model.layers[0].mlp.up_proj.weight[3, 5] = torch.nan
 
 
 @torch.no_grad()
-def spoil_head(module: PolicyGradient, optimizer: torch.optim.Optimizer) -> None:
-    module.heads[0].head.bias[0] = -torch.inf
+def spoil_head(learner: Learner, optimizer: torch.optim.Optimizer) -> None:
+    learner.heads[0].head.bias[0] = -torch.inf
 
 
 @torch.no_grad()
-def spoil_state(module: PolicyGradient, optimizer: torch.optim.Optimizer) -> None:
-    optimizer.state[module.heads[0].head.weight]["exp_avg_sq"][0, 0] = torch.inf
+def spoil_state(learner: Learner, optimizer: torch.optim.Optimizer) -> None:
+    optimizer.state[learner.heads[0].head.weight]["exp_avg_sq"][0, 0] = torch.inf
 
 
 @pytest.mark.parametrize(
@@ -197,16 +200,15 @@ def test_a_training_stops_in_the_iteration_in_which_a_number_is_not_finite_and_g
 ) -> None:
     """Which is that of before, also below float32: it ends in the bytes of one that nothing has happened to."""
     spoilt = job(directory, tmp_path / "spoilt", dtype=dtype)
-    moved = PolicyGradient._moved
 
-    def spoiling(self: PolicyGradient, minibatch: list[Example]) -> dict[str, float]:
-        found = moved(self, minibatch)
-        if self.current_epoch == 1:
-            fault(self, self.optimizers().optimizer)  # type: ignore[union-attr]
-        return found
+    def spoiling(collection: Any, learner: Learner, optimizer: Any, memory: Any, curve: Any) -> Iteration:
+        done = run_iteration(collection, learner, optimizer, memory, curve)
+        if len(curve) == 1:
+            fault(learner, optimizer.optimizer)
+        return done
 
     with monkeypatch.context() as patch:
-        patch.setattr(PolicyGradient, "_moved", spoiling)
+        patch.setattr("pipeline.training.module.run_iteration", spoiling)
         for _ in range(2):
             with pytest.raises(NumericsError) as raised:
                 train_one(spoilt, quiet)
@@ -221,7 +223,7 @@ def test_a_training_stops_in_the_iteration_in_which_a_number_is_not_finite_and_g
 def test_a_metric_that_is_not_finite_ends_a_training(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(PolicyGradient, "_moved", lambda self, minibatch: {"distance": float("nan")})
+    monkeypatch.setattr("pipeline.training.iteration.moved", lambda *_: {"distance": float("nan")})
     with pytest.raises(NumericsError, match="iteration 0: distance is nan"):
         train_until(job(directory, tmp_path, "grpo"), 1, quiet)
 

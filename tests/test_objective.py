@@ -33,7 +33,8 @@ from pipeline.objective.weights import actfocus_weights, signal_values, uniform_
 from pipeline.settings.filter import RewardVariance
 from pipeline.settings.method import Method
 from pipeline.settings.weight import ActFocusWeight
-from pipeline.trajectories.trajectory import EpisodeBuilder, Role, build
+from pipeline.trajectories.builder import EpisodeBuilder, build
+from pipeline.trajectories.trajectory import Role
 from tests.batches import CLOSE, batches, method, noise, population, properties, section, sigmoid
 
 SIGNALS = ("reference_energy", "reference_entropy", "behaviour_nll", "logprob_shift")

@@ -20,7 +20,8 @@ from transformers import PreTrainedTokenizerFast
 
 from pipeline.commands.play import show
 from pipeline.settings.presets import overlay
-from pipeline.trajectories.trajectory import Role, read
+from pipeline.trajectories.table import read
+from pipeline.trajectories.trajectory import Role
 from pipeline.workspace.yaml_files import read_yaml
 from tests.commands import complaints, forked_stages
 

@@ -66,13 +66,6 @@ def test_one_block_gives_a_comparison_with_its_uniform_counterpart_and_its_shuff
         assert "weight unsure:weight (strength 0.5), shuffled" in text
 
 
-def test_the_three_are_trained_differently(project: Path) -> None:
-    models = {
-        name: next((project / "models" / "trained").glob(f"bandit-{name}/**/model.safetensors")) for name in METHODS
-    }
-    assert len({path.read_bytes() for path in models.values()}) == 3
-
-
 def test_its_settings_are_searched(project: Path) -> None:
     folder = project / "reports" / "sweep" / "unsure"
     with (folder / "trials.csv").open(encoding="utf-8") as file:

@@ -14,20 +14,20 @@ import torch
 
 from pipeline.tracking.system import SystemMetrics
 from pipeline.workspace.errors import UserError
-from pipeline.workspace.processes import Report, _watch, begin_worker, run_in_processes
+from pipeline.workspace.processes import Tell, _watch, begin_worker, run_in_processes
 
 
-def slower_first(task: int, report: Report) -> int:
+def slower_first(task: int, report: Tell) -> int:
     time.sleep(0.2 / (1 + task))
     return task * task
 
 
-def process_and_threads(task: int, report: Report) -> tuple[int, int]:
+def process_and_threads(task: int, report: Tell) -> tuple[int, int]:
     time.sleep(0.05)
     return os.getpid(), torch.get_num_threads()
 
 
-def fail_at_two(task: tuple[int, Path], report: Report) -> None:
+def fail_at_two(task: tuple[int, Path], report: Tell) -> None:
     number, folder = task
     (folder / str(number)).touch()
     if number == 2:
@@ -63,7 +63,7 @@ def test_a_tasks_exception_arrives_and_stops_what_has_not_begun(tmp_path: Path) 
     assert len(list(tmp_path.iterdir())) < len(tasks) / 2
 
 
-def sleep_at_one(task: int, report: Report) -> None:
+def sleep_at_one(task: int, report: Tell) -> None:
     if task == 1:
         time.sleep(60)
     raise UserError("params.yaml: zero is not allowed")

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.progress import display as progress
 from pipeline.progress.display import Display, Teller, beat, begin, doing, duration, on_beat, span, tell, within
-from pipeline.workspace.processes import Report, run_in_processes
+from pipeline.workspace.processes import Tell, run_in_processes
 from tests.trainings import LAKE, ROOT, configured
 
 
@@ -50,7 +50,7 @@ def heard() -> list[tuple[float, float, str]]:
     return words
 
 
-def three_units(seconds: float, report: Report) -> None:
+def three_units(seconds: float, report: Tell) -> None:
     report(0, 3, "units")
     for done in (1, 2, 3):
         time.sleep(seconds)

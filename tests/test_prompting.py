@@ -13,15 +13,8 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from transformers import PreTrainedTokenizerFast
 
 from pipeline.bootstrap.tokenizer import train_tokenizer
-from pipeline.trajectories.prompting import (
-    PLAIN_TEMPLATE,
-    DecodedResponse,
-    Dialogue,
-    decode,
-    parse_response,
-    plain_text,
-    token_roles,
-)
+from pipeline.trajectories.parsing import DecodedResponse, decode, parse_response, token_roles
+from pipeline.trajectories.prompting import PLAIN_TEMPLATE, Dialogue, plain_text
 from pipeline.trajectories.trajectory import Role
 from pipeline.workspace.errors import UserError
 

@@ -28,12 +28,14 @@ from pipeline.analysis.replay import (
     signal_to_noise,
 )
 from pipeline.energy.annotate import annotate
-from pipeline.model.policy import Policy, load_policy
+from pipeline.model.loading import load_policy
+from pipeline.model.policy import Policy
 from pipeline.objective.batch import TokenBatch, token_batch
 from pipeline.objective.methods import token_advantages
 from pipeline.objective.weights import actfocus_weights
 from pipeline.report.replay_figures import draw_replay, replay_text
-from pipeline.rollout.collector import collect, iteration_specs
+from pipeline.rollout.collector import collect
+from pipeline.rollout.specs import iteration_specs
 from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.settings.params import Config
 from pipeline.settings.weight import ActFocusWeight, Signal

@@ -24,7 +24,8 @@ from pipeline.report.html import report_html
 from pipeline.report.screenshots import chromium, shoot_report
 from pipeline.report.viewer import Played, viewer_data
 from pipeline.settings.params import Config, Environment
-from pipeline.trajectories.trajectory import EpisodeBuilder, Role, Trajectories, build
+from pipeline.trajectories.builder import EpisodeBuilder, build
+from pipeline.trajectories.trajectory import Role, Trajectories
 from pipeline.workspace.errors import UserError
 from tests.test_collector import TOKENIZER
 from tests.test_comparison import configuration, inputs

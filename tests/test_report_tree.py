@@ -15,8 +15,9 @@ from hypothesis import strategies as st
 
 from pipeline.report.html import embedded
 from pipeline.report.viewer import Played, branched_from, choose, outline, viewer_data
+from pipeline.trajectories.builder import EpisodeBuilder, build
 from pipeline.trajectories.records import episode_records
-from pipeline.trajectories.trajectory import EpisodeBuilder, Role, Trajectories, build
+from pipeline.trajectories.trajectory import Role, Trajectories
 from tests.test_comparison import configuration
 from tests.test_report_viewer import byte_tokenizer
 

@@ -13,13 +13,14 @@ import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from pipeline.environments.registry import board_of, make, reset, step
-from pipeline.model.policy import load_policy
+from pipeline.model.loading import load_policy
 from pipeline.report.viewer import Played, choose, read_played, viewer_data
 from pipeline.settings.params import Environment
-from pipeline.training.episodes import write_episodes
 from pipeline.training.module import PolicyGradient
+from pipeline.trajectories.builder import EpisodeBuilder, build
 from pipeline.trajectories.records import episode_records
-from pipeline.trajectories.trajectory import EpisodeBuilder, Role, Trajectories, build
+from pipeline.trajectories.table import write
+from pipeline.trajectories.trajectory import Role, Trajectories
 from pipeline.workspace.errors import UserError
 from tests.test_comparison import configuration
 from tests.trainings import LAKE, configured, fit
@@ -155,7 +156,7 @@ def test_the_last_iterations_tokens_carry_what_its_update_made_of_them(directory
     assert len(np.unique(np.round(ratio, 9))) <= math.ceil(len(episodes) / config.train.minibatch)
 
     for name in ("a", "b"):
-        write_episodes(tmp_path / name, episodes, columns)
+        write(episodes, tmp_path / name, columns)
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     again = read_played(tmp_path / "a")
     assert again.trajectories.episodes == episodes.episodes

@@ -21,7 +21,8 @@ from pipeline.model import scoring
 from pipeline.model.kernels import native
 from pipeline.model.policy import Policy
 from pipeline.model.scoring import TokenScores, length_batches, predicting_hidden, score_tokens
-from pipeline.trajectories.trajectory import EpisodeBuilder, Role, Trajectories, build
+from pipeline.trajectories.builder import EpisodeBuilder, build
+from pipeline.trajectories.trajectory import Role, Trajectories
 
 ROOT = Path(__file__).parents[1]
 VOCABULARY = 37

@@ -60,7 +60,7 @@ def test_only_its_own_folder_imports_a_heavy_package(package: str, allowed: set[
 
 
 def test_the_objective_knows_tensors_and_settings_alone() -> None:
-    known = ("torch", "jaxtyping", "numpy", "math", "typing", "dataclasses", "__future__", "collections", "argparse")
+    known = ("torch", "jaxtyping", "numpy", "math", "typing", "dataclasses", "__future__", "collections")
     known += ("importlib", "inspect")  # functions of one's own
     own = ("pipeline.objective", "pipeline.settings", "pipeline.trajectories", "pipeline.workspace")
     for file in (PIPELINE / "objective").glob("*.py"):
@@ -100,6 +100,30 @@ def test_imports_point_one_way() -> None:
             parts = name.split(".")
             if parts[0] == "pipeline" and len(parts) > 1 and parts[1] in level:
                 assert level[parts[1]] <= level[own], f"{file.relative_to(ROOT)} imports {name}"
+
+
+SLOT_FILES = (
+    "heads",
+    "branching",
+    "reward",
+    "filter",
+    "advantage",
+    "weight",
+    "aggregation",
+    "surrogate",
+    "regulariser",
+    "method",
+)
+
+
+@pytest.mark.parametrize("name", SLOT_FILES)
+def test_a_methods_settings_have_no_behaviour(name: str) -> None:
+    """Whatever is a function there is a validator: what settings do is in the code that reads them."""
+    tree = ast.parse((PIPELINE / "settings" / f"{name}.py").read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.FunctionDef | ast.Lambda):
+            assert isinstance(node, ast.FunctionDef), f"line {node.lineno}"
+            assert [ast.unparse(one) for one in node.decorator_list] == ["model_validator(mode='after')"], node.name
 
 
 # ------------------------------------------------------------------------------------------- code that decides results

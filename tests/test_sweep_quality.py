@@ -21,7 +21,7 @@ from pipeline.sweep.result import Found, settings
 from pipeline.sweep.sampler import NumberedSampler
 from pipeline.sweep.space import to_value
 from pipeline.sweep.trial import Outcome, run_trial
-from pipeline.workspace.processes import Report
+from pipeline.workspace.processes import Tell
 from pipeline.workspace.randomness import generator
 
 ALPHA, BETA, TAU = (
@@ -52,7 +52,7 @@ class Noisy:
     def __init__(self, plan: Plan, seed: int) -> None:
         self._plan, self._seed = plan, seed
 
-    def __call__(self, trial: Trial, values: dict[str, Value], report: Report) -> Outcome:
+    def __call__(self, trial: Trial, values: dict[str, Value], report: Tell) -> Outcome:
         draws = generator(self._seed, "noise", trial.number)
         for rung in RUNGS:
             score = truth(values) * (1 - math.exp(-rung / 8)) + float(draws.normal(0, NOISE, 2).mean())

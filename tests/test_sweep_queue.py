@@ -30,7 +30,7 @@ from pipeline.sweep.trial import Outcome
 from pipeline.sweep.workers import Search, run_search
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.layout import Cache
-from pipeline.workspace.processes import Report, in_own_process
+from pipeline.workspace.processes import Tell, in_own_process
 from tests.searches import (
     ALPHA,
     BETA,
@@ -57,7 +57,7 @@ class Toy:
     log: Path
     pause: float = 0.02
 
-    def __call__(self, trial: Trial, values: dict[str, Any], report: Report) -> Outcome:
+    def __call__(self, trial: Trial, values: dict[str, Any], report: Tell) -> Outcome:
         self.note("begins", trial)
         success = 1.0 - (values[ALPHA] - 0.1) ** 2 - (values[BETA] - 0.5) ** 2
         for iteration in (10, 20):

@@ -24,7 +24,7 @@ from pipeline.sweep.result import Found, best_overlay, importances, report_text,
 from pipeline.sweep.space import current, from_value
 from pipeline.sweep.trial import Outcome, run_trial
 from pipeline.workspace.errors import UserError
-from pipeline.workspace.processes import Report
+from pipeline.workspace.processes import Tell
 from pipeline.workspace.yaml_files import read_yaml
 from tests.searches import ALPHA, BETA, ROOT, TAU, searches
 
@@ -62,7 +62,7 @@ def found(plan: Plan, rows: Sequence[Row]) -> Found:
 
 
 def ending(row: Row) -> Any:
-    def objective(trial: Trial, values: Any, report: Report) -> Outcome:
+    def objective(trial: Trial, values: Any, report: Tell) -> Outcome:
         if row.tokens is None:
             trial.report(row.success, 10)
         if row.pruned:

@@ -12,11 +12,11 @@ from optuna.trial import Trial
 
 from pipeline.sweep.trial import Outcome
 from pipeline.sweep.workers import Search, run_search
-from pipeline.workspace.processes import Report
+from pipeline.workspace.processes import Tell
 from tests.searches import ALPHA, BETA, TAU, searches
 
 
-def hill(trial: Trial, values: dict[str, Any], report: Report) -> Outcome:
+def hill(trial: Trial, values: dict[str, Any], report: Tell) -> Outcome:
     """Highest at (0.1, 0.5, 1)."""
     success = 1.0 - (values[ALPHA] - 0.1) ** 2 - (values[BETA] - 0.5) ** 2 - math.log10(values[TAU]) ** 2
     return Outcome((success,), {"kl": values[ALPHA] - 0.5}, {})

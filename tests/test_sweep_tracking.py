@@ -20,13 +20,13 @@ from pipeline.sweep.workers import Search, run_search
 from pipeline.tracking.store import open_store, store_of
 from pipeline.workspace.files import write_json, write_text
 from pipeline.workspace.layout import Layout
-from pipeline.workspace.processes import Report, in_own_process
+from pipeline.workspace.processes import Tell, in_own_process
 from tests.searches import ALPHA, searches
 
 TRIALS = 7
 
 
-def objective(trial: Trial, values: dict[str, Value], report: Report) -> Outcome:
+def objective(trial: Trial, values: dict[str, Value], report: Tell) -> Outcome:
     """The third trial is stopped early, and the fourth kills its worker the first time."""
     if trial.number == 2:
         trial.report(0.1, 10)

@@ -15,7 +15,6 @@ from pipeline.settings.params import parse
 from pipeline.sweep.plan import Plan, plans
 from pipeline.sweep.score import success, violations
 from pipeline.sweep.trial import Outcome, TrainingObjective
-from pipeline.training.module import PolicyGradient
 from pipeline.training.result import training_task
 from pipeline.training.run import TrainingJob, train_one
 from pipeline.workspace.layout import Cache
@@ -135,7 +134,7 @@ def test_a_trial_whose_training_diverges_is_stopped_and_the_search_goes_on(
     tmp_path: Path, policy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan, study = plan_of(tmp_path, policy), optuna.create_study(direction="maximize")
-    monkeypatch.setattr(PolicyGradient, "_moved", lambda self, minibatch: {"distance": float("nan")})
+    monkeypatch.setattr("pipeline.training.iteration.moved", lambda *_: {"distance": float("nan")})
     with pytest.raises(TrialPruned, match="iteration 0: distance is nan"):
         ran(plan, study.ask(), plan.baselines["paper"])
     study.tell(0, None, TrialState.PRUNED)

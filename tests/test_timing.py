@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator
 from types import SimpleNamespace
 
 import pytest
@@ -55,41 +54,6 @@ def test_what_was_taken_is_gone_and_an_error_is_timed_too() -> None:
         raise KeyError
     assert list(phases.take()) == ["update"]
     assert phases.take() == {}
-
-
-def test_getting_items_is_timed_and_what_is_done_with_them_is_not(clock: Clock) -> None:
-    phases = Phases()
-
-    def items() -> Iterator[int]:
-        for item in range(3):
-            clock.sleep(1)
-            with phases.phase("collect"):
-                clock.sleep(10)
-            yield item
-        clock.sleep(1)  # to find that there are no more
-
-    got = []
-    for item in phases.each("prepare", items()):
-        got.append(item)
-        with phases.phase("update"):
-            clock.sleep(100)
-        clock.sleep(1000)
-    assert got == [0, 1, 2]
-    assert phases.take() == {"prepare": 4, "collect": 30, "update": 300}
-
-
-def test_items_that_are_nothing_or_fail_to_come() -> None:
-    phases = Phases()
-    assert list(phases.each("prepare", [None, False, 0])) == [None, False, 0]
-    assert list(phases.each("prepare", [])) == []
-
-    def broken() -> Iterator[int]:
-        yield 1
-        raise KeyError
-
-    with pytest.raises(KeyError):
-        list(phases.each("late", broken()))
-    assert set(phases.take()) == {"prepare", "late"}
 
 
 FIRST = {"seconds": 9.0, "seconds_collect": 9.0, "seconds_step": 9.0}

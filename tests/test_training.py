@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import ast
 import copy
+import inspect
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,22 +23,27 @@ from pipeline.bootstrap.supervision import bootstrap
 from pipeline.energy.annotate import annotate, annotate_part
 from pipeline.environments import split_of
 from pipeline.evaluation.evaluate import episode_results, evaluate
-from pipeline.model.policy import Policy, load_policy, load_trained
+from pipeline.model.loading import load_policy, load_trained
+from pipeline.model.policy import Policy
 from pipeline.objective.batch import token_batch
 from pipeline.objective.methods import entropy_terms, select_groups, shape_rewards, token_advantages, token_weights
 from pipeline.progress.timing import Phases
-from pipeline.rollout.collector import collect, iteration_specs
-from pipeline.rollout.table import sample_slice
+from pipeline.rollout.collector import collect
+from pipeline.rollout.slices import sample_slices
+from pipeline.rollout.specs import iteration_specs
 from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.settings.params import Config
 from pipeline.settings.presets import overlay
 from pipeline.training.collection import Collection
-from pipeline.training.iteration import Example, Iteration, _estimates, minibatches, prepare_iteration
-from pipeline.training.module import PolicyGradient, _Averages
+from pipeline.training.iteration import Iteration, run_iteration, shuffled
+from pipeline.training.module import PolicyGradient
 from pipeline.training.result import table_slice
+from pipeline.training.tokens import TokenTable
+from pipeline.training.update import Learner, averages
+from pipeline.trajectories.table import write
 from pipeline.trajectories.trajectory import CUT_OFF, RESPONSE_ROLES, Role, Trajectories, concatenate
 from pipeline.workspace.randomness import generator
-from tests.trainings import LAKE, configured, fit, quiet, same, standing, supervised, weights
+from tests.trainings import LAKE, configured, fit, quiet, same, standing, supervised, unmoved, updated, weights
 
 # A user's own environment, outside the package: a gymnasium.Env with a few attributes, and an expert beside it.
 
@@ -107,9 +114,14 @@ def collection(
     )
 
 
+def collected(source: Collection, number: int = 0) -> Trajectories:
+    """The annotated episodes of an iteration that has one round."""
+    (waves,) = source.collect(number)
+    return source.annotate(waves)
+
+
 def prepared(config: Config, method: str, policy: Policy, estimate: Any = None) -> Iteration:
-    (episodes,) = collection(config, method, policy).rounds(0)
-    return prepare_iteration(config, config.methods[method], 0, 0, episodes, estimate)
+    return unmoved(PolicyGradient(config, LAKE, method, 0, policy), estimate)
 
 
 def token_number(sequences: Any, wanted: Any) -> dict[str, Tensor]:
@@ -147,17 +159,28 @@ def test_a_policys_rotary_base_is_the_one_that_was_set_also_when_it_was_saved(po
 # -------------------------------------------------------------------------------------------------------- one iteration
 
 
+def test_one_iteration_reads_on_one_screen() -> None:
+    """Six calls in their order, in one function of at most sixty lines."""
+    lines, _ = inspect.getsourcelines(run_iteration)
+    assert len(lines) <= 60
+    calls = [node.func for node in ast.walk(ast.parse("".join(lines))) if isinstance(node, ast.Call)]
+    named = [(f.lineno, f.attr if isinstance(f, ast.Attribute) else getattr(f, "id", "")) for f in calls]
+    six = ("collect", "annotate", "select_groups", "token_advantages", "token_weights", "update")
+    assert [name for _, name in sorted(named) if name in six] == list(six)
+
+
 @pytest.mark.parametrize("method", ["grpo", "grpo_actfocus", "ppo_actfocus"])
-def test_examples_hold_the_flat_batch_of_what_passed_the_filter(policy: Policy, method: str) -> None:
-    """Put together again, examples are advantages and weights of the flat batch, which are 0 outside trainable tokens."""
+def test_the_table_holds_the_flat_batch_of_what_passed_the_filter(policy: Policy, method: str) -> None:
+    """Advantages and weights are those of the flat batch, which are 0 outside trainable tokens."""
     config = configured({"methods": {method: {"filter": {"kind": "reward_variance", "keep": 0.5}}}})
     slots = config.methods[method]
     values = token_number if slots.advantage.kind == "gae" else None
     iteration = prepared(config, method, policy, values)
-    everything = token_batch(iteration.trajectories, generator(0, "slots", 0))
+    everything = token_batch(iteration.episodes, generator(0, "slots", 0))
     kept = select_groups(slots, everything)
-    assert iteration.metrics["kept_trajectories"] == len(iteration.examples) == int(kept.sum()) == 4
-    selected = iteration.trajectories.select(np.flatnonzero(kept))
+    table = iteration.table
+    assert iteration.metrics["kept_trajectories"] == len(table) == int(kept.sum()) == 4
+    selected = iteration.episodes.select(np.flatnonzero(kept))
     batch = shape_rewards(slots, token_batch(selected, generator(0, "slots", 0)))
     estimated = torch.zeros(len(batch.role))
     if values:
@@ -168,7 +191,7 @@ def test_examples_hold_the_flat_batch_of_what_passed_the_filter(policy: Policy, 
     batch = replace(batch, advantage=estimate.advantage)
     flat = {
         "role": batch.role,
-        "logprob": batch.logprob,
+        "logprob_old": batch.logprob,
         "ref_logprob": batch.ref_logprob,
         "advantage": estimate.advantage,
         "weight": token_weights(slots, batch),
@@ -183,46 +206,41 @@ def test_examples_hold_the_flat_batch_of_what_passed_the_filter(policy: Policy, 
     outside = ~batch.trainable
     assert not bool(flat["advantage"][outside].any() | flat["weight"][outside].any())
     assert bool(flat["advantage"].any())
-    assert set(flat) == {field.name for field in fields(Example)} - {"ids", "trainable", "heads"}
-    for name, column in flat.items():
-        together = torch.cat([getattr(example, name) for example in iteration.examples])
-        assert torch.equal(together, column[batch.trainable]), name
-    for name, column in heads.items():
-        together = torch.cat([example.heads[name] for example in iteration.examples])
-        assert torch.equal(together, column[batch.trainable]), name
-    assert all(set(example.heads) == set(heads) for example in iteration.examples)
-    assert np.array_equal(np.concatenate([e.ids for e in iteration.examples]), selected.input_ids)
-    assert np.array_equal(np.concatenate([e.trainable for e in iteration.examples]), selected.sampled)
+    assert set(table.columns) == {*flat, *heads, "ids", "trainable", "place"}
+    for name, column in {**flat, **heads}.items():
+        assert torch.equal(table[name], column[batch.trainable]), name
+    assert np.array_equal(table.lengths, selected.lengths)
+    assert np.array_equal(table.columns["ids"], selected.input_ids)
+    assert np.array_equal(table.columns["trainable"], selected.sampled)
+    assert np.array_equal(iteration.episodes.input_ids[table.columns["place"]], selected.input_ids)
 
 
 def test_the_first_iteration_from_the_table_is_the_one_sampled_afresh(directory: Path, tmp_path: Path) -> None:
     """Byte for byte, however the rollout and annotate stages have cut their work."""
     config = configured({"train": {"tokens_per_forward": 700}, "bottleneck": {"groups": 6}})
-    slices = sample_slice((config, LAKE, directory, [0, 1, 2]), quiet)
+    slices = sample_slices((config, LAKE, directory, [0, 1, 2]), quiet)
     parts = [concatenate([slices[0], slices[1]]), slices[2]]
     table = concatenate([annotate_part((config, directory, part), quiet) for part in parts])
-    table.write(tmp_path / "table.parquet")
+    write(table, tmp_path / "table.parquet")
     for seed in range(3):
         policy = load_trained(directory, config)
-        (fresh,) = collection(config, "grpo", policy, seed).rounds(0)
+        fresh = collected(collection(config, "grpo", policy, seed))
         cut = table_slice(table, config, LAKE, seed)
         assert cut is not None
-        cut.write(tmp_path / "cut.parquet")
-        fresh.write(tmp_path / "fresh.parquet")
+        write(cut, tmp_path / "cut.parquet")
+        write(fresh, tmp_path / "fresh.parquet")
         assert (tmp_path / "cut.parquet").read_bytes() == (tmp_path / "fresh.parquet").read_bytes()
     assert table_slice(table, config, LAKE, 3) is None
 
 
 def test_a_first_iteration_that_is_given_is_used_and_later_ones_are_sampled(policy: Policy) -> None:
     config = configured()
-    given = prepared(config, "grpo", policy).trajectories
+    given = prepared(config, "grpo", policy).episodes
     source = collection(config, "grpo", policy, first=given)
-    (first,), (later,) = source.rounds(0), source.rounds(1)
-    assert first is given
-    assert set(later.episodes["iteration"]) == {1}
-    for number, episodes in enumerate((first, later)):
-        metrics = prepare_iteration(config, config.methods["grpo"], 0, number, episodes, None).metrics
-        assert ("recompute_error" in metrics) == (number == 0)
+    assert collected(source) is given
+    assert set(collected(source, 1).episodes["iteration"]) == {1}
+    rows = fit(PolicyGradient(config, LAKE, "grpo", 0, policy, given), 2).curve
+    assert ["recompute_error" in row for row in rows] == [True, False]
 
 
 TREES = {"branching": {"kind": "positions", "initial": 2, "signal": "entropy", "width": 2}}
@@ -238,44 +256,51 @@ TREES = {"branching": {"kind": "positions", "initial": 2, "signal": "entropy", "
     ],
     ids=lambda slot: slot["kind"],
 )
-def test_examples_of_trees_weigh_as_often_as_they_count(
+def test_tokens_of_trees_weigh_as_often_as_they_count(
     policy: Policy, advantage: dict[str, Any], weight: dict[str, Any]
 ) -> None:
-    """Episodes that only tell of others are collected, measured and kept by the filter, and are no examples."""
+    """Episodes that only tell of others are collected, measured and kept by the filter, and not trained on."""
     config = configured({"methods": {"trees": {**TREES, "advantage": advantage, "weight": weight}}})
     slots, iteration = config.methods["trees"], prepared(config, "trees", policy)
-    batch = token_batch(iteration.trajectories, generator(0, "slots", 0), temperature=1.0)
+    batch = token_batch(iteration.episodes, generator(0, "slots", 0), temperature=1.0)
     estimate = token_advantages(slots, batch, {})
     assert estimate.times is not None
     counted = batch.per_trajectory(estimate.times) > 0
-    assert iteration.kept.tolist() == counted.tolist()
-    assert iteration.whole
-    assert len(iteration.trajectories) == 8
+    own = np.unique(iteration.episodes.token_episode[iteration.table.columns["place"]])
+    assert own.tolist() == np.flatnonzero(counted).tolist()
+    assert len(iteration.episodes) == 8
     assert bool(counted.all()) == (advantage["kind"] == "shared_prefix")
     if advantage["kind"] == "prefix_credit":
         assert counted.tolist() == (batch.parent < 0).tolist()
     weighed = token_weights(slots, replace(batch, advantage=estimate.advantage)) * estimate.times
-    for name, column in {"weight": weighed, "advantage": estimate.advantage, "logprob": batch.logprob}.items():
-        together = torch.cat([getattr(example, name) for example in iteration.examples])
-        assert torch.equal(together, column[batch.trainable & counted[batch.trajectory]]), name
+    for name, column in {"weight": weighed, "advantage": estimate.advantage, "logprob_old": batch.logprob}.items():
+        assert torch.equal(iteration.table[name], column[batch.trainable & counted[batch.trajectory]]), name
     assert iteration.metrics["kept_trajectories"] == iteration.metrics["episodes"] == 8
-    assert iteration.metrics["tokens"] == float(batch.trainable.sum()) < float(iteration.trajectories.sampled.sum())
+    assert iteration.metrics["tokens"] == float(batch.trainable.sum()) < float(iteration.episodes.sampled.sum())
     assert sum(value for name, value in iteration.metrics.items() if name.startswith("branches_")) == 4
     assert iteration.metrics["recompute_error"] < 1e-4
 
 
-def test_a_round_before_there_are_branches_is_not_whole(policy: Policy) -> None:
-    """And the log-probabilities of what was sampled before the update agree with the reference policy's in both."""
+def test_a_round_before_there_are_branches_has_one_pass(policy: Policy) -> None:
+    """And the log-probabilities of what was sampled before the update agree with the reference policy's in the other."""
     branching = {**TREES["branching"], "signal": "branching_score"}
     config = configured({"methods": {"moved": {"branching": branching, "advantage": {"kind": "prefix_credit"}}}})
-    rounds = []
-    for episodes in collection(config, "moved", policy).rounds(0):
-        rounds.append(prepare_iteration(config, config.methods["moved"], 0, 0, episodes, None))
+    minibatches: list[TokenTable] = []
+
+    def move(learner: Any, optimizer: Any, minibatch: TokenTable, number: int) -> dict[str, float]:
+        minibatches.append(minibatch)
         with torch.no_grad():
             for parameter in policy.model.parameters():
                 parameter += 0.02 * torch.randn_like(parameter)
-    assert [(len(one.trajectories), len(one.examples), one.whole) for one in rounds] == [(4, 4, False), (8, 4, True)]
-    assert all(one.metrics["recompute_error"] < 1e-4 for one in rounds)
+        return {}
+
+    made = unmoved(PolicyGradient(config, LAKE, "moved", 0, policy), instead=move)
+    assert [len(one) for one in minibatches] == [4, 4, 4]
+    assert len(made.minibatches) == 2
+    assert int(minibatches[0].columns["place"].max()) < int(minibatches[1].columns["place"].max())
+    assert len(made.episodes) == 8
+    assert made.metrics["updates"] == 3
+    assert made.metrics["recompute_error"] < 1e-4
 
 
 @pytest.mark.parametrize(("kind", "name"), [("gae", "value"), ("soft_q", "soft_value")])
@@ -298,11 +323,13 @@ def test_what_is_behind_a_cut_off_episode_is_what_the_head_says_where_the_next_r
     module = PolicyGradient(config, LAKE, "cut", 0, policy)
     for parameter in module.heads.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
-    (episodes,) = module.collection.rounds(0)
+    episodes = collected(module.collection)
     cut = np.isin(episodes.episodes["end_reason"], CUT_OFF)
     assert {True, False} == set(cut.tolist())
-    plain, nothing = _estimates(episodes, module._estimate, 200, ())
-    columns, found = _estimates(episodes, module._estimate, 200, (name,))
+    columns, found = module.learner.estimates(episodes)
+    advantage = module.learner.method.advantage.model_copy(update={"cut_off": "end"})
+    without = module.learner.method.model_copy(update={"advantage": advantage})
+    plain, nothing = replace(module.learner, method=without).estimates(episodes)
     assert nothing == {}
     assert found.keys() == {f"{name}_behind"}
     for column in plain:
@@ -313,15 +340,15 @@ def test_what_is_behind_a_cut_off_episode_is_what_the_head_says_where_the_next_r
             ids = episodes.input_ids[episodes.offsets[e] : episodes.offsets[e + 1]]
             assert not episodes.sampled[episodes.offsets[e + 1] - 1]
             longer, wanted = np.append(ids, 0), np.arange(len(ids) + 1) == len(ids)
-            assert behind == pytest.approx(float(module._estimate([longer], [wanted])[name]), abs=1e-5)
-    iteration = prepare_iteration(config, module.method, 0, 0, episodes, module._estimate)
+            assert behind == pytest.approx(float(module.learner.estimate([longer], [wanted])[name]), abs=1e-5)
+    table = unmoved(module).table
     ends = token_batch(episodes, generator(0, "slots", 0))
     head = "q" if kind == "soft_q" else "value"
     gamma = 0.99 if kind == "soft_q" else 1.0
-    for e, example in enumerate(iteration.examples):
+    for e in range(len(table)):
         reward = float(ends.reward[(ends.trajectory == e) & ends.trainable][-1])
         expected = reward + gamma * float(found[f"{name}_behind"][e])
-        assert float(example.heads[f"{head}_target"][-1]) == pytest.approx(expected, abs=1e-5)
+        assert float(table.select([e])[f"{head}_target"][-1]) == pytest.approx(expected, abs=1e-5)
 
 
 def test_every_method_meets_the_same_states_and_noise() -> None:
@@ -337,25 +364,27 @@ def test_every_method_meets_the_same_states_and_noise() -> None:
 
 
 @pytest.mark.parametrize(("count", "size"), [(8, 4), (8, 3), (7, 4), (5, 4), (9, 2), (3, 4), (1, 4), (0, 4)])
-def test_each_pass_visits_every_example_once(count: int, size: int) -> None:
+def test_each_pass_visits_every_trajectory_once(count: int, size: int) -> None:
     config = configured({"train": {"minibatch": size, "passes": 3}})
-    examples: Any = list(range(count))
-    batches: Any = minibatches(examples, config, seed=0, iteration=2)
-    visits = [example for batch in batches for example in batch]
+    batches = shuffled(count, config.train, seed=0, iteration=2)
+    visits = [row for batch in batches for row in batch.tolist()]
     passes = [visits[start : start + count] for start in range(0, len(visits), max(1, count))]
-    assert [sorted(one) for one in passes] == [examples] * (3 if count else 0)
+    assert [sorted(one) for one in passes] == [list(range(count))] * (3 if count else 0)
     assert all(size / 2 <= len(batch) < 1.5 * size for batch in batches if count >= size / 2)
 
 
 def test_minibatches_depend_on_their_name_alone() -> None:
     config = configured({"train": {"minibatch": 4, "passes": 2}})
-    examples: Any = list(range(16))
-    first = minibatches(examples, config, seed=0, iteration=1)
+
+    def drawn(seed: int, iteration: int) -> list[list[int]]:
+        return [rows.tolist() for rows in shuffled(16, config.train, seed, iteration)]
+
+    first = drawn(0, 1)
     np.random.seed(5)
     torch.manual_seed(5)
-    assert minibatches(examples, config, seed=0, iteration=1) == first
-    assert minibatches(examples, config, seed=0, iteration=2) != first
-    assert minibatches(examples, config, seed=1, iteration=1) != first
+    assert drawn(0, 1) == first
+    assert drawn(0, 2) != first
+    assert drawn(1, 1) != first
     assert first[:4] != first[4:]
 
 
@@ -376,22 +405,26 @@ def test_gradient_accumulation_is_exact(policy: Policy, method: str) -> None:
         module = PolicyGradient(config, LAKE, method, 0, Policy(copy.deepcopy(policy.model), policy.tokenizer))
         standing(module, torch.optim.SGD(module.parameters(), lr=1.0))
         scored: list[int] = []
-        loss = module._loss
 
-        def counted(examples: Any, *rest: Any, loss: Callable[..., Any] = loss, scored: list[int] = scored) -> Any:
-            scored.append(len(examples))
-            return loss(examples, *rest)
+        def counted(
+            learner: Any,
+            piece: TokenTable,
+            *rest: Any,
+            loss: Callable[..., Any] = Learner.loss,
+            scored: list[int] = scored,
+        ) -> Any:
+            scored.append(len(piece))
+            return loss(learner, piece, *rest)
 
-        module._loss = counted  # type: ignore[method-assign]
-        iteration = prepared(whole, method, policy, token_number if len(module.heads) else None)
-        examples = [replace(e, logprob=e.logprob + 0.4 * (0.5 - e.noise)) for e in iteration.examples]
+        table = prepared(whole, method, policy, token_number if len(module.heads) else None).table
+        table = table.with_columns(logprob_old=table["logprob_old"] + 0.4 * (0.5 - table["noise"]))
         if method == "planned":
-            rows_of = module.plan(examples, module.factors(examples))
-            assert rows_of is not None
-            assert {bool(row.any()) for row in rows_of} == {True, False}
-        module._update(examples, 0, record := _Averages())
+            planned = module.learner.planned(table)
+            assert {bool(planned.select([e])["plan"].any()) for e in range(len(table))} == {True, False}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(Learner, "loss", counted)
+            assert updated(module, table)["gradient_norm"] > 0
         trained[budget], pieces[budget] = weights(module), scored
-        assert record.means()["gradient_norm"] > 0
     assert pieces == {64: [1] * 8, 1_000_000: [8]}
     moved = max(
         float((trained[64][n] - w).abs().max())
@@ -405,18 +438,17 @@ def test_gradient_accumulation_is_exact(policy: Policy, method: str) -> None:
 @pytest.mark.parametrize("bad", [float("nan"), float("inf")])
 def test_a_non_finite_update_is_skipped_and_counted(policy: Policy, bad: float) -> None:
     module = standing(PolicyGradient(configured(), LAKE, "grpo", 0, policy))
-    good = prepared(module.config, "grpo", policy).examples
-    spoilt = [replace(good[0], advantage=torch.full_like(good[0].advantage, bad)), *good[1:]]
-    before, record = weights(module.model), _Averages()
-    module._update(spoilt, 0, record)
+    good = prepared(module.config, "grpo", policy).table
+    spoilt = good.with_columns(advantage=torch.where(good.trajectory == 0, bad, good["advantage"]))
+    before, first = weights(module.model), updated(module, spoilt)
     assert same(weights(module.model), before)
-    assert record.means() == {"non_finite_losses": 1.0, "skipped_steps": 0.0}
-    module._update(good, 0, record)
+    assert first == {"non_finite_losses": 1.0, "skipped_steps": 0.0}
+    both = averages([first, updated(module, good)])
     after = weights(module.model)
     assert not same(after, before)
     assert all(bool(value.isfinite().all()) for value in after.values())
-    assert record.means()["non_finite_losses"] == 1.0
-    assert np.isfinite(list(record.means().values())).all()
+    assert both["non_finite_losses"] == 1.0
+    assert np.isfinite(list(both.values())).all()
 
 
 def critic_config(**settings: Any) -> Config:
@@ -428,28 +460,22 @@ def test_a_critic_learns_its_targets(policy: Policy, kind: str) -> None:
     config = critic_config(kind=kind)
     module = standing(PolicyGradient(config, LAKE, "ppo", 0, policy))
     assert (module.heads[0].trunk is not None) == (kind == "model")
-    examples = [
-        replace(example, heads=example.heads | {"value_target": (example.role == Role.ACTION).float()})
-        for example in prepared(config, "ppo", policy, token_number).examples
-    ]
-    losses = []
-    for _ in range(30):
-        record = _Averages()
-        module._update(examples, 0, record)
-        losses.append(record.means()["value_loss"])
+    table = prepared(config, "ppo", policy, token_number).table
+    table = table.with_columns(value_target=(table["role"] == Role.ACTION).float())
+    losses = [updated(module, table)["value_loss"] for _ in range(30)]
     assert losses[-1] < 0.4 * losses[0]  # whether an answer will be closed, and so be an action, cannot all be known
 
 
 @pytest.mark.parametrize("kind", ["trunk", "model"])
 def test_while_the_critic_warms_up_the_policy_stands_still(policy: Policy, kind: str) -> None:
     module = standing(PolicyGradient(critic_config(kind=kind, warmup_iterations=2), LAKE, "ppo", 0, policy))
-    examples = prepared(module.config, "ppo", policy, token_number).examples
+    table = prepared(module.config, "ppo", policy, token_number).table
     before, critic = weights(module.model), weights(module.heads)
     for iteration in (0, 1):  # the head starts at zero: no gradient would reach a shared trunk before the second
-        module._update(examples, iteration, _Averages())
+        updated(module, table, iteration)
     assert same(weights(module.model), before)
     assert not same(weights(module.heads), critic)
-    module._update(examples, 2, _Averages())
+    updated(module, table, 2)
     assert not same(weights(module.model), before)
 
 
@@ -462,7 +488,7 @@ def test_two_equal_trainings_are_equal_and_the_reference_stays_frozen(policy: Po
     for _ in range(2):
         own = Policy(copy.deepcopy(policy.model), policy.tokenizer)
         module = fit(PolicyGradient(configured(), LAKE, "ppo_actfocus", 0, own), 2)
-        assert same(weights(module.reference.model), before)
+        assert same(weights(module.learner.reference.model), before)
         runs.append((weights(module.model), module.curve))
     assert same(runs[0][0], runs[1][0])
     assert not same(runs[0][0], before)
@@ -474,17 +500,17 @@ def test_two_equal_trainings_are_equal_and_the_reference_stays_frozen(policy: Po
 
 def test_the_kl_of_an_iteration_is_that_of_its_last_minibatch_after_all_of_its_updates(policy: Policy) -> None:
     module = PolicyGradient(configured({"methods": {"grpo": {"learning_rate": 1e-3}}}), LAKE, "grpo", 0, policy)
-    (iteration,) = module.rounds()
-    last = minibatches(iteration.examples, module.config, 0, 0)[-1]
+    iteration = unmoved(module)
+    last = iteration.table.select(iteration.minibatches[-1])
     row = fit(module, 1).curve[0]
-    assert row["updates"] == 4
-    logits = [policy.model(input_ids=torch.from_numpy(e.ids.astype("int64"))[None]).logits[0] for e in last]
-    now = [
-        torch.log_softmax(x[:-1], -1)[torch.arange(len(e.ids) - 1), e.ids[1:]]
-        for x, e in zip(logits, last, strict=True)
-    ]
-    shift = torch.cat([x[e.trainable[1:]] - e.logprob for x, e in zip(now, last, strict=True)]).detach()
-    action = torch.cat([e.role for e in last]) == Role.ACTION
+    assert row["updates"] == len(iteration.minibatches) == 4
+    now = []
+    for e in range(len(last)):
+        ids, trainable = (last.select([e]).columns[name] for name in ("ids", "trainable"))
+        rows = torch.log_softmax(policy.model(input_ids=ids[None]).logits[0, :-1], -1)
+        now.append(rows[torch.arange(len(ids) - 1), ids[1:]][trainable[1:]].detach())
+    shift = torch.cat(now) - last["logprob_old"]
+    action = last["role"] == Role.ACTION
     assert row["kl_iteration_action"] == pytest.approx(float((shift.exp() - 1 - shift)[action].mean()), rel=1e-3)
     assert row["kl_iteration_action"] > 1e-6
 

@@ -16,19 +16,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from pipeline.trajectories import trajectory
-from pipeline.trajectories.trajectory import (
-    CUT,
-    RESPONSE_ROLES,
-    SCHEMA_VERSION,
-    EpisodeBuilder,
-    Role,
-    Trajectories,
-    TrajectoryError,
-    build,
-    concatenate,
-    read,
-)
+from pipeline.trajectories import table as table_module
+from pipeline.trajectories.builder import EpisodeBuilder, build
+from pipeline.trajectories.table import SCHEMA_VERSION, read, to_table, write
+from pipeline.trajectories.trajectory import CUT, RESPONSE_ROLES, Role, Trajectories, TrajectoryError, concatenate
 
 properties = settings(max_examples=40)
 TOKEN_COLUMNS = ("input_ids", "role", "sampled", "logprob", "entropy")
@@ -115,19 +106,19 @@ def one_episode(**identity: Any) -> EpisodeBuilder:
 def test_parquet_gives_back_what_was_written_in_equal_bytes(made: Trajectories) -> None:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "deep" / "t.parquet"
-        made.write(path)
+        write(made, path)
         again = read(path)
         assert_equal(made, again)
         assert again.annotated == made.annotated
         digest = hashlib.sha256(path.read_bytes()).hexdigest()
-        again.write(path)
+        write(again, path)
         assert hashlib.sha256(path.read_bytes()).hexdigest() == digest
         assert [p.name for p in path.parent.iterdir()] == ["t.parquet"]
 
 
 def test_file_states_schema_version_and_types(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
-    build([one_episode()]).write(path)
+    write(build([one_episode()]), path)
     schema = pq.read_schema(path)
     assert schema.metadata[b"trajectory_schema"] == str(SCHEMA_VERSION).encode()
     assert schema.field("input_ids").type.value_type == pa.int32()
@@ -150,23 +141,23 @@ def test_file_states_schema_version_and_types(tmp_path: Path) -> None:
 
 def test_more_episodes_than_a_row_group(tmp_path: Path) -> None:
     path, made = tmp_path / "t.parquet", build([one_episode(episode_id=str(i)) for i in range(1500)])
-    made.write(path)
+    write(made, path)
     assert pq.ParquetFile(path).num_row_groups == 2
     assert_equal(read(path), made)
 
 
 def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     path = tmp_path / "t.parquet"
-    build([one_episode()]).write(path)
+    write(build([one_episode()]), path)
     before = path.read_bytes()
 
     def fail(table: Any, where: Path, **options: Any) -> None:
         Path(where).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(trajectory.pq, "write_table", fail)
+    monkeypatch.setattr(table_module.pq, "write_table", fail)
     with pytest.raises(KeyboardInterrupt):
-        build([one_episode(episode_id="other")]).write(path)
+        write(build([one_episode(episode_id="other")]), path)
     assert path.read_bytes() == before
 
 
@@ -195,7 +186,7 @@ def test_corrupt_files_are_named(tmp_path: Path) -> None:
 
 def test_truncated_files_are_named(tmp_path: Path) -> None:
     path = tmp_path / "t.parquet"
-    build([one_episode(episode_id=str(i)) for i in range(20)]).write(path)
+    write(build([one_episode(episode_id=str(i)) for i in range(20)]), path)
     whole = path.read_bytes()
     for length in range(0, len(whole), max(1, len(whole) // 40)):
         path.write_bytes(whole[:length])
@@ -205,7 +196,7 @@ def test_truncated_files_are_named(tmp_path: Path) -> None:
 def test_damaged_pages_are_named_not_read(tmp_path: Path) -> None:
     """The last byte of any column's data: a checksum tells."""
     path = tmp_path / "t.parquet"
-    build([one_episode(episode_id=str(i), split=i, parent="0") for i in range(20)]).write(path)
+    write(build([one_episode(episode_id=str(i), split=i, parent="0") for i in range(20)]), path)
     whole, columns = path.read_bytes(), pq.ParquetFile(path).metadata.row_group(0)
     for index in range(columns.num_columns):
         column = columns.column(index)
@@ -217,7 +208,7 @@ def test_damaged_pages_are_named_not_read(tmp_path: Path) -> None:
 
 
 def test_files_of_another_schema_are_named(tmp_path: Path) -> None:
-    path, table = tmp_path / "t.parquet", build([one_episode()]).to_table()
+    path, table = tmp_path / "t.parquet", to_table(build([one_episode()]))
 
     def message(changed: pa.Table) -> str:
         pq.write_table(changed, path)
@@ -395,7 +386,7 @@ def test_temperature_and_places_of_branches_are_stored(tmp_path: Path) -> None:
     branch.append_sampled([9], [Role.OTHER], [-5.0], [2.0])
     branch.close_turn(6, 0.5, "", False, "s1")
     branch.finish(False, "turns")
-    build([parent, branch, one_episode()]).write(tmp_path / "t")
+    write(build([parent, branch, one_episode()]), tmp_path / "t")
     again = read(tmp_path / "t")
     assert again.episodes["temperature"] == [0.75, 0.75, None]
     assert again.episodes["parent"] == [None, "p", None]

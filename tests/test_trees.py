@@ -19,7 +19,8 @@ from pipeline.objective.methods import coefficients, entropy_terms, policy_loss,
 from pipeline.objective.surrogates import UpdateTokens
 from pipeline.objective.trees import first_tokens, segments, through
 from pipeline.settings.method import Method
-from pipeline.trajectories.trajectory import RESPONSE_ROLES, EpisodeBuilder, Role, Trajectories, build
+from pipeline.trajectories.builder import EpisodeBuilder, build
+from pipeline.trajectories.trajectory import RESPONSE_ROLES, Role, Trajectories
 from tests.batches import BRANCHES, CLOSE, method, population, properties
 
 ADVANTAGES: dict[str, dict[str, Any]] = {

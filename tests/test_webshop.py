@@ -20,7 +20,8 @@ from pipeline.environments.webshop.environment import WebShop, WebShopExpert
 from pipeline.environments.webshop.pages import BACK, BUY, NEXT, NOTICE, PREVIOUS, item_page, option_names, results_page
 from pipeline.environments.webshop.score import Goal, Product, score
 from pipeline.settings.params import Config, Environment
-from pipeline.trajectories.prompting import Dialogue, decode
+from pipeline.trajectories.parsing import decode
+from pipeline.trajectories.prompting import Dialogue
 from pipeline.trajectories.trajectory import Trajectories
 from tests.test_collector import NAME, config, says
 from tests.test_collector import play as collected

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import copy
 import hashlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lightning.pytorch as lightning
+import pytest
 import torch
 from torch import Tensor
 
@@ -15,7 +17,11 @@ from pipeline.bootstrap.supervision import bootstrap
 from pipeline.model.policy import Policy
 from pipeline.settings.params import Config, parse
 from pipeline.settings.presets import overlay
+from pipeline.training import iteration
+from pipeline.training.iteration import Iteration
 from pipeline.training.module import PolicyGradient
+from pipeline.training.tokens import TokenTable
+from pipeline.training.update import Learner, update
 from pipeline.workspace.yaml_files import read_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -75,8 +81,31 @@ def standing(module: PolicyGradient, optimizer: torch.optim.Optimizer | None = N
     """The module as it stands within ``fit``, so that one update can be made."""
     chosen = optimizer or module.configure_optimizers()["optimizer"]
     module.optimizers = lambda: chosen  # type: ignore[method-assign]
-    module.manual_backward = lambda loss: loss.backward()  # type: ignore[method-assign]
     return module
+
+
+def updated(module: PolicyGradient, minibatch: TokenTable, iteration: int = 0) -> dict[str, float]:
+    """What one update of a training that stands measures."""
+    return update(module.learner, module.optimizers(), minibatch, iteration)
+
+
+def unmoved(
+    module: PolicyGradient, estimate: Any = None, instead: Callable[..., dict[str, float]] = lambda *_: {}
+) -> Iteration:
+    """The first iteration of a training, in which nothing is updated.
+
+    Args:
+        module: the training.
+        estimate: what to believe in place of its heads.
+        instead: what to do in place of an update.
+    """
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("gradient_share", "moved"):
+            patch.setattr(iteration, name, lambda *_: {})
+        patch.setattr(iteration, "update", instead)
+        if estimate is not None:
+            patch.setattr(Learner, "estimate", lambda _, sequences, wanted: estimate(sequences, wanted))
+        return iteration.run_iteration(module.collection, module.learner, None, {}, [])
 
 
 def weights(module: torch.nn.Module) -> dict[str, Tensor]:

@@ -15,19 +15,23 @@ from typing import Any, NamedTuple, get_args
 import numpy as np
 
 from pipeline.energy.annotate import annotate, score_trajectories
-from pipeline.model.policy import load_trained
+from pipeline.model.loading import load_trained
 from pipeline.progress.display import span
-from pipeline.rollout.branching import ranked_positions
-from pipeline.rollout.collector import Episode, EpisodeSpec, Setup, iteration_specs, play
-from pipeline.rollout.scores import blank_tokens, branch_scores
-from pipeline.rollout.transformers_engine import TransformersEngine
+from pipeline.rollout.branch_scores import blank_tokens, branch_scores
+from pipeline.rollout.collector import play
+from pipeline.rollout.engine import RolloutEngine
+from pipeline.rollout.episode import Episode, Setup
+from pipeline.rollout.growths import ranked_positions
+from pipeline.rollout.making import make_engine
+from pipeline.rollout.specs import EpisodeSpec, iteration_specs
 from pipeline.settings.branching import Positions
 from pipeline.settings.params import Config
 from pipeline.training.result import training_task
 from pipeline.training.run import TrainingJob, train_one
-from pipeline.trajectories.trajectory import Role, build
+from pipeline.trajectories.builder import build
+from pipeline.trajectories.trajectory import Role
 from pipeline.workspace.errors import UserError
-from pipeline.workspace.processes import Report, run_in_processes
+from pipeline.workspace.processes import Tell, run_in_processes
 from pipeline.workspace.randomness import generator
 
 SIGNALS: tuple[str, ...] = get_args(Positions.model_fields["signal"].annotation)
@@ -116,7 +120,7 @@ def decisions(config: Config, policy: Path, name: str, method: str, plan: Plan, 
     }
 
 
-def _measure(task: Task, report: Report) -> list[Position]:
+def _measure(task: Task, report: Tell) -> list[Position]:
     config, plan = task.config, task.plan
     once = config.model_copy(update={"train": config.train.model_copy(update={"iterations": 1, "tokens": None})})
     training = training_task(once, task.name, task.method, task.seed, task.policy, task.cache)
@@ -125,7 +129,7 @@ def _measure(task: Task, report: Report) -> list[Position]:
         moved = load_trained(train_one(TrainingJob(training, None, None), lambda *_: None) / "policy", config)
     reference = load_trained(task.policy, config)
     temperature, budget = config.rollout.temperature, config.train.tokens_per_forward
-    engine = TransformersEngine(reference, config.rollout.batch_episodes)
+    engine = make_engine(config, reference)
     setup = Setup(reference.tokenizer, config, task.name)
     specs = iteration_specs(config, task.name, task.seed, 0)
     with span("initial episodes:", 0.0, 0.0):
@@ -138,7 +142,7 @@ def _measure(task: Task, report: Report) -> list[Position]:
         signal: branch_scores(signal, table, generator(task.seed, "decisions", signal), shift, blank=blank)
         for signal in SIGNALS
     }
-    rows = [slice(table.offsets[e], table.offsets[e + 1]) for e in range(len(table))]
+    rows = [table.tokens(e) for e in range(len(table))]
     result = []
     for done, group in enumerate(dict.fromkeys(table.episodes["group_id"])):
         members = [e for e, own in enumerate(table.episodes["group_id"]) if own == group]
@@ -163,7 +167,7 @@ def _measure(task: Task, report: Report) -> list[Position]:
 
 
 def resampled(
-    engine: TransformersEngine,
+    engine: RolloutEngine,
     episodes: Sequence[Episode],
     places: Sequence[tuple[int, int]],
     plan: Plan,

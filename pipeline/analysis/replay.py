@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pipeline.model.policy import load_trained
+from pipeline.model.loading import load_trained
 from pipeline.model.scoring import length_batches, predicting_hidden, score_tokens
 from pipeline.objective.batch import TokenBatch, token_batch
 from pipeline.objective.estimates import declared_heads
@@ -33,7 +33,7 @@ from pipeline.settings.params import Config
 from pipeline.settings.weight import ActFocusWeight
 from pipeline.trajectories.trajectory import Role, Trajectories
 from pipeline.workspace.errors import UserError
-from pipeline.workspace.processes import Report, run_in_processes
+from pipeline.workspace.processes import Tell, run_in_processes
 from pipeline.workspace.randomness import generator
 
 SKETCH = 2**15
@@ -165,7 +165,7 @@ def part_factors(point: Point, pairs: Sequence[tuple[str, float]], weight: ActFo
     return np.array(fixed + [point.beta * (pair == (point.signal, point.tau)) for pair in pairs])
 
 
-def group_gradients(task: Task, report: Report) -> np.ndarray:
+def group_gradients(task: Task, report: Tell) -> np.ndarray:
     """(groups, parts, SKETCH): sketched gradients of ``sum_t part_t * A_t * log pi_t`` by the policy's parameters."""
     report(0, len(task.groups), "groups")
     config, policy = task.config, load_trained(task.policy, task.config)

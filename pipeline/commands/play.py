@@ -21,10 +21,10 @@ def main() -> str:
     config = configured(arguments)
     from pipeline.energy.annotate import annotate
     from pipeline.evaluation.evaluate import evaluation_specs
-    from pipeline.model.policy import load_trained
+    from pipeline.model.loading import load_trained
     from pipeline.progress.display import doing
     from pipeline.rollout.collector import collect
-    from pipeline.rollout.transformers_engine import TransformersEngine
+    from pipeline.rollout.making import make_engine
     from pipeline.workspace.errors import UserError
 
     name = arguments.environment or next(iter(config.environments))
@@ -33,14 +33,12 @@ def main() -> str:
     layout = layout_of(config)
     directory = layout.final_policy(name, arguments.method, seed)
     doing("loading the policies")
-    if not directory.is_dir():
-        raise UserError(f"{directory}: no such policy; run `make repro` first")
     policy, reference = load_trained(directory, config), load_trained(layout.policy, config)
     states = config.evaluation.states
     if not 0 <= arguments.episode < states:
         raise UserError(f"--episode: {arguments.episode} is not there; allowed: 0 to {states - 1}")
     spec = evaluation_specs(config, name, "test", states, 1, seed, "play")[arguments.episode]
-    played = collect(TransformersEngine(policy, slots=1), policy.tokenizer, config, name, [spec], temperature)
+    played = collect(make_engine(config, policy, slots=1), policy.tokenizer, config, name, [spec], temperature)
     episode = annotate(played, reference, temperature, config.train.tokens_per_forward)
     show(episode, policy.tokenizer)
     outcome = "success" if episode.episodes["success"][0] else f"no success ({episode.episodes['end_reason'][0]})"

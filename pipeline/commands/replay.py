@@ -44,7 +44,8 @@ def main() -> str:
     from pipeline.analysis.replay import grid, replay
     from pipeline.progress.display import doing
     from pipeline.report.replay_figures import draw_replay, replay_text
-    from pipeline.trajectories.trajectory import TrajectoryError, read
+    from pipeline.trajectories.table import read
+    from pipeline.trajectories.trajectory import TrajectoryError
     from pipeline.workspace.files import write_json, write_text
 
     layout = layout_of(config)

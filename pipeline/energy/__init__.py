@@ -1,1 +1,1 @@
-"""Token energy: annotation by the reference policy, and the Action Bottleneck diagnostics."""
+"""Token energy: annotation by the reference policy."""

@@ -2,29 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import torch
 
-from pipeline.model.policy import Policy, load_trained
+from pipeline.model.loading import load_trained
+from pipeline.model.policy import Policy
 from pipeline.model.scoring import TokenScores, length_batches, predicting_hidden, score_tokens
-from pipeline.progress.display import due, within
+from pipeline.progress.display import due, span, within
 from pipeline.settings.params import Config
 from pipeline.trajectories.trajectory import Trajectories, concatenate
 from pipeline.workspace.finite import require_finite
-from pipeline.workspace.processes import Report
+from pipeline.workspace.processes import Tell
 
 
 @torch.inference_mode()
 def score_trajectories(
-    policy: Policy,
-    trajectories: Trajectories,
-    temperature: float,
-    tokens_per_forward: int,
-    progress: Callable[[int], None] = lambda episodes: None,
+    policy: Policy, trajectories: Trajectories, temperature: float, tokens_per_forward: int
 ) -> list[np.ndarray]:
     """Log-probability, entropy and log-partition of every sampled token.
 
@@ -37,7 +33,7 @@ def score_trajectories(
     result = [np.zeros(len(trajectories.input_ids), dtype=np.float32) for _ in TokenScores._fields]
     done = 0
     for batch in length_batches(trajectories.lengths, tokens_per_forward):
-        spans = [slice(trajectories.offsets[e], trajectories.offsets[e + 1]) for e in batch]
+        spans = [trajectories.tokens(e) for e in batch]
         wanted = [trajectories.sampled[span] for span in spans]
         hidden = predicting_hidden(policy, [trajectories.input_ids[span] for span in spans], wanted)
         flat = np.concatenate([np.arange(s.start, s.stop)[w] for s, w in zip(spans, wanted, strict=True)])
@@ -45,7 +41,6 @@ def score_trajectories(
         for values, scored in zip(result, score_tokens(hidden, tokens, policy.head, temperature), strict=True):
             values[flat] = scored.float().cpu().numpy()
         done += len(batch)
-        progress(len(batch))
         if due():
             within(done / len(trajectories), f"{done} of {len(trajectories)} episodes")
     for name, values in zip(TokenScores._fields, result, strict=True):
@@ -54,11 +49,7 @@ def score_trajectories(
 
 
 def annotate(
-    trajectories: Trajectories,
-    reference: Policy,
-    temperature: float,
-    tokens_per_forward: int,
-    progress: Callable[[int], None] = lambda episodes: None,
+    trajectories: Trajectories, reference: Policy, temperature: float, tokens_per_forward: int
 ) -> Trajectories:
     """Add the reference policy's energy, log-probability and entropy to trajectories.
 
@@ -70,28 +61,23 @@ def annotate(
         reference: the frozen reference policy.
         temperature: of log-probability and entropy, as in sampling.
         tokens_per_forward: padded tokens per forward pass.
-        progress: called with episodes done, batch by batch.
     """
-    logprob, entropy, logsumexp = score_trajectories(reference, trajectories, temperature, tokens_per_forward, progress)
+    logprob, entropy, logsumexp = score_trajectories(reference, trajectories, temperature, tokens_per_forward)
     return replace(trajectories, energy=-logsumexp, ref_logprob=logprob, ref_entropy=entropy)
 
 
-def annotate_part(task: tuple[Config, Path, Trajectories], report: Report) -> Trajectories:
+def annotate_part(task: tuple[Config, Path, Trajectories], report: Tell) -> Trajectories:
     """Annotate some slices in a process of its own; ``task`` is config, reference policy's directory and episodes.
 
     Slice by slice, because float rounding depends on what shares a forward pass: a slice's numbers are to be exactly
     those of a training that samples and annotates it itself.
     """
     config, directory, part = task
-    done, size = 0, config.rollout.groups * config.rollout.group_size
-
-    def progress(episodes: int) -> None:
-        nonlocal done
-        done += episodes
-        report(done, len(part), "episodes")
-
     report(0, len(part), "loading the policy")
-    reference = load_trained(directory, config)
-    slices = [part.select(range(start, min(start + size, len(part)))) for start in range(0, len(part), size)]
-    temperature, budget = config.rollout.temperature, config.train.tokens_per_forward
-    return concatenate([annotate(piece, reference, temperature, budget, progress) for piece in slices])
+    reference, size, annotated = load_trained(directory, config), config.rollout.groups * config.rollout.group_size, []
+    for done in range(0, len(part), size):
+        report(done, len(part), "episodes")
+        piece = part.select(range(done, min(done + size, len(part))))
+        with span("", 0, len(piece)):
+            annotated.append(annotate(piece, reference, config.rollout.temperature, config.train.tokens_per_forward))
+    return concatenate(annotated)

@@ -1,1 +1,1 @@
-"""Evaluation on held-out initial states, and the statistics of the comparison."""
+"""Evaluation on held-out initial states."""

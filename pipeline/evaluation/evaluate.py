@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -11,15 +10,16 @@ import numpy as np
 import pyarrow as pa
 
 from pipeline.environments import initial_states, make
-from pipeline.model.policy import load_trained
+from pipeline.model.loading import load_trained
 from pipeline.progress.display import span, within
-from pipeline.rollout.collector import EpisodeSpec, collect, group_specs
+from pipeline.rollout.collector import collect
 from pipeline.rollout.engine import RolloutEngine
-from pipeline.rollout.transformers_engine import TransformersEngine
+from pipeline.rollout.making import make_engine
+from pipeline.rollout.specs import EpisodeSpec, group_specs
 from pipeline.settings.params import Config
 from pipeline.trajectories.trajectory import CUT_OFF, RESPONSES, Role, Trajectories
 from pipeline.workspace.finite import located
-from pipeline.workspace.processes import Report
+from pipeline.workspace.processes import Tell
 from pipeline.workspace.randomness import generator
 
 
@@ -36,18 +36,12 @@ def evaluation_specs(
 
 
 def evaluate(
-    engine: RolloutEngine,
-    tokenizer: Any,
-    config: Config,
-    name: str,
-    seed: int,
-    temperature: float,
-    progress: Callable[[int], None] = lambda episodes: None,
+    engine: RolloutEngine, tokenizer: Any, config: Config, name: str, seed: int, temperature: float
 ) -> Trajectories:
     """Play the test split at one temperature, as ``evaluation`` in params.yaml says."""
     plan = config.evaluation
     specs = evaluation_specs(config, name, "test", plan.states, plan.rollouts, seed, f"test at {temperature:g}")
-    return collect(engine, tokenizer, config, name, specs, temperature, progress)
+    return collect(engine, tokenizer, config, name, specs, temperature)
 
 
 @dataclass(frozen=True)
@@ -62,23 +56,14 @@ class EvaluationTask:
     temperature: float
 
 
-def evaluate_policy(task: EvaluationTask, report: Report) -> pa.Table:
+def evaluate_policy(task: EvaluationTask, report: Tell) -> pa.Table:
     """Load a policy in a process of its own and play the test split; returns ``episode_results``."""
     within(0.0, "loading the policy", insist=True)
     policy = load_trained(task.policy, task.config)
-    total, done = task.config.evaluation.states * task.config.evaluation.rollouts, 0
-
-    def progress(episodes: int) -> None:
-        nonlocal done
-        done += episodes
-        report(done, total, "episodes")
-
-    engine = TransformersEngine(policy, task.config.rollout.batch_episodes)
-    progress(0)
+    engine, total = make_engine(task.config, policy), task.config.evaluation.states * task.config.evaluation.rollouts
+    report(0, total, "episodes")
     with span("", 0, total), located(str(task.policy)):
-        played = evaluate(
-            engine, policy.tokenizer, task.config, task.environment, task.seed, task.temperature, progress
-        )
+        played = evaluate(engine, policy.tokenizer, task.config, task.environment, task.seed, task.temperature)
     labels = {"environment": task.environment, "method": task.method, "seed": task.seed}
     return episode_results(played, **labels, temperature=task.temperature)
 
@@ -99,15 +84,7 @@ def episode_results(trajectories: Trajectories, **labels: Any) -> pa.Table:
     state's episodes), success, return, end_reason, turns, of these valid_turns, disallowed_turns, malformed_turns
     and cut_turns (see ``trajectory.RESPONSES``), tokens (sampled), action_tokens.
     """
-    turns, responses = np.diff(trajectories.turn_offsets), np.array(trajectories.responses)
-    counts = {
-        f"{kind}_turns": np.add.reduceat((responses == kind).astype(np.int64), trajectories.turn_offsets[:-1])
-        for kind in RESPONSES
-    }
-    sampled = np.add.reduceat(trajectories.sampled.astype(np.int64), trajectories.offsets[:-1])
-    action = np.add.reduceat(
-        (trajectories.sampled & (trajectories.role == Role.ACTION)).astype(np.int64), trajectories.offsets[:-1]
-    )
+    responses, sampled = np.array(trajectories.responses), trajectories.sampled
     seen: dict[str, int] = {}
     rollout = []
     for group in trajectories.episodes["group_id"]:
@@ -122,12 +99,18 @@ def episode_results(trajectories: Trajectories, **labels: Any) -> pa.Table:
             "success": trajectories.episodes["success"],
             "return": trajectories.episodes["return"],
             "end_reason": trajectories.episodes["end_reason"],
-            "turns": turns,
-            **counts,
-            "tokens": sampled,
-            "action_tokens": action,
+            "turns": np.diff(trajectories.turn_offsets),
+            **{f"{kind}_turns": _counts(responses == kind, trajectories.turn_offsets) for kind in RESPONSES},
+            "tokens": _counts(sampled, trajectories.offsets),
+            "action_tokens": _counts(sampled & (trajectories.role == Role.ACTION), trajectories.offsets),
         }
     )
+
+
+def _counts(marked: np.ndarray, offsets: np.ndarray) -> np.ndarray:
+    """int64 (E,): how many of each episode's turns or tokens are marked."""
+    counts: np.ndarray = np.add.reduceat(marked.astype(np.int64), offsets[:-1])
+    return counts
 
 
 def summary(trajectories: Trajectories) -> dict[str, float]:

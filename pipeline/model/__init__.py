@@ -1,1 +1,1 @@
-"""Policies: load a pretrained one, or make a small one from scratch; score tokens under either."""
+"""Policies: what one is, how a pretrained one is loaded, and how tokens are scored under it."""

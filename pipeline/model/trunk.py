@@ -2,7 +2,7 @@
 
 Everything but attention works token by token, so tokens of any number of sequences are one flat batch; attention alone
 must know which belong together, and is given by the caller: over the whole sequences (``packed_attention``: training,
-annotation) or over a cache (``pipeline.rollout.cache``: sampling). The Qwen2 and Llama families have a forward of our
+annotation) or over a cache (``pipeline.rollout.key_value_cache``: sampling). The Qwen2 and Llama families have a forward of our
 own here; other transformers models run their own, with the same attention put in.
 """
 

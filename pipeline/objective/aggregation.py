@@ -32,7 +32,8 @@ def sequence_mean(
     weights: Float[Tensor, " n"], trainable: Bool[Tensor, " n"], trajectory: Int[Tensor, " n"], section: SequenceMean
 ) -> Float[Tensor, " n"]:
     """Each trajectory's weighted mean, then the mean over the trajectories that have weight (GRPO, arXiv 2402.03300)."""
-    totals = torch.zeros(_trajectories(trajectory), dtype=weights.dtype).index_add_(0, trajectory, weights)
+    trajectories = int(trajectory.max()) + 1 if len(trajectory) else 0
+    totals = torch.zeros(trajectories, dtype=weights.dtype).index_add_(0, trajectory, weights)
     alive = (totals > 0).sum().clamp_min(1)
     tiny = torch.finfo(weights.dtype).tiny
     return torch.where(weights > 0, weights / totals[trajectory].clamp_min(tiny), 0.0) / alive
@@ -49,7 +50,3 @@ def constant(
     e is the number of trajectories that have a trainable token.
     """
     return weights / (max(1, len(torch.unique(trajectory[trainable]))) * section.tokens)
-
-
-def _trajectories(trajectory: Int[Tensor, " n"]) -> int:
-    return int(trajectory.max()) + 1 if len(trajectory) else 0

@@ -15,6 +15,8 @@ from pipeline.trajectories.trajectory import Role, Trajectories
 State = Mapping[str, float]
 """What an adaptive slot has kept from earlier iterations; empty at first."""
 
+MEASURED = ("returns", "logprob", "entropy", "energy", "ref_logprob", "ref_entropy")
+
 
 @dataclass(frozen=True)
 class TokenBatch:
@@ -96,9 +98,6 @@ def token_batch(
     """
     if not trajectories.annotated:
         raise ValueError("trajectories are not annotated")
-    assert trajectories.energy is not None
-    assert trajectories.ref_logprob is not None
-    assert trajectories.ref_entropy is not None
     owner = np.repeat(np.arange(len(trajectories)), np.diff(trajectories.turn_offsets))
     visited: dict[tuple[int, str], int] = {}
     states = [
@@ -120,13 +119,8 @@ def token_batch(
         turn_state=torch.tensor(states, dtype=torch.long),
         group=tensor(trajectories.groups, torch.long),
         success=tensor(np.array(trajectories.episodes["success"]), torch.bool),
-        returns=tensor(trajectories.returns, torch.float32),
         reward=tensor(rewards, torch.float32),
-        logprob=tensor(trajectories.logprob, torch.float32),
-        entropy=tensor(trajectories.entropy, torch.float32),
-        energy=tensor(trajectories.energy, torch.float32),
-        ref_logprob=tensor(trajectories.ref_logprob, torch.float32),
-        ref_entropy=tensor(trajectories.ref_entropy, torch.float32),
+        **{name: tensor(getattr(trajectories, name), torch.float32) for name in MEASURED},
         noise=tensor(draws.random(len(trajectories.role), dtype=np.float32), torch.float32),
         iteration=iteration,
         parent=tensor(trajectories.parents, torch.long),

@@ -18,6 +18,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any, NoReturn
 
+import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
@@ -70,20 +71,19 @@ def find(section: Custom) -> Callable[..., Any]:
     if not inspect.isfunction(function):
         raise UserError(f"{refused}: {module} has no function {name}")
     parameters, given = list(inspect.signature(function).parameters.values()), section.given
-    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)]
+    positional = [p for p in parameters if p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD)][: len(given)]
     if len(positional) < len(given):
-        raise UserError(
-            f"{refused}: it takes {inspect.signature(function)}; allowed: ({', '.join(given)}, *, settings)"
-        )
-    own = [p for p in parameters if p not in positional[: len(given)] and p.kind is not p.VAR_POSITIONAL]
-    names = [p.name for p in own if p.kind is not p.VAR_KEYWORD]
-    unknown = [] if len(names) < len(own) else [key for key in section.settings if key not in names]
-    missing = [p.name for p in own if p.name in names and p.default is p.empty and p.name not in section.settings]
-    if unknown:
-        allowed = ", ".join(names) or "nothing"
-        raise UserError(f"{section.slot}.settings.{unknown[0]}: no setting of {section.function}; allowed: {allowed}")
-    if missing:
-        raise UserError(f"{section.slot}.settings.{missing[0]}: missing, and {section.function} has no default for it")
+        taken = inspect.signature(function)
+        raise UserError(f"{refused}: it takes {taken}; allowed: ({', '.join(given)}, *, settings)")
+    own = {p.name: p for p in parameters if p not in positional and p.kind is not p.VAR_POSITIONAL}
+    if not any(p.kind is p.VAR_KEYWORD for p in own.values()):
+        for key in sorted(section.settings.keys() - own.keys()):
+            allowed = ", ".join(own) or "nothing"
+            raise UserError(f"{section.slot}.settings.{key}: no setting of {section.function}; allowed: {allowed}")
+    for key, parameter in own.items():
+        needed = parameter.kind is not parameter.VAR_KEYWORD and parameter.default is parameter.empty
+        if needed and key not in section.settings:
+            raise UserError(f"{section.slot}.settings.{key}: missing, and {section.function} has no default for it")
     return function
 
 
@@ -128,13 +128,12 @@ def aggregation(
 def surrogate(tokens: UpdateTokens, plan: MinibatchPlan | None, section: Custom) -> SurrogateLoss:
     """S5: the loss of each token. A loss that is not finite is the training's to count: weights may have led there."""
     given = _called(section, tokens)
-    loss, clipped = (
-        given if isinstance(given, tuple) and len(given) == 2 else (given, tokens.advantage != tokens.advantage)
-    )
+    nowhere = torch.zeros_like(tokens.advantage, dtype=torch.bool)
+    loss, clipped = given if isinstance(given, tuple) and len(given) == 2 else (given, nowhere)
     loss = _shaped(section, loss, tokens.logprob, finite=False)
     if tokens.logprob.requires_grad and not loss.requires_grad:
         _refuse(section, "a loss without a gradient", "a function of tokens.logprob")
-    return SurrogateLoss(loss, _shaped(section, clipped, tokens.advantage > 0))
+    return SurrogateLoss(loss, _shaped(section, clipped, nowhere))
 
 
 def regulariser(batch: TokenBatch, state: State, section: Custom) -> tuple[EntropyTerms, dict[str, float]]:

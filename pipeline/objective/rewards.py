@@ -7,6 +7,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pipeline.objective.batch import TokenBatch, positions
+from pipeline.objective.turns import last_of_trajectory
 from pipeline.settings.reward import (
     EntropyRateReward,
     PlainReward,
@@ -75,10 +76,4 @@ def mean_entropy(batch: TokenBatch) -> Float[Tensor, " e"]:
 
 def at_the_end(batch: TokenBatch, values: Float[Tensor, " e"]) -> Float[Tensor, " n"]:
     """Each trajectory's value on its last trainable token; lost where there is none."""
-    index = torch.nonzero(batch.trainable).squeeze(-1)
-    owner = batch.trajectory[index]
-    last = torch.ones_like(owner, dtype=torch.bool)
-    last[:-1] = owner[1:] != owner[:-1]
-    placed = torch.zeros_like(batch.reward)
-    placed[index[last]] = values[owner[last]].to(placed.dtype)
-    return placed
+    return torch.where(last_of_trajectory(batch), values[batch.trajectory].to(batch.reward.dtype), 0.0)

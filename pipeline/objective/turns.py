@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pipeline.objective.batch import TokenBatch
@@ -25,19 +25,24 @@ def turns_to_tokens(batch: TokenBatch, per_turn: Float[Tensor, " t"]) -> Float[T
 
 def first_of_turn(batch: TokenBatch) -> Bool[Tensor, " n"]:
     """The first trainable token of each turn."""
-    return _edge_of_turn(batch, slice(1, None), slice(None, -1))
+    return _edge(batch, batch.turn, slice(1, None), slice(None, -1))
 
 
 def last_of_turn(batch: TokenBatch) -> Bool[Tensor, " n"]:
     """The last trainable token of each turn."""
-    return _edge_of_turn(batch, slice(None, -1), slice(1, None))
+    return _edge(batch, batch.turn, slice(None, -1), slice(1, None))
 
 
-def _edge_of_turn(batch: TokenBatch, here: slice, there: slice) -> Bool[Tensor, " n"]:
+def last_of_trajectory(batch: TokenBatch) -> Bool[Tensor, " n"]:
+    """The last trainable token of each trajectory."""
+    return _edge(batch, batch.trajectory, slice(None, -1), slice(1, None))
+
+
+def _edge(batch: TokenBatch, owner: Int[Tensor, " n"], here: slice, there: slice) -> Bool[Tensor, " n"]:
     index = torch.nonzero(batch.trainable).squeeze(-1)
-    turn = batch.turn[index]
-    edge = torch.ones_like(turn, dtype=torch.bool)
-    edge[here] = turn[here] != turn[there]
+    own = owner[index]
+    edge = torch.ones_like(own, dtype=torch.bool)
+    edge[here] = own[here] != own[there]
     mask = torch.zeros_like(batch.trainable)
     mask[index[edge]] = True
     return mask

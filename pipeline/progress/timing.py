@@ -3,10 +3,6 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterable, Iterator
-from typing import TypeVar
-
-Item = TypeVar("Item")
 
 
 class Phases:
@@ -17,19 +13,9 @@ class Phases:
         self.inner = 0.0
         """Seconds of phases that have ended inside the one that is open."""
 
-    def phase(self, name: str) -> Phase:
+    def phase(self, name: str) -> Stopwatch:
         """Count what happens inside under ``name``."""
-        return Phase(self, name)
-
-    def each(self, name: str, items: Iterable[Item]) -> Iterator[Item]:
-        """Count under ``name`` what it takes to get each item, not what is done with it."""
-        following, end = iter(items), object()
-        while True:
-            with self.phase(name):
-                item = next(following, end)
-            if item is end:
-                return
-            yield item  # type: ignore[misc]
+        return Stopwatch(self, name)
 
     def add(self, name: str, seconds: float) -> None:
         """Add to a phase."""
@@ -41,7 +27,7 @@ class Phases:
         return taken
 
 
-class Phase:
+class Stopwatch:
     """A stretch of time; a class, not a generator, because environments are timed step by step."""
 
     __slots__ = ("around", "began", "name", "phases")

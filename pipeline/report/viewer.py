@@ -16,7 +16,8 @@ from pipeline.environments.registry import board_of, make
 from pipeline.settings.params import Config
 from pipeline.trajectories.prompting import plain_text
 from pipeline.trajectories.records import NUMBERS, episode_records, rounded
-from pipeline.trajectories.trajectory import Role, Trajectories, TrajectoryError, read
+from pipeline.trajectories.table import read
+from pipeline.trajectories.trajectory import Role, Trajectories, TrajectoryError
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.layout import Layout
 
@@ -50,10 +51,10 @@ class SavedTokenizer:
 
 
 def read_played(path: Path) -> Played:
-    """Read the episodes of a training's last iteration (``training.episodes.write_episodes``).
+    """Read the episodes of a training's last iteration (``training.episodes.update_columns``).
 
     Raises:
-        TrajectoryError: as ``trajectory.read``.
+        TrajectoryError: as ``table.read``.
     """
     trajectories = read(path)
     names = [name for name in NUMBERS if name in pq.read_schema(path).names and not hasattr(trajectories, name)]
@@ -68,7 +69,7 @@ def viewer_data(
 
     Args:
         config: ``report`` says how many episodes of how many initial states.
-        tokenizer: what ``prompting.decode`` takes.
+        tokenizer: what ``parsing.decode`` takes.
         played: (environment, method) -> all that may be chosen from.
 
     Returns:

@@ -1,1 +1,1 @@
-"""Sampling episodes: the engine contract, the transformers engine, and the collector."""
+"""Sampling episodes: engines, episodes, the collector that plays them, and trees of them."""

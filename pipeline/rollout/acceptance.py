@@ -7,11 +7,13 @@ from textwrap import shorten
 import numpy as np
 import torch
 
-from pipeline.model.policy import Policy, rounding
+from pipeline.model.loading import rounding
+from pipeline.model.policy import Policy
 from pipeline.rollout.engine import Continuation, Request, Sampling
-from pipeline.rollout.transformers_engine import TransformersEngine
+from pipeline.rollout.making import make_engine
 from pipeline.settings.params import Config
-from pipeline.trajectories.prompting import END_OF_RESPONSE, Dialogue
+from pipeline.trajectories.parsing import END_OF_RESPONSE
+from pipeline.trajectories.prompting import Dialogue
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.randomness import generator
 
@@ -36,7 +38,7 @@ def accept(policy: Policy, source: str, config: Config) -> None:
     for section in config.environments.values():
         Dialogue(policy.tokenizer, section.layout, config.rollout.prefill, section.response_tokens)
     try:
-        worst = _worst_difference(policy)
+        worst = _worst_difference(policy, config)
     except Exception as error:  # of any kind, as in ``load_policy``
         reason = shorten(str(error) or type(error).__name__, 160, placeholder=" …")
         raise UserError(f"policy: {source!r} cannot be sampled from: {reason}") from None
@@ -46,7 +48,7 @@ def accept(policy: Policy, source: str, config: Config) -> None:
         )
 
 
-def _worst_difference(policy: Policy) -> float:
+def _worst_difference(policy: Policy, config: Config) -> float:
     """Between log-probabilities sampled with and computed anew, in units of what rounding explains."""
     draws = generator(0, "acceptance")
     texts = draws.integers(len(policy.tokenizer), size=(EPISODES, PROMPT + OBSERVED))
@@ -67,7 +69,7 @@ def _worst_difference(policy: Policy) -> float:
         ids[number] += list(texts[number, PROMPT:])
         return request(number)
 
-    engine = TransformersEngine(policy, slots=EPISODES - 1)
+    engine = make_engine(config, policy, EPISODES - 1)
     engine.generate((request(number) for number in range(EPISODES)), Sampling(1.0, END_OF_RESPONSE), follow)
     found = [_difference(policy, *episode) for episode in zip(ids, starts, answers, strict=True)]
     return float(np.max(found))  # NaN, if one of them is

@@ -2,70 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence, Sized
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any
 
-from pipeline.environments import environment_label, initial_states, make
-from pipeline.environments.registry import actions_left_of, outcome_of, parse_action, reset, step, success_of, text_of
 from pipeline.progress.display import beat, on_beat, within
 from pipeline.progress.timing import Phases
 from pipeline.rollout.engine import Continuation, Request, RolloutEngine, Sampling
-from pipeline.settings.params import Config, Environment
-from pipeline.trajectories.prompting import END_OF_RESPONSE, Dialogue, decode, parse_response, token_roles
-from pipeline.trajectories.trajectory import CUT, EpisodeBuilder, Role, Trajectories, build
-from pipeline.workspace.errors import UserError
-from pipeline.workspace.randomness import generator
-
-INVALID = "Invalid response: the state is unchanged."
-"""Opens the observation after a turn without a parsable, allowed action."""
-
-
-@dataclass(frozen=True)
-class EpisodeSpec:
-    """One episode to be played, and where its randomness comes from."""
-
-    episode_id: str
-    group_id: str
-    state_seed: int
-    seed: int
-    iteration: int
-    noise: int
-    """Seed of the environment's noise."""
-    draws: tuple[Any, ...]
-    """Name of the generator that the episode's tokens are drawn from: seed, stream, counters."""
-
-
-def iteration_specs(config: Config, name: str, seed: int, iteration: int) -> list[EpisodeSpec]:
-    """The episodes of one iteration of training: ``rollout.groups`` states of the train split, ``group_size`` each.
-
-    They depend on (environment, seed, iteration) alone, so every method meets the same states and the same noise.
-    """
-    draws = generator(seed, "train states", name, iteration)
-    states = initial_states(make(config.environments[name]), "train", config.rollout.groups, draws)
-    return group_specs(name, states, config.rollout.group_size, seed, iteration, "train")
-
-
-def group_specs(
-    name: str, states: Sequence[int], group_size: int, seed: int, iteration: int, purpose: str
-) -> list[EpisodeSpec]:
-    """``group_size`` episodes of each initial state, with noise and draws of their own."""
-    specs = []
-    for group, state in enumerate(states):
-        for member in range(group_size):
-            place = (name, purpose, iteration, group, member)
-            specs.append(
-                EpisodeSpec(
-                    episode_id=f"{name}-{purpose}-{seed}-{iteration}-{group}-{member}",
-                    group_id=f"{name}-{purpose}-{seed}-{iteration}-{group}",
-                    state_seed=state,
-                    seed=seed,
-                    iteration=iteration,
-                    noise=int(generator(seed, "environment noise", *place).integers(2**31)),
-                    draws=(seed, "tokens", *place),
-                )
-            )
-    return specs
+from pipeline.rollout.episode import Episode, Setup
+from pipeline.rollout.specs import EpisodeSpec
+from pipeline.settings.params import Config
+from pipeline.trajectories.builder import build
+from pipeline.trajectories.parsing import END_OF_RESPONSE
+from pipeline.trajectories.trajectory import Trajectories
 
 
 def collect(
@@ -75,7 +23,6 @@ def collect(
     name: str,
     specs: Sequence[EpisodeSpec],
     temperature: float,
-    progress: Callable[[int], None] = lambda episodes: None,
     phases: Phases | None = None,
     closing: bool = False,
 ) -> Trajectories:
@@ -88,7 +35,6 @@ def collect(
         name: key in ``environments``.
         specs: what to play.
         temperature: of sampling.
-        progress: called with 1 whenever an episode is finished.
         phases: told how long the environment takes: ``reset`` and ``step``.
         closing: see ``Setup``.
 
@@ -101,17 +47,11 @@ def collect(
     """
     setup = Setup(tokenizer, config, name, phases, closing)
     engine.forget()
-    episodes = play(engine, (setup.begin(spec) for spec in specs), temperature, progress, len(specs))
+    episodes = play(engine, (setup.begin(spec) for spec in specs), temperature, len(specs))
     return build([episode.builder for episode in episodes])
 
 
-def play(
-    engine: RolloutEngine,
-    episodes: Iterable[Episode],
-    temperature: float,
-    progress: Callable[[int], None] = lambda episodes: None,
-    count: int = 0,
-) -> list[Episode]:
+def play(engine: RolloutEngine, episodes: Iterable[Episode], temperature: float, count: int = 0) -> list[Episode]:
     """Play episodes to their end, each begun when the engine has room for it; returns them in order.
 
     What the engine has computed for their beginnings, in this call or an earlier one, is not computed again. ``count`` is
@@ -133,10 +73,7 @@ def play(
         episode.take(answer)
         sampled, unfinished = sampled + len(answer.ids), max(0, unfinished - len(answer.ids))
         beat(unfinished)
-        if not episode.done:
-            return episode.request()
-        progress(1)
-        return None
+        return None if episode.done else episode.request()
 
     def said(tokens: int) -> None:
         nonlocal unfinished
@@ -157,211 +94,3 @@ def _course(played: Sequence[Episode], count: int, sampled: int, unfinished: int
     part = ended + going / section.max_turns + unfinished / (section.max_turns * section.response_tokens)
     words = f"{ended} of {count} episodes ended, {sum(turns)} turns, {sampled + unfinished} tokens"
     return min(part / count, 1.0), words
-
-
-class Setup:
-    """What the episodes of one environment share: its section, its dialogue, and the prompts of the groups so far.
-
-    Args:
-        tokenizer: the policy's.
-        config: params.yaml.
-        name: key in ``environments``.
-        phases: told how long the environment takes: ``reset`` and ``step``.
-        closing: an episode that is cut off ends with the observation after its last response, also beyond
-            ``context_tokens``: with all that the policy would have seen when it began the next one.
-    """
-
-    def __init__(
-        self, tokenizer: Any, config: Config, name: str, phases: Phases | None = None, closing: bool = False
-    ) -> None:
-        self.section, self.closing = config.environments[name], closing
-        self.phases = phases or Phases()
-        self.dialogue = Dialogue(tokenizer, self.section.layout, config.rollout.prefill, self.section.response_tokens)
-        self._prompts: dict[str, list[int]] = {}
-
-    def begin(self, spec: EpisodeSpec) -> Episode:
-        """An episode before its first response.
-
-        Raises:
-            UserError: its environment opens it otherwise than the rest of its group, or see ``collect``.
-        """
-        episode = Episode(self.section, self.dialogue, spec, self.phases, self.closing)
-        if self._prompts.setdefault(spec.group_id, episode.prompt) != episode.prompt:  # invariant 3
-            raise UserError(
-                f"environments: {self.section.id!r} opens group {spec.group_id} with different prompts; observation and "
-                "instructions after a reset must depend on state_seed alone"
-            )
-        return episode
-
-
-class Episode:
-    """One environment, its dialogue and the tokens so far.
-
-    Args:
-        section: the environment's.
-        dialogue: renders its texts.
-        spec: what to play.
-        phases: told how long the environment takes.
-        closing: see ``Setup``.
-    """
-
-    def __init__(
-        self, section: Environment, dialogue: Dialogue, spec: EpisodeSpec, phases: Phases, closing: bool = False
-    ) -> None:
-        self.section, self.dialogue, self.spec, self.done, self.turn = section, dialogue, spec, False, 1
-        self.phases, self.closing = phases, closing
-        self.draws = generator(*spec.draws)
-        self._begun: list[int] = []
-        """Sampled tokens of the present response that a branch has from its parent."""
-        with phases.phase("reset"):
-            self.environment = make(section)
-            self.observation = reset(self.environment, spec.noise, spec.state_seed)
-            instructions = text_of(self.environment, "instructions")
-        self.builder = EpisodeBuilder(
-            episode_id=spec.episode_id,
-            group_id=spec.group_id,
-            environment=environment_label(section),
-            state_key=self._state_key(),
-            seed=spec.seed,
-            iteration=spec.iteration,
-        )
-        opening = dialogue.opening(instructions, self.observation, actions_left_of(self.environment))
-        self.builder.append_text(opening, Role.PROMPT)
-        self.prompt = list(self.builder.ids)
-        if len(opening) + len(dialogue.prefill_ids) >= section.context_tokens:
-            raise UserError(
-                f"environments: a prompt of {len(opening)} tokens leaves no room in context_tokens "
-                f"({section.context_tokens}); raise it"
-            )
-        self._open_response()
-
-    @classmethod
-    def branch(cls, parent: Episode, spec: EpisodeSpec, split: int) -> Episode:
-        """Continue a finished episode before one of its sampled tokens, with draws of its own.
-
-        The environment is made anew and led to the same state: same noise, same actions. What is random in it after the
-        split happens as it did to the parent, as long as the policy does the same.
-
-        Args:
-            parent: finished.
-            spec: the branch's; state and noise are the parent's.
-            split: tokens that are shared; the next one is sampled again.
-
-        Raises:
-            ValueError: the policy did not choose the token at ``split``.
-            UserError: the environment, led by the same actions, is not in the state that the parent was in.
-        """
-        spec = replace(spec, state_seed=parent.spec.state_seed, noise=parent.spec.noise)
-        episode = cls(parent.section, parent.dialogue, spec, parent.phases, parent.closing)
-        episode.builder = parent.builder.before(split, **episode.builder.identity)
-        with episode.phases.phase("step"):
-            for turn in episode.builder.turns:
-                episode._expect(turn["state_key"])
-                episode._act(turn["action"].split("||") if turn["valid"] else None)
-        episode.turn = len(episode.builder.turns) + 1
-        turn = parent.builder.turns[len(episode.builder.turns)]
-        episode._expect(turn["state_key"])
-        episode._start = turn["start"]
-        episode._begun = episode.builder.ids[turn["start"] + len(episode.dialogue.prefill_ids) :]
-        return episode
-
-    def request(self) -> Request:
-        """Ask for a response, or for the rest of it."""
-        uniforms = self.draws.random(self.section.response_tokens)[len(self._begun) :]
-        room = self.section.context_tokens - len(self.builder)
-        return Request(self.builder.ids, uniforms[: max(1, room)], forced=len(self.builder) - self._start)
-
-    def take(self, answer: Continuation) -> None:
-        """Record a response, act on it and prepare the next turn."""
-        prefill, begun = self.dialogue.prefill_ids, self._begun
-        response = decode(self.dialogue.tokenizer, [*prefill, *begun, *answer.ids])
-        ended = self._ended(answer)
-        roles = token_roles(response, ended not in CUT)[len(prefill) :]
-        self.builder.identity["policy_version"] = answer.policy_version
-        self.builder.change_roles(roles[: len(begun)])  # what a response turns out to be decides on its beginning too
-        self.builder.append_sampled(answer.ids, roles[len(begun) :], answer.logprob, answer.entropy)
-        self._begun = []
-        text = response.text
-        if answer.finish == "eos":
-            text = text[: response.spans[-1][0]]
-        written = parse_response(text, self.section.actions_per_turn)
-        with self.phases.phase("step"):
-            state_key = self._state_key()
-            actions = self._allowed(written)
-            executed, reward, over = self._act(actions)
-        action, valid = _storable("||".join(executed)), actions is not None
-        self.builder.close_turn(self._start, reward, action, valid, state_key, written is not None, ended)
-        if over:
-            self._finish(_storable(outcome_of(self.environment)))
-        elif self.turn == self.section.max_turns and not self.closing:
-            self._finish("turns")
-        else:
-            self._next_turn(reward, answer.finish == "eos")
-
-    def _ended(self, answer: Continuation) -> str:
-        """How a response that is about to be recorded ended, as ``Trajectories.turns`` has it."""
-        if answer.finish in ("stop", "eos"):
-            return answer.finish
-        whole = len(self._begun) + len(answer.ids) >= self.section.response_tokens
-        full = len(self.builder) + len(answer.ids) >= self.section.context_tokens
-        return "context_tokens" if full and not whole else "response_tokens"
-
-    def _allowed(self, actions: list[str] | None) -> list[str] | None:
-        """Canonical actions, or None as soon as one is not allowed."""
-        parsed = [parse_action(self.environment, action) for action in actions or []]
-        return [p for p in parsed if p is not None] if parsed and None not in parsed else None
-
-    def _act(self, actions: list[str] | None) -> tuple[list[str], float, bool]:
-        """Execute a turn's actions, as far as those before leave them possible.
-
-        Returns:
-            Those executed, the turn's reward, and whether the environment's episode is over.
-        """
-        if actions is None:
-            if not self.observation.startswith(INVALID):
-                self.observation = f"{INVALID}\n{self.observation}"
-            return [], self.section.format_penalty, False
-        executed, total, over = list[str](), 0.0, False
-        for action in actions:
-            if over or (executed and parse_action(self.environment, action) is None):
-                break
-            self.observation, reward, over = step(self.environment, action)
-            executed, total = [*executed, action], total + reward
-        return executed, total, over
-
-    def _expect(self, state_key: str) -> None:
-        """Be where the parent was."""
-        if self._state_key() != state_key:
-            raise UserError(
-                f"environments: {self.section.id!r} does not come to the same state by the same actions and seeds, so "
-                "that no episode of it can be continued; its noise must come from the seed of reset alone"
-            )
-
-    def _next_turn(self, reward: float, ended_by_eos: bool) -> None:
-        self.turn += 1
-        left = actions_left_of(self.environment)
-        following = self.dialogue.following(self.turn, self.observation, reward, ended_by_eos, left)
-        full = len(self.builder) + len(following) + len(self.dialogue.prefill_ids) >= self.section.context_tokens
-        reason = "turns" if self.turn > self.section.max_turns else "context" if full else None
-        if reason is None or self.closing:
-            self.builder.append_text(following, Role.OBSERVATION)
-            self._open_response()
-        if reason is not None:
-            self._finish(reason)
-
-    def _open_response(self) -> None:
-        """Force the prefill."""
-        self._start = len(self.builder)
-        self.builder.append_text(self.dialogue.prefill_ids, Role.THINK_TAG)
-
-    def _finish(self, reason: str) -> None:
-        self.done = True
-        self.builder.finish(success_of(self.environment), reason)
-
-    def _state_key(self) -> str:
-        return _storable(text_of(self.environment, "state_key"))
-
-
-def _storable(text: str) -> str:
-    """Text as UTF-8 can hold it: lone surrogates are spelt out, so that what differs still does."""
-    return text if text.isascii() else text.encode(errors="backslashreplace").decode()

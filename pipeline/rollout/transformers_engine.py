@@ -13,14 +13,15 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Float32, Float64, Int
 from torch import Tensor
 
 from pipeline.model.kernels import native
 from pipeline.model.policy import Policy
 from pipeline.model.trunk import hidden_states
 from pipeline.progress.display import beat, due
-from pipeline.rollout.cache import SlotCache
 from pipeline.rollout.engine import Continuation, Follow, Request, Sampling
+from pipeline.rollout.key_value_cache import SlotCache
 from pipeline.workspace.finite import NumericsError, require_finite
 
 TOKENS_PER_STEP = 8192
@@ -279,16 +280,18 @@ class _Row:
         self.ids, self.logprob, self.entropy, self.finish = [], [], [], ""
 
 
-def sample(logits: Tensor, temperature: float, draws: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def sample(
+    logits: Float[Tensor, "rows vocabulary"], temperature: float, draws: Float64[Tensor, " rows"]
+) -> tuple[Int[Tensor, " rows"], Float32[Tensor, " rows"], Float32[Tensor, " rows"]]:
     """Invert the cumulative distribution at one uniform draw per row.
 
     Args:
-        logits: (rows, vocabulary), raw.
+        logits: raw.
         temperature: divides them.
-        draws: float64 (rows,) in [0, 1).
+        draws: in [0, 1).
 
     Returns:
-        token (rows,), its log-probability and the distribution's entropy in nats, both float32.
+        Token, its log-probability and the distribution's entropy in nats.
 
     Raises:
         NotFiniteError: a logit is NaN or infinite, or all of a row are minus infinity; minus infinity is an impossible token.

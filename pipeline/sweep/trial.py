@@ -20,7 +20,7 @@ from pipeline.training.run import Curve, TrainingJob, train_until
 from pipeline.workspace.files import lock
 from pipeline.workspace.finite import NotFiniteError
 from pipeline.workspace.layout import Cache
-from pipeline.workspace.processes import Report
+from pipeline.workspace.processes import Tell
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Outcome:
     curves: Curves
 
 
-Objective = Callable[[Trial, dict[str, Value], Report], Outcome]
+Objective = Callable[[Trial, dict[str, Value], Tell], Outcome]
 """Runs a trial at a point of the space; raises ``TrialPruned`` if it is to be stopped early."""
 
 
@@ -44,7 +44,7 @@ class TrainingObjective:
 
     plan: Plan
 
-    def __call__(self, trial: Trial, values: dict[str, Value], report: Report) -> Outcome:
+    def __call__(self, trial: Trial, values: dict[str, Value], report: Tell) -> Outcome:
         plan, sweep = self.plan, self.plan.config.sweep
         config = plan.configured(values)
         seeds = sweep.seeds
@@ -79,13 +79,13 @@ class TrainingObjective:
         return [*range(every, iterations, every), iterations]
 
 
-def _shifted(report: Report, others: Sequence[Curve], train: Train) -> Report:
+def _shifted(report: Tell, others: Sequence[Curve], train: Train) -> Tell:
     """Reports of one seed as those of all seeds."""
     before = sum(progress(curve, train)[0] for curve in others)
     return lambda done, total, text="": report(before + done, total * (1 + len(others)), text)
 
 
-def run_trial(trial: Trial, plan: Plan, objective: Objective, report: Report) -> Outcome:
+def run_trial(trial: Trial, plan: Plan, objective: Objective, report: Tell) -> Outcome:
     """Draw a trial's settings and run it; constraints are set on the trial.
 
     Raises:

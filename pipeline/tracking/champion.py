@@ -17,7 +17,8 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
-from pipeline.model.policy import Policy, load_policy
+from pipeline.model.loading import load_policy
+from pipeline.model.policy import Policy
 from pipeline.tracking.datasets import dvc_digest
 from pipeline.tracking.send import Patience, patient
 from pipeline.tracking.spool import Record

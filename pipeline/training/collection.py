@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-import torch
 
 from pipeline.energy.annotate import annotate, score_trajectories
 from pipeline.model.policy import Policy
 from pipeline.progress.display import span
 from pipeline.progress.timing import Phases
-from pipeline.rollout.branching import Forest
-from pipeline.rollout.collector import EpisodeSpec, Setup, collect, iteration_specs
+from pipeline.rollout.branch_scores import blank_tokens, branch_scores
+from pipeline.rollout.collector import play
 from pipeline.rollout.engine import RolloutEngine
-from pipeline.rollout.scores import blank_tokens, branch_scores
+from pipeline.rollout.episode import Setup
+from pipeline.rollout.forest import Forest
+from pipeline.rollout.growths import moved
+from pipeline.rollout.specs import iteration_specs
 from pipeline.settings.branching import Branching, Independent, Positions
 from pipeline.settings.params import Config
+from pipeline.trajectories.builder import build
 from pipeline.trajectories.trajectory import Trajectories, concatenate
 from pipeline.workspace.randomness import generator
 
@@ -48,80 +51,68 @@ class Collection:
     closing: bool = False
     """Episodes that are cut off end with the observation after their last response, of which a critic is asked."""
 
-    def rounds(self, number: int) -> Iterator[Trajectories]:
-        """The annotated episodes of an iteration, to be trained on.
+    def collect(self, number: int) -> Iterator[list[Trajectories]]:
+        """The episodes of an iteration, round by round, each sampled with the policy as it is when it is asked for.
 
         There is one round, or two where branches are placed by how the policy has moved: the initial episodes, and, once
-        the policy has been updated on these, all of them with their branches.
+        the policy has been updated on these, all of them with their branches. Those of a round come in waves, in the order
+        of sampling; a wave is annotated already if it is from the table, or what branches begin in.
         """
-        if not isinstance(self.branching, Independent):
-            yield from self._grown(number)
-        elif number == 0 and self.first is not None and not self.closing:
-            yield self.first
-        else:
-            specs = self._specs(number)
-            with self.phases.phase("collect"), span("sampling", *SAMPLING):
-                sampled = collect(
-                    self.engine,
-                    self.policy.tokenizer,
-                    self.config,
-                    self.name,
-                    specs,
-                    self.config.rollout.temperature,
-                    phases=self.phases,
-                    closing=self.closing,
-                )
-            yield self._annotated(sampled)
-
-    def _grown(self, number: int) -> Iterator[Trajectories]:
-        setup = Setup(self.policy.tokenizer, self.config, self.name, self.phases, self.closing)
-        temperature = self.config.rollout.temperature
-        forest = Forest(self.engine, setup, self._specs(number), self.branching, temperature)
         self.engine.forget()
-        parts: list[Trajectories] = []
-        while (sampled := self._wave(forest)) is not None:
-            parts.append(self._annotated(sampled))
-            if isinstance(self.branching, Positions) and len(parts) == 1:
-                if self.branching.signal == "branching_score":
-                    yield parts[0]
-                    self.engine.forget()  # the policy is another one now
-                forest.score(parts[0], self._scores(self.branching, parts[0]))
-        grown = concatenate(parts)
-        place = {name: index for index, name in enumerate(grown.episodes["episode_id"])}
-        yield grown.select([place[name] for name in forest.order()])
-
-    def _specs(self, number: int) -> list[EpisodeSpec]:
+        self.engine.policy_version = number
+        alone = isinstance(self.branching, Independent)
+        if alone and number == 0 and self.first is not None and not self.closing:
+            yield [self.first]
+            return
         with self.phases.phase("reset"):  # states are drawn by resetting
-            return iteration_specs(self.config, self.name, self.seed, number)
+            specs = iteration_specs(self.config, self.name, self.seed, number)
+        temperature = self.config.rollout.temperature
+        setup = Setup(self.policy.tokenizer, self.config, self.name, self.phases, self.closing)
+        if alone:
+            with self.phases.phase("collect"), span("sampling", *SAMPLING):
+                episodes = play(self.engine, map(setup.begin, specs), temperature, count=len(specs))
+            yield [build([episode.builder for episode in episodes])]
+        else:
+            yield from self._grow(Forest(self.engine, setup, specs, self.branching, temperature))
+
+    def _grow(self, forest: Forest) -> Iterator[list[Trajectories]]:
+        waves: list[Trajectories] = []
+        while (wave := self._wave(forest)) is not None:
+            waves.append(wave)
+            if isinstance(self.branching, Positions) and len(waves) == 1:
+                waves = [self.annotate(waves)]
+                if moved(self.branching):
+                    yield waves
+                    self.engine.forget()  # the policy is another one now
+                forest.score(waves[0], self._scores(self.branching, waves[0]))
+        yield waves
 
     def _wave(self, forest: Forest) -> Trajectories | None:
         with self.phases.phase("collect"), span("sampling", *SAMPLING):
             return forest.wave()
 
-    def _annotated(self, sampled: Trajectories) -> Trajectories:
+    def annotate(self, waves: Sequence[Trajectories]) -> Trajectories:
+        """A round's episodes, those of a group together, with the reference policy's scores.
+
+        Wave by wave, because float rounding depends on what shares a forward pass.
+        """
+        settings = self.config.rollout.temperature, self.config.train.tokens_per_forward
         with self.phases.phase("annotate"), span("reference scores", *SCORING):
-            return annotate(
-                sampled, self.reference, self.config.rollout.temperature, self.config.train.tokens_per_forward
-            )
+            parts = [wave if wave.annotated else annotate(wave, self.reference, *settings) for wave in waves]
+        if len(parts) == 1:
+            return parts[0]
+        grown = concatenate(parts)
+        return grown.select(np.argsort(grown.groups, kind="stable"))
 
     def _scores(self, section: Positions, initial: Trajectories) -> np.ndarray:
-        moved = np.zeros(len(initial.input_ids))
-        if section.signal == "branching_score":
-            moved = self.now(initial)[0] - initial.logprob
+        shift = self.now(initial)[0] - initial.logprob if moved(section) else np.zeros(len(initial.input_ids))
         scores, blank = np.zeros(len(initial.input_ids)), blank_tokens(self.policy.tokenizer, initial.input_ids)
         for group in dict.fromkeys(initial.episodes["group_id"]):  # each with draws of its own
             rows = [row for row, own in enumerate(initial.episodes["group_id"]) if own == group]
             tokens = np.isin(initial.token_episode, rows)
             draws = generator(self.seed, "branch scores", group)
-            scores[tokens] = branch_scores(
-                section.signal,
-                initial.select(rows),
-                draws,
-                moved[tokens],
-                section.discount,
-                section.bounds,
-                blank[tokens],
-            )
+            omega = shift[tokens], section.discount, section.bounds, blank[tokens]
+            scores[tokens] = branch_scores(section.signal, initial.select(rows), draws, *omega)
         return scores
 
     def at_temperature(self, trajectories: Trajectories) -> Trajectories:
@@ -141,15 +132,12 @@ class Collection:
     def now(self, trajectories: Trajectories, temperature: float | None = None) -> list[np.ndarray]:
         """Log-probability and entropy of every sampled token under the policy as it is, at ``rollout.temperature`` or
         another one."""
-        was_training = self.policy.model.training
+        temperature, was_training = temperature or self.config.rollout.temperature, self.policy.model.training
         self.policy.model.eval()
         try:
-            with self.phases.phase("annotate"), torch.inference_mode():
-                return score_trajectories(
-                    self.policy,
-                    trajectories,
-                    temperature or self.config.rollout.temperature,
-                    self.config.train.tokens_per_forward,
-                )[:2]
+            with self.phases.phase("annotate"):
+                return score_trajectories(self.policy, trajectories, temperature, self.config.train.tokens_per_forward)[
+                    :2
+                ]
         finally:
             self.policy.model.train(was_training)

@@ -2,57 +2,46 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline.training.iteration import Example
-from pipeline.trajectories.trajectory import RESPONSE_ROLES, Role
-
-if TYPE_CHECKING:
-    from pipeline.training.module import PolicyGradient
+from pipeline.objective.methods import surrogate_loss
+from pipeline.training.tokens import TokenTable
+from pipeline.training.update import SHARES, Learner
+from pipeline.trajectories.trajectory import RESPONSE_ROLES
 
 TRAJECTORIES, TOKENS_PER_ROLE = 4, 4
 """How many of a minibatch's trajectories are looked at, and how many tokens of each role in each of them."""
 
-SHARES = {
-    "reasoning": (Role.REASONING,),
-    "action": (Role.ACTION,),
-    "tag": (Role.THINK_TAG, Role.ANSWER_TAG),
-    "other": (Role.OTHER,),
-}
-"""Roles that are reported together."""
 
-
-def gradient_share(module: PolicyGradient, minibatch: list[Example], draws: np.random.Generator) -> dict[str, float]:
+def gradient_share(learner: Learner, minibatch: TokenTable, draws: np.random.Generator) -> dict[str, float]:
     """Share of each role in ``sum_t |grad (c_t * surrogate_t)|``, from the gradients of a sample of tokens.
 
     The norm is over all of the policy's parameters. A role's sum is estimated as its number of tokens in the minibatch
     times the mean norm over its sampled tokens; a role without a token in the sample counts as 0.
 
     Args:
-        module: the training.
+        learner: whose policy is measured.
         minibatch: whose coefficients and plan hold.
         draws: choose trajectories and tokens.
 
     Returns:
         ``measured_gradient_share_<role>``, adding up to 1 unless no token has a gradient.
     """
-    factors = module.factors(minibatch)
-    rows = module.plan(minibatch, factors)
+    minibatch = learner.planned(minibatch)
     norms: dict[int, list[float]] = {}
     for index in sorted(draws.permutation(len(minibatch))[:TRAJECTORIES]):
-        example = minibatch[index]
-        if len(example.role) == 0:
+        trajectory = minibatch.select([index])
+        if len(trajectory["role"]) == 0:
             continue
-        loss = module.surrogate_losses([example], [factors[index]], None if rows is None else rows[index])
+        _, tokens, plan = learner.read(trajectory)
+        loss = tokens.coefficient * surrogate_loss(learner.method, tokens, plan).loss
         for role in RESPONSE_ROLES:
-            own = torch.nonzero(example.role == role).squeeze(-1).numpy()
+            own = torch.nonzero(trajectory["role"] == role).squeeze(-1).numpy()
             for token in draws.permutation(own)[:TOKENS_PER_ROLE]:
-                norms.setdefault(int(role), []).append(_norm(module.model, loss[int(token)]))
-    everyone = torch.cat([example.role for example in minibatch])
+                norms.setdefault(int(role), []).append(_norm(learner.policy.model, loss[int(token)]))
+    everyone = minibatch["role"]
     sums = {role: int((everyone == role).sum()) * float(np.mean(sampled)) for role, sampled in norms.items()}
     total = sum(sums.values()) or 1.0
     return {

@@ -1,1 +1,1 @@
-"""What an episode is: its tokens and their roles, its prompts, and records of it for readers."""
+"""What an episode is: its tokens and their roles; what the policy reads in it and what it has written."""

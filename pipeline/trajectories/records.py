@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.trajectories.prompting import decode, plain_text
+from pipeline.trajectories.parsing import decode
+from pipeline.trajectories.prompting import plain_text
 from pipeline.trajectories.trajectory import Role, Trajectories, response_kind
 
 NUMBERS = ("energy", "logprob", "shift", "advantage", "weight", "coefficient")
@@ -23,7 +24,7 @@ def episode_records(
 
     Args:
         trajectories: annotated or not.
-        tokenizer: what ``prompting.decode`` takes.
+        tokenizer: what ``parsing.decode`` takes.
         columns: further numbers of all tokens (N,), by their names in ``NUMBERS``; NaN where a token has none.
 
     Returns:

@@ -1,4 +1,4 @@
-"""The data type of the pipeline: episodes as ragged token arrays, and their Parquet form.
+"""The data type of the pipeline: episodes as ragged arrays of tokens and turns.
 
 ``Trajectories`` holds E episodes. Per-token arrays are flat, of length N = ``offsets[-1]``; the tokens of episode e are
 ``[offsets[e], offsets[e + 1])``, the layout of variable-length attention. Per-turn arrays are flat likewise, with
@@ -9,17 +9,11 @@ from __future__ import annotations
 
 import enum
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, replace
-from pathlib import Path
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
-
-from pipeline.workspace.files import replacing
-
-SCHEMA_VERSION = 3
 
 
 class Role(enum.IntEnum):
@@ -52,7 +46,7 @@ class TrajectoryError(Exception):
     """A trajectory file that cannot be used, in one line."""
 
 
-_EPISODE = {
+PER_EPISODE = {
     "episode_id": pa.string(),
     "group_id": pa.string(),
     "environment": pa.string(),
@@ -67,7 +61,7 @@ _EPISODE = {
     "success": pa.bool_(),
     "end_reason": pa.string(),
 }
-_TURN = {
+PER_TURN = {
     "start": pa.int32(),
     "end": pa.int32(),
     "reward": pa.float64(),
@@ -77,14 +71,14 @@ _TURN = {
     "well_formed": pa.bool_(),
     "ended": pa.string(),
 }
-_TOKEN: dict[str, np.dtype[Any]] = {
+PER_TOKEN: dict[str, np.dtype[Any]] = {
     "input_ids": np.dtype(np.int32),
     "role": np.dtype(np.uint8),
     "sampled": np.dtype(np.bool_),
     "logprob": np.dtype(np.float32),
     "entropy": np.dtype(np.float32),
 }
-_ANNOTATION = ("energy", "ref_logprob", "ref_entropy")
+ANNOTATION = ("energy", "ref_logprob", "ref_entropy")
 
 
 @dataclass(frozen=True)
@@ -128,6 +122,10 @@ class Trajectories:
     def lengths(self) -> np.ndarray:
         """int64 (E,): tokens per episode."""
         return np.diff(self.offsets)
+
+    def tokens(self, episode: int) -> slice:
+        """Where an episode's tokens are."""
+        return slice(self.offsets[episode], self.offsets[episode + 1])
 
     @property
     def annotated(self) -> bool:
@@ -187,26 +185,27 @@ class Trajectories:
             TrajectoryError: a turn has a reward but no sampled token to carry it.
         """
         rewards = np.zeros(len(self.input_ids))
-        for episode in range(len(self)):
-            for turn in range(self.turn_offsets[episode], self.turn_offsets[episode + 1]):
-                reward = self.turns["reward"][turn]
-                if reward == 0:
-                    continue
-                first, last = (self.offsets[episode] + self.turns[key][turn] for key in ("start", "end"))
-                chosen = np.flatnonzero(self.sampled[first:last])
-                if len(chosen) == 0:
-                    raise TrajectoryError(f"turn {turn} has reward {reward} but no sampled token")
-                rewards[first + chosen[-1]] += reward
+        for turn, (first, last) in enumerate(self._responses()):
+            reward = self.turns["reward"][turn]
+            if reward == 0:
+                continue
+            chosen = np.flatnonzero(self.sampled[first:last])
+            if len(chosen) == 0:
+                raise TrajectoryError(f"turn {turn} has reward {reward} but no sampled token")
+            rewards[first + chosen[-1]] += reward
         return rewards
 
     def token_turn(self) -> np.ndarray:
         """int64 (N,): index of the turn (over all episodes) whose response holds the token, -1 outside responses."""
         owner = np.full(len(self.input_ids), -1, dtype=np.int64)
-        for episode in range(len(self)):
-            for turn in range(self.turn_offsets[episode], self.turn_offsets[episode + 1]):
-                base = self.offsets[episode]
-                owner[base + self.turns["start"][turn] : base + self.turns["end"][turn]] = turn
+        for turn, (first, last) in enumerate(self._responses()):
+            owner[first:last] = turn
         return owner
+
+    def _responses(self) -> list[tuple[int, int]]:
+        """Each turn's first token of its response, and the one behind its last, counted over all episodes."""
+        base = np.repeat(self.offsets[:-1], np.diff(self.turn_offsets)).tolist()
+        return [(b + s, b + e) for b, s, e in zip(base, self.turns["start"], self.turns["end"], strict=True)]
 
     def select(self, index: Sequence[int] | np.ndarray) -> Trajectories:
         """The episodes at ``index``, in that order."""
@@ -214,93 +213,16 @@ class Trajectories:
         tokens = _ragged_take(self.offsets, chosen)
         turns = _ragged_take(self.turn_offsets, chosen)
         changes: dict[str, Any] = {
-            name: getattr(self, name)[tokens] for name in (*_TOKEN, *_ANNOTATION) if getattr(self, name) is not None
+            name: getattr(self, name)[tokens] for name in (*PER_TOKEN, *ANNOTATION) if getattr(self, name) is not None
         }
         return replace(
             self,
             episodes={name: [column[i] for i in chosen] for name, column in self.episodes.items()},
-            offsets=_offsets(self.lengths[chosen]),
-            turn_offsets=_offsets(np.diff(self.turn_offsets)[chosen]),
+            offsets=offsets_of(self.lengths[chosen]),
+            turn_offsets=offsets_of(np.diff(self.turn_offsets)[chosen]),
             turns={name: [column[i] for i in turns] for name, column in self.turns.items()},
             **changes,
         )
-
-    def to_table(self) -> pa.Table:
-        """One row per episode, as ``design`` of the Parquet file: scalars, a list of turns, lists of token values."""
-        columns: dict[str, pa.Array] = {
-            name: pa.array(self.episodes[name], type=kind) for name, kind in _EPISODE.items()
-        }
-        struct = pa.StructArray.from_arrays(
-            [pa.array(self.turns[name], type=kind) for name, kind in _TURN.items()], names=list(_TURN)
-        )
-        columns["turns"] = pa.ListArray.from_arrays(pa.array(self.turn_offsets, type=pa.int32()), struct)
-        token_offsets = pa.array(self.offsets, type=pa.int32())
-        for name in (*_TOKEN, *_ANNOTATION):
-            values = getattr(self, name)
-            if values is not None:
-                columns[name] = pa.ListArray.from_arrays(token_offsets, pa.array(values))
-        return pa.table(columns).replace_schema_metadata({"trajectory_schema": str(SCHEMA_VERSION)})
-
-    @classmethod
-    def from_table(cls, table: pa.Table) -> Trajectories:
-        """Inverse of ``to_table``.
-
-        Raises:
-            TrajectoryError: a column is missing, or the schema's version is another one.
-        """
-        version = (table.schema.metadata or {}).get(b"trajectory_schema", b"none").decode()
-        if version != str(SCHEMA_VERSION):
-            again = "another version of this code wrote it, `dvc repro` makes it again"
-            raise TrajectoryError(f"{again}: trajectory schema {version} found, {SCHEMA_VERSION} expected")
-        missing = [name for name in (*_EPISODE, "turns", *_TOKEN) if name not in table.column_names]
-        if missing:
-            raise TrajectoryError(f"missing columns: {', '.join(missing)}")
-        table = table.combine_chunks()
-
-        def ragged(name: str) -> tuple[np.ndarray, pa.Array]:
-            column = table.column(name)
-            array = column.chunk(0) if column.num_chunks else pa.array([], type=column.type)
-            return _offsets(np.asarray(array.value_lengths(), dtype=np.int64)), array.flatten()
-
-        offsets, _ = ragged("input_ids")
-        turn_offsets, struct = ragged("turns")
-        absent = [f"turns.{name}" for name in _TURN if struct.type.get_field_index(name) < 0]
-        if absent:
-            raise TrajectoryError(f"missing columns: {', '.join(absent)}")
-        tokens: dict[str, np.ndarray] = {}
-        for name in (*_TOKEN, *(a for a in _ANNOTATION if a in table.column_names)):
-            own_offsets, values = ragged(name)
-            if not np.array_equal(own_offsets, offsets):
-                raise TrajectoryError(f"column {name} differs in length from input_ids")
-            tokens[name] = values.to_numpy(zero_copy_only=False)
-        return cls(
-            episodes={name: table.column(name).to_pylist() for name in _EPISODE},
-            offsets=offsets,
-            turn_offsets=turn_offsets,
-            turns={name: struct.field(name).to_pylist() for name in _TURN},
-            **tokens,
-        )
-
-    def write(self, path: str | Path) -> None:
-        """Write as zstd Parquet; equal trajectories give equal bytes. An existing file is replaced at once."""
-        with replacing(Path(path)) as partial:
-            pq.write_table(self.to_table(), partial, compression="zstd", row_group_size=1024, write_page_checksum=True)
-
-
-def read(path: str | Path) -> Trajectories:
-    """Read a Parquet file written by ``Trajectories.write``.
-
-    Raises:
-        TrajectoryError: the file is missing, corrupt or of another schema; the message names the file.
-    """
-    try:
-        return Trajectories.from_table(pq.read_table(path, page_checksum_verification=True))
-    except FileNotFoundError:
-        raise TrajectoryError(f"{path}: no such file") from None
-    except (pa.ArrowException, OSError) as error:
-        raise TrajectoryError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
-    except TrajectoryError as error:
-        raise TrajectoryError(f"{path}: {error}") from None
 
 
 def response_kind(valid: bool, well_formed: bool, ended: str) -> str:
@@ -312,125 +234,18 @@ def response_kind(valid: bool, well_formed: bool, ended: str) -> str:
 
 def concatenate(parts: Sequence[Trajectories]) -> Trajectories:
     """The episodes of all parts, in order; annotated if all are."""
-    first = parts[0]
-    annotated = all(part.annotated for part in parts)
-    names = [f.name for f in fields(first) if f.name in _TOKEN or (annotated and f.name in _ANNOTATION)]
+    names = [*PER_TOKEN, *(ANNOTATION if all(part.annotated for part in parts) else ())]
     return Trajectories(
-        episodes={name: [v for part in parts for v in part.episodes[name]] for name in _EPISODE},
-        offsets=_offsets(np.concatenate([part.lengths for part in parts])),
-        turn_offsets=_offsets(np.concatenate([np.diff(part.turn_offsets) for part in parts])),
-        turns={name: [v for part in parts for v in part.turns[name]] for name in _TURN},
+        episodes={name: [v for part in parts for v in part.episodes[name]] for name in PER_EPISODE},
+        offsets=offsets_of(np.concatenate([part.lengths for part in parts])),
+        turn_offsets=offsets_of(np.concatenate([np.diff(part.turn_offsets) for part in parts])),
+        turns={name: [v for part in parts for v in part.turns[name]] for name in PER_TURN},
         **{name: np.concatenate([getattr(part, name) for part in parts]) for name in names},
     )
 
 
-class EpisodeBuilder:
-    """Grows one episode: ``append`` tokens, close each turn, then ``build`` many into ``Trajectories``."""
-
-    def __init__(self, **identity: Any) -> None:
-        self.identity = identity
-        self.tokens: dict[str, list[Any]] = {name: [] for name in _TOKEN}
-        self.turns: list[dict[str, Any]] = []
-        self.outcome: dict[str, Any] = {}
-
-    def __len__(self) -> int:
-        return len(self.tokens["input_ids"])
-
-    @property
-    def ids(self) -> list[int]:
-        """All token ids so far."""
-        return self.tokens["input_ids"]
-
-    def append_text(self, ids: Sequence[int], role: Role) -> None:
-        """Tokens that the policy did not choose."""
-        self._append(ids, [role] * len(ids), False, [0.0] * len(ids), [0.0] * len(ids))
-
-    def append_sampled(
-        self, ids: Sequence[int], roles: Sequence[int], logprob: Sequence[float], entropy: Sequence[float]
-    ) -> None:
-        """Tokens that the policy chose."""
-        self._append(ids, roles, True, logprob, entropy)
-
-    def before(self, split: int, **identity: Any) -> EpisodeBuilder:
-        """A branch: another episode with the first ``split`` tokens and the turns that were over by then.
-
-        Raises:
-            ValueError: the policy did not choose the token at ``split``.
-        """
-        if not (0 < split < len(self) and self.tokens["sampled"][split]):
-            raise ValueError(f"token {split} of {self.identity.get('episode_id')} is not one that the policy chose")
-        branch = EpisodeBuilder(**identity, parent=self.identity["episode_id"], split=split)
-        branch.tokens = {name: values[:split] for name, values in self.tokens.items()}
-        branch.turns = [dict(turn) for turn in self.turns if turn["end"] <= split]
-        return branch
-
-    def change_roles(self, roles: Sequence[int]) -> None:
-        """Give the last tokens other roles."""
-        self.tokens["role"][len(self) - len(roles) :] = roles
-
-    def _append(
-        self,
-        ids: Sequence[int],
-        roles: Sequence[int],
-        sampled: bool,
-        logprob: Sequence[float],
-        entropy: Sequence[float],
-    ) -> None:
-        self.tokens["input_ids"] += list(ids)
-        self.tokens["role"] += list(roles)
-        self.tokens["sampled"] += [sampled] * len(ids)
-        self.tokens["logprob"] += list(logprob)
-        self.tokens["entropy"] += list(entropy)
-
-    def close_turn(
-        self,
-        start: int,
-        reward: float,
-        action: str,
-        valid: bool,
-        state_key: str,
-        well_formed: bool = True,
-        ended: str = "stop",
-    ) -> None:
-        """End the turn whose response began at token ``start``."""
-        self.turns.append(
-            {
-                "start": start,
-                "end": len(self),
-                "reward": reward,
-                "action": action,
-                "valid": valid,
-                "state_key": state_key,
-                "well_formed": well_formed,
-                "ended": ended,
-            }
-        )
-
-    def finish(self, success: bool, end_reason: str) -> None:
-        """Record the outcome; the return is the sum of the turns' rewards."""
-        self.outcome = {
-            "return": float(sum(turn["reward"] for turn in self.turns)),
-            "success": success,
-            "end_reason": end_reason,
-        }
-
-
-def build(builders: Sequence[EpisodeBuilder]) -> Trajectories:
-    """Finished episodes as one ``Trajectories``."""
-    rows = [{"temperature": None, "parent": None, "split": None, **b.identity, **b.outcome} for b in builders]
-    flat = {
-        name: np.array([v for b in builders for v in b.tokens[name]], dtype=dtype) for name, dtype in _TOKEN.items()
-    }
-    return Trajectories(
-        episodes={name: [row[name] for row in rows] for name in _EPISODE},
-        offsets=_offsets(np.array([len(b) for b in builders], dtype=np.int64)),
-        turn_offsets=_offsets(np.array([len(b.turns) for b in builders], dtype=np.int64)),
-        turns={name: [turn[name] for b in builders for turn in b.turns] for name in _TURN},
-        **flat,
-    )
-
-
-def _offsets(lengths: np.ndarray) -> np.ndarray:
+def offsets_of(lengths: np.ndarray) -> np.ndarray:
+    """int64 (n + 1,): where each of n stretches of these lengths begins, and where the last one ends."""
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)
 
 

@@ -26,7 +26,7 @@ SET_DEATH_SIGNAL = 1
 _reports: Any = None
 
 
-class Report(Protocol):
+class Tell(Protocol):
     """How a task says how far it is."""
 
     def __call__(self, done: int, total: int, text: str = "") -> None: ...
@@ -41,14 +41,14 @@ def _start(reports: Any, parent: int) -> None:
     torch.set_num_threads(1)
 
 
-def _run(function: Callable[[Any, Report], Any], label: str, task: Any) -> Any:
+def _run(function: Callable[[Any, Tell], Any], label: str, task: Any) -> Any:
     report = tell(lambda done, total, text: _reports.put((label, done, total, text)))
     report(0, 0, "starting")
     return function(task, report)
 
 
 def run_in_processes(
-    function: Callable[[Task, Report], Result], tasks: Mapping[str, Task], workers: int, title: str
+    function: Callable[[Task, Tell], Result], tasks: Mapping[str, Task], workers: int, title: str
 ) -> dict[str, Result]:
     """Run ``function(task, report)`` for every task, at most ``workers`` at once.
 

@@ -1,4 +1,4 @@
-"""Slot S1: episodes as trees. A budget of episodes per initial state, part of it spent on continuations of others.
+"""Slot S1: where the episodes of a tree begin, a budget of them per initial state.
 
 A choice is a generator over one initial state's tree, written as the sources write their loops: it yields where the next
 episodes begin, and is resumed when they have been played. It never sees the engine; ``Forest`` plays all trees of an
@@ -10,163 +10,15 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
-from typing import Any, Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 
-from pipeline.progress.display import span
-from pipeline.rollout.collector import Episode, EpisodeSpec, Setup, play
-from pipeline.rollout.engine import RolloutEngine
+from pipeline.rollout.tree import ROOT, Origin, Tree
 from pipeline.settings.branching import EntropyRise, Independent, Positions, TemperatureSwitch, TreeSearch
 from pipeline.settings.section import Section
-from pipeline.trajectories.trajectory import Role, Trajectories, build
-from pipeline.workspace.randomness import generator
-
-
-class Origin(NamedTuple):
-    """Where an episode of a tree begins."""
-
-    parent: int | None = None
-    """Number of the episode that it branches from; None: at the initial state."""
-    split: int = 0
-    """Tokens shared with that; the next one is sampled again."""
-    temperature: float | None = None
-    """Of its sampling; None: ``rollout.temperature``."""
-
-
-ROOT = Origin()
-
-
-@dataclass
-class Tree:
-    """The episodes of one initial state that have been played, in order."""
-
-    specs: Sequence[EpisodeSpec]
-    """One per episode of the budget."""
-    draws: np.random.Generator
-    """Named generator of the tree's own choices."""
-    episodes: list[Episode] = field(default_factory=list)
-    origins: list[Origin] = field(default_factory=list)
-    """Where each one began; a parent has sampled the token before the split itself."""
-    scores: list[np.ndarray] = field(default_factory=list)
-    """Per episode a score of each of its tokens as a place to branch, if the choice asks for it."""
-
-    @property
-    def room(self) -> int:
-        """How many more episodes the budget holds."""
-        return len(self.specs) - len(self.episodes)
-
-    def turns(self, episode: int) -> list[dict[str, Any]]:
-        """Turns of an episode."""
-        return self.episodes[episode].builder.turns
-
-    def sampled(self, episode: int, turn: int | None = None) -> np.ndarray:
-        """int64: positions of the tokens that the policy chose in an episode, or in one of its turns."""
-        chosen: np.ndarray = np.flatnonzero(self.episodes[episode].builder.tokens["sampled"])
-        if turn is None:
-            return chosen
-        span = self.turns(episode)[turn]
-        inside: np.ndarray = chosen[(chosen >= span["start"]) & (chosen < span["end"])]
-        return inside
-
-    def column(self, episode: int, name: str) -> np.ndarray:
-        """A per-token column of an episode."""
-        return np.array(self.episodes[episode].builder.tokens[name])
-
-    def returns(self) -> np.ndarray:
-        """float64: return of each episode."""
-        return np.array([episode.builder.outcome["return"] for episode in self.episodes])
-
-    def owner(self, origin: Origin) -> Origin:
-        """The same place, in the episode that has itself sampled the token before it (the oldest that holds it)."""
-        while origin.parent is not None and origin.split <= self.origins[origin.parent].split:
-            origin = origin._replace(parent=self.origins[origin.parent].parent)
-        return origin
-
 
 Growth = Iterator[list[Origin]]
-
-
-class Forest:
-    """The trees of an iteration while they grow.
-
-    Args:
-        engine: samples the policy's responses; what it has computed must still hold.
-        setup: of the environment.
-        specs: of all episodes, those of a group together: as many as its budget.
-        section: a choice of S1.
-        temperature: of sampling.
-    """
-
-    def __init__(
-        self, engine: RolloutEngine, setup: Setup, specs: Sequence[EpisodeSpec], section: Section, temperature: float
-    ) -> None:
-        self.engine, self.setup, self.temperature = engine, setup, temperature
-        groups: dict[str, list[EpisodeSpec]] = {}
-        for spec in specs:
-            groups.setdefault(spec.group_id, []).append(spec)
-        self.trees = [Tree(own, generator(own[0].seed, "branches", group)) for group, own in groups.items()]
-        settings = {name: value for name, value in section if name != "kind"}
-        self._growths = [GROWTHS[type(section)](tree, **settings) for tree in self.trees]
-
-    def wave(self) -> Trajectories | None:
-        """Play what every tree asks for next; returns these episodes tree by tree, or None if all budgets are spent.
-
-        A tree that asks for nothing more has the rest of its budget spent on independent episodes.
-        """
-        wanted = [self._next(tree, growth) for tree, growth in zip(self.trees, self._growths, strict=True)]
-        planned = [(tree, origin) for tree, origins in zip(self.trees, wanted, strict=True) for origin in origins]
-        if not planned:
-            return None
-        number = {id(tree): len(tree.episodes) for tree in self.trees}
-        begun: list[Episode] = []
-        for tree, origin in planned:
-            begun.append(self._begin(tree, tree.specs[number[id(tree)]], origin))
-            number[id(tree)] += 1
-        temperatures = [origin.temperature or self.temperature for _, origin in planned]
-        budget, earlier = sum(len(tree.specs) for tree in self.trees), sum(len(tree.episodes) for tree in self.trees)
-        for temperature in dict.fromkeys(temperatures):
-            chosen = [episode for episode, own in zip(begun, temperatures, strict=True) if own == temperature]
-            later = earlier + len(chosen)
-            with span(f"({earlier} of {budget} before)" if earlier else "", earlier / budget, later / budget):
-                play(self.engine, chosen, temperature)
-            earlier = later
-        for (tree, origin), episode in zip(planned, begun, strict=True):
-            tree.episodes.append(episode)
-            tree.origins.append(origin)
-        return build([episode.builder for episode in begun])
-
-    def order(self) -> list[str]:
-        """Ids of all episodes so far, tree by tree in the order of their specs."""
-        return [episode.spec.episode_id for tree in self.trees for episode in tree.episodes]
-
-    def score(self, trajectories: Trajectories, scores: np.ndarray) -> None:
-        """Tell the trees a score of every token of the given episodes.
-
-        Args:
-            trajectories: all episodes so far.
-            scores: float64 (N,).
-        """
-        by_id = {
-            name: scores[trajectories.offsets[e] : trajectories.offsets[e + 1]]
-            for e, name in enumerate(trajectories.episodes["episode_id"])
-        }
-        for tree in self.trees:
-            tree.scores = [by_id[episode.spec.episode_id] for episode in tree.episodes]
-
-    def _next(self, tree: Tree, growth: Growth) -> list[Origin]:
-        if not tree.room:
-            return []
-        for origins in growth:
-            if origins:
-                return [tree.owner(origin) for origin in origins[: tree.room]]
-        return [ROOT] * tree.room
-
-    def _begin(self, tree: Tree, spec: EpisodeSpec, origin: Origin) -> Episode:
-        if origin.parent is None:
-            return self.setup.begin(spec)
-        return Episode.branch(tree.episodes[origin.parent], spec, origin.split)
 
 
 # ------------------------------------------------------------------------------------------------- ARPO and AEPO
@@ -277,7 +129,7 @@ def positions(
 ) -> Growth:
     """APPO (arXiv 2606.12384) and TLPO (arXiv 2604.26553): branch at the tokens of highest score.
 
-    The initial episodes come first; ``tree.scores`` then has a score per token (see ``scores.py``), -inf where none may be.
+    The initial episodes come first; ``tree.scores`` then has a score per token (see ``branch_scores``), -inf where none may be.
     ``width`` episodes begin at each of as many positions as the budget asks for, best first; where there are fewer
     positions, they are gone through again.
     """
@@ -290,6 +142,11 @@ def positions(
     if ranked:
         wanted = [ranked[i % len(ranked)] for i in range(-(-tree.room // width))]
         yield [Origin(chosen[row], split) for row, split in wanted for _ in range(width)]
+
+
+def moved(section: Section) -> bool:
+    """Whether branches are placed by how the policy has moved: it is updated on the initial episodes first."""
+    return isinstance(section, Positions) and section.signal == "branching_score"
 
 
 def ranked_positions(
@@ -393,15 +250,3 @@ GROWTHS: dict[type[Section], Callable[..., Growth]] = {
     TreeSearch: tree_search,
     TemperatureSwitch: temperature_switch,
 }
-
-
-def branches_by_role(trajectories: Trajectories) -> dict[str, float]:
-    """How many episodes branch at a token of each role, as the episode that they branch from has it."""
-    parents, splits = trajectories.parents, trajectories.splits
-    found = dict.fromkeys(("reasoning", "action", "tag", "other"), 0.0)
-    names = {Role.REASONING: "reasoning", Role.ACTION: "action", Role.THINK_TAG: "tag", Role.ANSWER_TAG: "tag"}
-    for parent, split in zip(parents, splits, strict=True):
-        if parent >= 0:
-            role = Role(int(trajectories.role[trajectories.offsets[parent] + split]))
-            found[names.get(role, "other")] += 1
-    return found

@@ -72,9 +72,8 @@ def omega(trajectories: Trajectories, moved: np.ndarray, discount: float, bounds
     """
     result = np.ones(len(moved))
     for episode in range(len(trajectories)):
-        chosen = trajectories.offsets[episode] + np.flatnonzero(
-            trajectories.sampled[trajectories.offsets[episode] : trajectories.offsets[episode + 1]]
-        )
+        own = trajectories.tokens(episode)
+        chosen = own.start + np.flatnonzero(trajectories.sampled[own])
         following = 0.0
         for token in chosen[::-1]:
             following = float(moved[token]) + discount * following
@@ -89,8 +88,8 @@ def _branching_scores(trajectories: Trajectories, leads: np.ndarray, places: np.
     """
     product, qualified = np.zeros(len(leads)), np.zeros(len(leads), dtype=bool)
     for episode in range(len(trajectories)):
-        start, end = trajectories.offsets[episode], trajectories.offsets[episode + 1]
-        chosen = start + np.flatnonzero(trajectories.sampled[start:end])
+        own = trajectories.tokens(episode)
+        chosen = own.start + np.flatnonzero(trajectories.sampled[own])
         high, far = standardised(trajectories.entropy[chosen].astype(np.float64)), standardised(leads[chosen])
         product[chosen], qualified[chosen] = high * far, (high > 0) & (far > 0)
     behind = 2 * np.abs(product).max(initial=0.0) + 1
@@ -114,9 +113,7 @@ def blank_tokens(tokenizer: Any, ids: np.ndarray) -> np.ndarray:
 def action_starts(trajectories: Trajectories) -> np.ndarray:
     """bool (N,): the first sampled action token of each response."""
     action = trajectories.sampled & (trajectories.role == Role.ACTION)
-    turn = trajectories.token_turn()
-    places = np.flatnonzero(action)
-    first = np.r_[True, turn[places][1:] != turn[places][:-1]] if len(places) else np.zeros(0, dtype=bool)
-    found = np.zeros(len(action), dtype=bool)
+    places, found = np.flatnonzero(action), np.zeros(len(action), dtype=bool)
+    _, first = np.unique(trajectories.token_turn()[places], return_index=True)
     found[places[first]] = True
     return found

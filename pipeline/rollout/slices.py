@@ -7,20 +7,21 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from pipeline.model.policy import load_trained
+from pipeline.model.loading import load_trained
 from pipeline.progress.display import span
-from pipeline.rollout.collector import collect, iteration_specs
-from pipeline.rollout.transformers_engine import TransformersEngine
+from pipeline.rollout.collector import collect
+from pipeline.rollout.making import make_engine
+from pipeline.rollout.specs import iteration_specs
 from pipeline.settings.params import Config
 from pipeline.trajectories.trajectory import Trajectories
-from pipeline.workspace.processes import Report
+from pipeline.workspace.processes import Tell
 
 
-def sample_slice(task: tuple[Config, str, Path, list[int]], report: Report) -> dict[int, Trajectories]:
+def sample_slices(task: tuple[Config, str, Path, list[int]], report: Tell) -> dict[int, Trajectories]:
     """Sample the slices of some seeds; ``task`` is config, environment, policy directory and seeds."""
     config, name, directory, seeds = task
     policy = load_trained(directory, config)
-    engine = TransformersEngine(policy, config.rollout.batch_episodes)
+    engine = make_engine(config, policy)
     result, size = {}, config.rollout.groups * config.rollout.group_size
     for done, seed in enumerate(seeds, start=1):
         report((done - 1) * size, len(seeds) * size, "episodes")

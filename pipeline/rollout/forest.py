@@ -1,0 +1,102 @@
+"""The trees of an iteration, played together wave by wave."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from pipeline.progress.display import span
+from pipeline.rollout.collector import play
+from pipeline.rollout.engine import RolloutEngine
+from pipeline.rollout.episode import Episode, Setup
+from pipeline.rollout.growths import GROWTHS, Growth
+from pipeline.rollout.specs import EpisodeSpec
+from pipeline.rollout.tree import ROOT, Origin, Tree
+from pipeline.settings.section import Section
+from pipeline.trajectories.builder import build
+from pipeline.trajectories.trajectory import Role, Trajectories
+from pipeline.workspace.randomness import generator
+
+
+class Forest:
+    """The trees of an iteration while they grow.
+
+    Args:
+        engine: samples the policy's responses; what it has computed must still hold.
+        setup: of the environment.
+        specs: of all episodes, those of a group together: as many as its budget.
+        section: a choice of S1.
+        temperature: of sampling.
+    """
+
+    def __init__(
+        self, engine: RolloutEngine, setup: Setup, specs: Sequence[EpisodeSpec], section: Section, temperature: float
+    ) -> None:
+        self.engine, self.setup, self.temperature = engine, setup, temperature
+        groups: dict[str, list[EpisodeSpec]] = {}
+        for spec in specs:
+            groups.setdefault(spec.group_id, []).append(spec)
+        self.trees = [Tree(own, generator(own[0].seed, "branches", group)) for group, own in groups.items()]
+        settings = {name: value for name, value in section if name != "kind"}
+        self._growths = [GROWTHS[type(section)](tree, **settings) for tree in self.trees]
+
+    def wave(self) -> Trajectories | None:
+        """Play what every tree asks for next; returns these episodes tree by tree, or None if all budgets are spent.
+
+        A tree that asks for nothing more has the rest of its budget spent on independent episodes.
+        """
+        wanted = [self._next(tree, growth) for tree, growth in zip(self.trees, self._growths, strict=True)]
+        planned = [(tree, origin) for tree, origins in zip(self.trees, wanted, strict=True) for origin in origins]
+        if not planned:
+            return None
+        budget, earlier = sum(len(tree.specs) for tree in self.trees), sum(len(tree.episodes) for tree in self.trees)
+        begun = [self._begin(tree, origin) for tree, origin in planned]
+        temperatures = [origin.temperature or self.temperature for _, origin in planned]
+        for temperature in dict.fromkeys(temperatures):
+            chosen = [episode for episode, own in zip(begun, temperatures, strict=True) if own == temperature]
+            later = earlier + len(chosen)
+            with span(f"({earlier} of {budget} before)" if earlier else "", earlier / budget, later / budget):
+                play(self.engine, chosen, temperature)
+            earlier = later
+        return build([episode.builder for episode in begun])
+
+    def score(self, trajectories: Trajectories, scores: np.ndarray) -> None:
+        """Tell the trees a score of every token of the given episodes.
+
+        Args:
+            trajectories: all episodes so far.
+            scores: float64 (N,).
+        """
+        by_id = {name: scores[trajectories.tokens(e)] for e, name in enumerate(trajectories.episodes["episode_id"])}
+        for tree in self.trees:
+            tree.scores = [by_id[episode.spec.episode_id] for episode in tree.episodes]
+
+    def _next(self, tree: Tree, growth: Growth) -> list[Origin]:
+        if not tree.room:
+            return []
+        for origins in growth:
+            if origins:
+                return [tree.owner(origin) for origin in origins[: tree.room]]
+        return [ROOT] * tree.room
+
+    def _begin(self, tree: Tree, origin: Origin) -> Episode:
+        """The tree's next episode."""
+        spec, parent = tree.specs[len(tree.episodes)], origin.parent
+        tree.episodes.append(
+            self.setup.begin(spec) if parent is None else Episode.branch(tree.episodes[parent], spec, origin.split)
+        )
+        tree.origins.append(origin)
+        return tree.episodes[-1]
+
+
+def branches_by_role(trajectories: Trajectories) -> dict[str, float]:
+    """How many episodes branch at a token of each role, as the episode that they branch from has it."""
+    parents, splits = trajectories.parents, trajectories.splits
+    found = dict.fromkeys(("reasoning", "action", "tag", "other"), 0.0)
+    names = {Role.REASONING: "reasoning", Role.ACTION: "action", Role.THINK_TAG: "tag", Role.ANSWER_TAG: "tag"}
+    for parent, split in zip(parents, splits, strict=True):
+        if parent >= 0:
+            role = Role(int(trajectories.role[trajectories.offsets[parent] + split]))
+            found[names.get(role, "other")] += 1
+    return found

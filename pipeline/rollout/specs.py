@@ -1,0 +1,58 @@
+"""Which episodes are played, and where their randomness comes from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from pipeline.environments import initial_states, make
+from pipeline.settings.params import Config
+from pipeline.workspace.randomness import generator
+
+
+@dataclass(frozen=True)
+class EpisodeSpec:
+    """One episode to be played, and where its randomness comes from."""
+
+    episode_id: str
+    group_id: str
+    state_seed: int
+    seed: int
+    iteration: int
+    noise: int
+    """Seed of the environment's noise."""
+    draws: tuple[Any, ...]
+    """Name of the generator that the episode's tokens are drawn from: seed, stream, counters."""
+
+
+def iteration_specs(config: Config, name: str, seed: int, iteration: int) -> list[EpisodeSpec]:
+    """The episodes of one iteration of training: ``rollout.groups`` states of the train split, ``group_size`` each.
+
+    They depend on (environment, seed, iteration) alone, so every method meets the same states and the same noise.
+    """
+    draws = generator(seed, "train states", name, iteration)
+    states = initial_states(make(config.environments[name]), "train", config.rollout.groups, draws)
+    return group_specs(name, states, config.rollout.group_size, seed, iteration, "train")
+
+
+def group_specs(
+    name: str, states: Sequence[int], group_size: int, seed: int, iteration: int, purpose: str
+) -> list[EpisodeSpec]:
+    """``group_size`` episodes of each initial state, with noise and draws of their own."""
+    specs = []
+    for group, state in enumerate(states):
+        for member in range(group_size):
+            place = (name, purpose, iteration, group, member)
+            specs.append(
+                EpisodeSpec(
+                    episode_id=f"{name}-{purpose}-{seed}-{iteration}-{group}-{member}",
+                    group_id=f"{name}-{purpose}-{seed}-{iteration}-{group}",
+                    state_seed=state,
+                    seed=seed,
+                    iteration=iteration,
+                    noise=int(generator(seed, "environment noise", *place).integers(2**31)),
+                    draws=(seed, "tokens", *place),
+                )
+            )
+    return specs

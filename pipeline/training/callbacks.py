@@ -1,0 +1,131 @@
+"""What happens around each iteration of a training: clock, validation, progress, tracking, checkpoint, the end."""
+
+from __future__ import annotations
+
+import time
+from pathlib import Path
+from typing import Any
+
+from lightning.pytorch.callbacks import Callback
+
+from pipeline.evaluation.evaluate import summary, validate
+from pipeline.progress.display import span
+from pipeline.tracking.training import TrainingRun
+from pipeline.training.budget import progress, training_over
+from pipeline.training.module import PolicyGradient
+from pipeline.trajectories.table import write
+from pipeline.workspace.files import replacing
+from pipeline.workspace.finite import located, require_finite
+from pipeline.workspace.processes import Tell
+
+
+class Clock(Callback):
+    """Seconds spent in iterations so far (validation left out), tokens sampled per second of each, seconds by phase.
+
+    What happens after an iteration (validation, tracking, checkpoint) is counted in the next one's phases.
+    """
+
+    def on_train_batch_start(self, trainer: Any, pl_module: Any, batch: Any, batch_idx: int) -> None:
+        self._began = time.monotonic()
+
+    def on_train_batch_end(self, trainer: Any, pl_module: Any, outputs: Any, batch: Any, batch_idx: int) -> None:
+        row, spent = pl_module.curve[-1], time.monotonic() - self._began
+        earlier = pl_module.curve[-2]["seconds"] if len(pl_module.curve) > 1 else 0.0
+        row["seconds"] = earlier + spent
+        row["tokens_per_second"] = row["tokens"] / spent
+        row |= {f"seconds_{name}": seconds for name, seconds in pl_module.phases.take().items()}
+
+
+VALIDATED = ("success", "return", "valid_action_rate", "malformed_rate", "cut_rate")
+"""Keys of ``summary`` that a validation leaves in its iteration's row, as ``validation_<key>``."""
+
+
+class Validation(Callback):
+    """Validates before training, every ``validate_every`` iterations and after the last."""
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        self._before = self._validate(pl_module) if trainer.current_epoch == 0 else None
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        plan, row = pl_module.config.train, pl_module.curve[-1]
+        if self._before is not None:
+            row["validation_success_before"] = self._before["success"]
+        done = int(row["iteration"]) + 1
+        if done % plan.validate_every == 0 or training_over(pl_module.curve, plan):
+            result = self._validate(pl_module)
+            row |= {f"validation_{k}": result[k] for k in VALIDATED}
+        for name, value in row.items():
+            require_finite(f"iteration {done - 1}: {name}", value)
+
+    def _validate(self, module: PolicyGradient) -> dict[str, float]:
+        done = len(module.curve)
+        after, place = float(done > module.current_epoch), f"validation after {done} iterations"
+        with module.phases.phase("validation"), span("validation:", after, after), located(place):
+            played = validate(module.engine, module.policy.tokenizer, module.config, module.name, module.seed)
+        return summary(played)
+
+
+class Progress(Callback):
+    """Reports after every iteration: how many of them, or of the tokens that may be sampled, have been spent."""
+
+    def __init__(self, report: Tell) -> None:
+        self._report = report
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        plan, row = pl_module.config.train, pl_module.curve[-1]
+        shown = {
+            "success": "success",
+            "return": "return",
+            "entropy": "entropy",
+            "KL": "kl_reference",
+            "clipped": "clip_fraction",
+            "action share": "gradient_share_action",
+            "flat groups": "zero_variance_groups",
+            "tok/s": "tokens_per_second",
+        }
+        unit = [] if plan.tokens is None else [f"tokens, iteration {int(row['iteration']) + 1}:"]
+        text = " ".join([*unit, *(f"{label} {row[key]:.3g}" for label, key in shown.items() if key in row)])
+        with pl_module.phases.phase("progress"):
+            self._report(*progress(pl_module.curve, plan), text)
+
+
+class Log(Callback):
+    """Sends each iteration's metrics to MLflow in one call."""
+
+    def __init__(self, run: TrainingRun) -> None:
+        self._run = run
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        with pl_module.phases.phase("tracking"):
+            row = dict(pl_module.curve[-1])
+            row |= {
+                f"{name}_total": sum(earlier[name] for earlier in pl_module.curve) for name in ("episodes", "tokens")
+            }
+            self._run.log(row, int(row.pop("iteration")))
+
+
+class Checkpoint(Callback):
+    """Saves after every iteration, replacing the last checkpoint at once; counts iterations begun in begun.log.
+
+    The last iteration's episodes are kept before its checkpoint says that the training is over.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+
+    def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
+        with open(self._folder / "begun.log", "a", encoding="utf-8") as log:
+            log.write(f"{trainer.current_epoch}\n")
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        if pl_module.last_update:
+            write(pl_module.last_episodes, self._folder / "episodes.parquet", pl_module.last_update)
+        with pl_module.phases.phase("checkpoint"), replacing(self._folder / "checkpoint.ckpt") as partial:
+            trainer.save_checkpoint(partial)
+
+
+class End(Callback):
+    """Ends a training whose tokens are spent."""
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        trainer.should_stop = training_over(pl_module.curve, pl_module.config.train)

@@ -1,0 +1,259 @@
+"""An update: one optimizer step on a minibatch, and what is measured in it."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float
+from torch import Tensor
+
+from pipeline.model.policy import Policy
+from pipeline.model.scoring import TokenScores, length_batches, predicting_hidden, score_tokens
+from pipeline.objective.estimates import needed_behind
+from pipeline.objective.methods import coefficients, policy_loss, surrogate_plan
+from pipeline.objective.regularisers import kl_penalty
+from pipeline.objective.surrogates import UpdateTokens
+from pipeline.progress.display import within
+from pipeline.settings.method import Method
+from pipeline.settings.params import Config
+from pipeline.training.heads import Head, Scene
+from pipeline.training.masters import Masters, take_step
+from pipeline.training.tokens import TokenTable
+from pipeline.trajectories.trajectory import CUT_OFF, Role, Trajectories
+from pipeline.workspace.finite import require_finite
+
+SHARES = {
+    "reasoning": (Role.REASONING,),
+    "action": (Role.ACTION,),
+    "tag": (Role.THINK_TAG, Role.ANSWER_TAG),
+    "other": (Role.OTHER,),
+}
+"""Roles that are reported together."""
+
+
+SUMMED = ("non_finite_losses", "skipped_steps")
+"""Of these a training is told how many there were, of all other metrics the mean."""
+
+
+def averages(rows: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    """The metrics of an iteration from those of its updates; each is in some of the rows."""
+    sums, counts = dict[str, float](), Counter[str]()
+    for row in rows:
+        for key, value in row.items():
+            sums[key] = sums.get(key, 0.0) + value
+            counts[key] += key not in SUMMED
+    return {key: total / (counts[key] or 1) for key, total in sums.items()}
+
+
+@dataclass(frozen=True)
+class Learner:
+    """What an update trains, and by which settings."""
+
+    config: Config
+    method: Method
+    policy: Policy
+    reference: Policy
+    """Frozen."""
+    heads: Sequence[Head]
+    masters: Sequence[Masters]
+    """Of the policy, then of each head."""
+
+    def scene(self, sequences: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> Scene:
+        """Sequences with the policy's hidden states that predict the wanted tokens."""
+        hidden = predicting_hidden(self.policy, sequences, wanted)
+        return Scene(self.policy, self.reference, self.config.rollout.temperature, sequences, wanted, hidden)
+
+    @torch.inference_mode()
+    def estimate(self, sequences: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> dict[str, Float[Tensor, " n"]]:
+        """What the heads say of the wanted tokens, a column per estimate."""
+        scene = self.scene(sequences, wanted)
+        return {name: column for head in self.heads for name, column in head.estimate(scene).items()}
+
+    def estimates(self, trajectories: Trajectories) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """The heads' columns over all tokens, 0 where not trainable; and behind the last ones.
+
+        The second are ``<name>_behind`` of what the advantage asks for, one number per episode: of the state behind the
+        last token where the episode was cut off, 0 elsewhere. A head reads them where the next response would begin, as it
+        reads the value of any response's first token: what is collected for that is ``closing``.
+        """
+        flat, trainable, tokens = dict[str, Tensor](), trajectories.trainable, len(trajectories.input_ids)
+        asked = needed_behind(self.method.advantage)
+        more = np.isin(trajectories.episodes["end_reason"], CUT_OFF) & bool(asked)
+        lengths = trajectories.lengths + more
+        for batch in length_batches(lengths, self.config.train.tokens_per_forward) if self.heads else ():
+            sequences, wanted, index = list[np.ndarray](), list[np.ndarray](), list[np.ndarray]()
+            for e in batch:
+                span = np.arange(trajectories.offsets[e], trajectories.offsets[e + 1])
+                ids, chosen = trajectories.input_ids[span], trainable[span]
+                # Which token is put behind the last does not matter: what predicts it has not seen it.
+                sequences.append(np.append(ids, ids[-1:]) if more[e] else ids)
+                wanted.append(np.append(chosen, True) if more[e] else chosen)
+                index += [span[chosen], np.array([tokens + e] if more[e] else [], dtype=span.dtype)]
+            places = torch.from_numpy(np.concatenate(index))
+            for name, values in self.estimate(sequences, wanted).items():
+                column = flat.setdefault(name, torch.zeros(tokens + len(trajectories)))
+                column[places] = values.float().cpu()
+        columns = {name: column[:tokens] for name, column in flat.items()}
+        return columns, {f"{name}_behind": flat[name][tokens:] for name in asked}
+
+    def score(self, piece: TokenTable) -> tuple[Scene, TokenScores]:
+        """The trainable tokens' scores under the policy as it is.
+
+        Raises:
+            NumericsError: a log-probability is not finite.
+        """
+        scene = self.scene(piece.sequences("ids"), piece.sequences("trainable"))
+        scores = score_tokens(scene.hidden, scene.tokens, self.policy.head, scene.temperature)
+        require_finite("a log-probability in the update", scores.logprob)
+        return scene, scores
+
+    def pieces(self, minibatch: TokenTable) -> list[np.ndarray]:
+        """Trajectories of similar length that are scored at once, by their indices."""
+        return length_batches(minibatch.lengths.numpy(), self.config.train.tokens_per_forward)
+
+    def with_coefficients(self, minibatch: TokenTable) -> TokenTable:
+        """The minibatch with c_t of its tokens."""
+        weight = minibatch["weight"]
+        everything = torch.ones_like(weight, dtype=torch.bool)
+        factors = coefficients(self.method, weight, everything, minibatch.trajectory, minibatch["advantage"])
+        return minibatch.with_columns(coefficient=factors)
+
+    @torch.no_grad()
+    def planned(self, minibatch: TokenTable) -> TokenTable:
+        """The minibatch with c_t, and with the surrogate's plan for all of it as the policy scores it now."""
+        minibatch, plan = self.with_coefficients(minibatch), surrogate_plan(self.method)
+        if plan is None:
+            return minibatch
+        pieces = self.pieces(minibatch)
+        scores = [self.score(minibatch.select(piece))[1] for piece in pieces]
+        logprob, entropy = (torch.cat([getattr(s, name).cpu() for s in scores]) for name in ("logprob", "entropy"))
+        order = np.concatenate(pieces)
+        now = minibatch.select(order).with_columns(logprob=logprob, entropy=entropy).select(np.argsort(order))
+        return minibatch.with_columns(plan=plan(update_tokens(now, now["logprob"], now["entropy"])))
+
+    def read(self, piece: TokenTable) -> tuple[Scene, UpdateTokens, Tensor | None]:
+        """Planned trajectories as the policy reads them now, with gradient, and their rows of the plan."""
+        scene, scores = self.score(piece)
+        soft = next((s for head in self.heads if (s := head.soft_objective(scene)) is not None), None)
+        plan = piece["plan"].to(scene.hidden.device) if "plan" in piece.columns else None
+        return scene, update_tokens(piece, scores.logprob, scores.entropy, soft), plan
+
+    def loss(self, piece: TokenTable, whole: TokenTable, warming: bool) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
+        """A piece's part of its minibatch's loss, of policy and heads, and of what is measured in it.
+
+        Args:
+            piece: planned trajectories.
+            whole: the minibatch; its means divide by all its tokens, or all that a head has a target for.
+            warming: only the heads learn, and a trunk that they share with the policy does not.
+        """
+        scene, tokens, plan = self.read(piece)
+        parts = policy_loss(self.method, tokens, plan, int(whole.columns["trainable"].sum()))
+        terms = {
+            "loss": parts.surrogate,
+            "policy_entropy": parts.entropy,
+            "kl_loss": parts.kl,
+            "kl_behaviour": parts.moved,
+            "clip_fraction": parts.clipped,
+        }
+        total = parts.total * 0.0 if warming else parts.total
+        columns = {name: piece[name].to(scene.hidden.device) for name in piece.columns} if self.heads else {}
+        for head in self.heads:
+            errors = head.loss(scene, columns, train_trunk=not warming) * columns[f"{head.name}_mask"]
+            error = errors.sum() / max(1.0, float(whole[f"{head.name}_mask"].sum()))
+            terms[f"{head.name}_loss"] = error
+            total = total + head.settings.coefficient * error
+        return total, terms
+
+
+def update_tokens(
+    table: TokenTable, logprob: Float[Tensor, " m"], entropy: Float[Tensor, " m"], soft: Tensor | None = None
+) -> UpdateTokens:
+    """A table's trainable tokens as the objective wants them, where their scores are."""
+    names = ("logprob_old", "ref_logprob", "advantage", "coefficient", "entropy_terms", "noise")
+    columns = {name: table[name].to(logprob.device) for name in names}
+    return UpdateTokens(logprob, entropy, trajectory=table.trajectory.to(logprob.device), soft=soft, **columns)
+
+
+def update(learner: Learner, optimizer: Any, minibatch: TokenTable, iteration: int) -> dict[str, float]:
+    """One optimizer step; gradients of the pieces add up to the minibatch's exactly.
+
+    It is left out where a loss or a gradient is not finite, and the policy's part of it where the policy has gone further
+    than ``skip_above_kl``.
+
+    Args:
+        learner: what is trained.
+        optimizer: of its masters.
+        minibatch: to train on.
+        iteration: its number, from 0; a head may have to warm up.
+
+    Returns:
+        What is measured; of an update that is not finite only that it is none.
+
+    Raises:
+        NumericsError: a log-probability is not finite.
+        UserError: a first step is lost in rounding (see ``take_step``).
+    """
+    optimizer.zero_grad(set_to_none=True)
+    minibatch = learner.planned(minibatch)
+    totals = _accumulate_gradients(learner, minibatch, iteration)
+    names = ["gradient_norm", *(f"{head.name}_gradient_norm" for head in learner.heads)]
+    for key, masters in zip(names, learner.masters, strict=True):
+        totals[key] = masters.clip(learner.config.train.gradient_clip)
+    finite = all(map(math.isfinite, totals.values()))
+    limit = learner.method.regulariser.skip_above_kl
+    skipped = limit is not None and not totals["kl_behaviour"] <= limit
+    if skipped:  # the policy stands still, heads go on
+        learner.masters[0].stand_still()
+    counted = {"non_finite_losses": float(not finite), "skipped_steps": float(skipped)}
+    if not finite:
+        return counted
+    take_step(optimizer.step, learner.masters)
+    for head in learner.heads:
+        head.after_step()
+    return totals | gradient_asked(minibatch) | counted
+
+
+def _accumulate_gradients(learner: Learner, minibatch: TokenTable, iteration: int) -> dict[str, float]:
+    """Backward passes over all pieces of a planned minibatch; returns the sums of what is measured in them."""
+    warming = any(iteration < head.settings.warmup_iterations for head in learner.heads)
+    totals: dict[str, float] = {}
+    done = 0
+    for piece in learner.pieces(minibatch):
+        within(done / len(minibatch), f"{done} of {len(minibatch)} episodes of the next")
+        done += len(piece)
+        loss, terms = learner.loss(minibatch.select(piece), minibatch, warming)
+        loss.backward()
+        for masters in learner.masters:
+            masters.gather()
+        for key, value in terms.items():
+            totals[key] = totals.get(key, 0.0) + float(value.detach())
+    return totals
+
+
+def gradient_asked(minibatch: TokenTable) -> dict[str, float]:
+    """Share of ``|c_t A_t|`` by role: where the surrogate's gradient is asked to go before any clipping."""
+    role, pull = minibatch["role"], (minibatch["coefficient"] * minibatch["advantage"]).abs()
+    total = float(pull.sum()) or 1.0
+    return {
+        f"gradient_share_{name}": sum(float(pull[role == r].sum()) / total for r in roles)
+        for name, roles in SHARES.items()
+    }
+
+
+@torch.no_grad()
+def moved(learner: Learner, minibatch: TokenTable) -> dict[str, float]:
+    """KL(behaviour || policy) of a minibatch after the iteration's updates, by role (estimator k3)."""
+    pieces = learner.pieces(minibatch)
+    now = torch.cat([learner.score(minibatch.select(piece))[1].logprob.cpu() for piece in pieces])
+    before = minibatch.select(np.concatenate(pieces))
+    divergence, role = kl_penalty(before["logprob_old"], now, "k3"), before["role"]
+    shares = {"action": Role.ACTION, "reasoning": Role.REASONING}
+    return {
+        f"kl_iteration_{k}": float(divergence[role == r].mean()) for k, r in shares.items() if bool((role == r).any())
+    }
