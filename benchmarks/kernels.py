@@ -20,8 +20,10 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, Qwen2Config, Qwen2ForCausalLM
 
-from benchmarks.bench import PRODUCTS, SHAPES, processor, update
 from benchmarks.flops import forward_flops
+from benchmarks.machine import PRODUCTS, processor
+from benchmarks.subjects import SHAPES
+from benchmarks.throughput import update
 from pipeline.bootstrap.tokenizer import train_tokenizer
 from pipeline.model import scoring
 from pipeline.model.kernels import native

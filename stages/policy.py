@@ -12,7 +12,7 @@ def main() -> str:
 
     from pipeline.bootstrap.supervision import bootstrap, expert_of
     from pipeline.environments import make
-    from pipeline.environments.registry import reset
+    from pipeline.environments.playing import reset
     from pipeline.model.loading import load_policy, longest_context
     from pipeline.progress.display import Display, doing
     from pipeline.rollout.acceptance import accept

@@ -12,7 +12,7 @@ import pytest
 
 from pipeline.environments import initial_states
 from pipeline.environments.bandit import RISKY, SAFE, Bandit, BanditExpert
-from pipeline.environments.registry import SPLITS
+from pipeline.environments.splits import SPLITS
 
 
 def started(state: int, seed: int = 0, **settings: Any) -> Bandit:

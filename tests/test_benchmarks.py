@@ -19,10 +19,12 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.baselines import GenerateEngine, padded_scores
-from benchmarks.bench import Large, Setup, Unmeasured, on_gpu, run_sections, update
 from benchmarks.flops import forward_flops, sampling_flops
 from benchmarks.kernels import least, pairs
 from benchmarks.report import bench_text, summary
+from benchmarks.subjects import Setup
+from benchmarks.throughput import Large, on_gpu, update
+from benchmarks.timing import Unmeasured, run_sections
 from benchmarks.workload import workload
 from pipeline.bootstrap.tokenizer import train_tokenizer
 from pipeline.commands.publish import MARKS, blocks_of, fenced, name_commits, publish_block, replace_block
@@ -186,10 +188,10 @@ def test_a_benchmark_with_nothing_to_measure_on_is_refused() -> None:
 
 PEAKS = """
 import json, torch
-from benchmarks import bench
-bench.PRODUCTS = ((64, 64, 64),)
+from benchmarks import machine
+machine.PRODUCTS = ((64, 64, 64),)
 torch.set_num_threads(1)
-print(json.dumps(bench.peaks()))
+print(json.dumps(machine.peaks()))
 """
 
 

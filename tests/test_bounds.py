@@ -17,7 +17,8 @@ import pytest
 from pipeline.analysis.bottleneck import bottleneck
 from pipeline.bootstrap.supervision import bootstrap
 from pipeline.energy.annotate import annotate
-from pipeline.environments.registry import OURS, make, reset
+from pipeline.environments.making import OURS, make
+from pipeline.environments.playing import reset
 from pipeline.evaluation.evaluate import EvaluationTask, evaluate_policy
 from pipeline.model.loading import load_policy
 from pipeline.rollout.slices import sample_slices

@@ -22,7 +22,8 @@ from hypothesis import strategies as st
 
 from pipeline.energy.annotate import score_trajectories
 from pipeline.environments import make
-from pipeline.environments.registry import EXTRAS, parse_action, reset, step
+from pipeline.environments.making import EXTRAS
+from pipeline.environments.playing import parse_action, reset, step
 from pipeline.model.policy import Policy
 from pipeline.progress.timing import Phases
 from pipeline.rollout.branch_scores import omega
@@ -58,9 +59,10 @@ from tests.forests import (
     switch_section,
 )
 from tests.test_collector import NAME, TOKENIZER, config, says
-from tests.test_contracts import EXAMPLES, SOUND, Walk
+from tests.test_contracts_kept import EXAMPLES, SOUND
 from tests.test_engine import random_policy
 from tests.trainings import LAKE, configured, fit, left, quiet
+from tests.walks import Walk
 
 # ------------------------------------------------------------------------------------- whole forests, without a model
 

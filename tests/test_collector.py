@@ -21,7 +21,7 @@ from pipeline.bootstrap.tokenizer import train_tokenizer
 from pipeline.commands.play import show
 from pipeline.environments import initial_states, make, split_of
 from pipeline.environments.frozen_lake import MOVES, FrozenLakeExpert
-from pipeline.environments.registry import SPLITS
+from pipeline.environments.splits import SPLITS
 from pipeline.evaluation.evaluate import episode_results, summary
 from pipeline.model.policy import Policy
 from pipeline.objective.batch import token_batch

@@ -1,6 +1,6 @@
 """Every registered environment in a rollout and in splits, and FrozenLake's own rules.
 
-What any environment has to keep is in pipeline/contracts/environment.py, which test_contracts.py runs over all of them.
+What any environment has to keep is in pipeline/contracts/environment/, which test_contracts.py runs over all of them.
 """
 
 from __future__ import annotations
@@ -20,7 +20,8 @@ from pipeline.bootstrap.supervision import expert_of
 from pipeline.bootstrap.tokenizer import train_tokenizer
 from pipeline.environments import initial_states, make, split_of
 from pipeline.environments.frozen_lake import MOVES, FrozenLake, FrozenLakeExpert
-from pipeline.environments.registry import OURS, SPLITS
+from pipeline.environments.making import OURS
+from pipeline.environments.splits import SPLITS
 from pipeline.rollout.collector import collect
 from pipeline.rollout.engine import Continuation, Follow, Request, Sampling
 from pipeline.rollout.specs import iteration_specs
@@ -350,14 +351,14 @@ def test_the_experts_reasoning_never_names_a_move_and_has_the_length_asked_for()
 @pytest.mark.parametrize(
     ("settings", "said"),
     [
-        ({"size": 1}, "size must be 2 to 10, got 1"),
-        ({"size": 11}, "size must be 2 to 10, got 11"),
+        ({"size": 1}, "size must be a whole number from 2 to 10, got 1"),
+        ({"size": 11}, "size must be a whole number from 2 to 10, got 11"),
         ({"size": "big"}, "refuses its settings"),
         ({"frozen": 0}, "frozen must be in"),
         ({"success_rate": 0.2}, "success_rate must be in"),
-        ({"least_distance": 7}, "least_distance must be 1 to 6, got 7"),
-        ({"least_distance": 4, "max_actions": 3}, "least_distance must be 1 to 3, got 4"),
-        ({"max_actions": 0}, "max_actions must be at least 1, got 0"),
+        ({"least_distance": 7}, "least_distance must be a whole number from 1 to 6, got 7"),
+        ({"least_distance": 4, "max_actions": 3}, "least_distance must be a whole number from 1 to 3, got 4"),
+        ({"max_actions": 0}, "max_actions must be a whole number from 1 on, got 0"),
         ({"grid": "sometimes"}, "grid must be always, first or never, got 'sometimes'"),
         ({"frozn": 0.8}, "frozn"),
         (

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-from pipeline.environments.registry import board_of, make, reset, step
+from pipeline.environments.making import make
+from pipeline.environments.playing import board_of, reset, step
 from pipeline.model.loading import load_policy
 from pipeline.report.viewer import Played, choose, read_played, viewer_data
 from pipeline.settings.params import Environment

@@ -1,4 +1,4 @@
-"""Sudoku: puzzles, moves, rewards worked by hand, and the expert."""
+"""Sudoku: puzzles, moves, and rewards worked by hand."""
 
 from __future__ import annotations
 
@@ -11,52 +11,10 @@ import numpy as np
 import pytest
 
 from pipeline.environments import initial_states, sudoku
-from pipeline.environments.registry import SPLITS
+from pipeline.environments.splits import SPLITS
 from pipeline.environments.sudoku import Sudoku, SudokuExpert
 from pipeline.workspace.errors import UserError
-
-SOLUTION = (1, 2, 3, 4, 3, 4, 1, 2, 2, 1, 4, 3, 4, 3, 2, 1)
-SEVEN = (1, 2, 0, 4, 0, 4, 1, 0, 0, 1, 4, 0, 4, 0, 0, 1)
-"""Seven empty cells of ``SOLUTION``:   1 2 . 4 / . 4 1 . / . 1 4 . / 4 . . 1"""
-FOUR = (0, 2, 3, 4, 3, 4, 0, 2, 2, 0, 4, 3, 4, 3, 2, 0)
-"""Four empty cells, each a 1:          . 2 3 4 / 3 4 . 2 / 2 . 4 3 / 4 3 2 ."""
-
-
-def given(puzzle: tuple[int, ...], max_actions: int = 16, candidates: bool = True) -> Sudoku:
-    """An episode of a puzzle whose solution is ``SOLUTION``."""
-    environment = Sudoku(givens=16 - puzzle.count(0), max_actions=max_actions, candidates=candidates)
-    environment.reset(seed=0)
-    environment.puzzle, environment.solution, environment.board = puzzle, SOLUTION, list(puzzle)
-    return environment
-
-
-def started(state: int, **settings: Any) -> Sudoku:
-    environment = Sudoku(**settings)
-    environment.reset(seed=0, options={"state_seed": state})
-    return environment
-
-
-def anywhere(draws: np.random.Generator) -> str:
-    """Any digit in any cell."""
-    return ",".join(map(str, draws.integers(1, 5, size=3)))
-
-
-def solutions(board: list[int]) -> int:
-    """Number of ways to complete a board, by brute force."""
-    if 0 not in board:
-        return 1
-    cell = board.index(0)
-    count = 0
-    for digit in (1, 2, 3, 4):
-        if all(board[other] != digit for other in range(16) if share_a_unit(cell, other)):
-            count += solutions([*board[:cell], digit, *board[cell + 1 :]])
-    return count
-
-
-def share_a_unit(cell: int, other: int) -> bool:
-    same_row, same_column = cell // 4 == other // 4, cell % 4 == other % 4
-    return same_row or same_column or (cell // 8 == other // 8 and cell % 4 // 2 == other % 4 // 2)
-
+from tests.puzzles import FOUR, SEVEN, SOLUTION, anywhere, given, share_a_unit, solutions, started
 
 # --------------------------------------------------------------------------------------------------- rewards by hand
 
@@ -363,11 +321,11 @@ def test_numbers_outside_the_board_are_an_action_but_an_invalid_move() -> None:
     ("settings", "said"),
     [
         ({"size": 9}, "size must be 4, got 9"),
-        ({"givens": 3}, "givens must be 4 to 15, got 3"),
-        ({"givens": 16}, "givens must be 4 to 15, got 16"),
-        ({"givens": 8.5}, "givens must be 4 to 15, got 8.5"),
-        ({"givens": 8.0}, "givens must be 4 to 15, got 8.0"),
-        ({"givens": "few"}, "givens must be 4 to 15, got 'few'"),
+        ({"givens": 3}, "givens must be a whole number from 4 to 15, got 3"),
+        ({"givens": 16}, "givens must be a whole number from 4 to 15, got 16"),
+        ({"givens": 8.5}, "givens must be a whole number from 4 to 15, got 8.5"),
+        ({"givens": 8.0}, "givens must be a whole number from 4 to 15, got 8.0"),
+        ({"givens": "few"}, "givens must be a whole number from 4 to 15, got 'few'"),
         ({"max_actions": 7}, "max_actions must be a whole number from 8 on, got 7"),
         ({"givens": 4, "max_actions": 11}, "max_actions must be a whole number from 12 on, got 11"),
         ({"max_actions": 16.5}, "max_actions must be a whole number from 8 on, got 16.5"),
@@ -377,72 +335,3 @@ def test_numbers_outside_the_board_are_an_action_but_an_invalid_move() -> None:
 def test_settings_outside_their_limits_are_refused(settings: dict[str, Any], said: str) -> None:
     with pytest.raises(ValueError, match=f"^{re.escape(said)}$"):
         Sudoku(**settings)
-
-
-# --------------------------------------------------------------------------------------------------------- the expert
-
-
-def test_the_expert_fills_the_first_cell_with_the_fewest_candidates() -> None:
-    environment, draws = given(SEVEN), np.random.default_rng(0)
-    moves = {SudokuExpert().act(environment, draws) for _ in range(100)}
-    assert moves == {"1,3,3"}
-
-
-def test_the_expert_repairs_a_wrong_digit_first() -> None:
-    environment, draws = given(SEVEN), np.random.default_rng(0)
-    environment.step("2,4,3")
-    assert {SudokuExpert().act(environment, draws) for _ in range(20)} == {"2,4,2"}
-
-
-def test_the_expert_makes_way_where_two_wrong_digits_block_each_other() -> None:
-    puzzle = (*[0] * 8, 2, 0, 0, 3, 4, 0, 0, 1)
-    for seed in range(20):
-        environment, draws = given(puzzle, max_actions=20), np.random.default_rng(seed)
-        assert [environment.step(move)[1] for move in ("1,2,3", "1,3,2")] == [0.5, 0.5]
-        assert [environment.step(move)[1] for move in ("1,2,2", "1,3,3")] == [-0.1, -0.1]
-        while not environment.done:
-            environment.step(SudokuExpert().act(environment, draws))
-        assert environment.success
-
-
-def test_the_expert_always_has_a_legal_move_and_mostly_recovers_from_random_ones() -> None:
-    solved = 0
-    for state in range(200):
-        environment, draws = started(state, givens=6, max_actions=30), np.random.default_rng(state)
-        for _ in range(8):
-            environment.step(SudokuExpert().random_action(environment, draws))
-        while not environment.done:
-            observation, reward, *_ = environment.step(SudokuExpert().act(environment, draws))
-            assert reward >= 0
-            assert "invalid" not in observation
-        solved += environment.success
-    assert solved > 160
-
-
-def test_random_actions_are_legal_digits_in_empty_cells() -> None:
-    environment, draws = given(SEVEN), np.random.default_rng(0)
-    moves = Counter(SudokuExpert().random_action(environment, draws) for _ in range(1100))
-    legal = ("1,3,3", "2,1,3", "2,4,2", "2,4,3", "3,1,2", "3,1,3", "3,4,2", "3,4,3", "4,2,3", "4,3,2", "4,3,3")
-    assert set(moves) == {environment.parse_action(move) for move in legal}
-    assert max(abs(count - 100) for count in moves.values()) < 50
-
-
-def test_where_no_empty_cell_has_a_legal_digit_random_actions_are_any_digit_in_any_cell() -> None:
-    environment, draws = given(SEVEN), np.random.default_rng(0)
-    assert [environment.step(move)[1] for move in ("2,4,3", "3,4,2", "3,1,3", "4,3,3")] == [0.5] * 4
-    assert environment._observe().endswith("candidates\n1,3: none\n2,1: none\n4,2: none")
-    moves = Counter(SudokuExpert().random_action(environment, draws) for _ in range(6400))
-    assert len(moves) == 64
-    assert max(abs(count - 100) for count in moves.values()) < 50
-
-
-def test_the_experts_reasoning_never_names_a_move_and_has_the_length_asked_for() -> None:
-    draws, said = np.random.default_rng(0), Counter[str]()
-    for state in range(100):
-        environment = started(state)
-        for words in (0, 1, 5, 14, 40):
-            reasoning = SudokuExpert().reason(environment, words, draws)
-            assert len(reasoning.split()) == words
-            assert not re.search(r"place|\brow \d|\bcol(umn)? \d|,", reasoning)
-            said.update([reasoning])
-    assert len(said) > 280

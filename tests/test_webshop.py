@@ -14,7 +14,7 @@ import pytest
 from pipeline.bootstrap.tokenizer import train_tokenizer
 from pipeline.contracts.environment import check_environment
 from pipeline.environments import make
-from pipeline.environments.registry import initial_states
+from pipeline.environments.splits import initial_states
 from pipeline.environments.webshop.catalogue import Shop, generated
 from pipeline.environments.webshop.environment import WebShop, WebShopExpert
 from pipeline.environments.webshop.pages import BACK, BUY, NEXT, NOTICE, PREVIOUS, item_page, option_names, results_page

@@ -18,7 +18,8 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from pipeline.bootstrap.tokenizer import train_tokenizer
 from pipeline.environments import initial_states, make
-from pipeline.environments.registry import actions_left_of, id_of, parse_action, reset, step, text_of
+from pipeline.environments.playing import actions_left_of, parse_action, reset, step, text_of
+from pipeline.environments.text_environment import id_of
 from pipeline.model.policy import Policy
 from pipeline.model.scoring import predicting_hidden, score_tokens
 from pipeline.progress.display import span, within
@@ -66,7 +67,7 @@ def bootstrap(
         The reference policy, in evaluation mode.
 
     Raises:
-        UserError: an environment has no expert, or does not keep to what ``registry.step`` asks of it.
+        UserError: an environment has no expert, or does not keep to what ``playing.step`` asks of it.
     """
     plan = settings.demonstrations
     phases = []

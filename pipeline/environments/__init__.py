@@ -4,6 +4,8 @@ Importing this package registers ours with gymnasium. What the collector needs b
 ``TextEnvironment``.
 """
 
-from pipeline.environments.registry import TextEnvironment, environment_label, initial_states, make, split_of
+from pipeline.environments.making import make
+from pipeline.environments.splits import initial_states, split_of
+from pipeline.environments.text_environment import TextEnvironment
 
-__all__ = ["TextEnvironment", "environment_label", "initial_states", "make", "split_of"]
+__all__ = ["TextEnvironment", "initial_states", "make", "split_of"]

@@ -8,7 +8,7 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from pipeline.environments.speech import spoken
+from pipeline.environments.draws import one_of, spoken, state_draws, wording
 
 SAFE = (
     ("steady", "calm", "quiet", "patient", "modest", "sturdy", "gentle", "trusty", "sober", "careful"),
@@ -57,9 +57,7 @@ class Bandit(gymnasium.Env[str, str]):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
         """Start an episode: names and order come from ``options["state_seed"]`` (or ``seed``), luck from ``seed``."""
         super().reset(seed=seed)
-        state_seed = (options or {}).get("state_seed")
-        # the 1 keeps names and luck independent where seed and state_seed are the same number
-        self._draw_arms(self.np_random if state_seed is None else np.random.default_rng([state_seed, 1]))
+        self._draw_arms(state_draws(self.np_random, options, 1))
         self.actions_left, self.paid, self.done, self.success = 1, 0.0, False, False
         return self._observe(), {}
 
@@ -105,10 +103,7 @@ class Bandit(gymnasium.Env[str, str]):
         )
 
     def _draw_arms(self, draws: np.random.Generator) -> None:
-        low, self.high = (
-            f"{adjectives[draws.integers(len(adjectives))]} {nouns[draws.integers(len(nouns))]}"
-            for adjectives, nouns in (SAFE, RISKY)
-        )
+        low, self.high = (f"{one_of(adjectives, draws)} {one_of(nouns, draws)}" for adjectives, nouns in (SAFE, RISKY))
         self.arms = (low, self.high) if draws.integers(2) else (self.high, low)
 
     def _observe(self) -> str:
@@ -124,16 +119,14 @@ class BanditExpert:
 
     def random_action(self, bandit: Bandit, draws: np.random.Generator) -> str:
         """Either arm."""
-        return bandit.arms[int(draws.integers(len(bandit.arms)))]
+        return one_of(bandit.arms, draws)
 
     def reason(self, bandit: Bandit, words: int, draws: np.random.Generator) -> str:
         """Facts about the arms in varied words and order, exactly ``words`` words; never an arm's name."""
         return spoken(lambda: self._facts(bandit, draws), words, draws)
 
     def _facts(self, bandit: Bandit, draws: np.random.Generator) -> list[str]:
-        def pick(*options: str) -> str:
-            return options[int(draws.integers(len(options)))]
-
+        pick = wording(draws)
         sides = ("left", "right") if bandit.arms[1] == bandit.high else ("right", "left")
         mean = bandit.high_probability * bandit.high_reward
         return [

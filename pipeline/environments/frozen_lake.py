@@ -14,7 +14,8 @@ import gymnasium
 import numpy as np
 from gymnasium.envs.toy_text.frozen_lake import FrozenLakeEnv
 
-from pipeline.environments.speech import spoken
+from pipeline.environments.draws import one_of, spoken, state_draws, wording
+from pipeline.environments.limits import check_whole
 from pipeline.workspace.errors import UserError
 
 MOVES = {"Left": (0, -1), "Down": (1, 0), "Right": (0, 1), "Up": (-1, 0)}
@@ -47,16 +48,12 @@ class FrozenLake(gymnasium.Env[str, str]):
         max_actions: int = 10,
         grid: str = "always",
     ) -> None:
-        if not 2 <= size <= 10:
-            raise ValueError(f"size must be 2 to 10, got {size}")
         if not 0.0 < frozen <= 1.0:
             raise ValueError(f"frozen must be in (0, 1], got {frozen}")
         if not 1 / 3 <= success_rate <= 1.0:
             raise ValueError(f"success_rate must be in [1/3, 1], got {success_rate}")
-        if max_actions < 1:
-            raise ValueError(f"max_actions must be at least 1, got {max_actions}")
-        if not 1 <= least_distance <= min(max_actions, 2 * (size - 1)):
-            raise ValueError(f"least_distance must be 1 to {min(max_actions, 2 * (size - 1))}, got {least_distance}")
+        check_whole(size=(size, 2, 10), max_actions=(max_actions, 1, None))
+        check_whole(least_distance=(least_distance, 1, min(max_actions, 2 * (size - 1))))
         if grid not in ("always", "first", "never"):
             raise ValueError(f"grid must be always, first or never, got {grid!r}")
         self.size, self.frozen, self.success_rate = size, frozen, success_rate
@@ -67,8 +64,7 @@ class FrozenLake(gymnasium.Env[str, str]):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
         """Start an episode: the lake comes from ``options["state_seed"]`` (or ``seed``), slipping from ``seed``."""
         super().reset(seed=seed)
-        state_seed = (options or {}).get("state_seed")
-        self._draw_lake(self.np_random if state_seed is None else np.random.default_rng(state_seed))
+        self._draw_lake(state_draws(self.np_random, options))
         self.player = self.start
         self.actions_left, self.done, self.success = self.max_actions, False, False
         return self._observe(first=True), {}
@@ -208,21 +204,18 @@ class FrozenLakeExpert:
             if (row + dr, column + dc) in distance
         }
         best = min(reachable.values())
-        choices = [name for name, d in reachable.items() if d == best]
-        return choices[int(draws.integers(len(choices)))]
+        return one_of([name for name, d in reachable.items() if d == best], draws)
 
     def random_action(self, lake: FrozenLake, draws: np.random.Generator) -> str:
         """Any move."""
-        return list(MOVES)[int(draws.integers(len(MOVES)))]
+        return one_of(list(MOVES), draws)
 
     def reason(self, lake: FrozenLake, words: int, draws: np.random.Generator) -> str:
         """Facts about the state in varied words and order, about ``words`` words; never a move's name."""
         return spoken(lambda: self._facts(lake, draws), words, draws)
 
     def _facts(self, lake: FrozenLake, draws: np.random.Generator) -> list[str]:
-        def pick(*options: str) -> str:
-            return options[int(draws.integers(len(options)))]
-
+        pick = wording(draws)
         (row, column), (goal_row, goal_column) = lake.player, lake.goal
         facts = [
             f"{pick('I am at', 'player at', 'now at')} {row} {column}",
@@ -232,7 +225,7 @@ class FrozenLakeExpert:
             pick("let me think", "careful", "stay on the ice", "hmm", "look again", "so"),
         ]
         if lake.holes:
-            hole = sorted(lake.holes)[int(draws.integers(len(lake.holes)))]
+            hole = one_of(sorted(lake.holes), draws)
             facts.append(f"{pick('hole at', 'a hole at', 'avoid')} {hole[0]} {hole[1]}")
         return facts
 

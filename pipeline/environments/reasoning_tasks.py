@@ -16,8 +16,8 @@ from typing import Any
 import gymnasium
 import numpy as np
 
+from pipeline.environments.draws import one_of, spoken
 from pipeline.environments.foreign import Enclosure, free_text
-from pipeline.environments.speech import spoken
 
 
 @contextmanager
@@ -202,7 +202,7 @@ class ReasoningExpert:
     def _facts(self, task: ReasoningTask, draws: np.random.Generator) -> list[str]:
         said = ["hmm", "so", "let me think", "step by step", "what is asked"]
         asked = re.findall(r"[a-z]+", task.state_key.lower())
-        said += [asked[int(draws.integers(len(asked)))] for _ in asked[:5]]
+        said += [one_of(asked, draws) for _ in asked[:5]]
         answer = str(task.item["answer"] or "\n").lower()
         return [fact for fact in said if answer not in fact and not {*fact.split()} & {*answer.split()}] or ["hmm"]
 

@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import gymnasium
 import numpy as np
 
-from pipeline.environments.speech import spoken
+from pipeline.environments.draws import one_of, spoken, wording
+from pipeline.environments.limits import check_whole
 from pipeline.workspace.errors import UserError
 
 MOVES = {"Up": (-1, 0), "Down": (1, 0), "Left": (0, -1), "Right": (0, 1)}
@@ -91,14 +92,8 @@ class Sokoban(gymnasium.Env[str, str]):
         off_target: float = -1.0,
         solved: float = 10.0,
     ) -> None:
-        for name, value, least, most in (
-            ("size", size, 5, 10),
-            ("boxes", boxes, 1, 3),
-            ("max_actions", max_actions, 1, 200),
-            ("least_moves", least_moves, 1, max_actions),
-        ):
-            if not isinstance(value, int) or not least <= value <= most:
-                raise ValueError(f"{name} must be a whole number from {least} to {most}, got {value!r}")
+        check_whole(size=(size, 5, 10), boxes=(boxes, 1, 3), max_actions=(max_actions, 1, 200))
+        check_whole(least_moves=(least_moves, 1, max_actions))
         if not 0.0 <= inner_walls <= 0.5:
             raise ValueError(f"inner_walls must be 0 to 0.5, got {inner_walls}")
         if grid not in ("always", "first", "never"):
@@ -375,21 +370,16 @@ class SokobanExpert:
 
     def random_action(self, sokoban: Sokoban, draws: np.random.Generator) -> str:
         """Any move."""
-        return list(MOVES)[int(draws.integers(len(MOVES)))]
+        return one_of(list(MOVES), draws)
 
     def reason(self, sokoban: Sokoban, words: int, draws: np.random.Generator) -> str:
         """Facts about the state in varied words and order, about ``words`` words; never a move's name."""
         return spoken(lambda: self._facts(sokoban, draws), words, draws)
 
     def _facts(self, sokoban: Sokoban, draws: np.random.Generator) -> list[str]:
-        def pick(*options: str) -> str:
-            return options[int(draws.integers(len(options)))]
-
-        def one(cells: frozenset[int]) -> int:
-            return sorted(cells)[int(draws.integers(len(cells)))]
-
+        pick = wording(draws)
         boxes, targets = sokoban.boxes, sokoban.room.targets
-        box, target = one(boxes - targets or boxes), one(targets - boxes or targets)
+        box, target = (one_of(sorted(cells), draws) for cells in (boxes - targets or boxes, targets - boxes or targets))
         (row, column), (target_row, target_column) = divmod(box, sokoban.size), divmod(target, sokoban.size)
         return [
             f"{pick('I am at', 'player at', 'now at')} {sokoban.place(sokoban.player)}",

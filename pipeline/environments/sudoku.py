@@ -14,7 +14,8 @@ import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.environments.speech import spoken
+from pipeline.environments.draws import one_of, spoken, state_draws, wording
+from pipeline.environments.limits import check_whole
 from pipeline.workspace.errors import UserError
 
 SIDE, BOX = 4, 2
@@ -63,10 +64,8 @@ class Sudoku(gymnasium.Env[str, str]):
     def __init__(self, size: int = 4, givens: int = 8, max_actions: int = 16, candidates: bool = True) -> None:
         if size != SIDE:
             raise ValueError(f"size must be {SIDE}, got {size!r}")
-        if not isinstance(givens, int) or givens not in range(SIDE, len(CELLS)):
-            raise ValueError(f"givens must be {SIDE} to {len(CELLS) - 1}, got {givens!r}")
-        if not isinstance(max_actions, int) or max_actions < len(CELLS) - givens:
-            raise ValueError(f"max_actions must be a whole number from {len(CELLS) - givens} on, got {max_actions!r}")
+        check_whole(givens=(givens, SIDE, len(CELLS) - 1))
+        check_whole(max_actions=(max_actions, len(CELLS) - givens, None))
         if not isinstance(candidates, bool):
             raise ValueError(f"candidates must be true or false, got {candidates!r}")
         self.size, self.givens, self.max_actions, self.candidates = size, givens, max_actions, candidates
@@ -82,8 +81,7 @@ class Sudoku(gymnasium.Env[str, str]):
             UserError: no unique puzzle among ``TRIES``.
         """
         super().reset(seed=seed)
-        state_seed = (options or {}).get("state_seed")
-        self._draw_puzzle(self.np_random if state_seed is None else np.random.default_rng(state_seed))
+        self._draw_puzzle(state_draws(self.np_random, options))
         self.board = list(self.puzzle)
         self.actions_left, self.done, self.success = self.max_actions, False, False
         return self._observe(), {}
@@ -216,13 +214,9 @@ def _placing(cell: int, digit: int) -> str:
 
 def _peers(cell: int) -> tuple[int, ...]:
     """The other cells of a cell's row, column and box."""
-
-    def units(cell: int) -> tuple[int, int, int]:
-        row, column = divmod(cell, SIDE)
-        return row, column, row // BOX * BOX + column // BOX
-
-    own = units(cell)
-    return tuple(c for c in CELLS if c != cell and any(a == b for a, b in zip(own, units(c), strict=True)))
+    row, column = divmod(np.arange(SIDE**2), SIDE)
+    units = np.stack([row, column, row // BOX * BOX + column // BOX])
+    return tuple(c for c in np.flatnonzero((units == units[:, [cell]]).any(0)).tolist() if c != cell)
 
 
 _PEERS = [_peers(cell) for cell in CELLS]
@@ -261,7 +255,7 @@ class SudokuExpert:
             or [(cell, solution[cell]) for cell in ready[:1]]
             or [(cell, board[cell]) for cell in wrong]
         )
-        return _placing(*choices[int(draws.integers(len(choices)))])
+        return _placing(*one_of(choices, draws))
 
     def random_action(self, sudoku: Sudoku, draws: np.random.Generator) -> str:
         """Any digit in an empty cell whose row, column and box lack it; where there is none, any digit in any cell.
@@ -270,16 +264,14 @@ class SudokuExpert:
         """
         legal = [(cell, digit) for cell in CELLS if not sudoku.board[cell] for digit in sudoku.legal_digits(cell)]
         choices = legal or [(cell, digit) for cell in CELLS for digit in DIGITS]
-        return _placing(*choices[int(draws.integers(len(choices)))])
+        return _placing(*one_of(choices, draws))
 
     def reason(self, sudoku: Sudoku, words: int, draws: np.random.Generator) -> str:
         """Facts about the board in varied words and order, exactly ``words`` words; never a move."""
         return spoken(lambda: self._facts(sudoku, draws), words, draws)
 
     def _facts(self, sudoku: Sudoku, draws: np.random.Generator) -> list[str]:
-        def pick(*options: str) -> str:
-            return options[int(draws.integers(len(options)))]
-
+        pick = wording(draws)
         board = np.array(sudoku.board).reshape(SIDE, SIDE)
         empty = [cell for cell in CELLS if not sudoku.board[cell]]
         single = sum(len(sudoku.legal_digits(cell)) == 1 for cell in empty)

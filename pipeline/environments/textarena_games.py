@@ -12,7 +12,9 @@ import numpy as np
 import textarena
 from textarena.envs.registration import ENV_REGISTRY
 
+from pipeline.environments.draws import state_draws
 from pipeline.environments.foreign import Enclosure, free_text
+from pipeline.environments.limits import check_whole
 
 
 class TextArenaGame(gymnasium.Env[str, str]):
@@ -34,8 +36,7 @@ class TextArenaGame(gymnasium.Env[str, str]):
     def __init__(
         self, game: str = "GuessTheNumber-v0", config: dict[str, Any] | None = None, max_actions: int = 100
     ) -> None:
-        if max_actions < 1:
-            raise ValueError(f"max_actions must be at least 1, got {max_actions!r}")
+        check_whole(max_actions=(max_actions, 1, None))
         if game not in ENV_REGISTRY:
             close = "".join(f"; did you mean {name!r}?" for name in difflib.get_close_matches(game, ENV_REGISTRY, n=1))
             raise ValueError(f"game must be one of TextArena's, got {game!r}{close}")
@@ -53,8 +54,7 @@ class TextArenaGame(gymnasium.Env[str, str]):
         A game that opens with the same words whatever it hides gets a number, drawn apart from what it hides.
         """
         super().reset(seed=seed)
-        state_seed = (options or {}).get("state_seed")
-        draws = self.np_random if state_seed is None else np.random.default_rng([state_seed, 1])
+        draws = state_draws(self.np_random, options, 1)
         start, number = int(draws.integers(2**31)), int(draws.integers(10**6))
         with Enclosure(start).entered():
             self.game.reset(num_players=1, seed=start)

@@ -12,7 +12,8 @@ import pyarrow.parquet as pq
 from tokenizers import Tokenizer
 
 from pipeline.analysis.comparison import REFERENCE
-from pipeline.environments.registry import board_of, make
+from pipeline.environments.making import make
+from pipeline.environments.playing import board_of
 from pipeline.settings.params import Config
 from pipeline.trajectories.prompting import plain_text
 from pipeline.trajectories.records import NUMBERS, episode_records, rounded

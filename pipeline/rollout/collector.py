@@ -42,7 +42,7 @@ def collect(
         The episodes in the order of ``specs``.
 
     Raises:
-        UserError: the environment raised, or returned what it must not (see ``registry.step``); its openings differ
+        UserError: the environment raised, or returned what it must not (see ``playing.step``); its openings differ
             within a group, or leave no room in ``context_tokens``.
     """
     setup = Setup(tokenizer, config, name, phases, closing)

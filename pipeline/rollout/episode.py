@@ -6,7 +6,7 @@ from dataclasses import replace
 from typing import Any
 
 from pipeline.environments import make
-from pipeline.environments.registry import actions_left_of, outcome_of, parse_action, reset, step, success_of, text_of
+from pipeline.environments.playing import actions_left_of, outcome_of, parse_action, reset, step, success_of, text_of
 from pipeline.progress.timing import Phases
 from pipeline.rollout.engine import Continuation, Request
 from pipeline.rollout.specs import EpisodeSpec

@@ -48,7 +48,7 @@ def of_method(method: BaseModel) -> dict[str, Any]:
 def _of_module(module: str, settings: Any) -> dict[str, Any]:
     def follow(name: str) -> bool:
         """Not into the project's own code, but where it adapts other packages: what it reads is listed in dvc.yaml."""
-        adapters = name.startswith("pipeline.environments.") and name != "pipeline.environments.registry"
+        adapters = name.startswith("pipeline.environments.") and name != "pipeline.environments.making"
         return adapters or name.partition(".")[0] not in OWN
 
     code, packages = closure(module, follow)
@@ -84,7 +84,7 @@ def _registered(name: str) -> str:
     """The module of an id that names none: of ours, or of a package that tells gymnasium its ids. Empty if unknown."""
     import gymnasium
 
-    import pipeline.environments.registry  # noqa: F401  (registers ours)
+    import pipeline.environments.making  # noqa: F401  (registers ours)
 
     spec = gymnasium.registry.get(name)
     entry_point = None if spec is None else spec.entry_point

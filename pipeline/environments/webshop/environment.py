@@ -12,7 +12,8 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from pipeline.environments.speech import spoken
+from pipeline.environments.draws import one_of, spoken, state_draws, wording
+from pipeline.environments.limits import check_whole
 from pipeline.environments.webshop import pages
 from pipeline.environments.webshop.catalogue import Shop, generated, load
 from pipeline.environments.webshop.generated import LEAST, MOST
@@ -66,16 +67,14 @@ class WebShop(gymnasium.Env[str, str]):
         max_actions: int = 15,
     ) -> None:
         count, seed = 1000 if generated_products is None else generated_products, catalogue_seed or 0
-        for name, value, least, most in (
-            ("generated_products", count, LEAST, MOST),
-            ("catalogue_seed", seed, 0, 2**31),
-            ("goals_per_product", goals_per_product, 1, 10_000),
-            ("page_size", page_size, 1, 20),
-            ("page_characters", page_characters, 2000, 50_000),
-            ("max_actions", max_actions, 3, 1000),
-        ):
-            if not isinstance(value, int) or not least <= value <= most:
-                raise ValueError(f"{name} must be a whole number from {least} to {most}, got {value!r}")
+        check_whole(
+            generated_products=(count, LEAST, MOST),
+            catalogue_seed=(seed, 0, 2**31),
+            goals_per_product=(goals_per_product, 1, 10_000),
+            page_size=(page_size, 1, 20),
+            page_characters=(page_characters, 2000, 50_000),
+            max_actions=(max_actions, 3, 1000),
+        )
         if (products is None) != (attributes is None):
             raise ValueError("products and attributes must be given together: files of one release")
         for name, given, useless in (
@@ -103,9 +102,7 @@ class WebShop(gymnasium.Env[str, str]):
     def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
         """Start an episode: the goal comes from ``options["state_seed"]`` (or ``seed``); there is no noise."""
         super().reset(seed=seed)
-        state_seed = (options or {}).get("state_seed")
-        draws = self.np_random if state_seed is None else np.random.default_rng(state_seed)
-        self.goal: Goal = self.shop.goals[int(draws.integers(len(self.shop.goals)))]
+        self.goal: Goal = one_of(self.shop.goals, state_draws(self.np_random, options))
         self.cut_characters, self.cut_actions = 0, 0
         self._return_to_search()
         self.actions_left, self.done, self.success, self.bought = self.max_actions, False, False, False
@@ -266,7 +263,7 @@ class WebShopExpert:
             kept = sorted(draws.permutation(len(said))[: draws.integers(1, 4)].tolist())
             return f"search[{_fitted([said[i] for i in kept])}]"
         clicks = [name for name in webshop.page.clicks if name == BUY or name not in BUTTONS] or [BACK]
-        return f"click[{clicks[int(draws.integers(len(clicks)))]}]"
+        return f"click[{one_of(clicks, draws)}]"
 
     def reason(self, webshop: WebShop, words: int, draws: np.random.Generator) -> str:
         """Facts about the page in varied words and order, exactly ``words`` words; never an action.
@@ -317,9 +314,7 @@ class WebShopExpert:
         return BUY
 
     def _facts(self, webshop: WebShop, draws: np.random.Generator) -> list[str]:
-        def pick(*options: str) -> str:
-            return options[int(draws.integers(len(options)))]
-
+        pick = wording(draws)
         goal, product = webshop.goal, webshop.product
         facts = [
             f"{pick('they want', 'it must have', 'asked for')} {len(goal.attributes)} attributes",

@@ -19,7 +19,7 @@ class Category:
     kinds: tuple[str, ...]
     """As many in each category; seven letters at most, and not two with the first five in common."""
     attributes: tuple[str, ...]
-    """They describe: ``webshop_score.nouns`` leaves them out, so that a shared one makes no type."""
+    """They describe: ``score.nouns`` leaves them out, so that a shared one makes no type."""
     options: dict[str, tuple[str, ...]]
 
 

@@ -1,0 +1,49 @@
+"""How environments and their experts draw: the initial state apart from the noise, one of several, facts in any order."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+import numpy as np
+
+T = TypeVar("T")
+
+
+def state_draws(noise: np.random.Generator, options: dict[str, Any] | None, *apart: int) -> np.random.Generator:
+    """Where ``reset`` draws an initial state from: ``options["state_seed"]`` if it is given, else the noise itself.
+
+    Args:
+        noise: the environment's own generator, which ``seed`` has begun.
+        options: what ``reset`` was given.
+        apart: a number more, which keeps state and noise independent where their seeds are the same number.
+    """
+    state_seed = (options or {}).get("state_seed")
+    if state_seed is None:
+        return noise
+    return np.random.default_rng([state_seed, *apart] if apart else state_seed)
+
+
+def one_of(options: Sequence[T], draws: np.random.Generator) -> T:
+    """One of the options, each as likely as the others."""
+    return options[int(draws.integers(len(options)))]
+
+
+def wording(draws: np.random.Generator) -> Callable[..., str]:
+    """A function that gives one of the phrases it is given."""
+    return lambda *phrases: one_of(phrases, draws)
+
+
+def spoken(facts: Callable[[], list[str]], words: int, draws: np.random.Generator) -> str:
+    """Facts in random order until there are ``words`` words; asked for again when all have been said.
+
+    Args:
+        facts: gives a non-empty list, in words that ``draws`` may vary.
+        words: exactly so many, at least 0.
+        draws: choose the order.
+    """
+    left, said = facts(), list[str]()
+    while len(said) < words:
+        left = left or facts()
+        said += left.pop(int(draws.integers(len(left)))).split()
+    return " ".join(said[:words])
