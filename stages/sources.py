@@ -25,11 +25,11 @@ def main() -> str:
         raise UserError(
             f"{arguments.params}: params_file: {config.params_file!r} is another file; allowed: {arguments.params}"
         )
-    require_made(Path(arguments.params), Path("."))
     if any(map(custom_sections, (config.method_defaults, *config.methods.values()))):
         from pipeline.objective.custom import check_functions  # seconds, of which most params files need none
 
         check_functions(config, arguments.params)
+    require_made(Path(arguments.params), Path("."))
     folder = layout_of(config).sources
     found = {
         **{f"environments/{name}": of_environment(section) for name, section in config.environments.items()},
