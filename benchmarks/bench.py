@@ -34,6 +34,7 @@ from pipeline.workspace.yaml_files import read_yaml
 
 def dvc_cost(repeats: int = 2) -> dict[str, Any]:
     """The smoke preset's stages through ``dvc repro`` and called one after another, in turn."""
+    resolve_preset("smoke", Path("."))
     lock = Path("presets/smoke/dvc.lock")
     through = ["dvc", "repro", "--quiet", "--force", "presets/smoke/dvc.yaml"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "check": True}
