@@ -24,6 +24,7 @@ from benchmarks.subjects import default_setup
 from benchmarks.throughput import headline, on_gpu, scaling
 from benchmarks.timing import Unmeasured, run_sections
 from benchmarks.trainings import trl, whole_training
+from pipeline.settings.presets import resolve_preset
 from pipeline.trajectories.trajectory import TrajectoryError
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.files import write_json
@@ -33,6 +34,7 @@ from pipeline.workspace.yaml_files import read_yaml
 
 def dvc_cost(repeats: int = 2) -> dict[str, Any]:
     """The smoke preset's stages through ``dvc repro`` and called one after another, in turn."""
+    resolve_preset("smoke", Path("."))
     lock = Path("presets/smoke/dvc.lock")
     through = ["dvc", "repro", "--quiet", "--force", "presets/smoke/dvc.yaml"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "check": True}

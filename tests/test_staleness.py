@@ -21,12 +21,22 @@ pytestmark = [pytest.mark.dag, pytest.mark.xdist_group("dag")]
 
 ROOT = Path(__file__).parents[1]
 COIN = {"id": "mine:Coin-v0", "settings": {"shop": "products.json"}}
-NAMED = ("mine.py", "mine_words.py", "products.json", "model/config.json", "other.py")
-"""Files of the user's; the last one is named nowhere."""
+WEIGHT = {"kind": "custom", "function": "mine_weight:weight", "settings": {"table": "table.json"}}
+FILES = {
+    "mine.py": "import mine_words",
+    "mine_words.py": "",
+    "products.json": "",
+    "mine_weight.py": "import mine_numbers\ndef weight(batch, *, table):\n    return batch.trainable * 1.0",
+    "mine_numbers.py": "",
+    "table.json": "",
+    "model/config.json": "",
+    "other.py": "",
+}
+"""The user's; the last one is named nowhere."""
 CHANGES: dict[str, Any] = {
     "environments": {"coin": COIN},
     "policy": {"kind": "pretrained", "model": "model"},
-    "methods": dict.fromkeys(("ppo_actfocus", "grpo_actfocus", "grpo_lr_matched")),
+    "methods": {**dict.fromkeys(("ppo", "ppo_actfocus", "grpo_lr_matched")), "grpo_actfocus": {"weight": WEIGHT}},
     "compare": {"uniform": None, "control": None},
     "sweep": {"studies": None},
 }
@@ -42,8 +52,8 @@ def project(tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw = read_yaml(ROOT / "params.yaml")
     policy = raw.pop("policy") and CHANGES["policy"]
     write_text(folder / "params.yaml", yaml_text({**overlay(raw, CHANGES), "policy": policy}))
-    for name in NAMED:
-        write_text(folder / name, "import mine_words" if name == "mine.py" else "")
+    for name, text in FILES.items():
+        write_text(folder / name, text)
     look(folder)
     Repo.init(str(folder), no_scm=True)
     with chdir(folder), Repo() as repo:
@@ -68,7 +78,8 @@ def stale(folder: Path) -> set[str]:
         return set(repo.status()) - {"sources@params"}
 
 
-TRAINED = {f"{stage}@coin-{method}" for stage in ("train", "evaluate") for method in ("grpo", "ppo")}
+TRAINED = {f"{stage}@coin-{method}" for stage in ("train", "evaluate") for method in ("grpo", "grpo_actfocus")}
+OWN = {f"train@{environment}-grpo_actfocus" for environment in ("coin", "frozen_lake")}
 PLAYED = {"policy", "compare", "rollout@coin", "evaluate_reference@coin", *TRAINED}
 
 
@@ -78,6 +89,9 @@ PLAYED = {"policy", "compare", "rollout@coin", "evaluate_reference@coin", *TRAIN
         ("mine.py", PLAYED),
         ("mine_words.py", PLAYED),
         ("products.json", PLAYED),
+        ("mine_weight.py", OWN),
+        ("mine_numbers.py", OWN),
+        ("table.json", OWN),
         ("model/config.json", {"policy"}),
         ("other.py", set()),
     ],

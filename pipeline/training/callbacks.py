@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ from pipeline.tracking.training import TrainingRun
 from pipeline.training.budget import progress, training_over
 from pipeline.training.module import PolicyGradient
 from pipeline.trajectories.table import write
+from pipeline.workspace.files import replacing
 from pipeline.workspace.finite import located, require_finite
 from pipeline.workspace.processes import Tell
 
@@ -120,9 +120,8 @@ class Checkpoint(Callback):
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         if pl_module.last_update:
             write(pl_module.last_episodes, self._folder / "episodes.parquet", pl_module.last_update)
-        with pl_module.phases.phase("checkpoint"):
-            trainer.save_checkpoint(self._folder / "checkpoint.partial")
-            os.replace(self._folder / "checkpoint.partial", self._folder / "checkpoint.ckpt")
+        with pl_module.phases.phase("checkpoint"), replacing(self._folder / "checkpoint.ckpt") as partial:
+            trainer.save_checkpoint(partial)
 
 
 class End(Callback):
