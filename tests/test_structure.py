@@ -14,10 +14,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ruamel.yaml import YAML
 
-from pipeline.settings.params import load, parse
-from pipeline.settings.presets import overlay
+from pipeline.settings.params import load
 from pipeline.sources.closures import closure
 from pipeline.training.result import ASIDE, RESOLVED, training_key
 from pipeline.workspace.yaml_files import read_yaml
@@ -320,29 +318,6 @@ def test_a_seeds_key_changes_with_what_the_kernels_are(monkeypatch: pytest.Monke
     assert training_key(*arguments) == before
     monkeypatch.setattr("pipeline.sources.fingerprints.build", lambda: "another instruction set")
     assert training_key(*arguments) != before
-
-
-def test_every_yaml_block_of_the_readme_is_valid_on_top_of_params() -> None:
-    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S)
-    assert len(blocks) >= 2
-    for block in blocks:
-        changes = YAML(typ="safe").load(block)
-        parse(overlay(read_yaml(ROOT / "params.yaml"), changes), "README.md")
-
-
-def test_make_targets_in_the_readme_exist() -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M))
-    named = set(re.findall(r"(?:`|^)make ([a-z-]+)", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.M))
-    assert named
-    assert named <= targets
-
-
-def test_paths_in_the_readme_exist() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for path in re.findall(r"`((?:pipeline|stages|tests|presets|docs)/[A-Za-z0-9_./-]+)`", text):
-        assert (ROOT / path).exists(), path
-    for path in re.findall(r"\]\((docs/[^)#]+)", text):
-        assert (ROOT / path).exists(), path
 
 
 def test_no_lock_file_is_in_git() -> None:
