@@ -1,7 +1,5 @@
 """Annotate the table with token energy: data/annotated/<environment>.parquet."""
 
-from __future__ import annotations
-
 from pipeline.commands.cli import EnvironmentName, ParamsFile, configured, layout_of, next_command, run
 from pipeline.trajectories.table import read, write
 from pipeline.trajectories.trajectory import concatenate

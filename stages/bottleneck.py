@@ -1,7 +1,5 @@
 """Measure the Action Bottleneck, and draw it: reports/bottleneck/<environment>."""
 
-from __future__ import annotations
-
 from pipeline.commands.cli import EnvironmentName, ParamsFile, configured, layout_of, next_command, run
 from pipeline.trajectories.table import read
 

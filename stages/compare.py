@@ -1,7 +1,5 @@
 """Compare all methods: reports/comparison.{json,md,txt}, reports/figures, reports/index.html, and a run in MLflow."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from pipeline.commands.cli import ParamsFile, configured, layout_of, run

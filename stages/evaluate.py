@@ -1,7 +1,5 @@
 """Play held-out initial states with a method's final policies, or with the reference policy (--method reference)."""
 
-from __future__ import annotations
-
 from pipeline.commands.cli import (
     EnvironmentName,
     MethodName,

@@ -1,7 +1,5 @@
 """Make or load the reference policy: models/policy, a Hugging Face directory."""
 
-from __future__ import annotations
-
 from pipeline.commands.cli import ParamsFile, configured, layout_of, next_command, run
 
 

@@ -1,7 +1,5 @@
 """Sample the reference policy's episodes: data/trajectories/<environment>.parquet."""
 
-from __future__ import annotations
-
 from pipeline.commands.cli import EnvironmentName, ParamsFile, configured, layout_of, next_command, run
 
 

@@ -3,8 +3,6 @@
 DVC runs this first and always: every other stage depends on what it writes, and goes on only where that has changed.
 """
 
-from __future__ import annotations
-
 import os
 
 from pipeline.commands.cli import ParamsFile, configured, layout_of, next_command, run

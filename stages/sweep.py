@@ -1,7 +1,5 @@
 """SearchRun settings: run a study of params.yaml's ``sweep`` section, or go on with one; reports/sweep/<study>."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from pipeline.commands.cli import ParamsFile, StudyName, configured, layout_of, run

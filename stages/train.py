@@ -1,7 +1,5 @@
 """Train a method on an environment, one policy per seed: models/trained/<environment>-<method>/seed-<seed>."""
 
-from __future__ import annotations
-
 import sys
 
 from pipeline.commands.cli import EnvironmentName, MethodName, ParamsFile, configured, layout_of, next_command, run

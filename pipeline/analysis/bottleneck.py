@@ -4,8 +4,6 @@ Per group of G episodes of one initial state: the variance of the returns, and t
 and action tokens; then the rank correlation of each mean with the variance over groups (arXiv 2605.14558).
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """The comparison of all methods: one row per environment, method and temperature."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Learning curves as arrays: what was measured, at what cost, and its mean and range over seeds."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from pipeline.analysis.comparison import Curves

@@ -4,8 +4,6 @@ At a token, several candidates are sampled in its place, and from each several c
 returns lies between candidates is what that token decides (one-way analysis of variance, random effects, unbiased).
 """
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """Examples of what policies do: which episodes of every method, and of the reference policy, are worth reading."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

@@ -5,8 +5,6 @@ all of an iteration's updates, on its last minibatch (``kl_iteration_action``). 
 claimed: it is no test of two methods.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Callable, Sequence
 from pathlib import Path

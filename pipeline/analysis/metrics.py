@@ -1,7 +1,5 @@
 """The comparison in the flat shapes that DVC reads: a metrics file per method, and the learning curves as one table."""
 
-from __future__ import annotations
-
 import csv
 import io
 import shutil

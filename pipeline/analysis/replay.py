@@ -7,8 +7,6 @@ Vectors are kept as count sketches (Charikar, Chen and Farach-Colton, 2002): inn
 one over the root of their length.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """What a git revision, a DVC experiment or the workspace holds of a comparison."""
 
-from __future__ import annotations
-
 import io
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Two revisions of one comparison beside each other: success of every method, paired differences, changed settings."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any

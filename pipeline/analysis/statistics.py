@@ -8,8 +8,6 @@ Read as a test of two methods it would be wrong too often where seeds vary most,
 difference has another one, the t-interval over paired seed means, and ``verdict`` is read from that alone.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import Literal, TypeVar

@@ -1,7 +1,5 @@
 """Where the time of a training goes, and how much of a rollout is the environment's."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from pipeline.analysis.comparison import Curves

@@ -1,7 +1,5 @@
 """The trees that episodes make where they branch from each other."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

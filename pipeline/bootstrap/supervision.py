@@ -3,8 +3,6 @@
 It ends up knowing the task and playing it badly, which is where reinforcement learning starts.
 """
 
-from __future__ import annotations
-
 import copy
 import importlib
 import math

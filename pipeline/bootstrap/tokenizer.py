@@ -1,7 +1,5 @@
 """A small byte-level tokenizer trained on the spot."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any
 

@@ -1,7 +1,5 @@
 """``actfocus``: all that is no stage of the DAG. Each command is the ``main`` of the module of its name."""
 
-from __future__ import annotations
-
 import os
 import sys
 from importlib import import_module

@@ -1,7 +1,5 @@
 """Compare two revisions: success, differences, settings."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 from typing import Annotated

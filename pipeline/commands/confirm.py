@@ -3,8 +3,6 @@
 Trains them, and plays test states.
 """
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -3,8 +3,6 @@
 Without --id and --slot the environments of the params file are looked at. The exit code is 1 if one is broken.
 """
 
-from __future__ import annotations
-
 import json
 from typing import Annotated, Any
 

@@ -3,8 +3,6 @@
 Branches at the tokens that each signal ranks highest, and measures how much of the returns' variance they explain.
 """
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

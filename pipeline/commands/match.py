@@ -3,8 +3,6 @@
 Trains both for a few iterations, at a few rates, and prints the one to be written into params.yaml.
 """
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

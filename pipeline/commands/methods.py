@@ -3,8 +3,6 @@
 A method shows the slots in which it differs from the file's defaults, which stand last.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """Watch one episode turn by turn, with its tokens' energies."""
 
-from __future__ import annotations
-
 from typing import Annotated
 
 import typer

@@ -1,7 +1,5 @@
 """Write a preset's params file, from params.yaml and its overlay."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Annotated
 

@@ -1,7 +1,5 @@
 """Put the latest results into README.md, docs/ and docs/figures."""
 
-from __future__ import annotations
-
 from pipeline.commands.cli import ParamsFile, configured
 
 

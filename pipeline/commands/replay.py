@@ -3,8 +3,6 @@
 Those of the annotated table, under a grid of token weights: each of its options may be repeated.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, get_args
 
 import typer

@@ -3,8 +3,6 @@
 Needs Chromium.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from pipeline.commands.cli import ParamsFile, configured, layout_of

@@ -1,7 +1,5 @@
 """Send to MLflow what was kept while its server was away."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from pipeline.commands.cli import ParamsFile, configured

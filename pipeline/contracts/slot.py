@@ -5,8 +5,6 @@
 ``CONTRACTS`` says what is checked, in order, on made-up batches. What a function may return is in pipeline/objective/custom.py.
 """
 
-from __future__ import annotations
-
 import dataclasses
 import inspect
 import pickle

@@ -1,7 +1,5 @@
 """One forward pass of the reference policy over what was sampled."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from pathlib import Path
 

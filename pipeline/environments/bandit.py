@@ -1,7 +1,5 @@
 """A bandit with two arms whose names are the only clue: one pays a little for sure, the other a lot now and then."""
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -1,7 +1,5 @@
 """How environments and their experts draw: the initial state apart from the noise, one of several, facts in any order."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 

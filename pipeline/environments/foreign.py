@@ -1,7 +1,5 @@
 """What the adapters of other libraries' environments share: free text as an action, and a place to run in."""
 
-from __future__ import annotations
-
 import io
 import random
 import re

@@ -4,8 +4,6 @@ Every instance has a random start and goal, and holes that leave a path between 
 published symbols; coordinates (row, column), zero-indexed, stand beside it ("CoordFrozenLake").
 """
 
-from __future__ import annotations
-
 from collections import deque
 from functools import lru_cache
 from typing import Any

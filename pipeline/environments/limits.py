@@ -1,7 +1,5 @@
 """Limits of environments' settings."""
 
-from __future__ import annotations
-
 
 def check_whole(**settings: tuple[int, int, int | None]) -> None:
     """Refuse a setting that is no whole number within its limits.

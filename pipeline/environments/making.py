@@ -1,7 +1,5 @@
 """Making an environment by its gymnasium id, and saying in a line why one cannot be made."""
 
-from __future__ import annotations
-
 import difflib
 import importlib.util
 import inspect

@@ -1,7 +1,5 @@
 """Playing an environment, ours or a user's own, with everything that it returns checked."""
 
-from __future__ import annotations
-
 import math
 import reprlib
 import sys

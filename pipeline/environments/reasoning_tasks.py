@@ -1,7 +1,5 @@
 """Questions of reasoning-gym's datasets: one question, one answer, the dataset's own score."""
 
-from __future__ import annotations
-
 import copy
 import difflib
 import functools

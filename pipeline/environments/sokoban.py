@@ -7,8 +7,6 @@ symbols; coordinates (row, column), zero-indexed, stand beside it.
 A cell is a number, row * size + column. The outermost cells are walls, so that no step leaves the room.
 """
 
-from __future__ import annotations
-
 import math
 from functools import lru_cache
 from heapq import heappop, heappush

@@ -1,7 +1,5 @@
 """Which split an initial state belongs to, and finding initial states of a split."""
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np

@@ -4,8 +4,6 @@ There are only 288 filled grids, so that the solver is a table of them all: a pu
 with its givens, and unique if there is exactly one.
 """
 
-from __future__ import annotations
-
 import re
 from functools import lru_cache
 from typing import Any

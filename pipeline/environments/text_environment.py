@@ -1,7 +1,5 @@
 """What an environment of this project is: gymnasium's interface in text, with four attributes more."""
 
-from __future__ import annotations
-
 from typing import Any, Protocol
 
 

@@ -1,7 +1,5 @@
 """Playing held-out initial states and recording what happened, episode by episode."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Loading a policy, from a directory or the hub, and refusing one that could not be trained as it is."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable
 from pathlib import Path

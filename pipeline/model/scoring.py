@@ -1,7 +1,5 @@
 """Log-probability, entropy and log-partition of given tokens under a policy, without a (batch, time, vocabulary) tensor."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 

@@ -5,8 +5,6 @@ one minibatch, 0 where not trainable; which tokens are trainable; the index of e
 Factors are 0 where the weight is, and all 0 if nothing has weight.
 """
 
-from __future__ import annotations
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor

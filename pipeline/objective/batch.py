@@ -1,7 +1,5 @@
 """What the slots see: an iteration's annotated tokens as flat tensors."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 

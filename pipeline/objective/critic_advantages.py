@@ -1,7 +1,5 @@
 """Slot S3: advantages that are learned values' surprise: GAE over tokens or turns, and soft Q."""
 
-from __future__ import annotations
-
 import torch
 from jaxtyping import Float
 from torch import Tensor

@@ -11,8 +11,6 @@ truth value per trajectory, a surrogate the loss alone or a ``SurrogateLoss``, a
 ``EntropyTerms``.
 """
 
-from __future__ import annotations
-
 import importlib
 import inspect
 from collections.abc import Callable

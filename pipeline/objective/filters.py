@@ -1,7 +1,5 @@
 """Slot S2: which groups of trajectories are trained on."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Generalised advantage estimation, and the discounted returns that it is with lambda 1 and no values."""
 
-from __future__ import annotations
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor

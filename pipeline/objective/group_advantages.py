@@ -1,7 +1,5 @@
 """Slot S3: advantages that compare within groups."""
 
-from __future__ import annotations
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor

@@ -4,8 +4,6 @@ Every function is given its section, and reads its settings there. To add a choi
 pipeline/settings, its function in the slot's file in pipeline/objective, and one entry here.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import NamedTuple

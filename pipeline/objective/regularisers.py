@@ -4,8 +4,6 @@ A choice gives every token its entropy terms, once per iteration and from what i
 terms is the same for all.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """Slot S7: rewards reshaped before advantages are taken. Each function gives the new reward of every token."""
 
-from __future__ import annotations
-
 import torch
 from jaxtyping import Float
 from torch import Tensor

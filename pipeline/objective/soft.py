@@ -1,7 +1,5 @@
 """Soft values over the vocabulary: what ETPO needs of the policy's, the reference policy's and Q's distributions."""
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """Standardising over tokens: the z-score of signals, entropies and whitened advantages."""
 
-from __future__ import annotations
-
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor

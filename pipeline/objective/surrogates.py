@@ -5,8 +5,6 @@ covariance, how far bounds must move), a second function plans that before the m
 tokens as the policy now scores them; the loss is then given its tokens' rows of the plan.
 """
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import NamedTuple

@@ -1,7 +1,5 @@
 """Slot S3: advantages of episodes that branch from one another."""
 
-from __future__ import annotations
-
 import torch
 
 from pipeline.objective.batch import State, TokenBatch

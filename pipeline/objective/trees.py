@@ -4,8 +4,6 @@ Trajectory e has sampled its tokens from ``split_e`` on, and shares those before
 sampled is also part of every branch that leaves e behind it, and of all that branches from these.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple
 
 import torch

@@ -1,7 +1,5 @@
 """The turns of a batch: their rewards, where they begin and end, and what holds for each of their tokens."""
 
-from __future__ import annotations
-
 import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor

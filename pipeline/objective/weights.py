@@ -1,7 +1,5 @@
 """Slot S4: the token weight w_t. Each function gives the weight of every token, 0 where not trainable."""
 
-from __future__ import annotations
-
 import math
 
 import torch

@@ -1,7 +1,5 @@
 """Figures of the Action Bottleneck: energy against return variance, and the energies of every role."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -3,8 +3,6 @@
 Their texts are untrusted: plotly reads some HTML in every text, links and styles among it. ``plain`` takes that away.
 """
 
-from __future__ import annotations
-
 import html
 import re
 from collections.abc import Iterator, Mapping, Sequence

@@ -1,7 +1,5 @@
 """Which commit the tables of a document are from: what their runs have noted, else when the document last changed there."""
 
-from __future__ import annotations
-
 import re
 import subprocess
 from collections.abc import Iterable

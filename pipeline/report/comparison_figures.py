@@ -1,7 +1,5 @@
 """Figures of the comparison: final success, learning curves, training health. Same numbers, same bytes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path

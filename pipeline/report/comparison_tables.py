@@ -1,7 +1,5 @@
 """The comparison as tables that people read: cells for the report, Markdown, and text for a terminal."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Charts of the trainings: learning curves, health, and which roles the gradient comes from."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Which signal finds the decision points: a table for a terminal, and a figure."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Differences between methods in words: what every table, text, page and figure writes of one."""
 
-from __future__ import annotations
-
 from pipeline.analysis.statistics import VERDICT_SEEDS, Difference
 
 NO_VERDICT = f"no verdict below {VERDICT_SEEDS} paired seeds"

@@ -1,7 +1,5 @@
 """An episode on a terminal, turn by turn."""
 
-from __future__ import annotations
-
 import time
 from typing import Any
 

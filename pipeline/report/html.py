@@ -4,8 +4,6 @@ What models, environments and params files say is untrusted. Jinja escapes it in
 without ``<``, ``>`` and ``&``; the scripts set it as text only; and the page's policy lets no other script run.
 """
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

@@ -1,7 +1,5 @@
 """A params file's methods in words: every slot's choice, with its settings."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

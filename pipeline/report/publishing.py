@@ -1,7 +1,5 @@
 """The latest comparisons and measurements in the documents: README.md, docs/ and docs/figures."""
 
-from __future__ import annotations
-
 import re
 import shutil
 from collections.abc import Iterable, Sequence

@@ -1,7 +1,5 @@
 """The replay as a table for a terminal, and as a figure."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Two revisions of one comparison beside each other, for a terminal."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

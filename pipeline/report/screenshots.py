@@ -1,7 +1,5 @@
 """Pictures of the report and of MLflow's comparison for the documents, by a headless Chromium."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil

@@ -1,7 +1,5 @@
 """How everything looks: the one palette, fonts and sizes of figures, charts and the page, and the names on them."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import count
 from pathlib import Path

@@ -1,7 +1,5 @@
 """What the report shows of sweeps: whatever lies in reports/sweep when it is drawn, and their confirmations."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Tables that people read: cells, as Markdown, and as text for a terminal."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 

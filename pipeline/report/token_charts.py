@@ -1,7 +1,5 @@
 """Charts of the reference policy's tokens: the Action Bottleneck, and energy by role."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

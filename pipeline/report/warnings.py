@@ -1,7 +1,5 @@
 """What a reader should know before believing a comparison; one line each."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

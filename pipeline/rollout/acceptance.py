@@ -1,7 +1,5 @@
 """Whether a policy can do what every later stage asks of it: talk over turns, and be scored as it was sampled."""
 
-from __future__ import annotations
-
 from textwrap import shorten
 
 import numpy as np

@@ -1,7 +1,5 @@
 """How good a place to branch each token is: the signals of slot S1."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

@@ -1,7 +1,5 @@
 """Playing episodes: environments on one side, an engine on the other, ``Trajectories`` out."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence, Sized
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The contract between whatever samples tokens and everything that uses them."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Protocol

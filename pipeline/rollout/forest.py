@@ -1,7 +1,5 @@
 """The trees of an iteration, played together wave by wave."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import numpy as np

@@ -5,8 +5,6 @@ episodes begin, and is resumed when they have been played. It never sees the eng
 iteration together, wave by wave, and holds them to their budget.
 """
 
-from __future__ import annotations
-
 import itertools
 import math
 from collections.abc import Callable, Iterator, Sequence

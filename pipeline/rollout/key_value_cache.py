@@ -1,7 +1,5 @@
 """The KV cache of the rollout engine: one slot per episode, filled without holes, read at its true length."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import numpy as np

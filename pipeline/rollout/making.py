@@ -1,7 +1,5 @@
 """Which engine samples: the one place where one is made."""
 
-from __future__ import annotations
-
 from pipeline.model.policy import Policy
 from pipeline.rollout.engine import RolloutEngine
 from pipeline.rollout.transformers_engine import TransformersEngine

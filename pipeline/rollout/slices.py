@@ -3,8 +3,6 @@
 A slice is what a training with that seed would sample in its first iteration: same states, noise, draws and batches.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from pipeline.model.loading import load_trained

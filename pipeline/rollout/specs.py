@@ -1,7 +1,5 @@
 """Which episodes are played, and where their randomness comes from."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any

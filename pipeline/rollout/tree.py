@@ -1,7 +1,5 @@
 """The episodes of one initial state as a tree, and where in it an episode may begin."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, NamedTuple

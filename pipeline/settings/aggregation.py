@@ -1,7 +1,5 @@
 """Slot S4, second half: what divides the weighted sum. What each choice does is in pipeline/objective/aggregation.py."""
 
-from __future__ import annotations
-
 from typing import Annotated, ClassVar, Literal, Union
 
 from pydantic import Field

@@ -1,7 +1,5 @@
 """A choice of one's own: a function outside the package, named in params.yaml, with settings of its own."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from typing import Any, ClassVar, Literal
 

@@ -1,7 +1,5 @@
 """Slot S2: which groups are trained on. What each choice does is in pipeline/objective/filters.py."""
 
-from __future__ import annotations
-
 from typing import Annotated, ClassVar, Literal, Union
 
 from pydantic import Field

@@ -1,7 +1,5 @@
 """Networks beside the policy: a value function, or Q over the vocabulary."""
 
-from __future__ import annotations
-
 from typing import Annotated, Literal
 
 from pydantic import Field

@@ -1,7 +1,5 @@
 """Mistakes in a params file, each in one line that says what is allowed."""
 
-from __future__ import annotations
-
 import difflib
 from typing import Any, get_args
 

@@ -1,7 +1,5 @@
 """Presets: overlays on params.yaml, resolved into a params file of their own that DVC can read."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

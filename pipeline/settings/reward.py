@@ -1,7 +1,5 @@
 """Slot S7: how rewards are reshaped. What each choice does is in pipeline/objective/rewards.py."""
 
-from __future__ import annotations
-
 from typing import Annotated, ClassVar, Literal, Union
 
 from pydantic import Field

@@ -1,7 +1,5 @@
 """What every part of the schema is made of: sections that refuse unknown keys, and kinds of numbers."""
 
-from __future__ import annotations
-
 from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field

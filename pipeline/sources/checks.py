@@ -1,7 +1,5 @@
 """What a params file names is there: its environments can be made, and it is the file that it says it is."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

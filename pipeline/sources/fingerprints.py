@@ -1,7 +1,5 @@
 """What decides results without standing in params.yaml: code, data files and builds that it only names, as hashes."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Iterator
 from importlib.metadata import version
 from pathlib import Path

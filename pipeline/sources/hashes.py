@@ -1,7 +1,5 @@
 """SHA-256 of files and folders; a large file is read once while it is untouched."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

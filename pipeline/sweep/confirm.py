@@ -4,8 +4,6 @@ The best of many noisy scores is flattered by having been picked. So it is train
 seeds, and evaluated on test states: an ordinary comparison, with its own params file and the same pipeline.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Mapping, Sequence
 from typing import Any

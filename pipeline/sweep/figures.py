@@ -1,7 +1,5 @@
 """Figures of a sweep: Optuna's own, as plotly for the report and as PNG for documents."""
 
-from __future__ import annotations
-
 import json
 import math
 import warnings

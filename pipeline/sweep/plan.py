@@ -1,7 +1,5 @@
 """What one search is: a method of a study, everything that decides its trials, and the name under which it is stored."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

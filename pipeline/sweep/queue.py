@@ -6,8 +6,6 @@ failed and its slot gets another trial, first with the same settings. So killing
 twice, and a study ends with exactly as many finished trials as were asked for.
 """
 
-from __future__ import annotations
-
 import contextlib
 import os
 import socket

@@ -1,7 +1,5 @@
 """What a search has found, as plain data: a row per trial, the best, the baselines, and which settings mattered."""
 
-from __future__ import annotations
-
 import warnings
 from collections import Counter
 from collections.abc import Mapping, Sequence

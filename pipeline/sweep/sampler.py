@@ -1,7 +1,5 @@
 """A sampler whose draws are named by the trial's number."""
 
-from __future__ import annotations
-
 from typing import Any
 
 from optuna.distributions import BaseDistribution

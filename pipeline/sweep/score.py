@@ -1,7 +1,5 @@
 """What a trial is judged by, from the learning curves of its seeds."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Literal
 

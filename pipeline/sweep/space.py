@@ -1,7 +1,5 @@
 """From a search space to Optuna's distributions, and from a draw back to a params file."""
 
-from __future__ import annotations
-
 import copy
 import math
 from collections.abc import Mapping, Sequence

@@ -1,7 +1,5 @@
 """A sweep in MLflow: a run per study, and nested in it a run per trial with its state, settings and mean curve."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """One trial: a training per seed, validated at the same iterations and stopped or kept together."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Worker processes of a search on this machine; any number of machines may do the same on one storage."""
 
-from __future__ import annotations
-
 import contextlib
 import multiprocessing
 import os

@@ -1,7 +1,5 @@
 """A store that does not answer: one warning per command, and no further try for a while."""
 
-from __future__ import annotations
-
 import os
 import re
 import sys

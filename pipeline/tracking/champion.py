@@ -4,8 +4,6 @@ A ``champion`` record has ``model`` (the policy's directory), ``digest`` (its ha
 registered model), ``dtype`` and ``tags`` of the version.
 """
 
-from __future__ import annotations
-
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any

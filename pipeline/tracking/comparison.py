@@ -1,7 +1,5 @@
 """One MLflow run per comparison and environment, in which its trainings are nested."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping
 from pathlib import Path

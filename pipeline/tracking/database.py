@@ -1,7 +1,5 @@
 """An SQLite store appears all at once: its tables are made beside it, which takes seconds, and it is then renamed."""
 
-from __future__ import annotations
-
 import sqlite3
 import sys
 from contextlib import closing

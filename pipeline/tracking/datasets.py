@@ -1,7 +1,5 @@
 """What a training is made from, named by DVC's hashes."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

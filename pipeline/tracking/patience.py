@@ -1,7 +1,5 @@
 """How long to wait for a store that does not answer."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager

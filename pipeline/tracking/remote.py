@@ -16,8 +16,6 @@ and replaces tags and artifacts. Kinds of records, in the order in which a run h
 Times are milliseconds since 1970.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from pathlib import Path

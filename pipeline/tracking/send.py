@@ -1,7 +1,5 @@
 """Sending spools to a store: in order, from where the last try ended, and never at a training's expense."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """A parent run: what a comparison or a study has come to, written as a whole each time."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

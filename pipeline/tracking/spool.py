@@ -4,8 +4,6 @@ A record is one line of JSON with a ``kind``; ``remote.py`` says which there are
 in the records, so that a record that is sent twice is the same one to the store.
 """
 
-from __future__ import annotations
-
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence

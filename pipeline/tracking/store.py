@@ -1,7 +1,5 @@
 """Where runs are kept, and what identifies the code and settings of a run."""
 
-from __future__ import annotations
-
 import getpass
 import logging
 import os

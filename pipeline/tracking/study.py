@@ -1,7 +1,5 @@
 """A sweep's runs: a parent run per study, and a nested run per trial, whatever its state."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path

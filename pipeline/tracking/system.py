@@ -1,7 +1,5 @@
 """The machine's load, under the names that MLflow gives it, so that its pages show it as system metrics."""
 
-from __future__ import annotations
-
 import contextlib
 
 import psutil

@@ -1,7 +1,5 @@
 """Episodes as traces: a span per turn with what was shown, what was written and every token's energy."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json

@@ -3,8 +3,6 @@
 Lightning's logger is not used: it writes to the store at once, and fails with it.
 """
 
-from __future__ import annotations
-
 import json
 import time
 import uuid

@@ -1,7 +1,5 @@
 """How long a training goes on: for so many iterations, or until it has sampled so many tokens."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 
 from pipeline.settings.params import Train

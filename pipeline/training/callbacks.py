@@ -1,7 +1,5 @@
 """What happens around each iteration of a training: clock, validation, progress, tracking, checkpoint, the end."""
 
-from __future__ import annotations
-
 import time
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """What ends a training: log-probabilities that are not those of the policy (invariant 1), and numbers that are not finite."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """Where an iteration's episodes come from: sampled one by one, or grown as trees, and annotated."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 

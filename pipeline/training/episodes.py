@@ -1,7 +1,5 @@
 """What an update made of the tokens of a training's last episodes: columns of their table, kept for the report."""
 
-from __future__ import annotations
-
 import numpy as np
 
 from pipeline.training.iteration import Iteration

@@ -1,7 +1,5 @@
 """Where the policy's gradient comes from, measured token by token."""
 
-from __future__ import annotations
-
 import numpy as np
 import torch
 from torch import Tensor

@@ -4,8 +4,6 @@ One interface for all: ``estimate`` before the update, ``loss`` in it, ``after_s
 declares is in its advantage's settings (``estimates.declared_heads``); ``HEADS`` has the class for each kind of settings.
 """
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass

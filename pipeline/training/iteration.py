@@ -1,7 +1,5 @@
 """One iteration of training on one screen: collect, annotate, filter, advantages, weights, update."""
 
-from __future__ import annotations
-
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any

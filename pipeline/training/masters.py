@@ -1,7 +1,5 @@
 """Float32 masters of weights that compute in less, so that no step is lost in rounding."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 

@@ -1,7 +1,5 @@
 """The Lightning module: an epoch is an iteration."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """What a training leaves, where it is kept, and the key under which it may be used again."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Running trainings: resumable, each in a process of its own, finished results kept by key."""
 
-from __future__ import annotations
-
 import logging
 import shutil
 import warnings

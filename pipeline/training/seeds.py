@@ -1,7 +1,5 @@
 """All seeds of a method: trained where they have not been, and put where evaluation and report look for them."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """An update: one optimizer step on a minibatch, and what is measured in it."""
 
-from __future__ import annotations
-
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence

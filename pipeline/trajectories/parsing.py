@@ -3,8 +3,6 @@
 What was sampled is decoded to be read, and never encoded again (invariant 1).
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Episodes as records that a reader can follow: per turn what was shown, what was done, and every token's numbers."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
 from typing import Any

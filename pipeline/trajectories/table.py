@@ -1,7 +1,5 @@
 """Trajectories as an Arrow table of one row per episode, and as a Parquet file."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 

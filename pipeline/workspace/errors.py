@@ -1,7 +1,5 @@
 """The error of a person who can mend it."""
 
-from __future__ import annotations
-
 import traceback
 from pathlib import Path
 

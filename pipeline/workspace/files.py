@@ -1,7 +1,5 @@
 """Small output files with stable bytes, replaced at once, and locks on what several commands may write."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Iterator

@@ -1,7 +1,5 @@
 """Independent tasks in a pool of single-threaded processes, none of which outlives the one that started it."""
 
-from __future__ import annotations
-
 import contextlib
 import ctypes
 import multiprocessing

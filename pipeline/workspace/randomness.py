@@ -1,7 +1,5 @@
 """Every random draw has a name: a generator seeded from (seed, stream, counters), never global state."""
 
-from __future__ import annotations
-
 import hashlib
 
 import numpy as np

@@ -3,8 +3,6 @@
 `dvc exp run -S` and other tools edit what an alias stands for, and with it, silently, every other place that shares it.
 """
 
-from __future__ import annotations
-
 import io
 from collections.abc import Iterator
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The contracts that are looked for in another process, and what asks and answers there."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import os

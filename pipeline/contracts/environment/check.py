@@ -1,7 +1,5 @@
 """Looking for broken contracts of an environment: which there are, in order, and the command."""
 
-from __future__ import annotations
-
 import argparse
 import json
 from collections.abc import Callable, Iterator

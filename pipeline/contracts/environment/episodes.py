@@ -1,7 +1,5 @@
 """The contracts of how an episode goes and ends."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Iterator
 from typing import Any

@@ -1,7 +1,5 @@
 """The contract of an environment's expert."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 
 from pipeline.contracts.environment.suite import Suite

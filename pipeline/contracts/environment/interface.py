@@ -1,7 +1,5 @@
 """The contracts of what an environment takes and returns."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The contract of what is random: it follows the seed of the episode."""
 
-from __future__ import annotations
-
 import itertools
 import pickle
 import random

@@ -1,7 +1,5 @@
 """The contracts of what seeds decide, and of what may not change it: reading, and copies."""
 
-from __future__ import annotations
-
 import copy
 from collections.abc import Iterator
 

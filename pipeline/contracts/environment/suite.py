@@ -1,7 +1,5 @@
 """An environment that is being looked at, its expert, and ways to play it."""
 
-from __future__ import annotations
-
 import importlib
 import re
 from collections.abc import Iterator, Sequence

@@ -4,8 +4,6 @@ After Yao et al. 2022 (arXiv 2207.01206), without its web server: the same actio
 files or over a generated catalogue.
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A catalogue made of word lists, in the WebShop release's format: every instruction has a product that fulfils it."""
 
-from __future__ import annotations
-
 import itertools
 from collections.abc import Iterator
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """JSON files of any size, an element at a time: the release's have gigabytes."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator
 from typing import Any

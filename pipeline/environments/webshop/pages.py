@@ -6,8 +6,6 @@ between policies and continued. The limit in tokens is ``context_tokens``, where
 characters of English.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal

@@ -10,8 +10,6 @@ Yao et al. 2022 (arXiv 2207.01206), section 3.1, in the details of their impleme
   code counts every chosen option that looks right, even where none was asked for.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Search over texts: BM25, with the index kept on disk under the hash of what is indexed."""
 
-from __future__ import annotations
-
 import hashlib
 import re
 import shutil

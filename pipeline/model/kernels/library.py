@@ -1,7 +1,5 @@
 """Compiles ``kernels.c`` with the machine's C compiler, once, and loads it; without a compiler there are no kernels."""
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import os

@@ -4,8 +4,6 @@ Everything here has a counterpart in plain PyTorch that is used on other devices
 sizes, where nothing can be compiled, and at shapes where it is the faster of the two.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
