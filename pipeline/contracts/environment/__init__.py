@@ -1,12 +1,11 @@
 """The contracts that every environment keeps, ours and a user's own, and a suite that looks for broken ones.
 
-    python -m pipeline.contracts.environment --params params.yaml
-    python -m pipeline.contracts.environment --id lamps:Lamps-v0 --settings '{"faulty": 0.1}'
+    actfocus contracts --id lamps:Lamps-v0 --settings '{"faulty": 0.1}'
 
 ``CONTRACTS`` says what is checked, in order. docs/environments.md says why.
 """
 
-from pipeline.contracts.environment.check import CONTRACTS, check_environment, main
+from pipeline.contracts.environment.check import CONTRACTS, check_environment
 from pipeline.contracts.environment.suite import Bounds
 
-__all__ = ["CONTRACTS", "Bounds", "check_environment", "main"]
+__all__ = ["CONTRACTS", "Bounds", "check_environment"]

@@ -1,18 +1,15 @@
-"""Looking for broken contracts of an environment: which there are, in order, and the command."""
+"""Looking for broken contracts of an environment: which there are, in order."""
 
-import argparse
-import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
 from pipeline.contracts.environment.another_process import another_process, imports
-from pipeline.contracts.environment.episodes import actions_left, after_the_end, ends, redoing
-from pipeline.contracts.environment.expert import expert
+from pipeline.contracts.environment.episodes import actions_left, after_the_end, ends, expert, redoing
 from pipeline.contracts.environment.interface import actions, board, form, outcome, parsing, step, texts
 from pipeline.contracts.environment.noise import noise
 from pipeline.contracts.environment.seeds import copies, group, reading, replay, same_seed, seed_used, state_key
 from pipeline.contracts.environment.suite import BOUNDS, Bounds, Suite
-from pipeline.settings.params import Environment, load
+from pipeline.settings.params import Environment
 from pipeline.workspace.errors import UserError
 
 _BASE = ("form", "actions", "step")
@@ -74,25 +71,3 @@ def check_environment(environment: Environment, expert: Any = None, bounds: Boun
             failed.add(name)
             lines.append(" ".join(f"{name}: {seen} {suite.place}".split()))
     return lines
-
-
-def main() -> int:
-    """The command; its exit code is 1 if a contract is broken."""
-    parser = argparse.ArgumentParser(description="Look for contracts that environments break.")
-    parser.add_argument("--params", default="params.yaml", help="check every environment of this file")
-    parser.add_argument("--id", help="check this environment instead: module:Id-v0")
-    parser.add_argument("--settings", type=json.loads, default={}, help="its settings, as JSON")
-    parser.add_argument("--solved", type=float, default=Bounds.solved, help="least share that the expert solves")
-    arguments = parser.parse_args()
-    bounds = Bounds(solved=arguments.solved)
-    try:
-        if arguments.id:
-            sections = {arguments.id: Environment(id=arguments.id, settings=arguments.settings)}
-        else:
-            sections = load(arguments.params).environments
-    except (UserError, ValueError) as error:
-        print(error)
-        return 1
-    lines = [f"{name}: {line}" for name, one in sections.items() for line in check_environment(one, bounds=bounds)]
-    print("\n".join(lines) or "ok")
-    return int(bool(lines))
