@@ -17,11 +17,7 @@ def main(environment: EnvironmentName, params: ParamsFile = "params.yaml") -> st
     slice_size = config.rollout.groups * config.rollout.group_size
     size = -(-len(table) // (slice_size * config.workers)) * slice_size
     tasks = {
-        f"part {start // size}": (
-            config,
-            layout.policy,
-            table.select(range(start, min(start + size, len(table)))),
-        )
+        f"part {start // size}": (config, layout.policy, table.select(range(start, min(start + size, len(table)))))
         for start in range(0, len(table), size)
     }
     annotated = concatenate(list(run_in_processes(annotate_part, tasks, config.workers, f"annotate {name}").values()))

@@ -1,14 +1,6 @@
 """Play held-out initial states with a method's final policies, or with the reference policy (--method reference)."""
 
-from pipeline.commands.cli import (
-    EnvironmentName,
-    MethodName,
-    ParamsFile,
-    configured,
-    layout_of,
-    next_command,
-    run,
-)
+from pipeline.commands.cli import EnvironmentName, MethodName, ParamsFile, configured, layout_of, next_command, run
 
 
 def main(environment: EnvironmentName, method: MethodName, params: ParamsFile = "params.yaml") -> str:
@@ -25,12 +17,7 @@ def main(environment: EnvironmentName, method: MethodName, params: ParamsFile = 
     layout = layout_of(config)
     tasks = {
         f"seed {seed} at {temperature:g}": EvaluationTask(
-            config,
-            environment,
-            method,
-            seed,
-            layout.final_policy(environment, method, seed),
-            temperature,
+            config, environment, method, seed, layout.final_policy(environment, method, seed), temperature
         )
         for seed in config.seeds
         for temperature in config.evaluation.temperatures

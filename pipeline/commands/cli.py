@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 ParamsFile = Annotated[str, typer.Option("--params", metavar="FILE", help="Params file.")]
 EnvironmentName = Annotated[str, typer.Option("--environment", metavar="NAME", help="Environment of the params file.")]
+FirstEnvironment = Annotated[str | None, typer.Option("--environment", metavar="NAME", help="Default: the first one.")]
 MethodName = Annotated[
     str, typer.Option("--method", metavar="NAME", help="Method of it; also reference, to be played.")
 ]
@@ -59,16 +60,10 @@ def configured(params: str, environment: str | None = None, method: str | None =
 
 
 def go_to_root(params: str, root: str | None = None) -> str:
-    """Make the project's root the folder that this process works in: all relative paths are meant from there.
+    """Work in the project's root: all relative paths are meant from there, and the user's modules are found there.
 
-    The user's modules are found there, too.
-
-    Args:
-        params: the params file.
-        root: path from its folder to the root; None is what the file says, whatever else is wrong in it.
-
-    Returns:
-        A path of the params file that is right from there.
+    ``root`` is the path to it from the params file's folder; None is what the file says, whatever else is wrong in it.
+    Returns a path of the params file that is right from there.
 
     Raises:
         UserError: there is no such folder, or without ``root`` no such file.
@@ -111,9 +106,8 @@ def run(*mains: Callable[..., str]) -> None:
     A mistake of the user's, in the command line too, ends with exit code 2. Elsewhere than on a terminal standard error
     tells how far it is. Stopped by Ctrl-C or SIGTERM, it says so in one line.
 
-    Args:
-        mains: functions whose parameters are the options, and whose modules' docstrings are the help. Several are commands,
-            each named by its module; none given is asking for help.
+    The parameters of ``mains`` are the options, their modules' docstrings are the help. Several are commands, each named by
+    its module; no command given is asking for help.
     """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -7,13 +7,13 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.cli import ParamsFile, configured, layout_of
+from pipeline.commands.cli import FirstEnvironment, ParamsFile, configured, layout_of
 
 
 def main(
     method: Annotated[str, typer.Option(metavar="NAME", help="Whose learning rate is sought.")],
     to: Annotated[str, typer.Option(metavar="NAME", help="The method to be matched.")],
-    environment: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the first one.")] = None,
+    environment: FirstEnvironment = None,
     params: ParamsFile = "params.yaml",
 ) -> str:
     config, _ = configured(params, environment)

@@ -4,12 +4,12 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.cli import MethodName, ParamsFile, configured, layout_of, next_command
+from pipeline.commands.cli import FirstEnvironment, MethodName, ParamsFile, configured, layout_of, next_command
 
 
 def main(
     params: ParamsFile = "params.yaml",
-    environment: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the first one.")] = None,
+    environment: FirstEnvironment = None,
     method: MethodName = "reference",
     seed: Annotated[int | None, typer.Option(metavar="N", help="Of the training. Default: the first one.")] = None,
     temperature: Annotated[float | None, typer.Option(metavar="T", help="Default: the first of evaluation.")] = None,

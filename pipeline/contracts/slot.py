@@ -39,15 +39,9 @@ RELATIVE, ABSOLUTE = 1e-4, 1e-5
 
 
 def check_slot(slot: str, function: str, settings: Mapping[str, Any] | None = None) -> list[str]:
-    """Look for broken contracts.
+    """A line per broken contract: its name, and what was seen. A contract that needs a broken one is left out.
 
-    Args:
-        slot: key of ``SECTIONS``.
-        function: ``module:name``.
-        settings: its keyword arguments, as under ``settings`` in params.yaml.
-
-    Returns:
-        A line per broken contract: its name, and what was seen. A contract that needs a broken one is left out.
+    The function is ``module:name``, its ``settings`` are keyword arguments, as in params.yaml.
 
     Raises:
         UserError: no such slot, or no such function with such arguments.

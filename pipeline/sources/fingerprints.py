@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from pipeline.model.kernels.library import build
+from pipeline.settings.custom import custom_sections
 from pipeline.settings.params import Environment, PretrainedPolicy, ScratchPolicy
 from pipeline.sources.closures import OWN, closure
 from pipeline.sources.hashes import file_hash, tree_hashes
@@ -37,8 +38,8 @@ def of_method(method: BaseModel) -> dict[str, Any]:
         UserError: a file cannot be read.
     """
     found: dict[str, Any] = {"files": {}, "packages": {}}
-    for choice in _custom(method.model_dump(mode="json")):
-        named = _of_module(choice["function"].partition(":")[0], choice.get("settings", {}))
+    for choice in custom_sections(method).values():
+        named = _of_module(choice.function.partition(":")[0], choice.settings)
         found = {part: {**found[part], **named[part]} for part in found}
     return found
 
@@ -89,15 +90,6 @@ def _registered(name: str) -> str:
     if isinstance(entry_point, str):
         return entry_point.partition(":")[0]
     return getattr(entry_point, "__module__", "")
-
-
-def _custom(value: Any) -> Iterator[dict[str, Any]]:
-    """Every choice of one's own in a method, at whatever depth."""
-    if isinstance(value, dict):
-        if value.get("kind") == "custom" and "function" in value:
-            yield value
-        for part in value.values():
-            yield from _custom(part)
 
 
 def _paths(value: Any) -> Iterator[tuple[str, Path]]:

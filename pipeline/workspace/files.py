@@ -69,10 +69,7 @@ def _refuse_non_finite(name: str, value: Any) -> None:
 def lock(path: Path, wait: bool = True, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Hold a lock that other processes see; it ends with the process at the latest, and those it forks do not have it.
 
-    Args:
-        path: a file that is made for the lock, and stays.
-        wait: until whoever has the lock lets it go.
-        waiting: called once, if somebody has it.
+    ``path`` is a file that is made for the lock, and stays; ``waiting`` is called once, if somebody has it.
 
     Raises:
         filelock.Timeout: another process has it, and ``wait`` is off.

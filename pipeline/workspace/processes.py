@@ -50,17 +50,8 @@ def run_in_processes(
 ) -> dict[str, Result]:
     """Run ``function(task, report)`` for every task, at most ``workers`` at once.
 
-    Processes are forked, so what this one has imported is there already. A terminal shows a bar per task; elsewhere a
-    line is printed every 20 seconds (``Display``).
-
-    Args:
-        function: picklable; its result must be, too.
-        tasks: by label.
-        workers: processes.
-        title: what the tasks are.
-
-    Returns:
-        Results by label, in the order of ``tasks``.
+    Processes are forked, so what this one has imported is there already; results are pickled, and have the order of
+    ``tasks``. A terminal shows a bar per task; elsewhere a line is printed every 20 seconds (``Display``).
 
     Raises:
         Exception: whatever a task raised. The others are cancelled, and those that have begun are killed, as they are
@@ -116,11 +107,7 @@ def _ending(pool: ProcessPoolExecutor) -> Iterator[None]:
 
 
 def begin_worker(parent: int) -> None:
-    """To be called first in a forked process: it ends with its parent, which alone is told of Ctrl-C.
-
-    Args:
-        parent: id of the process that has forked this one.
-    """
+    """To be called first in a forked process: it ends with its parent, by its id, which alone is told of Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     end_with_parent(signal.SIGKILL)
