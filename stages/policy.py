@@ -1,10 +1,10 @@
 """Make or load the reference policy: models/policy, a Hugging Face directory."""
 
-from pipeline.commands.cli import ParamsFile, configured, layout_of, next_command, run
+from pipeline.commands.cli import ParamsFile, configured, next_command, run
 
 
 def main(params: ParamsFile = "params.yaml") -> str:
-    config, params = configured(params)
+    config, layout, params = configured(params)
     import torch
 
     from pipeline.bootstrap.supervision import bootstrap, expert_of
@@ -16,7 +16,7 @@ def main(params: ParamsFile = "params.yaml") -> str:
     from pipeline.workspace.errors import UserError
 
     torch.set_num_threads(config.workers)
-    target = layout_of(config).policy
+    target = layout.policy
     settings = config.policy
     for section in config.environments.values():
         environment = make(section)

@@ -39,24 +39,24 @@ StudyName = Annotated[str, typer.Option("--study", metavar="NAME", help="Study o
 NAMES = ("--environment", "--method", "--study", "--name")
 """Options whose values tell one run of a stage from another."""
 
-_elsewhere = False
-"""Whether the command was called from another folder than it works in."""
 
+def configured(params: str, environment: str | None = None, method: str | None = None) -> tuple[Config, Layout, str]:
+    """The checked params file, which knows the environment and the method, where its run lies, and ``go_to_root``'s path.
 
-def configured(params: str, environment: str | None = None, method: str | None = None) -> tuple[Config, str]:
-    """The checked params file, which knows the environment and the method, and its path from the root, as ``go_to_root``.
+    Called from another folder than the root, where it lies is said in full.
 
     Raises:
         UserError: the file is wrong, or does not have that environment or method.
     """
     from pipeline.settings.params import load  # takes half a second, and helps nobody who asks for --help
 
-    config = load(params)
+    config, here = load(params), Path.cwd()
     for section, name, extra in (("environments", environment, ()), ("methods", method, ("reference",))):
         allowed = [*getattr(config, section), *extra]
         if name is not None and name not in allowed:
             raise UserError(f"{params}: {section}: {name!r} is not there; allowed: {', '.join(allowed)}")
-    return config, go_to_root(params, config.root)
+    params = go_to_root(params, config.root)
+    return config, Layout(Path(config.out) if Path.cwd() == here else Path.cwd() / config.out), params
 
 
 def go_to_root(params: str, root: str | None = None) -> str:
@@ -74,20 +74,13 @@ def go_to_root(params: str, root: str | None = None) -> str:
     folder = (Path(params).parent / root).resolve()
     if not folder.is_dir():
         raise UserError(f"{params}: root: {root!r} is not a folder, from this file's folder")
-    global _elsewhere
-    _elsewhere = folder != Path.cwd()
-    if _elsewhere:
+    if folder != Path.cwd():
         params = os.path.abspath(params)
         os.chdir(folder)
         sys.path.insert(0, str(folder))
     if "HOME" not in os.environ and os.path.expanduser("~") == "~":
         os.environ["HOME"] = str(folder / Cache().home)
     return params
-
-
-def layout_of(config: Config) -> Layout:
-    """The paths of a params file's run, as seen from where the stage was called or as full paths."""
-    return Layout(Path.cwd() / config.out if _elsewhere else Path(config.out))
 
 
 def next_command(params: str, command: str, **options: str) -> str:

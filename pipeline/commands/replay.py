@@ -7,7 +7,7 @@ from typing import Annotated, get_args
 
 from typer import Option
 
-from pipeline.commands.cli import FirstEnvironment, ParamsFile, configured, layout_of
+from pipeline.commands.cli import FirstEnvironment, ParamsFile, configured
 
 GRID = ([0.0, 0.1, 0.5, 1.0], [0.0, 0.5, 2.0], [1.0], ["reference_energy", "reference_entropy"])
 WHOSE = "Whose advantages and tag weights are used. Default: the first with ActFocus weights and no critic."
@@ -27,7 +27,7 @@ def main(
     tau: Annotated[list[float], Option(min=1e-3, metavar="X", help="Temperature of it; repeat for more.")] = GRID[2],
     signal: Annotated[list[str], Option(metavar="NAME", help="What redistributes; repeat for more.")] = GRID[3],
 ) -> str:
-    config, _ = configured(params, environment, method)
+    config, layout, _ = configured(params, environment, method)
     import transformers.models.auto.modeling_auto  # noqa: F401  (imported before the processes fork)
 
     from pipeline.analysis.replay import grid, replay
@@ -46,7 +46,6 @@ def main(
     usable = [name for name, row in config.methods.items() if not isinstance(row.advantage, CriticAdvantage)]
     weighted = [name for name in usable if isinstance(config.methods[name].weight, ActFocusWeight)]
     method = method or next(iter([*weighted, *usable, *config.methods]))
-    layout = layout_of(config)
     table = layout.annotated(environment)
     doing("reading the table")
     trajectories = read(table)

@@ -183,7 +183,9 @@ _CALLS: dict[type[Custom], Callable[..., Tensor]] = {
     CustomFilter: lambda section, batch, given: custom.keep(given, section)[batch.trajectory, None].to(batch.reward),
     CustomAdvantage: lambda section, batch, given: custom.advantage(given, {}, {}, section).advantage[:, None],
     CustomWeight: lambda section, batch, given: custom.weight(given, section)[:, None],
-    CustomAggregation: lambda section, batch, *given: custom.aggregation(*given, section)[:, None],
+    CustomAggregation: lambda section, batch, weight, trainable, trajectory: custom.aggregation(
+        weight, trainable, trajectory, section
+    )[:, None],
     CustomSurrogate: _of_surrogate,
     CustomRegulariser: lambda section, batch, given: torch.stack(custom.regulariser(given, {}, section)[0], dim=-1),
 }

@@ -23,20 +23,13 @@ def of_environment(section: Environment) -> dict[str, Any]:
     """What an environment of params.yaml names: its module, files in its settings, versions of installed packages.
 
     The module is read with all that it imports outside of installed packages. What cannot be found is left out: making
-    the environment says so.
-
-    Raises:
-        UserError: a file cannot be read.
+    the environment says so. A file that cannot be read is a UserError, here as below.
     """
     return _of_module(section.id.rpartition(":")[0] or _registered(section.id), section.settings)
 
 
 def of_method(method: BaseModel) -> dict[str, Any]:
-    """What a method of params.yaml names: its functions of one's own (``kind: custom``), as an environment's module.
-
-    Raises:
-        UserError: a file cannot be read.
-    """
+    """What a method of params.yaml names: its functions of one's own (``kind: custom``), as an environment's module."""
     found: dict[str, Any] = {"files": {}, "packages": {}}
     for choice in custom_sections(method).values():
         named = _of_module(choice.function.partition(":")[0], choice.settings)
@@ -58,11 +51,7 @@ def _of_module(module: str, settings: Any) -> dict[str, Any]:
 
 
 def of_policy(policy: ScratchPolicy | PretrainedPolicy) -> dict[str, Any]:
-    """What a policy of params.yaml names: the files of a local model directory, by name.
-
-    Raises:
-        UserError: a file cannot be read.
-    """
+    """What a policy of params.yaml names: the files of a local model directory, by name."""
     if policy.kind == "scratch" or not Path(policy.model).is_dir():
         return {"files": {}}
     return {"files": tree_hashes(Path(policy.model))}
