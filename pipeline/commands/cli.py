@@ -41,9 +41,9 @@ NAMES = ("--environment", "--method", "--study", "--name")
 
 
 def configured(params: str, environment: str | None = None, method: str | None = None) -> tuple[Config, Layout, str]:
-    """The checked params file, which knows the environment and the method, where its run lies, and ``go_to_root``'s path.
+    """The checked params file, which knows the environment and the method; its run's paths; its own, as ``go_to_root``.
 
-    Called from another folder than the root, where it lies is said in full.
+    The run's are full paths where the command was called from another folder than the root.
 
     Raises:
         UserError: the file is wrong, or does not have that environment or method.
@@ -99,8 +99,8 @@ def run(*mains: Callable[..., str]) -> None:
     A mistake of the user's, in the command line too, ends with exit code 2. Elsewhere than on a terminal standard error
     tells how far it is. Stopped by Ctrl-C or SIGTERM, it says so in one line.
 
-    The parameters of ``mains`` are the options, their modules' docstrings are the help. Several are commands, each named by
-    its module; no command given is asking for help.
+    The parameters of ``mains`` are the options, their modules' docstrings the help. Several are commands, each named by its
+    module; to name none is to ask for help.
     """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

@@ -26,8 +26,8 @@ def closure(start: str, follow: Callable[[str], bool]) -> tuple[dict[str, Path],
     """A module with all that it imports, at whatever depth and wherever in the file.
 
     Beside import statements, ``import_module("name")`` and entry points (``"module:Name"``) count, and a file that stands
-    beside a module and is named in it. Imports for type checkers alone do not, nor does the standard library, nor a module
-    whose name ``follow`` is false for.
+    beside a module and is named in it. Imports for type checkers alone do not, nor the standard library, nor a module whose
+    name ``follow`` is false for.
 
     Returns:
         Files by name of module, or ``module/file``; and versions of installed packages by name.
