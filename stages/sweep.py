@@ -31,9 +31,7 @@ def main(study: StudyName, params: ParamsFile = "params.yaml") -> str:
     doing("drawing figures")
     write_text(target / "trials.csv", trials_table(found).to_csv(index=False))
     write_text(target / "best.yaml", best_overlay(found))
-    write_json(
-        target / "summary.json", {"schema": 1, "study": study, "searches": [summary(search) for search in found]}
-    )
+    write_json(target / "summary.json", {"schema": 1, "study": study, "searches": list(map(summary, found))})
     write_text(target / "sweep.txt", report_text(found))
     write_figures(found, target)
     doing("logging to MLflow")

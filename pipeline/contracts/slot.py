@@ -68,9 +68,6 @@ def check_slot(slot: str, function: str, settings: Mapping[str, Any] | None = No
     return lines
 
 
-# ---------------------------------------------------------------------------------------------------- made-up batches
-
-
 def made_up(seed: int, dtype: torch.dtype = torch.float32) -> TokenBatch:
     """Twelve trajectories of three groups, with prompts, observations, a prefilled tag, and responses that are malformed.
 
@@ -191,9 +188,6 @@ _CALLS: dict[type[Custom], Callable[..., Tensor]] = {
 }
 SECTIONS = {section.slot: section for section in _CALLS}
 """The slots that take a function of one's own."""
-
-
-# ------------------------------------------------------------------------------------------------------- the contracts
 
 
 def form(section: Custom) -> Iterator[str]:

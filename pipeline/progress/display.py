@@ -160,10 +160,8 @@ class Display:
         self._age, self._title, self._tasks = age, title, {label: _Task() for label in labels}
         self._whole: tuple[float, float] | None = None
         self._whole_before = 0.0
-        self._bars: Any = None
-        self._ids: dict[str, Any] = {}
-        if bars and _terminal():
-            self._bars, self._ids = _bars(title, labels)
+        shown: tuple[Any, dict[str, Any]] = _bars(title, labels) if bars and _terminal() else (None, {})
+        self._bars, self._ids = shown
         self._thread: threading.Thread | None = None
         self._ended = threading.Event()
 

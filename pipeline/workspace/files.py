@@ -14,11 +14,7 @@ from pipeline.workspace.finite import require_finite
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Sorted keys, one trailing newline; an existing file is replaced at once.
-
-    Raises:
-        NumericsError: a number is NaN or infinite; the file is left as it was.
-    """
+    """Sorted keys, one trailing newline; an existing file is replaced at once, or left as it was by a NumericsError."""
     _refuse_non_finite(str(path), value)
     write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
 

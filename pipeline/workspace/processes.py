@@ -18,9 +18,6 @@ from pipeline.progress.display import Display, still, tell
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-SET_DEATH_SIGNAL = 1
-"""PR_SET_PDEATHSIG of Linux's prctl."""
-
 _reports: Any = None
 
 
@@ -117,7 +114,7 @@ def begin_worker(parent: int) -> None:
 
 def end_with_parent(number: int) -> None:
     """Have this process sent a signal when the one that started it ends, in whatever way."""
-    if sys.platform == "linux" and ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, int(number)) == 0:
+    if sys.platform == "linux" and ctypes.CDLL(None).prctl(1, int(number)) == 0:  # PR_SET_PDEATHSIG
         return
     threading.Thread(target=_watch, args=(os.getppid(), number), daemon=True).start()
 
