@@ -94,5 +94,9 @@ def test_a_params_file_is_checked_with_what_it_names(
 def test_contracts_that_are_broken_are_printed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert called(monkeypatch, "contracts", "--id", "nowhere:Nothing-v0") == 1
-    assert capsys.readouterr().out.startswith("nowhere:Nothing-v0: made: environments: id 'nowhere:Nothing-v0' cannot")
+    for id, seen in (
+        ("nowhere:Nothing-v0", "made: environments: id 'nowhere:Nothing-v0' cannot"),
+        ("tests.broken_seeds:IgnoresItsSeeds-v0", "seed used: "),
+    ):
+        assert called(monkeypatch, "contracts", "--id", id) == 1
+        assert capsys.readouterr().out.startswith(f"{id}: {seen}")

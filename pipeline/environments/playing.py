@@ -3,17 +3,15 @@
 import math
 import reprlib
 import sys
-import traceback
 from collections.abc import Callable
 from numbers import Integral, Real
-from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
 from pipeline.environments.text_environment import TextEnvironment, id_of
 from pipeline.trajectories.trajectory import CUT_OFF
-from pipeline.workspace.errors import UserError
+from pipeline.workspace.errors import UserError, raised
 
 
 def reset(environment: TextEnvironment, seed: int, state_seed: int | None) -> str:
@@ -187,15 +185,3 @@ def _refuse(environment: TextEnvironment, returned: str, place: Place, allowed: 
 def _said(place: Place) -> str:
     name, *arguments = place
     return f"{name}({reprlib.repr(arguments[0])})" if arguments else name
-
-
-def line_of(error: Exception) -> str:
-    """What an exception says, on one line."""
-    return " ".join(str(error).split())
-
-
-def raised(error: Exception) -> str:
-    """An exception in a line, and where it came from, which a SyntaxError says itself."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    where = "" if isinstance(error, SyntaxError) else f" ({Path(place.filename).name}, line {place.lineno})"
-    return f"{type(error).__name__}: {line_of(error)}{where}"

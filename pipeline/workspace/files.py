@@ -14,21 +14,13 @@ from pipeline.workspace.finite import require_finite
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Sorted keys, one trailing newline; an existing file is replaced at once.
-
-    Raises:
-        NumericsError: a number is NaN or infinite; the file is left as it was.
-    """
+    """Sorted keys, one trailing newline; an existing file is replaced at once, or left as it was by a NumericsError."""
     _refuse_non_finite(str(path), value)
     write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file.
-
-    Raises:
-        UserError: it is missing or not JSON.
-    """
+    """Parse a JSON file; one that is missing or not JSON is a UserError."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -69,10 +61,7 @@ def _refuse_non_finite(name: str, value: Any) -> None:
 def lock(path: Path, wait: bool = True, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Hold a lock that other processes see; it ends with the process at the latest, and those it forks do not have it.
 
-    Args:
-        path: a file that is made for the lock, and stays.
-        wait: until whoever has the lock lets it go.
-        waiting: called once, if somebody has it.
+    ``path`` is a file that is made for the lock, and stays; ``waiting`` is called once, if somebody has it.
 
     Raises:
         filelock.Timeout: another process has it, and ``wait`` is off.
