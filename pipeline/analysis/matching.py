@@ -33,13 +33,7 @@ class Match(NamedTuple):
 
 
 def search(moved: Callable[[float], float], wanted: float, rate: float) -> list[Match]:
-    """At most ``STEPS`` learning rates, in the order tried, with the KL at each.
-
-    Args:
-        moved: learning rate -> mean KL per iteration there.
-        wanted: the KL that is sought; the search ends within a share ``CLOSE`` of it.
-        rate: the first learning rate.
-    """
+    """At most ``STEPS`` learning rates from ``rate`` on, as tried, until the KL ``moved`` at one is ``CLOSE`` to ``wanted``."""
     tried: list[Match] = []
     while len(tried) < STEPS:
         tried.append(Match(rate, moved(rate)))
@@ -58,15 +52,8 @@ def nearest(tried: Sequence[Match], wanted: float) -> Match:
 def matched(config: Config, environment: str, method: str, to: str, policy: Path) -> tuple[Match, list[Match]]:
     """Train both methods for a few iterations, at the learning rates that are tried; runs are kept, and told to MLflow.
 
-    Args:
-        config: params.yaml.
-        environment: key in ``environments``.
-        method: key in ``methods``, whose learning rate is sought.
-        to: key in ``methods``, the one to be matched at its own learning rate.
-        policy: directory of the reference policy.
-
     Returns:
-        The method to be matched, and what was tried, in order.
+        The method ``to`` at its own learning rate, and what was tried of ``method`` to match it, in order.
     """
     in_own_process(open_store, store_of(config, Path(".")), environment)
     train = config.train.model_copy(update={"iterations": ITERATIONS, "tokens": None, "validate_every": ITERATIONS})
