@@ -47,9 +47,9 @@ def bottleneck(trajectories: Trajectories, resamples: int, seed: int = 0) -> dic
         A JSON-ready dict. Floats have 6 significant digits; what is undefined is None.
 
         * ``action``, ``reasoning``, ``response``: ``spearman``, its 95 % percentile interval ``ci_low`` and
-          ``ci_high`` over bootstrap resamples of groups, two-sided ``p_value``, ``groups`` (those that have such tokens), ``undefined_resamples`` (left out
-          of the interval because all their values were equal); ``varying`` holds the same over groups of
-          non-zero variance.
+          ``ci_high`` over bootstrap resamples of groups, two-sided ``p_value``, ``groups`` (those that have such tokens),
+          ``undefined_resamples`` (left out of the interval because all their values were equal); ``varying`` holds the
+          same over groups of non-zero variance.
         * ``groups``, ``group_size``, ``episodes``, ``distinct_states`` (fewer than groups where initial states repeat),
           ``zero_variance_groups``, ``mean_return_variance``, ``success``.
         * ``tokens`` (sampled), ``action_token_share`` of them; ``role_counts`` of all tokens, prompts too.
@@ -182,7 +182,8 @@ def _rowwise_spearman(left: Float[np.ndarray, "b g"], right: Float[np.ndarray, "
     left, right = (stats.rankdata(values, axis=1) for values in (left, right))
     left, right = (ranks - ranks.mean(axis=1, keepdims=True) for ranks in (left, right))
     spread = np.sqrt((left**2).sum(axis=1) * (right**2).sum(axis=1))
-    return np.divide((left * right).sum(axis=1), spread, out=np.full(len(spread), np.nan), where=spread > 0)
+    undefined = np.full(len(spread), np.nan)
+    return np.asarray(np.divide((left * right).sum(axis=1), spread, out=undefined, where=spread > 0))
 
 
 def _distribution(energy: Float[np.ndarray, " n"]) -> dict[str, Any]:

@@ -223,7 +223,7 @@ def _training(config: Config, method: str, curves: Curves | None) -> dict[str, A
     given = (episodes, tokens, episodes / (config.rollout.groups * iterations))
     return {
         "iterations": iterations,
-        "kl_iteration_action_first3": statistics.significant(np.mean(first)) if first else None,
+        "kl_iteration_action_first3": statistics.significant(float(np.mean(first))) if first else None,
         "gradient_share_action": _round(float(np.mean(shares))) if shares else None,
         "learning_rate": settings.learning_rate,
         "regulariser": settings.regulariser.model_dump(mode="json"),
@@ -237,11 +237,13 @@ def _training(config: Config, method: str, curves: Curves | None) -> dict[str, A
 
 def _compared(kind: str, difference: Difference | None) -> dict[str, Any]:
     name = f"difference_to_{kind}"
+    if difference is None:
+        return dict.fromkeys(f"{name}{part}" for part in ("", "_ci_low", "_ci_high", "_seeds", "_by_seed"))
     return {
-        name: _round(difference and difference.value),
-        **_bounds(f"{name}_ci", None if difference is None else difference.interval),
-        f"{name}_seeds": None if difference is None else len(difference.by_seed),
-        f"{name}_by_seed": None if difference is None else [_round(value) for value in difference.by_seed],
+        name: _round(difference.value),
+        **_bounds(f"{name}_ci", difference.interval),
+        f"{name}_seeds": len(difference.by_seed),
+        f"{name}_by_seed": [_round(value) for value in difference.by_seed],
     }
 
 
