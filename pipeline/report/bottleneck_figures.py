@@ -28,10 +28,7 @@ def draw_bottleneck(trajectories: Trajectories, diagnostics: dict[str, Any], fol
 def correlation_figure(trajectories: Trajectories, diagnostics: dict[str, Any], target: Path) -> tuple[Path, Path]:
     """A panel per scope: a group's mean energy against the variance of its returns, a point per group.
 
-    Args:
-        trajectories: the annotated episodes that were diagnosed.
-        diagnostics: what ``bottleneck`` gave for them.
-        target: where to write, without the ending.
+    The target is without its ending.
     """
     per_group = group_energy(trajectories)
     with rc_context(STYLE):
@@ -50,10 +47,7 @@ def correlation_figure(trajectories: Trajectories, diagnostics: dict[str, Any], 
 
 
 def energy_figure(trajectories: Trajectories, diagnostics: dict[str, Any], target: Path) -> tuple[Path, Path]:
-    """A row per role that occurs: the distribution of its tokens' energies on a shared axis, to a height of its own.
-
-    The arguments are those of ``correlation_figure``.
-    """
+    """A row per role that occurs: the distribution of its tokens' energies on a shared axis, to a height of its own."""
     roles = [role for role in RESPONSE_ROLES if diagnostics["energy_by_role"][role.name.lower()]["count"]]
     energies = {role: role_energy(trajectories, role) for role in roles}
     # The limits come from each role alone: pooled, a few action tokens would all be a tail of the reasoning.
@@ -79,16 +73,9 @@ def _scatter(axes: Axes, per_group: GroupEnergy, scope: str, correlation: dict[s
     axes.scatter(energy[~varying], per_group.variance[~varying], s=26, facecolors="none", edgecolors=colour, alpha=0.7)
     axes.set_title(f"{scope} tokens\n{rho_text(correlation)}", color=colour, fontweight="bold", loc="center", pad=22)
     varied = correlation["varying"]
-    axes.annotate(
-        f"{varied['groups']} filled: {rho_text(varied)}",
-        (0.5, 1.0),
-        (0, 7),
-        xycoords="axes fraction",
-        textcoords="offset points",
-        ha="center",
-        fontsize=10,
-        color=QUIET,
-    )
+    text = f"{varied['groups']} filled: {rho_text(varied)}"
+    above: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "center"}
+    axes.annotate(text, (0.5, 1.0), (0, 7), **above, fontsize=10, color=QUIET)
     axes.locator_params(axis="x", nbins=5)
 
 
@@ -115,12 +102,5 @@ def _histogram(
     axes.grid(visible=False)
     axes.spines["left"].set_visible(False)
     axes.set_ylabel(name.replace("_", " "), rotation=0, ha="right", va="center", fontweight="bold")
-    axes.text(
-        1.01,
-        0.5,
-        f"{len(values):,} tokens\n{len(values) / tokens:.1%} of sampled\nmedian {summary['q50']:.2f}".replace("-", "−"),
-        transform=axes.transAxes,
-        va="center",
-        fontsize=9.5,
-        color=QUIET,
-    )
+    text = f"{len(values):,} tokens\n{len(values) / tokens:.1%} of sampled\nmedian {summary['q50']:.2f}"
+    axes.text(1.01, 0.5, text.replace("-", "−"), transform=axes.transAxes, va="center", fontsize=9.5, color=QUIET)

@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 
 from pipeline.analysis.comparison import read_timings
@@ -27,14 +28,7 @@ PRESETS = ("controls", "methods", "branching", *ENVIRONMENTS)
 
 
 def publish(config: Config) -> list[str]:
-    """Put all that there is into the documents; what is not there stays as it was.
-
-    Args:
-        config: params.yaml, in whose root the process works.
-
-    Returns:
-        Names of what was there.
-    """
+    """Put all that there is into the documents, in the root; what is not there stays as it was. Returns names of it all."""
     FIGURES.mkdir(parents=True, exist_ok=True)
     published = publish_default(config)
     for preset in PRESETS:
@@ -122,7 +116,8 @@ def comparison_block(config: Config) -> str:
     """A comparison's Markdown, and what its environments cost."""
     layout = Layout(Path(config.out))
     timings = read_timings(config, layout)
-    text = demoted((layout.reports / "comparison.md").read_text(encoding="utf-8"))
+    written = (layout.reports / "comparison.md").read_text(encoding="utf-8")
+    text = re.sub(r"^#", "##", written.rstrip(), flags=re.M)  # headings a level lower
     for name in config.environments:
         shares = [environment_shares(curves) for (place, _), curves in timings.items() if place == name]
         if shares:
@@ -136,46 +131,31 @@ def fenced(text: str) -> str:
     return f"```text\n{text}```"
 
 
-def demoted(markdown: str) -> str:
-    """Markdown whose headings are a level lower."""
-    return re.sub(r"^#", "##", markdown.rstrip(), flags=re.M)
-
-
 def publish_block(document: Path, name: str, content: str, runs: Sequence[Path]) -> None:
-    """Put text between a document's marks of that name, and under it the commit that it is from.
+    """Put Markdown between a document's marks of that name, and under it the commit that it is from.
 
-    Args:
-        document: has such marks.
-        name: theirs.
-        content: Markdown.
-        runs: folders ``data/runs`` of the trainings that it is about. If they have noted no commit, content that has not
-            changed keeps the commit that stands there (see ``name_commits``); that of new content is unknown.
+    ``runs`` are folders ``data/runs`` of the trainings that it is about. If they have noted no commit, content that has
+    not changed keeps the commit that stands there (see ``name_commits``); that of new content is unknown.
 
     Raises:
         ValueError: as ``replace_block``.
     """
     noted = [noted_revisions(folder) for folder in runs]
-    revisions = [revision for found in noted for revision in found] if all(noted) else []
+    revisions = list(chain(*noted)) if all(noted) else []
     old = blocks_of(document.read_text(encoding="utf-8")).get(name, "")
     if revisions or MADE.sub("", old) != content:
         replace_block(document, name, f"{content}\n\n{made_by(dict.fromkeys(revisions), Path('.'))}")
 
 
-def name_commits(document: Path, names: Sequence[str] | None = None) -> None:
-    """Put under every table that does not say it the commit in which it last changed: results published earlier.
-
-    Args:
-        document: its blocks are looked at.
-        names: of these alone; None is all.
-    """
+def name_commits(document: Path) -> None:
+    """Put under every table that does not say it the commit in which it last changed: results published earlier."""
     text = document.read_text(encoding="utf-8")
     for name, content in blocks_of(text).items():
-        if MADE.search(content) or (names is not None and name not in names):
-            continue
-        first = text[: text.index(MARKS[0].format(name))].count("\n") + 2
-        made = last_changed(document, first, first + content.count("\n"))
-        replace_block(document, name, f"{content}\n\n{made}")
-        text = document.read_text(encoding="utf-8")
+        if not MADE.search(content):
+            first = text[: text.index(MARKS[0].format(name))].count("\n") + 2
+            made = last_changed(document, first, first + content.count("\n"))
+            replace_block(document, name, f"{content}\n\n{made}")
+            text = document.read_text(encoding="utf-8")
 
 
 def blocks_of(text: str) -> dict[str, str]:

@@ -21,14 +21,7 @@ BINS, TAIL = 80, 0.1
 def token_charts(
     config: Config, environment: str, annotated: Trajectories, diagnostics: Mapping[str, Any]
 ) -> Iterator[Chart]:
-    """The charts of an environment's annotated table.
-
-    Args:
-        config: params.yaml.
-        environment: key in ``environments``.
-        annotated: the reference policy's episodes.
-        diagnostics: what ``energy.diagnostics.bottleneck`` gave for them.
-    """
+    """The charts of the reference policy's annotated episodes in an environment, and of their Action Bottleneck."""
     run = (
         f"Run: {environment} ({config.environments[environment].id}), {diagnostics['groups']} groups of "
         f"{diagnostics['group_size']} episodes of the reference policy, sampled at temperature "
@@ -93,9 +86,8 @@ def _histograms(annotated: Trajectories, diagnostics: Mapping[str, Any]) -> dict
             hovertemplate="energy %{x:.2f}: %{customdata:,} tokens<extra></extra>",
         )  # fmt: skip
         for quantile, width in (("q25", 1), ("q50", 2.5), ("q75", 1)):
-            figure.add_vline(
-                x=diagnostics["energy_by_role"][role][quantile], line={"color": GREY, "width": width}, row=row, col=1
-            )
+            at = diagnostics["energy_by_role"][role][quantile]
+            figure.add_vline(x=at, line={"color": GREY, "width": width}, row=row, col=1)
     figure.update_layout(bargap=0)
     figure.update_yaxes(showticklabels=False, showgrid=False)
     figure.update_xaxes(title_text="token energy (nats)", row=len(energies))
