@@ -47,7 +47,7 @@ def bottleneck(trajectories: Trajectories, resamples: int, seed: int = 0) -> dic
         A JSON-ready dict. Floats have 6 significant digits; what is undefined is None.
 
         * ``action``, ``reasoning``, ``response``: ``spearman``, its 95 % percentile interval ``ci_low`` and
-          ``ci_high`` over bootstrap resamples of groups, two-sided ``p_value``, ``groups`` (those that have such tokens),
+          ``ci_high`` over bootstrap resamples of groups, two-sided ``p_value``, ``groups`` (those with such tokens),
           ``undefined_resamples`` (left out of the interval because all their values were equal); ``varying`` holds the
           same over groups of non-zero variance.
         * ``groups``, ``group_size``, ``episodes``, ``distinct_states`` (fewer than groups where initial states repeat),

@@ -194,13 +194,9 @@ def resampled(
 
 
 def components(returns: np.ndarray) -> tuple[float, float]:
-    """Variance components of a one-way layout with random effects.
+    """Variance components of a one-way layout with random effects, from returns (candidates, continuations).
 
-    Args:
-        returns: (candidates, continuations).
-
-    Returns:
-        Between candidates, ``(MS_between - MS_within) / continuations``, and within, ``MS_within``: both unbiased.
+    Between candidates it is ``(MS_between - MS_within) / continuations``, and within ``MS_within``: both unbiased.
     """
     size = returns.shape[1]
     between = size * float(returns.mean(axis=1).var(ddof=1))
@@ -223,15 +219,13 @@ def summarised(positions: Sequence[Position]) -> dict[str, Any]:
             continue
         control = sums[control_of(signal)]
         paired = np.concatenate([own, control], axis=1)
-        compared = control is not own and control.any()
+        beyond = _interval(paired, draws, lambda total: _share(total) - _share(total[..., 3:]))
         rows[signal] = {
             "positions": len(roles),
             "roles": {role: roles.count(role) / len(roles) for role in REPORTED_ROLES},
             "between": _interval(own, draws, lambda total: total[..., 0] / np.maximum(total[..., 2], 1.0)),
             "explained": _interval(own, draws, _share),
-            "minus_control": _interval(paired, draws, lambda total: _share(total) - _share(total[..., 3:]))
-            if compared
-            else None,
+            "minus_control": beyond if control is not own and control.any() else None,
         }
     return rows
 

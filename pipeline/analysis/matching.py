@@ -33,7 +33,10 @@ class Match(NamedTuple):
 
 
 def search(moved: Callable[[float], float], wanted: float, rate: float) -> list[Match]:
-    """At most ``STEPS`` learning rates from ``rate`` on, as tried, until the KL ``moved`` at one is ``CLOSE`` to ``wanted``."""
+    """At most ``STEPS`` learning rates, in the order tried from ``rate`` on, with the mean KL per iteration at each.
+
+    The search ends within a share ``CLOSE`` of the KL that is wanted.
+    """
     tried: list[Match] = []
     while len(tried) < STEPS:
         tried.append(Match(rate, moved(rate)))

@@ -83,7 +83,8 @@ def replay(
     Returns:
         A ``rows`` entry per point: ``cosine_uniform`` of the gradient over all groups with the one under uniform weights,
         ``cosine_many`` of an iteration's worth of groups with the uniform gradient of all others, ``snr`` (see
-        ``signal_to_noise``) with its standard error ``snr_error``, and ``share_<role>``: each role's part of the summed norms of its groups' gradients.
+        ``signal_to_noise``) with its standard error ``snr_error``, and ``share_<role>``: each role's part of the summed
+        norms of its groups' gradients.
 
     Raises:
         UserError: the method needs a network beside the policy, or there are too few groups.

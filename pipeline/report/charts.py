@@ -228,8 +228,8 @@ def _with_rows(figure: go.Figure, rows: Sequence[ChartRow]) -> dict[str, Any]:
         for width, interval in row.intervals.items():
             if interval is not None:
                 figure.add_scatter(
-                    x=interval, y=[place] * 2, mode="lines", hoverinfo="skip", line={"color": row.colour, "width": width},
-                    opacity=0.55 if width > 2 else 1, showlegend=False,
+                    x=interval, y=[place] * 2, mode="lines", hoverinfo="skip", showlegend=False,
+                    line={"color": row.colour, "width": width}, opacity=0.55 if width > 2 else 1,
                 )  # fmt: skip
         if row.seeds:
             figure.add_scatter(

@@ -41,8 +41,8 @@ def made_by(revisions: Iterable[str], root: Path) -> str:
 def last_changed(document: Path, first: int, last: int) -> str:
     """One line: ``Made by commit 1234567 (2026-11-20), in which this table last changed.``
 
-    The table has the lines ``first`` to ``last``, from 1; lines that are not committed do not count. If the document is in
-    no git repository, the commit is unknown.
+    The table has the lines ``first`` to ``last``, from 1; lines that are not committed do not count. Without a git
+    repository the commit is unknown.
     """
     where = ("-L", f"{first},{last}", "--line-porcelain", "--", document.name)
     found: dict[str, int] = {}

@@ -134,8 +134,7 @@ def time_table(environment: str, timings: Mapping[tuple[str, str], Curves]) -> T
 
 def overview_markdown(comparisons: Sequence[Mapping[str, Any]]) -> str:
     """Headline success of several comparisons of the same methods as Markdown: a row per comparison and environment."""
-    methods = list(dict.fromkeys(row["method"] for comparison in comparisons for row in comparison["rows"]))
-    methods.sort(key=lambda method: method != REFERENCE)
+    methods = list(dict.fromkeys([REFERENCE, *(row["method"] for found in comparisons for row in found["rows"])]))
     rows = []
     for comparison in comparisons:
         for environment, temperatures in places(comparison).items():

@@ -51,14 +51,13 @@ def report_html(
         for name in places(comparison)
     ]
     studies = [{**study, "charts": _swept(number, study)} for number, study in enumerate(sweeps)]
-    charts = [c for entry in sections for c in (*entry["charts"], *entry["token_charts"])]
-    charts += [chart for study in studies for chart in study["charts"]]
+    charts = [chart for part in (*sections, *studies) for chart in (*part["charts"], *part.get("token_charts", ()))]
     branching = [name for name, method in config.methods.items() if method.branching.kind != "none"]
     scripts = [_file(f"{name}.js") for name in ("page", "forest", "viewer", "charts")]
     plotly = Markup(get_plotlyjs())
     page = Environment(
-        loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True,
-        keep_trailing_newline=True,
+        loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
     ).get_template("report.html.j2")  # fmt: skip
     return page.render(
         comparison=comparison,

@@ -28,7 +28,7 @@ PRESETS = ("controls", "methods", "branching", *ENVIRONMENTS)
 
 
 def publish(config: Config) -> list[str]:
-    """Put all that there is into the documents, in the root; what is not there stays as it was. Returns names of it all."""
+    """Put all that there is into the documents and return its names; what is not there stays as it was."""
     FIGURES.mkdir(parents=True, exist_ok=True)
     published = publish_default(config)
     for preset in PRESETS:
@@ -57,7 +57,7 @@ def publish_default(config: Config) -> list[str]:
     published = [config.comparison]
     for name in config.environments:
         copy_figures(layout.bottleneck(name).glob("*.png"), f"{name}-bottleneck-")
-        published += publish_texts(reports, "replay", name, runs)
+        published += publish_texts(layout, "replay", name)
     return published + publish_sweeps(config, "")
 
 
@@ -65,25 +65,24 @@ def publish_preset(preset: str) -> list[str]:
     """Put what a preset gives into docs/results.md; returns its names."""
     config = load_preset(preset, Path("."))
     layout = Layout(Path(config.out))
-    reports, runs = layout.reports, [layout.all_runs]
-    published = []
+    reports, published = layout.reports, []
     if (reports / "comparison.md").exists():
-        publish_block(RESULTS, preset, comparison_block(config), runs)
+        publish_block(RESULTS, preset, comparison_block(config), [layout.all_runs])
         pictures = (reports / "figures").glob("*.png")
         copy_figures((png for png in pictures if not png.name.endswith("-health.png")), f"{preset}-")
         published.append(preset)
     published += publish_sweeps(config, f"{preset} ")
     for measured in sorted((reports / "decisions").glob("*/decisions.txt")):
-        published += publish_texts(reports, "decisions", measured.parent.name, runs)
+        published += publish_texts(layout, "decisions", measured.parent.name)
     return published
 
 
-def publish_texts(reports: Path, what: str, name: str, runs: Sequence[Path]) -> list[str]:
+def publish_texts(layout: Layout, what: str, name: str) -> list[str]:
     """Put ``reports/<what>/<name>/<what>.txt`` and its picture into docs/results.md, if it is there; returns its name."""
-    text = reports / what / name / f"{what}.txt"
+    text = layout.reports / what / name / f"{what}.txt"
     if not text.exists():
         return []
-    publish_block(RESULTS, f"{what} {name}", fenced(text.read_text(encoding="utf-8")), runs)
+    publish_block(RESULTS, f"{what} {name}", fenced(text.read_text(encoding="utf-8")), [layout.all_runs])
     shutil.copy2(text.with_suffix(".png"), FIGURES / f"{name}-{what}.png")
     return [f"{what} {name}"]
 

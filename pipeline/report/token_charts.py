@@ -7,15 +7,15 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from pipeline.analysis.bottleneck import SCOPES, group_energy, role_energy
-from pipeline.report.bottleneck_figures import rho_text
+from pipeline.analysis.bottleneck import SCOPES, group_energy
+from pipeline.report.bottleneck_figures import energies_by_role, rho_text
 from pipeline.report.charts import Chart, view
 from pipeline.report.style import GREY, ROLE_COLOURS
 from pipeline.settings.params import Config
-from pipeline.trajectories.trajectory import RESPONSE_ROLES, Trajectories
+from pipeline.trajectories.trajectory import Trajectories
 
-BINS, TAIL = 80, 0.1
-"""Of the histograms of energy, and the per cent of a role's tokens at each end that may lie beyond."""
+BINS = 80
+"""Of the histograms of energy."""
 
 
 def token_charts(
@@ -67,10 +67,7 @@ def _scatter(annotated: Trajectories, diagnostics: Mapping[str, Any]) -> dict[st
 
 
 def _histograms(annotated: Trajectories, diagnostics: Mapping[str, Any]) -> dict[str, Any]:
-    energies = {role.name.lower(): role_energy(annotated, role) for role in RESPONSE_ROLES}
-    energies = {role: values for role, values in energies.items() if len(values)}
-    ends = np.array([np.percentile(values, [TAIL, 100 - TAIL]) for values in energies.values()])
-    low, high = float(ends[:, 0].min()), float(ends[:, 1].max())
+    energies, low, high = energies_by_role(annotated)
     edges = np.linspace(low, max(high, low + 1e-6), BINS + 1)
     titles = [
         f"{role.replace('_', ' ')}: {len(values):,} tokens, {len(values) / diagnostics['tokens']:.1%}, median "
