@@ -61,10 +61,7 @@ def curves_csv(curves: Mapping[tuple[str, str], Curves]) -> str:
     for (environment, method), seeds in curves.items():
         for iteration in range(max(len(rows) for rows in seeds.values())):
             rows = [rows[iteration] for rows in seeds.values() if iteration < len(rows)]
-            means = [_mean([row[key] for row in rows if key in row]) for key in CURVES]
+            found = [[row[key] for row in rows if key in row] for key in CURVES]
+            means = [f"{np.mean(values):.6g}" if values else "" for values in found]
             writer.writerow([environment, method, iteration, len(rows), *means])
     return text.getvalue()
-
-
-def _mean(values: list[float]) -> str:
-    return f"{np.mean(values):.6g}" if values else ""

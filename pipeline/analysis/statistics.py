@@ -191,7 +191,8 @@ def _t_interval(means: Float[np.ndarray, " seeds"]) -> Interval | None:
 
 
 def _common(a: tuple[T, ...], b: tuple[T, ...], what: str) -> tuple[T, ...]:
-    common = tuple(item for item in a if item in set(b))
+    others = set(b)
+    common = tuple(item for item in a if item in others)
     if not common:
         raise ValueError(f"no {what} in common, nothing to compare: {a[:3]} and {b[:3]}")
     return common

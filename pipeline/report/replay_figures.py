@@ -32,8 +32,8 @@ def replay_text(result: Mapping[str, Any]) -> str:
     ]  # fmt: skip
     head = (
         f"{result['groups']} groups, advantages of {result['method']}; uniform weights: cos many "
-        f"{uniform['cosine_many']:.3f}, SNR {uniform['snr']:.2f} ± {uniform['snr_error']:.2f} (jackknife standard error "
-        "over groups of the reference policy alone, which says nothing of trainings)"
+        f"{uniform['cosine_many']:.3f}, SNR {uniform['snr']:.2f} ± {uniform['snr_error']:.2f} (jackknife standard "
+        "error over groups of the reference policy alone, which says nothing of trainings)"
     )
     return f"{head}\n{aligned([header, *rows])}\n"
 
