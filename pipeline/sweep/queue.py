@@ -87,8 +87,7 @@ class Queue:
     """The trials of one study.
 
     Args:
-        study: Optuna's.
-        storage: that holds it.
+        study: Optuna's, in ``storage``.
         trials: finished trials asked for.
         fixed: settings that the first slots are tried at, as draws by key, with a name for each.
         retries: how often a killed trial is tried again with the same settings.

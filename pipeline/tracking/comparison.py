@@ -32,7 +32,7 @@ def log_comparison(
 
     Args:
         config: checked params.
-        root: the project's root.
+        root: of the project.
         comparison: what ``pipeline.analysis.comparison.compare`` returns.
         curves: (environment, method) -> seed -> one row per iteration.
         episodes: environment -> method -> the sample, records of ``pipeline.trajectories.records``.

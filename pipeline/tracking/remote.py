@@ -102,10 +102,9 @@ def remote_run(uri: str, cache: Path, known: str | None, first: Record) -> Remot
     experiment = experiment_id(client, first["experiment"])
     if known is None or not _active(client, known):
         with lock(Cache(cache).tracking / "lock"):
-            tags = {}
-            if first["parent"] is not None:
-                tags[MLFLOW_PARENT_RUN_ID] = _find_or_create(client, experiment, **first["parent"])
-            known = _find_or_create(client, experiment, first["name"], first["identity"], tags, first["time"])
+            above = first["parent"]
+            parent = None if above is None else _find_or_create(client, experiment, above)
+            known = _find_or_create(client, experiment, first, parent)
     return RemoteRun(client, uri, known, experiment)
 
 
@@ -128,21 +127,15 @@ def experiment_id(client: MlflowClient, name: str) -> str:
     return str(found.experiment_id)
 
 
-def _find_or_create(
-    client: MlflowClient,
-    experiment: str,
-    name: str,
-    identity: Mapping[str, str],
-    tags: Mapping[str, str] | None = None,
-    start: int | None = None,
-) -> str:
+def _find_or_create(client: MlflowClient, experiment: str, run: Record, parent: str | None = None) -> str:
     """Id of the run that has all tags of ``identity``; the oldest, if two machines have made one each."""
-    wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())
+    wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in run["identity"].items())
     found = client.search_runs([experiment], wanted, ViewType.ACTIVE_ONLY, 1, ["attributes.start_time ASC"])
-    run = (
-        found[0] if found else client.create_run(experiment, start, {**identity, **(tags or {}), MLFLOW_RUN_NAME: name})
-    )
-    return str(run.info.run_id)
+    if found:
+        return str(found[0].info.run_id)
+    nested = {} if parent is None else {MLFLOW_PARENT_RUN_ID: parent}
+    tags = {**run["identity"], **nested, MLFLOW_RUN_NAME: run["name"]}
+    return str(client.create_run(experiment, run.get("time"), tags).info.run_id)
 
 
 def _active(client: MlflowClient, run_id: str) -> bool:
