@@ -54,7 +54,9 @@ class TrainingObjective:
             training_task(config, plan.environment, plan.method, seed, plan.policy, Cache().sweep) for seed in seeds
         ]
         curves: dict[int, Curve] = {seed: [] for seed in seeds}
-        for rung in self._rungs(config.train.iterations, config.train.validate_every):
+        iterations, every = config.train.iterations, config.train.validate_every
+        stops = () if sweep.pruner.kind == "none" else range(every, iterations, every)
+        for rung in [*stops, iterations]:
             for task in tasks:
                 others = [curve for seed, curve in curves.items() if seed != task.seed]
                 shifted = _shifted(report, others, config.train)
@@ -64,7 +66,7 @@ class TrainingObjective:
                     raise TrialPruned(str(error)) from None
             if not sweep.fewer_tokens:  # Optuna takes no intermediate values of two objectives
                 trial.report(success(curves, sweep.score), max(map(len, curves.values())))
-            if rung < config.train.iterations and trial.should_prune():
+            if rung < iterations and trial.should_prune():
                 for task in tasks:
                     with lock(task.cache / "lock"):  # another trial may have the same settings
                         (task.cache / "checkpoint.ckpt").unlink(missing_ok=True)
@@ -73,12 +75,6 @@ class TrainingObjective:
             shutil.rmtree(task.result / "policy", ignore_errors=True)
         values_found = (success(curves, sweep.score), *((tokens(curves),) if sweep.fewer_tokens else ()))
         return Outcome(values_found, violations(curves, sweep.constraints), curves)
-
-    def _rungs(self, iterations: int, every: int) -> list[int]:
-        """Iterations after which a trial may be stopped, and its last."""
-        if self.plan.config.sweep.pruner.kind == "none":
-            return [iterations]
-        return [*range(every, iterations, every), iterations]
 
 
 def _shifted(report: Tell, others: Sequence[Curve], train: Train) -> Tell:
@@ -125,12 +121,7 @@ def tokens(curves: SeedCurves) -> float:
 
 
 def violations(curves: SeedCurves, constraints: Constraints) -> dict[str, float]:
-    """By how much each constraint is broken; zero or less where it is kept.
-
-    Args:
-        curves: of all seeds, to their ends.
-        constraints: those that are null are left out.
-    """
+    """By how much each constraint that is not null is broken, at the ends of curves; zero or less where it is kept."""
     found = {}
     if constraints.kl is not None:
         found["kl"] = float(np.mean([curve[-1]["kl_reference"] for curve in curves.values()])) - constraints.kl

@@ -73,9 +73,7 @@ class Spool:
     @property
     def sent(self) -> Sent:
         """What the store has."""
-        if not self._sent.exists():
-            return Sent()
-        return Sent(**json.loads(self._sent.read_text(encoding="utf-8")))
+        return Sent(**json.loads(self._sent.read_text(encoding="utf-8"))) if self._sent.exists() else Sent()
 
     def mark(self, offset: int, run_id: str | None) -> None:
         """Note what the store has."""
