@@ -13,8 +13,7 @@ from optuna.trial import TrialState
 
 from pipeline.settings.params import parse
 from pipeline.sweep.plan import SearchPlan, plans
-from pipeline.sweep.score import success, violations
-from pipeline.sweep.trial import Outcome, TrainingObjective
+from pipeline.sweep.trial import Outcome, TrainingObjective, success, violations
 from pipeline.training.result import training_task
 from pipeline.training.run import TrainingJob, train_one
 from pipeline.workspace.layout import Cache

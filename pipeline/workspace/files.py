@@ -1,11 +1,12 @@
 """Small output files with stable bytes, replaced at once, and locks on what several commands may write."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -47,6 +48,14 @@ def replacing(path: Path) -> Iterator[Path]:
     if path.is_dir():
         shutil.rmtree(path)
     partial.replace(path)
+
+
+def drop_unfinished_line(file: BinaryIO) -> None:
+    """Remove what a killed process has left of a last line; the file is open for reading and writing."""
+    file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+    if file.read(1) not in (b"", b"\n"):
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
 
 
 def _refuse_non_finite(name: str, value: Any) -> None:
