@@ -2,14 +2,12 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 
-@dataclass(frozen=True)
-class Category:
+class Category(NamedTuple):
     """What one part of the catalogue is made of. No two words of a list match each other by the published score."""
 
     name: str
