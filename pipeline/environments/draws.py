@@ -29,13 +29,7 @@ def wording(draws: np.random.Generator) -> Callable[..., str]:
 
 
 def spoken(facts: Callable[[], list[str]], words: int, draws: np.random.Generator) -> str:
-    """Facts in random order until there are ``words`` words; asked for again when all have been said.
-
-    Args:
-        facts: gives a non-empty list, in words that ``draws`` may vary.
-        words: exactly so many, at least 0.
-        draws: choose the order.
-    """
+    """Exactly ``words`` words of facts in random order; asked for again, never in vain, when all have been said."""
     left, said = facts(), list[str]()
     while len(said) < words:
         left = left or facts()

@@ -77,14 +77,7 @@ class Expert(ABC):
 
 
 def check_whole(**settings: tuple[int, int, int | None]) -> None:
-    """Refuse a setting that is no whole number within its limits.
-
-    Args:
-        settings: by name, the value with the least and the most that is allowed; None for no most.
-
-    Raises:
-        ValueError: the first such setting, by name.
-    """
+    """Refuse, with a ValueError, a setting that is no whole number from the least to the most (None: any) beside it."""
     for name, (value, least, most) in settings.items():
         if not isinstance(value, int) or value < least or (most is not None and value > most):
             allowed = f"from {least} on" if most is None else f"from {least} to {most}"

@@ -67,9 +67,9 @@ class FrozenLake(Episodic):
             chance -= probability
             if chance < 0:
                 break
-        self.player = divmod(cell, self.size)
+        self.player = divmod(int(cell), self.size)
         self.success = self.player == self.goal
-        return self._observe(), reward, terminated
+        return self._observe(), float(reward), bool(terminated)
 
     def parse_action(self, text: str) -> str | None:
         """``Left``, ``Down``, ``Right`` or ``Up`` in any case, surrounded by any space; else None."""
@@ -143,13 +143,7 @@ def board(state_key: str) -> list[list[str]]:
 def _transitions(lake: str, success_rate: float) -> list[dict[str, list[tuple[float, int, float, bool]]]]:
     """Gymnasium's transitions: for each cell and action, (probability, next cell, reward, whether it ends there)."""
     table = FrozenLakeEnv(desc=lake.split("/"), is_slippery=success_rate < 1, success_rate=success_rate).P
-    return [
-        {
-            name: [(float(p), int(cell), float(reward), bool(over)) for p, cell, reward, over in table[start][number]]
-            for number, name in enumerate(MOVES)
-        }
-        for start in range(len(table))
-    ]
+    return [dict(zip(MOVES, outcomes.values(), strict=True)) for outcomes in table.values()]
 
 
 class FrozenLakeExpert(Expert):

@@ -1,7 +1,6 @@
 """Questions of reasoning-gym's datasets: one question, one answer, the dataset's own score."""
 
 import copy
-import difflib
 import functools
 import json
 import re
@@ -16,7 +15,7 @@ import numpy as np
 
 from pipeline.environments.draws import one_of
 from pipeline.environments.episodic import Episodic, Expert
-from pipeline.environments.foreign import Enclosure, free_text
+from pipeline.environments.foreign import Enclosure, check_known, free_text
 
 
 @contextmanager
@@ -79,9 +78,7 @@ class ReasoningTask(Episodic):
         self, dataset: str = "chain_sum", config: dict[str, Any] | None = None, run_answers: bool = False
     ) -> None:
         config = config or {}
-        if dataset not in DATASETS:
-            close = "".join(f"; did you mean {name!r}?" for name in difflib.get_close_matches(dataset, DATASETS, n=1))
-            raise ValueError(f"dataset must be one of reasoning-gym's, got {dataset!r}{close}")
+        check_known("dataset", dataset, "reasoning-gym", DATASETS)
         asked = {dataset, *(spec["name"] for spec in config.get("datasets", []))}
         for name in sorted(asked.intersection(UNSTABLE)):
             raise ValueError(f"dataset {name!r} cannot be used: its items change with PYTHONHASHSEED")

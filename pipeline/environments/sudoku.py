@@ -25,9 +25,6 @@ RIGHT, WRONG, INVALID, SOLVED = 1.0, 0.5, -0.1, 10.0
 TRIES = 10_000
 """Sets of givens tried for one puzzle. Of the sets of 4, the rarest, one in 20 is unique."""
 
-_SYMBOLS = [".", *map(str, DIGITS), "/"]
-"""Of an empty cell, of the digits, and of what stands between givens and board in ``state_key``."""
-_GIVEN = ["", *(f"[{digit}]" for digit in DIGITS)]
 _NAMES = [f"{cell // SIDE + 1},{cell % SIDE + 1}" for cell in CELLS]
 
 _ROW, _COLUMN, _DIGIT = (rf"\s*(?P<{name}>\d{{1,2}})\s*" for name in ("row", "column", "digit"))
@@ -98,7 +95,7 @@ class Sudoku(Episodic):
     @property
     def state_key(self) -> str:
         """Givens and board; actions left are not part of it, so that a state met twice has one key."""
-        return "".join([_SYMBOLS[digit] for digit in (*self.puzzle, -1, *self.board)])
+        return "/".join("".join(map(str, digits)).replace("0", ".") for digits in (self.puzzle, self.board))
 
     @property
     def instructions(self) -> str:
@@ -117,10 +114,8 @@ class Sudoku(Episodic):
 
     def legal_digits(self, cell: int) -> list[int]:
         """Digits, in ascending order, that no other cell of its row, column and box has. ``cell`` is 0 to 15."""
-        board, taken = self.board, 0
-        for peer in _PEERS[cell]:
-            taken |= 1 << board[peer]
-        return list(_LEFT[taken])
+        taken = {self.board[peer] for peer in _PEERS[cell]}
+        return [digit for digit in DIGITS if digit not in taken]
 
     def _draw_puzzle(self, draws: np.random.Generator) -> None:
         grids = _grids()
@@ -143,8 +138,7 @@ class Sudoku(Episodic):
         return "" if digit in self.legal_digits(cell) else f"{digit} is in the row, column or box of {row},{column}"
 
     def _observe(self, fault: str = "") -> str:
-        shown = [_GIVEN[d] if d and given else _SYMBOLS[d] for d, given in zip(self.board, self.puzzle, strict=True)]
-        lines = [" ".join(shown[start : start + SIDE]) for start in CELLS[::SIDE]]
+        lines = [" ".join(row) for row in board(self.state_key)]
         if self.candidates:
             found = [(cell, self.legal_digits(cell)) for cell in CELLS if not self.board[cell]]
             found.sort(key=lambda candidates: len(candidates[1]))
@@ -163,7 +157,7 @@ def board(state_key: str) -> list[list[str]]:
 
 
 def _listed(cell: int, digits: list[int]) -> str:
-    return f"{_NAMES[cell]}: {' '.join([_SYMBOLS[digit] for digit in digits]) or 'none'}"
+    return f"{_NAMES[cell]}: {' '.join(map(str, digits)) or 'none'}"
 
 
 def _placing(cell: int, digit: int) -> str:
@@ -176,8 +170,6 @@ _UNITS = np.stack([_ROWS, _COLUMNS, _ROWS // BOX * BOX + _COLUMNS // BOX])
 """(3, 16): the row, column and box of each cell."""
 _PEERS = [np.flatnonzero((_UNITS[:, [c]] == _UNITS).any(0) & (np.array(CELLS) != c)).tolist() for c in CELLS]
 """The other cells of each cell's row, column and box."""
-_LEFT = [[digit for digit in DIGITS if not taken >> digit & 1] for taken in range(2 ** (SIDE + 1))]
-"""The digits that are not among those whose bits are set."""
 
 
 @lru_cache(maxsize=1)

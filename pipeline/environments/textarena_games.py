@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import json
 from typing import Any
@@ -14,7 +13,7 @@ from textarena.envs.registration import ENV_REGISTRY
 
 from pipeline.environments.draws import state_draws
 from pipeline.environments.episodic import Episodic, check_whole
-from pipeline.environments.foreign import Enclosure, free_text
+from pipeline.environments.foreign import Enclosure, check_known, free_text
 
 
 class TextArenaGame(Episodic):
@@ -38,9 +37,7 @@ class TextArenaGame(Episodic):
         self, game: str = "GuessTheNumber-v0", config: dict[str, Any] | None = None, max_actions: int = 100
     ) -> None:
         check_whole(max_actions=(max_actions, 1, None))
-        if game not in ENV_REGISTRY:
-            close = "".join(f"; did you mean {name!r}?" for name in difflib.get_close_matches(game, ENV_REGISTRY, n=1))
-            raise ValueError(f"game must be one of TextArena's, got {game!r}{close}")
+        check_known("game", game, "TextArena", ENV_REGISTRY)
         self.name, self.max_actions = game, max_actions
         self.numbered = not _openings_differ(game, json.dumps(config or {}))
         self.enclosure = Enclosure(0)

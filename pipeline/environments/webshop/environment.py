@@ -15,7 +15,7 @@ from pipeline.environments.episodic import Episodic, Expert, check_whole
 from pipeline.environments.webshop import pages
 from pipeline.environments.webshop.catalogue import Shop, generated, load
 from pipeline.environments.webshop.generated import LEAST, MOST
-from pipeline.environments.webshop.pages import BACK, BUTTONS, BUY, NEXT, PREVIOUS, SUBPAGES, option_names
+from pipeline.environments.webshop.pages import BACK, BUTTONS, BUY, NEXT, PREVIOUS, SUBPAGES, Page, option_names
 from pipeline.environments.webshop.score import Goal, Product, score
 from pipeline.environments.webshop.search import words
 
@@ -51,6 +51,12 @@ class WebShop(Episodic):
     observation_space = gymnasium.spaces.Text(max_length=100_000)
     action_space = gymnasium.spaces.Text(max_length=400)
     allowed = "search[words] or a click[name] of the page"
+
+    query: str | None
+    found: list[Product]
+    product: Product | None
+    chosen: dict[str, str]
+    page: Page
 
     def __init__(
         self,
@@ -148,11 +154,8 @@ class WebShop(Episodic):
         return "bought" if self.bought else "failed"
 
     def _return_to_search(self) -> None:
-        self.query: str | None = None
-        self.found: list[Product] = []
-        self.product: Product | None = None
-        self.chosen: dict[str, str] = {}
-        self.number, self.subpage = 0, ""
+        self.query, self.found, self.number = None, [], 0
+        self.product, self.chosen, self.subpage = None, {}, ""
 
     def _click(self, name: str) -> None:
         if name == BACK:

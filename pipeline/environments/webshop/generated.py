@@ -74,14 +74,10 @@ SYLLABLES = tuple(consonant + vowel for consonant in _CONSONANTS for vowel in _V
 
 
 def generate(count: int, seed: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """``count`` products and, by asin, their attributes and instructions.
+    """``count`` products, ``LEAST`` to ``MOST``, and, by asin, their attributes and instructions.
 
     A product has three attributes, two of them in its title and one in its features alone, and some values of each option.
     Its instruction asks for two of the attributes, and for nothing that the product lacks.
-
-    Args:
-        count: ``LEAST`` to ``MOST``.
-        seed: another one, another catalogue.
     """
     draws = np.random.default_rng([seed, 5])
     products, instructions = [], {}

@@ -87,11 +87,7 @@ def _price(product: Product) -> Piece:
 def _page(lines: list[list[Piece]], names: list[str], buttons: list[str], limit: int) -> Page:
     """Lay a page out within a limit of characters: first what is fixed, then options in order, then equal parts of texts.
 
-    Args:
-        lines: what stands above the buttons.
-        names: what can be clicked on in these lines.
-        buttons: what can be clicked on below.
-        limit: characters.
+    What can be clicked on are ``names``, which stand in the lines, and the buttons below them.
     """
     lines, clicks = [*lines, [Piece(" ".join(f"click[{button}]" for button in buttons))]], [*names, *buttons]
     pieces = [piece for line in lines for piece in line]
