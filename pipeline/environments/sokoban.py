@@ -34,6 +34,8 @@ OPENING_NODES = NODES // 4
 Boxes = frozenset[int]
 State = tuple[int, Boxes]
 """What moves: player and boxes."""
+Kind = tuple[int, int, float, int, int]
+"""Settings that a room is drawn by: size, boxes, inner_walls, least_moves, max_actions."""
 
 
 class Room(NamedTuple):
@@ -115,7 +117,7 @@ class Sokoban(Episodic):
 
     def _begin(self, state_seed: int | None) -> str:
         kind = (self.size, self.count, self.inner_walls, self.least_moves, self.max_actions)
-        drawn = _draw_room(*kind, self.np_random) if state_seed is None else _room_of(*kind, state_seed)
+        drawn = _draw_room(kind, self.np_random) if state_seed is None else _room_of(kind, state_seed)
         self.room, (self.player, self.boxes) = drawn
         return self._observe()
 
@@ -179,18 +181,11 @@ def board(state_key: str) -> list[list[str]]:
 def solve(room: Room, state: State, nodes: int = NODES, limit: int | None = None) -> dict[State, str] | None:
     """A shortest solution, by A*: each state on the way with the move to make there, in order; empty if solved.
 
+    It is None if no solution has at most ``limit`` moves, or if none was found when ``nodes`` states were expanded.
+
     The estimate of the moves to go is admissible and consistent: pushes that the boxes need, on an empty floor with the
     best assignment to targets, and the player's walk to the nearest box. It is infinite, and the state is left out,
     where a box cannot be pushed to any target (corners above all). Among equal estimates the newest state goes first.
-
-    Args:
-        room: walls and targets.
-        state: where to start.
-        nodes: most states to expand.
-        limit: most moves; None for any number.
-
-    Returns:
-        None if there is no solution within the limit, or if ``nodes`` states were not enough to find it.
     """
     steps = _steps(room.size)
     pushes = [_pushes(room, target) for target in room.targets]
@@ -231,21 +226,18 @@ def solve(room: Room, state: State, nodes: int = NODES, limit: int | None = None
 
 
 @lru_cache(maxsize=1024)
-def _room_of(
-    size: int, boxes: int, inner_walls: float, least_moves: int, max_actions: int, state_seed: int
-) -> tuple[Room, State]:
+def _room_of(kind: Kind, state_seed: int) -> tuple[Room, State]:
     """The room of a state, which all members of a group start in."""
-    return _draw_room(size, boxes, inner_walls, least_moves, max_actions, np.random.default_rng(state_seed))
+    return _draw_room(kind, np.random.default_rng(state_seed))
 
 
-def _draw_room(
-    size: int, count: int, inner_walls: float, least_moves: int, max_actions: int, draws: np.random.Generator
-) -> tuple[Room, State]:
+def _draw_room(kind: Kind, draws: np.random.Generator) -> tuple[Room, State]:
     """A room that the settings allow, and where player and boxes start.
 
     Raises:
         UserError: none turned up.
     """
+    size, count, inner_walls, least_moves, max_actions = kind
     steps, inside = list(_steps(size).values()), _inside(size)
     for _ in range(1_000):
         free = set(inside[draws.random(len(inside)) >= inner_walls].tolist())

@@ -114,8 +114,10 @@ class Sudoku(Episodic):
 
     def legal_digits(self, cell: int) -> list[int]:
         """Digits, in ascending order, that no other cell of its row, column and box has. ``cell`` is 0 to 15."""
-        taken = {self.board[peer] for peer in _PEERS[cell]}
-        return [digit for digit in DIGITS if digit not in taken]
+        board, taken = self.board, 0
+        for peer in _PEERS[cell]:
+            taken |= 1 << board[peer]
+        return list(_LEFT[taken])
 
     def _draw_puzzle(self, draws: np.random.Generator) -> None:
         grids = _grids()
@@ -170,6 +172,8 @@ _UNITS = np.stack([_ROWS, _COLUMNS, _ROWS // BOX * BOX + _COLUMNS // BOX])
 """(3, 16): the row, column and box of each cell."""
 _PEERS = [np.flatnonzero((_UNITS[:, [c]] == _UNITS).any(0) & (np.array(CELLS) != c)).tolist() for c in CELLS]
 """The other cells of each cell's row, column and box."""
+_LEFT = [[digit for digit in DIGITS if not taken >> digit & 1] for taken in range(2 ** (SIDE + 1))]
+"""The digits that are not among those whose bits are set."""
 
 
 @lru_cache(maxsize=1)
