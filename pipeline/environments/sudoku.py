@@ -144,8 +144,7 @@ class Sudoku(Episodic):
         if self.candidates:
             found = [(cell, self.legal_digits(cell)) for cell in CELLS if not self.board[cell]]
             found.sort(key=lambda candidates: len(candidates[1]))
-            lines += ["candidates", *(_listed(*candidates) for candidates in found)]
-            lines += [] if found else ["none"]
+            lines += ["candidates", *([_listed(*candidates) for candidates in found] or ["none"])]
         if fault:
             lines.append(f"invalid: {fault}")
         return "\n".join(lines)
