@@ -1,4 +1,7 @@
-"""Playing an environment, ours or a user's own, with everything that it returns checked."""
+"""Playing an environment, ours or a user's own, with everything that it returns checked.
+
+Every function raises a UserError where the environment raises, and where it returns what it must not.
+"""
 
 import math
 import reprlib
@@ -15,11 +18,7 @@ from pipeline.workspace.errors import UserError, raised
 
 
 def reset(environment: TextEnvironment, seed: int, state_seed: int | None) -> str:
-    """Start an episode; returns the observation. Without a ``state_seed`` the state is drawn from ``seed`` as well.
-
-    Raises:
-        UserError: the environment raised, or did not return (text, dict).
-    """
+    """Start an episode; returns the observation. Without a ``state_seed`` the state is drawn from ``seed`` as well."""
     options = None if state_seed is None else {"state_seed": state_seed}
     returned = _called(environment, ("reset",), environment.reset, seed=seed, options=options)
     (observation,) = _parts(environment, returned, ("reset",), "observation, information")
@@ -27,7 +26,7 @@ def reset(environment: TextEnvironment, seed: int, state_seed: int | None) -> st
 
 
 def step(environment: TextEnvironment, action: str) -> tuple[str, float, bool]:
-    """Act; returns the observation, the reward and whether the episode is over. Raises as ``transition`` does."""
+    """Act; returns the observation, the reward and whether the episode is over."""
     observation, reward, terminated, truncated = transition(environment, action)
     return observation, reward, terminated or truncated
 
@@ -35,28 +34,19 @@ def step(environment: TextEnvironment, action: str) -> tuple[str, float, bool]:
 def transition(environment: TextEnvironment, action: str) -> tuple[str, float, bool, bool]:
     """Act; returns observation, reward, terminated and truncated, as Python's own types.
 
-    A reward is any real number, of NumPy too, or a truth value; a flag is a truth value, Python's or NumPy's.
-
-    Raises:
-        UserError: the environment raised, or did not return (text, finite number, flag, flag, dict).
+    A reward is any finite number, of NumPy too, or a truth value; a flag is a truth value, Python's or NumPy's.
     """
     place = ("step", action)
     returned = _called(environment, place, environment.step, action)
     parts = _parts(environment, returned, place, "observation, reward, terminated, truncated, information")
     observation, given, terminated, truncated = parts
     reward = _reward(environment, given, place)
-    for name, value in (("terminated", terminated), ("truncated", truncated)):
-        if not isinstance(value, _BOOLS):
-            _refuse(environment, f"{name} {reprlib.repr(value)}", place, "True or False")
-    return _text(environment, "an observation", observation, place), reward, bool(terminated), bool(truncated)
+    ends = _flag(environment, "terminated ", terminated, place), _flag(environment, "truncated ", truncated, place)
+    return _text(environment, "an observation", observation, place), reward, *ends
 
 
 def parse_action(environment: TextEnvironment, text: str) -> str | None:
-    """The canonical form of an action that is allowed now, or None.
-
-    Raises:
-        UserError: the environment raised, or returned neither.
-    """
+    """The canonical form of an action that is allowed now, or None."""
     place = ("parse_action", text)
     parsed = _called(environment, place, environment.parse_action, text)
     if parsed is None:
@@ -68,32 +58,18 @@ def parse_action(environment: TextEnvironment, text: str) -> str | None:
 
 
 def text_of(environment: TextEnvironment, name: str) -> str:
-    """``instructions``, ``state_key`` or ``outcome``.
-
-    Raises:
-        UserError: reading it raised, or it is not text.
-    """
+    """``instructions``, ``state_key`` or ``outcome``."""
     return _text(environment, "a value", _called(environment, (name,), getattr, environment, name), (name,))
 
 
 def success_of(environment: TextEnvironment) -> bool:
-    """Whether the episode has reached its aim.
-
-    Raises:
-        UserError: reading it raised, or it is not a truth value.
-    """
+    """Whether the episode has reached its aim."""
     value = _called(environment, ("success",), getattr, environment, "success")
-    if not isinstance(value, _BOOLS):
-        _refuse(environment, reprlib.repr(value), ("success",), "True or False")
-    return bool(value)
+    return _flag(environment, "", value, ("success",))
 
 
 def actions_left_of(environment: TextEnvironment) -> int | None:
-    """How many actions are left, if the environment says so: None if it has no ``actions_left``, or that is None.
-
-    Raises:
-        UserError: reading it raised, or it is not a whole number of at least 0.
-    """
+    """How many actions are left, if the environment says so: None if it has no ``actions_left``, or that is None."""
     value = _called(environment, ("actions_left",), getattr, environment, "actions_left", None)
     if value is None:
         return None
@@ -103,11 +79,7 @@ def actions_left_of(environment: TextEnvironment) -> int | None:
 
 
 def outcome_of(environment: TextEnvironment) -> str:
-    """How an episode that the environment has ended went: its ``outcome`` if it has one, else goal or failed.
-
-    Raises:
-        UserError: reading it raised, it is not text, or it is one of ``CUT_OFF``.
-    """
+    """How an episode that the environment has ended went: its ``outcome``, none of ``CUT_OFF``, or else goal or failed."""
     if not hasattr(type(environment), "outcome") and "outcome" not in vars(environment):
         return "goal" if success_of(environment) else "failed"
     outcome = text_of(environment, "outcome")
@@ -118,11 +90,7 @@ def outcome_of(environment: TextEnvironment) -> str:
 
 
 def board_of(environment: TextEnvironment, state_key: str) -> list[list[str]] | None:
-    """Rows of cells that draw a state, by the function ``board(state_key)`` of the environment's module, if it has one.
-
-    Raises:
-        UserError: the function raised, or did not return rows of text of one length.
-    """
+    """Rows of cells that draw a state, by the function ``board(state_key)`` of the environment's module, if it has one."""
     draw = getattr(sys.modules[type(environment).__module__], "board", None)
     if draw is None:
         return None
@@ -132,8 +100,6 @@ def board_of(environment: TextEnvironment, state_key: str) -> list[list[str]] | 
         _refuse(environment, reprlib.repr(rows), place, "rows of text, all of one length")
     return rows
 
-
-_BOOLS = (bool, np.bool_)
 
 Place = tuple[str, ...]
 """What was called, and with which text; put into words only where something is wrong."""
@@ -175,6 +141,12 @@ def _text(environment: TextEnvironment, what: str, value: Any, place: Place, all
     if not isinstance(value, str):
         _refuse(environment, f"{what} of type {type(value).__name__}", place, allowed)
     return value
+
+
+def _flag(environment: TextEnvironment, what: str, value: Any, place: Place) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        _refuse(environment, f"{what}{reprlib.repr(value)}", place, "True or False")
+    return bool(value)
 
 
 def _refuse(environment: TextEnvironment, returned: str, place: Place, allowed: str) -> NoReturn:
