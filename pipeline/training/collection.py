@@ -134,8 +134,7 @@ class Collection:
         self.policy.model.eval()
         try:
             with self.phases.phase("annotate"):
-                return score_trajectories(self.policy, trajectories, temperature, self.config.train.tokens_per_forward)[
-                    :2
-                ]
+                most = self.config.train.tokens_per_forward
+                return score_trajectories(self.policy, trajectories, temperature, most)[:2]
         finally:
             self.policy.model.train(was_training)

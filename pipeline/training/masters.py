@@ -26,11 +26,7 @@ class Masters(nn.Module):
 
     A bfloat16 weight of 0.02 moves by 6e-5 or not at all, and a step of Adam is about the learning rate. So weights below
     float32 are rounded from masters, which take the steps. Float32 parameters are masters themselves. Copies are in the
-    state dict, and so in a checkpoint.
-
-    Args:
-        parameters: what computes, and is written after every step.
-        rate: of their steps, if an optimizer makes them.
+    state dict, and so in a checkpoint. There is a ``rate`` if an optimizer makes the steps.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], rate: Rate | None = None) -> None:

@@ -27,15 +27,9 @@ from pipeline.workspace.finite import located
 
 
 class PolicyGradient(lightning.LightningModule):
-    """Trains a policy with one method.
+    """Trains a policy, in place, with one method.
 
-    Args:
-        config: params.yaml.
-        name: key in ``environments``.
-        method_name: key in ``methods``.
-        seed: of this training.
-        policy: trained in place.
-        first: annotated episodes of the first iteration, if already sampled.
+    ``first`` are the annotated episodes of the first iteration, if they have been sampled already.
     """
 
     def __init__(

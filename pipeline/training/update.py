@@ -23,17 +23,8 @@ from pipeline.settings.params import Config
 from pipeline.training.heads import Head, Scene
 from pipeline.training.masters import Masters, take_step
 from pipeline.training.tokens import TokenTable
-from pipeline.trajectories.trajectory import CUT_OFF, Role, Trajectories
+from pipeline.trajectories.trajectory import CUT_OFF, REPORTED_ROLES, Role, Trajectories
 from pipeline.workspace.finite import require_finite
-
-SHARES = {
-    "reasoning": (Role.REASONING,),
-    "action": (Role.ACTION,),
-    "tag": (Role.THINK_TAG, Role.ANSWER_TAG),
-    "other": (Role.OTHER,),
-}
-"""Roles that are reported together."""
-
 
 SUMMED = ("non_finite_losses", "skipped_steps")
 """Of these a training is told how many there were, of all other metrics the mean."""
@@ -184,12 +175,6 @@ def update(learner: Learner, optimizer: Any, minibatch: TokenTable, iteration: i
     It is left out where a loss or a gradient is not finite, and the policy's part of it where the policy has gone further
     than ``skip_above_kl``.
 
-    Args:
-        learner: what is trained.
-        optimizer: of its masters.
-        minibatch: to train on.
-        iteration: its number, from 0; a head may have to warm up.
-
     Returns:
         What is measured; of an update that is not finite only that it is none.
 
@@ -240,7 +225,7 @@ def gradient_asked(minibatch: TokenTable) -> dict[str, float]:
     total = float(pull.sum()) or 1.0
     return {
         f"gradient_share_{name}": sum(float(pull[role == r].sum()) / total for r in roles)
-        for name, roles in SHARES.items()
+        for name, roles in REPORTED_ROLES.items()
     }
 
 
