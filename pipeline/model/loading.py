@@ -32,7 +32,6 @@ def load_policy(
     Args:
         source: path or hub id.
         revision: branch, tag or commit on the hub.
-        dtype: of the weights.
         trust_remote_code: run code that comes with the model.
         context: tokens of the longest sequence that it will be given; None: as many as it has positions for.
 

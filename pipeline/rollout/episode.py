@@ -23,8 +23,6 @@ class Setup:
     """What the episodes of one environment share: its section, its dialogue, and the prompts of the groups so far.
 
     Args:
-        tokenizer: the policy's.
-        config: params.yaml.
         name: key in ``environments``.
         phases: told how long the environment takes: ``reset`` and ``step``.
         closing: an episode that is cut off ends with the observation after its last response, also beyond
@@ -55,12 +53,7 @@ class Setup:
 
 
 class Episode:
-    """One environment, its dialogue and the tokens so far.
-
-    Args:
-        setup: what it shares with the environment's other episodes.
-        spec: what to play.
-    """
+    """One environment, its dialogue and the tokens so far."""
 
     def __init__(self, setup: Setup, spec: EpisodeSpec) -> None:
         self.setup, self.spec, self.done, self.turn = setup, spec, False, 1
@@ -92,15 +85,10 @@ class Episode:
 
     @classmethod
     def branch(cls, parent: Episode, spec: EpisodeSpec, split: int) -> Episode:
-        """Continue a finished episode before one of its sampled tokens, with draws of its own.
+        """Continue a finished episode before one of its sampled tokens, the one at ``split``, with draws of its own.
 
-        The environment is made anew and led to the same state: same noise, same actions. What is random in it after the
-        split happens as it did to the parent, as long as the policy does the same.
-
-        Args:
-            parent: finished.
-            spec: the branch's; state and noise are the parent's.
-            split: tokens that are shared; the next one is sampled again.
+        The environment is made anew and led to the same state: same noise, same actions, whatever ``spec`` says. What is
+        random in it after the split happens as it did to the parent, as long as the policy does the same.
 
         Raises:
             ValueError: the policy did not choose the token at ``split``.

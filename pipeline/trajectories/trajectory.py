@@ -259,5 +259,4 @@ def offsets_of(lengths: np.ndarray) -> np.ndarray:
 
 
 def _ragged_take(offsets: np.ndarray, index: Sequence[int]) -> np.ndarray:
-    parts = [np.arange(offsets[i], offsets[i + 1]) for i in index]
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+    return np.concatenate([np.zeros(0, dtype=np.int64), *(np.arange(offsets[i], offsets[i + 1]) for i in index)])
