@@ -22,11 +22,9 @@ from pipeline.workspace.randomness import generator
 class Setup:
     """What the episodes of one environment share: its section, its dialogue, and the prompts of the groups so far.
 
-    Args:
-        name: key in ``environments``.
-        phases: told how long the environment takes: ``reset`` and ``step``.
-        closing: an episode that is cut off ends with the observation after its last response, also beyond
-            ``context_tokens``: with all that the policy would have seen when it began the next one.
+    ``phases`` are told how long the environment takes: ``reset`` and ``step``. With ``closing``, an episode that is cut off
+    ends with the observation after its last response, also beyond ``context_tokens``: with all that the policy would have
+    seen when it began the next one.
     """
 
     def __init__(
@@ -65,14 +63,8 @@ class Episode:
             self.environment = make(self.section)
             self.observation = reset(self.environment, spec.noise, spec.state_seed)
             instructions = text_of(self.environment, "instructions")
-        self.builder = EpisodeBuilder(
-            episode_id=spec.episode_id,
-            group_id=spec.group_id,
-            environment=self.section.id,
-            state_key=self._state_key(),
-            seed=spec.seed,
-            iteration=spec.iteration,
-        )
+        identity = {name: getattr(spec, name) for name in ("episode_id", "group_id", "seed", "iteration")}
+        self.builder = EpisodeBuilder(**identity, environment=self.section.id, state_key=self._state_key())
         opening = self.dialogue.opening(instructions, self.observation, actions_left_of(self.environment))
         self.builder.append_text(opening, Role.PROMPT)
         self.prompt = list(self.builder.ids)

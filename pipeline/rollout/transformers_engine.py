@@ -178,15 +178,9 @@ class TransformersEngine:
         starts = np.array([row.length for row in rows])
         positions = np.arange(ends[-1]) + np.repeat(starts - ends + counts, counts)
         ids = np.fromiter((token for row in rows for token in row.new), dtype=np.int64, count=ends[-1])
-        attend = self._held().attention(slots, positions)
-        device = self.policy.device
-        hidden = hidden_states(
-            self.policy.backbone,
-            torch.from_numpy(ids).to(device),
-            torch.from_numpy(positions).to(device),
-            attend,
-            torch.from_numpy(ends - 1).to(device),
-        )
+        attend, device = self._held().attention(slots, positions), self.policy.device
+        new, places, last = (torch.from_numpy(column).to(device) for column in (ids, positions, ends - 1))
+        hidden = hidden_states(self.policy.backbone, new, places, attend, last)
         logits = F.linear(hidden, self.policy.head.weight, self.policy.head.bias)
         self._store(slots, positions, ids)
         for index, row in enumerate(rows):

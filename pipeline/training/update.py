@@ -134,12 +134,10 @@ class Learner:
         return scene, update_tokens(piece, scores.logprob, scores.entropy, soft), plan
 
     def loss(self, piece: TokenTable, whole: TokenTable, warming: bool) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """A piece's part of its minibatch's loss, of policy and heads, and of what is measured in it.
+        """A planned piece's part of its minibatch's loss, of policy and heads, and of what is measured in it.
 
-        Args:
-            piece: planned trajectories.
-            whole: the minibatch; its means divide by all its tokens, or all that a head has a target for.
-            warming: only the heads learn, and a trunk that they share with the policy does not.
+        Means of the ``whole`` minibatch divide by all its tokens, or all that a head has a target for. While ``warming``,
+        only the heads learn, and a trunk that they share with the policy does not.
         """
         scene, tokens, plan = self.read(piece)
         parts = policy_loss(self.method, tokens, plan, int(whole.columns["trainable"].sum()))

@@ -29,7 +29,8 @@ def episode_records(
         ``response`` (one of ``RESPONSES``), ``ended`` (how it did), ``reward`` and ``tokens``, the response as columns of
         equal length: ``text``, ``role``, ``sampled`` and ``NUMBERS``, with 5 significant digits, null where a token has none. Where several tokens wrote one character, the first has it.
     """
-    numbers = _numbers(trajectories) | dict(columns or {})
+    undefined = dict.fromkeys(NUMBERS, np.full(len(trajectories.input_ids), np.nan))
+    numbers = undefined | _numbers(trajectories) | dict(columns or {})
     return [_record(trajectories, tokenizer, numbers, episode) for episode in range(len(trajectories))]
 
 
@@ -50,14 +51,12 @@ def _record(
         shown = trajectories.input_ids[base + position : base + own["start"]].tolist()
         span = slice(base + own["start"], base + own["end"])
         response = decode(tokenizer, trajectories.input_ids[span].tolist())
-        tokens: dict[str, list[Any]] = {
+        tokens = {
             "text": _texts(response.text, response.spans),
             "role": [Role(role).name.lower() for role in trajectories.role[span]],
             "sampled": trajectories.sampled[span].tolist(),
+            **{name: [rounded(value) for value in numbers[name][span]] for name in NUMBERS},
         }
-        for name in NUMBERS:
-            values = numbers.get(name)
-            tokens[name] = [None] * len(tokens["text"]) if values is None else [rounded(v) for v in values[span]]
         turns.append(
             {
                 "shown": plain_text(decode(tokenizer, shown).text),
