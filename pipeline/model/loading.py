@@ -203,14 +203,9 @@ def _check_forward(policy: Policy, name: str, context: int | None) -> None:
         if not bool(torch.isfinite(theirs).all()):
             raise UserError(f"{name} computes logits that are not finite in {str(model.dtype)[6:]}")
         if not float((ours - theirs).abs().max()) <= rounding(model.dtype) * float(theirs.abs().max()):
-            raise UserError(
-                f"{name} computes other logits on packed sequences; "
-                + (
-                    "its attention is not exchangeable"
-                    if spans is beginning
-                    else f"its position codes change as a sequence grows to {last} tokens (context_tokens)"
-                )
-            )
+            grown = f"its position codes change as a sequence grows to {last} tokens (context_tokens)"
+            reason = "its attention is not exchangeable" if spans is beginning else grown
+            raise UserError(f"{name} computes other logits on packed sequences; {reason}")
 
 
 def rounding(dtype: torch.dtype) -> float:

@@ -17,14 +17,10 @@ def branch_scores(
     bounds: tuple[float, float] = (0.8, 1.2),
     blank: np.ndarray | None = None,
 ) -> np.ndarray:
-    """A score per token by a signal's name (``slots.Positions.signal``).
+    """A score per token of annotated trajectories by a signal's name (``settings.branching.Positions.signal``).
 
-    Args:
-        signal: which.
-        trajectories: annotated.
-        draws: named generator of the signals that draw.
-        moved: for the branching score, with ``discount`` and ``bounds``: see ``omega``.
-        blank: bool (N,), see ``blank_tokens``; the branching score puts none of these forward. None: there are none.
+    Some signals draw. The branching score is of ``moved``, ``discount`` and ``bounds`` (see ``omega``), and puts none of
+    the ``blank`` tokens forward, bool (N,).
 
     Returns:
         float64 (N,): the higher the better; -inf where nothing may branch.

@@ -32,7 +32,7 @@ def collect(
     """
     setup = Setup(tokenizer, config, name, phases, closing)
     engine.forget()
-    episodes = play(engine, (setup.begin(spec) for spec in specs), temperature, len(specs))
+    episodes = play(engine, map(setup.begin, specs), temperature, len(specs))
     return build([episode.builder for episode in episodes])
 
 

@@ -174,8 +174,7 @@ def expandable(tree: Tree, width: int, exploration: float) -> list[Origin] | Non
         children = list(dict.fromkeys(paths[episode][: len(node) + 1] for episode in deeper))
         if len(children) < width:
             first = deeper[0]
-            split = int(tree.sampled(first, len(node))[0])
-            place = ROOT if not node else Origin(first, split)
+            place = Origin(first, int(tree.sampled(first, len(node))[0])) if node else ROOT
             return [place] * (width - len(children))
 
         def bound(child: tuple[int, ...]) -> float:

@@ -62,9 +62,8 @@ class SlotCache:
 
         def attend(layer: int, heads: Heads) -> Tensor:
             if heads.key.shape[1:] != (self._shape[2], self._size):
-                held, given = (
-                    f"{count} heads of {size}" for count, size in ((self._shape[2], self._size), heads.key.shape[1:])
-                )
+                sizes = ((self._shape[2], self._size), heads.key.shape[1:])
+                held, given = (f"{count} heads of {size}" for count, size in sizes)
                 raise ValueError(f"attention has {given} numbers, where the model's configuration says {held}")
             return inner(layer, heads)
 

@@ -203,8 +203,7 @@ def update(learner: Learner, optimizer: Any, minibatch: TokenTable, iteration: i
 def _accumulate_gradients(learner: Learner, minibatch: TokenTable, iteration: int) -> dict[str, float]:
     """Backward passes over all pieces of a planned minibatch; returns the sums of what is measured in them."""
     warming = any(iteration < head.settings.warmup_iterations for head in learner.heads)
-    totals: dict[str, float] = {}
-    done = 0
+    totals, done = dict[str, float](), 0
     for piece in learner.pieces(minibatch):
         within(done / len(minibatch), f"{done} of {len(minibatch)} episodes of the next")
         done += len(piece)
