@@ -132,7 +132,7 @@ def test_a_training_that_has_spent_its_tokens_and_has_no_result_yet_makes_no_fur
     )
     train_one(TrainingJob(straight, None, None), quiet)
     stopped.cache.mkdir(parents=True)
-    obstacle = stopped.cache / "partial"
+    obstacle = stopped.cache / "result.partial"
     obstacle.write_text("where the result is put together")
     with pytest.raises(OSError, match="partial"):
         train_one(TrainingJob(stopped, None, None), quiet)

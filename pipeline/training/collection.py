@@ -120,12 +120,10 @@ class Collection:
         others = [e for e, own in enumerate(trajectories.episodes["temperature"]) if own != temperature]
         if not others:
             return trajectories
-        scored = self.now(trajectories.select(others))
         tokens = np.isin(trajectories.token_episode, others)
-        columns = [trajectories.logprob.copy(), trajectories.entropy.copy()]
-        for column, values in zip(columns, scored, strict=True):
-            column[tokens] = values
-        return replace(trajectories, logprob=columns[0], entropy=columns[1])
+        logprob, entropy = trajectories.logprob.copy(), trajectories.entropy.copy()
+        logprob[tokens], entropy[tokens] = self.now(trajectories.select(others))
+        return replace(trajectories, logprob=logprob, entropy=entropy)
 
     def now(self, trajectories: Trajectories, temperature: float | None = None) -> list[np.ndarray]:
         """Log-probability and entropy of every sampled token under the policy as it is, at ``rollout.temperature`` or
@@ -134,8 +132,7 @@ class Collection:
         self.policy.model.eval()
         try:
             with self.phases.phase("annotate"):
-                return score_trajectories(self.policy, trajectories, temperature, self.config.train.tokens_per_forward)[
-                    :2
-                ]
+                most = self.config.train.tokens_per_forward
+                return score_trajectories(self.policy, trajectories, temperature, most)[:2]
         finally:
             self.policy.model.train(was_training)

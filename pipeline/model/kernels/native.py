@@ -40,10 +40,8 @@ Rotation = tuple[Tensor, Tensor]
 def attends(x: Tensor, shortest: int = 0) -> bool:
     """Whether attention is to be computed here for (…, head size) tensors like this one on this machine.
 
-    Args:
-        x: queries, keys or values.
-        shortest: tokens of the shortest of the whole sequences that attend; 0 over a cache. PyTorch pads the others
-            to the longest, so it is better only where all are long.
+    The shortest of the whole sequences that attend has ``shortest`` tokens; 0 over a cache. PyTorch pads the others to the
+    longest, so it is better only where all are long.
     """
     size = x.shape[-1]
     if size not in HEAD_SIZES or not computes(x):
@@ -242,10 +240,10 @@ def sample(
     logits: Float[Tensor, "n vocabulary"], temperature: float, draws: Float[Tensor, " n"]
 ) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]]:
     """Token, log-probability and entropy: see ``transformers_engine.sample``."""
-    count = len(logits)
-    token, logprob, entropy = (torch.empty(count, dtype=kind) for kind in (torch.int64, torch.float32, torch.float32))
-    rows = (logits.contiguous(), draws.contiguous(), token, logprob, entropy)
-    _over_rows("sample_forward", rows, 1 / temperature)
+    kinds = (torch.int64, torch.float32, torch.float32)
+    token, logprob, entropy = (torch.empty(len(logits), dtype=kind) for kind in kinds)
+    columns = (logits.contiguous(), draws.contiguous(), token, logprob, entropy)
+    _over_rows("sample_forward", columns, 1 / temperature)
     return token, logprob, entropy
 
 
