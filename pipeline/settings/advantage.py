@@ -6,7 +6,7 @@ from pydantic import Field
 
 from pipeline.settings.custom import Custom
 from pipeline.settings.heads import Critic, QFunction
-from pipeline.settings.section import Epsilon, Float, NonNegative, Positive, Probability, Section, refuse_ignored
+from pipeline.settings.section import Epsilon, Float, NonNegative, Positive, Probability, Section
 
 
 class AdvantageSection(Section):
@@ -37,7 +37,7 @@ class StandardisedAdvantage(AdvantageSection):
 
     def check(self) -> None:
         if not self.std:
-            refuse_ignored(self, "std is false", "ddof", "eps")
+            self.refuse_ignored("std is false", "ddof", "eps")
 
 
 class GroupAdvantage(StandardisedAdvantage):
@@ -72,7 +72,7 @@ class StepGroupAdvantage(AdvantageSection):
 
     def check(self) -> None:
         if self.step_weight == 0:
-            refuse_ignored(self, "step_weight is 0", "gamma")
+            self.refuse_ignored("step_weight is 0", "gamma")
 
 
 class GAE(CriticAdvantage):
@@ -91,7 +91,7 @@ class GAE(CriticAdvantage):
 
     def check(self) -> None:
         if self.gamma == 1:
-            refuse_ignored(self, "gamma is 1", "discount")
+            self.refuse_ignored("gamma is 1", "discount")
 
 
 class TurnGAE(CriticAdvantage):
@@ -157,7 +157,7 @@ class SoftQ(CriticAdvantage):
     q: QFunction = QFunction()
 
     def check(self) -> None:
-        refuse_ignored(self, "the policy learns from Q itself", "entropy_scale")
+        self.refuse_ignored("the policy learns from Q itself", "entropy_scale")
 
 
 class TreeAdvantage(StandardisedAdvantage):

@@ -15,7 +15,6 @@ from pipeline.settings.section import (
     Probability,
     Section,
     Temperature,
-    refuse_ignored,
 )
 
 
@@ -55,11 +54,11 @@ class EntropyRise(Section):
 
     def check(self) -> None:
         if self.initial != "monitored":
-            refuse_ignored(self, "initial is a number", "monitor_slope")
+            self.refuse_ignored("initial is a number", "monitor_slope")
         if self.penalty == 0:
-            refuse_ignored(self, "penalty is 0", "penalty_per")
+            self.refuse_ignored("penalty is 0", "penalty_per")
             if self.base == self.threshold:
-                refuse_ignored(self, "base is the threshold and there is no penalty", "slope")
+                self.refuse_ignored("base is the threshold and there is no penalty", "slope")
 
 
 class Positions(Section):
@@ -91,7 +90,7 @@ class Positions(Section):
 
     def check(self) -> None:
         if self.signal != "branching_score":
-            refuse_ignored(self, f"signal is {self.signal}", "discount", "bounds")
+            self.refuse_ignored(f"signal is {self.signal}", "discount", "bounds")
         if not self.bounds[0] < 1 < self.bounds[1]:
             raise ValueError("bounds must be two numbers, low < 1 < high")
 

@@ -26,7 +26,6 @@ from pipeline.settings.section import (
     Section,
     Seed,
     Temperature,
-    refuse_repeated,
 )
 from pipeline.settings.sweep import Sweep
 from pipeline.workspace.errors import UserError
@@ -268,7 +267,7 @@ class Config(Section):
         return {**raw, "methods": methods}
 
     def check(self) -> None:
-        refuse_repeated(self, "seeds")
+        self.refuse_repeated("seeds")
         if self.bottleneck.groups % self.rollout.groups:
             raise ValueError(
                 f"bottleneck.groups ({self.bottleneck.groups}) must be a multiple of rollout.groups ({self.rollout.groups})"

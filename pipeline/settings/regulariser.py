@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Union
 from pydantic import Field
 
 from pipeline.settings.custom import Custom
-from pipeline.settings.section import NonNegative, Positive, Section, refuse_ignored
+from pipeline.settings.section import NonNegative, Positive, Section
 
 
 class RegulariserSection(Section):
@@ -23,7 +23,7 @@ class RegulariserSection(Section):
 
     def check(self) -> None:
         if self.kl == 0:
-            refuse_ignored(self, "kl is 0", "kl_estimator")
+            self.refuse_ignored("kl is 0", "kl_estimator")
 
 
 class FixedRegulariser(RegulariserSection):
@@ -74,7 +74,7 @@ class CustomRegulariser(RegulariserSection, Custom, slot="regulariser"):
 
     def check(self) -> None:
         super().check()
-        refuse_ignored(self, "the function gives the bonus", "entropy")
+        self.refuse_ignored("the function gives the bonus", "entropy")
 
 
 Regulariser = Annotated[

@@ -77,17 +77,15 @@ class Section(BaseModel):
     def check(self) -> None:
         """What settings ask of one another; raises a ``ValueError`` that says what is allowed."""
 
+    def refuse_ignored(self, reason: str, *names: str) -> None:
+        """A knob that has no effect is an error, unless it is left at its default (invariant 5)."""
+        changed = [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
+        if changed:
+            raise ValueError(f"{', '.join(changed)} has no effect while {reason}")
 
-def refuse_ignored(section: Section, reason: str, *names: str) -> None:
-    """A knob that has no effect is an error, unless it is left at its default (invariant 5)."""
-    changed = [name for name in names if getattr(section, name) != type(section).model_fields[name].default]
-    if changed:
-        raise ValueError(f"{', '.join(changed)} has no effect while {reason}")
-
-
-def refuse_repeated(section: Section, *names: str) -> None:
-    """The values of a list differ."""
-    for name in names:
-        values = getattr(section, name)
-        if len(set(values)) != len(values):
-            raise ValueError(f"{name} must be distinct, got {values}")
+    def refuse_repeated(self, *names: str) -> None:
+        """The values of a list must be distinct."""
+        for name in names:
+            values = getattr(self, name)
+            if len(set(values)) != len(values):
+                raise ValueError(f"{name} must be distinct, got {values}")

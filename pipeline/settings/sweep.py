@@ -4,18 +4,7 @@ from typing import Annotated, Any, Literal, Union
 
 from pydantic import Field
 
-from pipeline.settings.section import (
-    Count,
-    Int,
-    Name,
-    NonNegative,
-    Number,
-    Positive,
-    Section,
-    Seed,
-    at_least,
-    refuse_repeated,
-)
+from pipeline.settings.section import Count, Int, Name, NonNegative, Number, Positive, Section, Seed, at_least
 
 Whole = Annotated[Int, Field(ge=-(10**12), le=10**12)]
 
@@ -75,7 +64,7 @@ class Choice(Section):
     values: list[str | int | float | bool] = Field(min_length=2)
 
     def check(self) -> None:
-        refuse_repeated(self, "values")
+        self.refuse_repeated("values")
 
 
 Space = Annotated[Union[Uniform, Logarithmic, LogarithmicFromZero, Integer, Choice], Field(discriminator="kind")]
@@ -99,7 +88,7 @@ class Study(Section):
 
     def check(self) -> None:
         if self.methods != "all":
-            refuse_repeated(self, "methods")
+            self.refuse_repeated("methods")
 
 
 class MedianPruner(Section):
@@ -159,7 +148,7 @@ class Sweep(Section):
     def check(self) -> None:
         if self.fewer_tokens and self.pruner.kind != "none":
             raise ValueError("fewer_tokens has two objectives, which no pruner can rank; set pruner: {kind: none}")
-        refuse_repeated(self, "seeds", "confirm_seeds")
+        self.refuse_repeated("seeds", "confirm_seeds")
         both = set(self.seeds) & set(self.confirm_seeds)
         if both:
             raise ValueError(f"confirm_seeds must be fresh, {sorted(both)} are among seeds too")

@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Union
 from pydantic import Field
 
 from pipeline.settings.custom import Custom
-from pipeline.settings.section import Int, NonNegative, Probability, Section, Share, Temperature, refuse_ignored
+from pipeline.settings.section import Int, NonNegative, Probability, Section, Share, Temperature
 
 
 class UniformWeight(Section):
@@ -45,7 +45,7 @@ class ActFocusWeight(Section):
         if self.form == "softmax" and self.redistribution_strength > 1:
             raise ValueError("form softmax needs redistribution_strength <= 1")
         if self.redistribution_strength == 0:
-            refuse_ignored(self, "redistribution_strength is 0", "redistribution_temperature", "signal", "form")
+            self.refuse_ignored("redistribution_strength is 0", "redistribution_temperature", "signal", "form")
 
 
 class RoleRampWeight(Section):
@@ -96,7 +96,7 @@ class AttenuatedWeight(Section):
 
     def check(self) -> None:
         if self.low_entropy_weight == 1:
-            refuse_ignored(self, "low_entropy_weight is 1", "quantile")
+            self.refuse_ignored("low_entropy_weight is 1", "quantile")
 
 
 class PivotWeight(Section):
@@ -112,7 +112,7 @@ class PivotWeight(Section):
 
     def check(self) -> None:
         if self.strength == 0:
-            refuse_ignored(self, "strength is 0", "buckets", "quantile")
+            self.refuse_ignored("strength is 0", "buckets", "quantile")
 
 
 class CustomWeight(Custom, slot="weight"):
