@@ -1,4 +1,4 @@
-"""Generalised advantage estimation, and the discounted returns that it is with lambda 1 and no values."""
+"""Generalised advantage estimation, and the discounted sums that it is with lambda 1 and no values."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -49,7 +49,7 @@ def gae(
         following_advantage = r[t] + g[t] * following_value - v[t] + g[t] * lam * following_advantage
         result[t], following_value, following_trajectory = following_advantage, v[t], own[t]
     advantages = torch.zeros_like(values)
-    advantages[index] = torch.tensor(result, dtype=values.dtype)
+    advantages[index] = torch.tensor(result, dtype=values.dtype, device=values.device)
     return advantages
 
 

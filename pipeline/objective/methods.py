@@ -60,7 +60,7 @@ ADVANTAGES: dict[str, Callable[..., AdvantageEstimate]] = {
     "custom": custom.advantage,
 }
 WEIGHTS: dict[str, Callable[..., Tensor]] = {
-    "uniform": weights.uniform,
+    "uniform": lambda batch, section: weights.uniform_weights(batch),
     "actfocus": weights.actfocus_weights,
     "role_ramp": weights.role_ramp,
     "top_entropy": weights.top_entropy,
