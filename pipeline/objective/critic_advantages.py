@@ -19,9 +19,8 @@ def from_gae(batch: TokenBatch, estimates: Estimates, state: State, section: GAE
         gamma = torch.where(last_of_turn(batch), section.gamma, 1.0).to(batch.reward.dtype)
     values, behind = estimates["value"], estimates.get("value_behind")
     raw = gae(batch.reward, values, batch.trainable, batch.trajectory, gamma=gamma, lam=section.lam, behind=behind)
-    return AdvantageEstimate(
-        _whitened(raw, batch, section.whiten), {"value": _target(raw, values, batch.trainable)}, {}
-    )
+    target = _target(raw, values, batch.trainable)
+    return AdvantageEstimate(_whitened(raw, batch, section.whiten), {"value": target}, {})
 
 
 def from_turn_gae(batch: TokenBatch, estimates: Estimates, state: State, section: TurnGAE) -> AdvantageEstimate:
@@ -52,9 +51,8 @@ def from_bilevel_gae(batch: TokenBatch, estimates: Estimates, state: State, sect
     # Token GAE of one turn whose last delta is A_k: a "reward" of A_k + V_k, and nothing after it.
     closing = torch.where(last, high + values, batch.reward)
     raw = gae(closing, values, batch.trainable, batch.turn, gamma=section.gamma, lam=section.lam)
-    return AdvantageEstimate(
-        _whitened(raw, batch, section.whiten), {"value": _target(raw, values, batch.trainable)}, {}
-    )
+    target = _target(raw, values, batch.trainable)
+    return AdvantageEstimate(_whitened(raw, batch, section.whiten), {"value": target}, {})
 
 
 def from_entropy_gae(batch: TokenBatch, estimates: Estimates, state: State, section: EntropyGAE) -> AdvantageEstimate:
