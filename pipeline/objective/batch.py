@@ -82,13 +82,7 @@ class TokenBatch:
 def token_batch(
     trajectories: Trajectories, draws: np.random.Generator, iteration: int = 0, temperature: float | None = None
 ) -> TokenBatch:
-    """Flat tensors of annotated trajectories.
-
-    Args:
-        trajectories: annotated.
-        draws: named generator of the slots' random choices.
-        iteration: of the training.
-        temperature: ``rollout.temperature``; None: whatever they were sampled at.
+    """Flat tensors of annotated trajectories, of which those sampled at ``temperature`` (None: at any) are regular.
 
     Raises:
         ValueError: they are not annotated.

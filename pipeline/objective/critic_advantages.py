@@ -1,7 +1,7 @@
 """Slot S3: advantages that are learned values' surprise: GAE over tokens or turns, and soft Q."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pipeline.objective.batch import State, TokenBatch
@@ -19,7 +19,8 @@ def from_gae(batch: TokenBatch, estimates: Estimates, state: State, section: GAE
         gamma = torch.where(last_of_turn(batch), section.gamma, 1.0).to(batch.reward.dtype)
     values, behind = estimates["value"], estimates.get("value_behind")
     raw = gae(batch.reward, values, batch.trainable, batch.trajectory, gamma=gamma, lam=section.lam, behind=behind)
-    return AdvantageEstimate(_whitened(raw, batch, section.whiten), {"value": _target(raw, values, batch)}, {})
+    target = _target(raw, values, batch.trainable)
+    return AdvantageEstimate(_whitened(raw, batch, section.whiten), {"value": target}, {})
 
 
 def from_turn_gae(batch: TokenBatch, estimates: Estimates, state: State, section: TurnGAE) -> AdvantageEstimate:
@@ -28,16 +29,12 @@ def from_turn_gae(batch: TokenBatch, estimates: Estimates, state: State, section
     ``delta_k = r_k + gamma * V_{k+1} - V_k`` over a trajectory's turns that have a trainable token, with ``V_{k+1}`` of
     ``gae`` behind the last.
     """
-    first = first_of_turn(batch)
-    owner, turn = batch.trajectory[first], batch.turn[first]
-    values, behind = estimates["value"][first], estimates.get("value_behind")
-    everything = torch.ones_like(owner, dtype=torch.bool)
-    own = gae(turn_rewards(batch)[turn], values, everything, owner, gamma=section.gamma, lam=section.lam, behind=behind)
-    by_turn = torch.zeros(len(batch.turn_trajectory), dtype=own.dtype).index_add_(0, turn, own)
-    target = torch.zeros_like(batch.reward)
-    target[first] = own + values
+    first, values, behind = first_of_turn(batch), estimates["value"], estimates.get("value_behind")
+    earned = torch.where(first, turns_to_tokens(batch, turn_rewards(batch)), 0.0)
+    own = gae(earned, values, first, batch.trajectory, gamma=section.gamma, lam=section.lam, behind=behind)
+    by_turn = torch.zeros(len(batch.turn_trajectory), dtype=own.dtype).index_add_(0, batch.turn[first], own[first])
     whitened = _whitened(turns_to_tokens(batch, by_turn), batch, section.whiten)
-    return AdvantageEstimate(whitened, {"value": HeadTarget(target, first)}, {})
+    return AdvantageEstimate(whitened, {"value": _target(own, values, first)}, {})
 
 
 def from_bilevel_gae(batch: TokenBatch, estimates: Estimates, state: State, section: BilevelGAE) -> AdvantageEstimate:
@@ -48,21 +45,14 @@ def from_bilevel_gae(batch: TokenBatch, estimates: Estimates, state: State, sect
     ``A_t = r_t + gamma * V_{t+1} - V_t + gamma * lam * A_{t+1}``. Turn ends come from the turns themselves, not from rewards;
     r_k is the reward on the last token, so that rewards inside a turn reach no earlier one.
     """
-    last, values = last_of_turn(batch), estimates["value"]
-    high, owner = torch.zeros_like(values), batch.trajectory[last]
-    high[last] = gae(
-        batch.reward[last],
-        values[last],
-        torch.ones_like(owner, dtype=torch.bool),
-        owner,
-        gamma=section.turn_gamma,
-        lam=section.turn_lam,
-        behind=estimates.get("value_behind"),
-    )
+    last, values, behind = last_of_turn(batch), estimates["value"], estimates.get("value_behind")
+    earned, gamma, lam = torch.where(last, batch.reward, 0.0), section.turn_gamma, section.turn_lam
+    high = gae(earned, values, last, batch.trajectory, gamma=gamma, lam=lam, behind=behind)
     # Token GAE of one turn whose last delta is A_k: a "reward" of A_k + V_k, and nothing after it.
     closing = torch.where(last, high + values, batch.reward)
     raw = gae(closing, values, batch.trainable, batch.turn, gamma=section.gamma, lam=section.lam)
-    return AdvantageEstimate(_whitened(raw, batch, section.whiten), {"value": _target(raw, values, batch)}, {})
+    target = _target(raw, values, batch.trainable)
+    return AdvantageEstimate(_whitened(raw, batch, section.whiten), {"value": target}, {})
 
 
 def from_entropy_gae(batch: TokenBatch, estimates: Estimates, state: State, section: EntropyGAE) -> AdvantageEstimate:
@@ -85,7 +75,7 @@ def from_entropy_gae(batch: TokenBatch, estimates: Estimates, state: State, sect
     for name, earned, gamma, lam, factor in parts:
         values, behind = estimates[name], estimates.get(f"{name}_behind")
         raw = gae(earned, values, batch.trainable, batch.trajectory, gamma=gamma, lam=lam, behind=behind)
-        targets[name] = _target(raw, values, batch)
+        targets[name] = _target(raw, values, batch.trainable)
         advantage = advantage + factor * _whitened(raw, batch, section.whiten)
     return AdvantageEstimate(advantage, targets, {"first_entropy": first, "multiplier": multiplier})
 
@@ -110,8 +100,8 @@ def from_soft_q(batch: TokenBatch, estimates: Estimates, state: State, section: 
     return AdvantageEstimate(torch.where(chosen, taken - soft, 0.0), {"q": HeadTarget(target, chosen)}, {})
 
 
-def _target(raw: Float[Tensor, " n"], values: Float[Tensor, " n"], batch: TokenBatch) -> HeadTarget:
-    return HeadTarget(torch.where(batch.trainable, raw + values, 0.0), batch.trainable)
+def _target(raw: Float[Tensor, " n"], values: Float[Tensor, " n"], mask: Bool[Tensor, " n"]) -> HeadTarget:
+    return HeadTarget(torch.where(mask, raw + values, 0.0), mask)
 
 
 def _whitened(raw: Float[Tensor, " n"], batch: TokenBatch, wanted: bool) -> Float[Tensor, " n"]:

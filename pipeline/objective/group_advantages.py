@@ -8,12 +8,7 @@ from pipeline.objective.batch import State, TokenBatch
 from pipeline.objective.estimates import AdvantageEstimate, Estimates
 from pipeline.objective.gae import discounted_returns
 from pipeline.objective.turns import turn_rewards, turns_to_tokens
-from pipeline.settings.advantage import (
-    GroupAdvantage,
-    StandardisedAdvantage,
-    StepGroupAdvantage,
-    TokenGroupAdvantage,
-)
+from pipeline.settings.advantage import GroupAdvantage, StandardisedAdvantage, StepGroupAdvantage, TokenGroupAdvantage
 
 
 def group_advantage(
@@ -23,13 +18,7 @@ def group_advantage(
 
     A group of equal returns, a single trajectory among them, has advantage exactly 0: their float mean may differ from
     them by a rounding error, which dividing by a standard deviation of the same size would turn into an advantage.
-
-    Args:
-        returns: one per trajectory.
-        group: index of its group.
-        std: divide by the group's standard deviation.
-        ddof: its delta degrees of freedom, 0 or 1.
-        eps: added to it.
+    ``ddof``, 0 or 1, is the standard deviation's delta degrees of freedom.
     """
     groups = int(group.max()) + 1 if len(group) else 0
     count = torch.zeros(groups, dtype=returns.dtype).index_add_(0, group, torch.ones_like(returns))
