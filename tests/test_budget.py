@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from pipeline.settings.params import Train
 from pipeline.training.budget import progress, training_over
-from pipeline.training.result import TrainingTask, training_task
 from pipeline.training.run import TrainingJob, train_one, train_until
+from pipeline.training.seed_key import TrainingTask, training_task
 from pipeline.workspace.files import read_json
 from tests.trainings import LAKE, configured, left, quiet
 

@@ -17,7 +17,7 @@ import pytest
 
 from pipeline.settings.params import load
 from pipeline.sources.closures import closure
-from pipeline.training.result import ASIDE, RESOLVED, training_key
+from pipeline.training.seed_key import ASIDE, RESOLVED, training_key
 from pipeline.workspace.yaml_files import read_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -243,7 +243,7 @@ import ast, json, re
 from pathlib import Path
 from pipeline.settings.params import load
 from pipeline.sources.closures import closure
-from pipeline.training.result import training_key
+from pipeline.training.seed_key import training_key
 
 config = load("params.yaml")
 

@@ -16,16 +16,16 @@ from pipeline.energy.annotate import annotate, score_trajectories
 from pipeline.model.loading import load_trained
 from pipeline.progress.display import span
 from pipeline.rollout.branch_scores import blank_tokens, branch_scores
+from pipeline.rollout.branching import ranked_positions
 from pipeline.rollout.collector import play
 from pipeline.rollout.engine import RolloutEngine
 from pipeline.rollout.episode import Episode, Setup
-from pipeline.rollout.growths import ranked_positions
 from pipeline.rollout.making import make_engine
 from pipeline.rollout.specs import EpisodeSpec, iteration_specs
 from pipeline.settings.branching import Positions
 from pipeline.settings.params import Config
-from pipeline.training.result import training_task
 from pipeline.training.run import TrainingJob, train_one
+from pipeline.training.seed_key import training_task
 from pipeline.trajectories.builder import build
 from pipeline.trajectories.trajectory import REPORTED_ROLES, Role
 from pipeline.workspace.errors import UserError

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from pipeline.settings.params import Config
 from pipeline.tracking.store import open_store, run_settings, store_of
-from pipeline.training.result import training_task
 from pipeline.training.run import TrainingJob, train_one
+from pipeline.training.seed_key import training_task
 from pipeline.workspace.files import read_json
 from pipeline.workspace.layout import Cache
 from pipeline.workspace.processes import in_own_process, run_in_processes

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.trajectories.trajectory import Role, Trajectories
 
-State = Mapping[str, float]
+SlotMemory = Mapping[str, float]
 """What an adaptive slot has kept from earlier iterations; empty at first."""
 
 MEASURED = ("returns", "logprob", "entropy", "energy", "ref_logprob", "ref_entropy")

@@ -4,7 +4,7 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pipeline.objective.batch import State, TokenBatch
+from pipeline.objective.batch import SlotMemory, TokenBatch
 from pipeline.objective.estimates import AdvantageEstimate, Estimates, HeadTarget
 from pipeline.objective.gae import gae
 from pipeline.objective.standardise import z_score
@@ -12,7 +12,7 @@ from pipeline.objective.turns import first_of_turn, last_of_turn, turn_rewards, 
 from pipeline.settings.advantage import GAE, BilevelGAE, EntropyGAE, SoftQ, TurnGAE
 
 
-def from_gae(batch: TokenBatch, estimates: Estimates, state: State, section: GAE) -> AdvantageEstimate:
+def from_gae(batch: TokenBatch, estimates: Estimates, state: SlotMemory, section: GAE) -> AdvantageEstimate:
     """Token-level GAE; with ``discount`` "turn" gamma applies after a response's last token only (POAD)."""
     gamma: float | Tensor = section.gamma
     if section.discount == "turn":
@@ -23,7 +23,7 @@ def from_gae(batch: TokenBatch, estimates: Estimates, state: State, section: GAE
     return AdvantageEstimate(_whitened(raw, batch, section.whiten), {"value": target}, {})
 
 
-def from_turn_gae(batch: TokenBatch, estimates: Estimates, state: State, section: TurnGAE) -> AdvantageEstimate:
+def from_turn_gae(batch: TokenBatch, estimates: Estimates, state: SlotMemory, section: TurnGAE) -> AdvantageEstimate:
     """GAE over turns, V_k the value of turn k's first trainable token; its tokens share A_k.
 
     ``delta_k = r_k + gamma * V_{k+1} - V_k`` over a trajectory's turns that have a trainable token, with ``V_{k+1}`` of
@@ -37,7 +37,9 @@ def from_turn_gae(batch: TokenBatch, estimates: Estimates, state: State, section
     return AdvantageEstimate(whitened, {"value": _target(own, values, first)}, {})
 
 
-def from_bilevel_gae(batch: TokenBatch, estimates: Estimates, state: State, section: BilevelGAE) -> AdvantageEstimate:
+def from_bilevel_gae(
+    batch: TokenBatch, estimates: Estimates, state: SlotMemory, section: BilevelGAE
+) -> AdvantageEstimate:
     """Bi-level GAE (arXiv 2510.16907): over turns, then backwards over the tokens within each.
 
     V_k is the value at turn k's last trainable token; the turn's advantage ``A_k = delta_k + turn_gamma * turn_lam *
@@ -55,7 +57,9 @@ def from_bilevel_gae(batch: TokenBatch, estimates: Estimates, state: State, sect
     return AdvantageEstimate(_whitened(raw, batch, section.whiten), {"value": target}, {})
 
 
-def from_entropy_gae(batch: TokenBatch, estimates: Estimates, state: State, section: EntropyGAE) -> AdvantageEstimate:
+def from_entropy_gae(
+    batch: TokenBatch, estimates: Estimates, state: SlotMemory, section: EntropyGAE
+) -> AdvantageEstimate:
     """After TECRL (arXiv 2511.11592): ``A_reward + c * A_entropy``, each by GAE with a value function of its own.
 
     In the second ``(1 - entropy_gamma) * H_t`` is a token's "reward", so that values are on the scale of H. c starts at 0
@@ -80,7 +84,7 @@ def from_entropy_gae(batch: TokenBatch, estimates: Estimates, state: State, sect
     return AdvantageEstimate(advantage, targets, {"first_entropy": first, "multiplier": multiplier})
 
 
-def from_soft_q(batch: TokenBatch, estimates: Estimates, state: State, section: SoftQ) -> AdvantageEstimate:
+def from_soft_q(batch: TokenBatch, estimates: Estimates, state: SlotMemory, section: SoftQ) -> AdvantageEstimate:
     """ETPO (arXiv 2402.06700): soft Bellman targets, token by token.
 
     With ``S(x) = V(x) - b KL(x)`` of the prefix x in which a token is chosen (``soft_value`` of the estimates):

@@ -24,7 +24,7 @@ from pipeline.objective import (
     tree_advantages,
     weights,
 )
-from pipeline.objective.batch import State, TokenBatch
+from pipeline.objective.batch import SlotMemory, TokenBatch
 from pipeline.objective.estimates import AdvantageEstimate, Estimates, needed_behind, needed_estimates
 from pipeline.objective.regularisers import EntropyTerms
 from pipeline.objective.standardise import z_score
@@ -115,7 +115,7 @@ def shape_rewards(method: Method, batch: TokenBatch) -> TokenBatch:
 
 
 def token_advantages(
-    method: Method, batch: TokenBatch, estimates: Estimates, state: State | None = None
+    method: Method, batch: TokenBatch, estimates: Estimates, state: SlotMemory | None = None
 ) -> AdvantageEstimate:
     """S3: advantages of all tokens, the targets of the method's heads, and what an adaptive advantage will remember.
 
@@ -176,7 +176,7 @@ def surrogate_plan(method: Method) -> Callable[[UpdateTokens], MinibatchPlan] | 
 
 
 def entropy_terms(
-    method: Method, batch: TokenBatch, state: State | None = None
+    method: Method, batch: TokenBatch, state: SlotMemory | None = None
 ) -> tuple[EntropyTerms, dict[str, float]]:
     """S6: entropy terms of all tokens, and what an adaptive regulariser will remember."""
     return REGULARISERS[method.regulariser.kind](batch, state or {}, method.regulariser)

@@ -5,10 +5,10 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipeline.progress.display import span
+from pipeline.rollout.branching import GROWTHS, Growth
 from pipeline.rollout.collector import play
 from pipeline.rollout.engine import RolloutEngine
 from pipeline.rollout.episode import Episode, Setup
-from pipeline.rollout.growths import GROWTHS, Growth
 from pipeline.rollout.specs import EpisodeSpec
 from pipeline.rollout.tree import ROOT, Origin, Tree
 from pipeline.settings.section import Section

@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.settings.params import Config, parse
 from pipeline.settings.sweep import Study, Value
 from pipeline.sweep.space import changes, configured, current, from_value, to_value
-from pipeline.training.result import training_key
+from pipeline.training.seed_key import training_key
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.yaml_files import read_yaml
 

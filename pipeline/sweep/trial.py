@@ -14,8 +14,8 @@ from pipeline.settings.sweep import Constraints, Value
 from pipeline.sweep.plan import SearchPlan
 from pipeline.sweep.space import suggest
 from pipeline.training.budget import progress
-from pipeline.training.result import training_task
 from pipeline.training.run import Curve, TrainingJob, train_until
+from pipeline.training.seed_key import training_task
 from pipeline.workspace.files import lock
 from pipeline.workspace.finite import NotFiniteError
 from pipeline.workspace.layout import Cache

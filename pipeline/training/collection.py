@@ -10,11 +10,11 @@ from pipeline.model.policy import Policy
 from pipeline.progress.display import span
 from pipeline.progress.timing import Phases
 from pipeline.rollout.branch_scores import blank_tokens, branch_scores
+from pipeline.rollout.branching import moved
 from pipeline.rollout.collector import play
 from pipeline.rollout.engine import RolloutEngine
 from pipeline.rollout.episode import Setup
 from pipeline.rollout.forest import Forest
-from pipeline.rollout.growths import moved
 from pipeline.rollout.specs import iteration_specs
 from pipeline.settings.branching import Branching, Independent, Positions
 from pipeline.settings.params import Config

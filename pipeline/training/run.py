@@ -18,7 +18,7 @@ from pipeline.tracking.training import RunSettings, TrainingRun
 from pipeline.training.budget import progress, training_over
 from pipeline.training.callbacks import Checkpoint, Clock, End, Log, Progress, Validation
 from pipeline.training.module import PolicyGradient
-from pipeline.training.result import TrainingTask, table_slice
+from pipeline.training.seed_key import TrainingTask, table_slice
 from pipeline.trajectories.table import read
 from pipeline.workspace.files import lock, read_json, replacing, write_json
 from pipeline.workspace.finite import located

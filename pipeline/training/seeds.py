@@ -6,8 +6,8 @@ from pathlib import Path
 from pipeline.progress.display import doing
 from pipeline.settings.params import Config
 from pipeline.tracking.store import open_store, run_settings, store_of
-from pipeline.training.result import training_task
 from pipeline.training.run import TrainingJob, train_one
+from pipeline.training.seed_key import training_task
 from pipeline.workspace.files import read_json, write_json
 from pipeline.workspace.layout import Cache, Layout
 from pipeline.workspace.processes import in_own_process, run_in_processes

@@ -159,11 +159,11 @@ def generated(count: int, seed: int, goals_per_product: int) -> Shop:
     return Shop(products, attributes.items(), None, goals_per_product, None, "the generated catalogue")
 
 
-Stamp = tuple[str, int, int]
+FileStamp = tuple[str, int, int]
 """Path, size and time of change: an equal one is an unchanged file."""
 
 
-def _stamp(path: str) -> Stamp:
+def _stamp(path: str) -> FileStamp:
     try:
         found = Path(path).stat()
     except OSError as error:
@@ -172,7 +172,9 @@ def _stamp(path: str) -> Stamp:
 
 
 @lru_cache(maxsize=2)
-def _loaded(products: Stamp, attributes: Stamp, human: Stamp | None, goals_per_product: int, cache: str | None) -> Shop:
+def _loaded(
+    products: FileStamp, attributes: FileStamp, human: FileStamp | None, goals_per_product: int, cache: str | None
+) -> Shop:
     shop = Shop(
         (value for _, value in elements_of(products[0], "[")),
         elements_of(attributes[0], "{"),

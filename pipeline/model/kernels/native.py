@@ -61,7 +61,7 @@ def scores(x: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Packing:
     """Which tokens of a packed batch belong together, and which of them ask. All int64, contiguous."""
 
     offsets: Int[np.ndarray, " e1"]
@@ -72,12 +72,12 @@ class Layout:
     """Each query's place within its sequence, ascending."""
 
 
-def layout(lengths: Sequence[int] | np.ndarray, asking: Int[np.ndarray, " m"] | None = None) -> Layout:
+def layout(lengths: Sequence[int] | np.ndarray, asking: Int[np.ndarray, " m"] | None = None) -> Packing:
     """Sequences of these lengths; ``asking`` are the indices of the tokens that ask, None is all."""
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     asking = np.arange(offsets[-1]) if asking is None else asking
     starts = np.searchsorted(asking, offsets)
-    return Layout(offsets, starts, asking - np.repeat(offsets[:-1], np.diff(starts)))
+    return Packing(offsets, starts, asking - np.repeat(offsets[:-1], np.diff(starts)))
 
 
 def causal_attention(
@@ -85,7 +85,7 @@ def causal_attention(
     key: Float[Tensor, "n kv_heads size"],
     value: Float[Tensor, "n kv_heads size"],
     rotation: Rotation | None,
-    layout: Layout,
+    layout: Packing,
     scale: float,
 ) -> Float[Tensor, "m heads size"]:
     """Causal attention within sequences, for the tokens that ask; differentiable by query, key and value."""
@@ -100,7 +100,7 @@ class _CausalAttention(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
         rotation: Rotation | None,
-        layout: Layout,
+        layout: Packing,
         scale: float,
     ) -> Tensor:
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
@@ -269,7 +269,7 @@ def _over_sequences(
     name: str,
     tensors: tuple[Tensor, ...],
     rotation: Rotation | None,
-    layout: Layout,
+    layout: Packing,
     scale: float,
     rest: tuple[Tensor, ...],
 ) -> None:
