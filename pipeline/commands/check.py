@@ -1,6 +1,6 @@
 """Check a params file, and say what it would run.
 
-The environments that it names are made once, as the first stage of the DAG does.
+The first stage of the DAG does the same, but for the environments, each of which is made once here.
 """
 
 import math
@@ -11,10 +11,13 @@ from pipeline.commands.cli import ParamsFile, configured
 
 def main(params: ParamsFile = "params.yaml") -> str:
     config, _, params = configured(params)
+    from pipeline.environments import make
     from pipeline.sources.checks import check_named
     from pipeline.workspace.yaml_files import read_yaml
 
     check_named(config, params)
+    for section in config.environments.values():
+        make(section)
     dag = Path(params).with_name("dvc.yaml")
     stages = read_yaml(dag)["stages"] if dag.exists() else {}
     # A stage runs once for each combination of its matrix, which names sections of the params file.
