@@ -352,35 +352,6 @@ def dvc(folder: Path, *options: str) -> str:
     return done.stdout
 
 
-def stale(folder: Path) -> set[str]:
-    """Stages of which a dependency has changed, once what params.yaml names has been looked at."""
-    run(folder, "sources")
-    return set(json.loads(dvc(folder, "status", "--json"))) - {"sources@params"}
-
-
-PLAY_COIN = {"rollout@coin", "train@coin-grpo", "evaluate@coin-grpo", "evaluate_reference@coin"}
-
-
-@pytest.mark.parametrize(
-    ("file", "found"),
-    [
-        ("mine.py", {"policy", "compare", *PLAY_COIN}),
-        ("mine_words.py", {"policy", "compare", *PLAY_COIN}),
-        ("notes.txt", {"policy", "compare", *PLAY_COIN}),
-        ("model/config.json", {"policy"}),
-        ("other.py", set()),
-    ],
-)
-def test_an_edit_of_what_params_name_makes_the_stages_stale_that_it_decides(
-    tracked: Path, file: str, found: set[str]
-) -> None:
-    """And what has been put back is up to date again: the next file's stages are no more than its own."""
-    text = (tracked / file).read_text(encoding="utf-8") if (tracked / file).exists() else ""
-    (tracked / file).write_text(f"{text}\n", encoding="utf-8")
-    assert stale(tracked) == found
-    (tracked / file).write_text(text, encoding="utf-8")
-
-
 def test_after_an_edit_a_stage_plays_again_and_a_seed_is_trained_again_and_no_other(tracked: Path) -> None:
     train = ["train", "--environment", "coin", "--method", "grpo"]
     assert "(0 trained now, 1 kept)" in run(tracked, *train)
