@@ -19,7 +19,7 @@ from pipeline.objective.regularisers import EntropyTerms, entropy_band, entropy_
 from pipeline.settings.method import Method
 from pipeline.settings.regulariser import CustomRegulariser, EntropyBand, EntropyTarget, FixedRegulariser
 from pipeline.trajectories.trajectory import Role
-from tests.batches import CLOSE, batches, method, noise, properties, section
+from tests.batches import CLOSE, batches, method, noise, properties, section, unbranched
 
 KINDS = [
     get_args(choice.model_fields["kind"].annotation)[0]
@@ -68,6 +68,7 @@ def four_trajectories(entropy: list[float], success: list[bool]) -> TokenBatch:
         ref_logprob=zeros,
         ref_entropy=zeros,
         noise=zeros,
+        **unbranched(4),
     )
 
 
@@ -79,7 +80,7 @@ def four_trajectories(entropy: list[float], success: list[bool]) -> TokenBatch:
 def test_fixed_is_the_same_bonus_everywhere_and_no_band(batch: TokenBatch, entropy: float) -> None:
     for terms, state in (
         fixed(batch, {}, section(FixedRegulariser, entropy=entropy)),
-        entropy_terms(row("fixed", entropy=entropy), batch, {"old": 1}),
+        entropy_terms(row("fixed", entropy=entropy), batch, {"old": 1.0}),
     ):
         n = len(batch.role)
         close(terms.bonus, [entropy] * n)

@@ -19,7 +19,7 @@ from pipeline.settings.filter import AllGroups, RewardVariance
 from pipeline.settings.method import Method
 from pipeline.settings.reward import CustomReward
 from pipeline.trajectories.trajectory import Role
-from tests.batches import CLOSE, batches, method, noise, properties, section
+from tests.batches import CLOSE, batches, method, noise, properties, section, unbranched
 
 KINDS = [
     get_args(choice.model_fields["kind"].annotation)[0] for choice in methods.REWARDS if choice is not CustomReward
@@ -157,6 +157,7 @@ def small_batch(tokens: list[int], entropy: list[float], success: list[bool], dt
         ref_logprob=zeros,
         ref_entropy=zeros,
         noise=zeros,
+        **unbranched(len(tokens)),
     )
 
 
