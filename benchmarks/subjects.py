@@ -13,7 +13,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from pipeline.model.loading import load_trained
 from pipeline.model.policy import Policy
 from pipeline.settings.params import Config, load
-from pipeline.training.result import table_slice
+from pipeline.training.seed_key import table_slice
 from pipeline.trajectories.table import read
 from pipeline.trajectories.trajectory import Trajectories
 from pipeline.workspace.layout import Layout

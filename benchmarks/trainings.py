@@ -20,8 +20,8 @@ from pipeline.workspace.processes import Tell, run_in_processes
 def training_task(setup: Setup, method: str, iterations: int, folder: Path) -> Any:
     """A real training with tracking and checkpoints, in a folder of its own."""
     from pipeline.tracking.store import open_store, run_settings, store_of
-    from pipeline.training.result import training_task as task_of
     from pipeline.training.run import TrainingJob
+    from pipeline.training.seed_key import training_task as task_of
 
     config = setup.config
     config = config.model_copy(

@@ -1,14 +1,13 @@
 """Annotate the table with token energy: data/annotated/<environment>.parquet."""
 
-from pipeline.commands.cli import EnvironmentName, ParamsFile, configured, layout_of, next_command, run
+from pipeline.commands.cli import EnvironmentName, ParamsFile, configured, next_command, run
 from pipeline.trajectories.table import read, write
 from pipeline.trajectories.trajectory import concatenate
 
 
 def main(environment: EnvironmentName, params: ParamsFile = "params.yaml") -> str:
-    config, params = configured(params, environment)
-    name, layout = environment, layout_of(config)
-    table = read(layout.trajectories(name))
+    config, layout, params = configured(params, environment)
+    table = read(layout.trajectories(environment))
     import transformers.models.auto.modeling_auto  # noqa: F401  (imported before the processes fork)
 
     from pipeline.energy.annotate import annotate_part
@@ -17,19 +16,16 @@ def main(environment: EnvironmentName, params: ParamsFile = "params.yaml") -> st
     slice_size = config.rollout.groups * config.rollout.group_size
     size = -(-len(table) // (slice_size * config.workers)) * slice_size
     tasks = {
-        f"part {start // size}": (
-            config,
-            layout.policy,
-            table.select(range(start, min(start + size, len(table)))),
-        )
+        f"part {start // size}": (config, layout.policy, table.select(range(start, min(start + size, len(table)))))
         for start in range(0, len(table), size)
     }
-    annotated = concatenate(list(run_in_processes(annotate_part, tasks, config.workers, f"annotate {name}").values()))
-    target = layout.annotated(name)
+    parts = run_in_processes(annotate_part, tasks, config.workers, f"annotate {environment}")
+    annotated = concatenate(list(parts.values()))
+    target = layout.annotated(environment)
     write(annotated, target)
     return (
         f"{target}: {len(annotated)} episodes, {int(annotated.sampled.sum())} sampled tokens with their energies. "
-        f"{next_command(params, 'python -m stages.bottleneck', environment=name)}"
+        f"{next_command(params, 'python -m stages.bottleneck', environment=environment)}"
     )
 
 

@@ -1,13 +1,12 @@
 """Measure the Action Bottleneck, and draw it: reports/bottleneck/<environment>."""
 
-from pipeline.commands.cli import EnvironmentName, ParamsFile, configured, layout_of, next_command, run
+from pipeline.commands.cli import EnvironmentName, ParamsFile, configured, next_command, run
 from pipeline.trajectories.table import read
 
 
 def main(environment: EnvironmentName, params: ParamsFile = "params.yaml") -> str:
-    config, params = configured(params, environment)
-    name, layout = environment, layout_of(config)
-    annotated = read(layout.annotated(name))
+    config, layout, params = configured(params, environment)
+    annotated = read(layout.annotated(environment))
     from pipeline.analysis.bottleneck import bottleneck
     from pipeline.progress.display import doing
     from pipeline.report.bottleneck_figures import draw_bottleneck
@@ -15,7 +14,7 @@ def main(environment: EnvironmentName, params: ParamsFile = "params.yaml") -> st
 
     doing("measuring the Action Bottleneck")
     diagnostics = bottleneck(annotated, config.bottleneck.resamples)
-    folder = layout.bottleneck(name)
+    folder = layout.bottleneck(environment)
     write_json(folder / "bottleneck.json", diagnostics)
     doing("drawing the Action Bottleneck")
     draw_bottleneck(annotated, diagnostics, folder)
@@ -23,7 +22,7 @@ def main(environment: EnvironmentName, params: ParamsFile = "params.yaml") -> st
     shown = ", ".join(f"{key} {value:+.3f}" if value is not None else f"{key} undefined" for key, value in rho.items())
     return (
         f"{folder}: {diagnostics['groups']} groups; Spearman of mean energy with return variance: {shown}. "
-        f"{next_command(params, 'python -m stages.train', environment=name, method=next(iter(config.methods)))}"
+        f"{next_command(params, 'python -m stages.train', environment=environment, method=next(iter(config.methods)))}"
     )
 
 

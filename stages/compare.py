@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from pipeline.commands.cli import ParamsFile, configured, layout_of, run
+from pipeline.commands.cli import ParamsFile, configured, run
 
 
 def main(params: ParamsFile = "params.yaml") -> str:
-    config, _ = configured(params)
+    config, layout, _ = configured(params)
     from pipeline.analysis.comparison import compare, read_inputs
     from pipeline.analysis.examples import read_all_played
     from pipeline.analysis.metrics import write_metrics
@@ -22,7 +22,6 @@ def main(params: ParamsFile = "params.yaml") -> str:
     from pipeline.workspace.errors import UserError
     from pipeline.workspace.files import read_json, write_json, write_text
 
-    layout = layout_of(config)
     reports = layout.reports
     inputs = read_inputs(config, layout)
     bottleneck = {name: read_json(layout.bottleneck(name) / "bottleneck.json") for name in config.environments}

@@ -1,18 +1,10 @@
 """Play held-out initial states with a method's final policies, or with the reference policy (--method reference)."""
 
-from pipeline.commands.cli import (
-    EnvironmentName,
-    MethodName,
-    ParamsFile,
-    configured,
-    layout_of,
-    next_command,
-    run,
-)
+from pipeline.commands.cli import EnvironmentName, MethodName, ParamsFile, configured, next_command, run
 
 
 def main(environment: EnvironmentName, method: MethodName, params: ParamsFile = "params.yaml") -> str:
-    config, params = configured(params, environment, method)
+    config, layout, params = configured(params, environment, method)
     import pyarrow as pa
     import pyarrow.compute as pc
     import pyarrow.parquet as pq
@@ -22,15 +14,9 @@ def main(environment: EnvironmentName, method: MethodName, params: ParamsFile = 
     from pipeline.workspace.files import replacing
     from pipeline.workspace.processes import run_in_processes
 
-    layout = layout_of(config)
     tasks = {
         f"seed {seed} at {temperature:g}": EvaluationTask(
-            config,
-            environment,
-            method,
-            seed,
-            layout.final_policy(environment, method, seed),
-            temperature,
+            config, environment, method, seed, layout.final_policy(environment, method, seed), temperature
         )
         for seed in config.seeds
         for temperature in config.evaluation.temperatures

@@ -1,10 +1,10 @@
 """Make or load the reference policy: models/policy, a Hugging Face directory."""
 
-from pipeline.commands.cli import ParamsFile, configured, layout_of, next_command, run
+from pipeline.commands.cli import ParamsFile, configured, next_command, run
 
 
 def main(params: ParamsFile = "params.yaml") -> str:
-    config, params = configured(params)
+    config, layout, params = configured(params)
     import torch
 
     from pipeline.bootstrap.supervision import bootstrap, expert_of
@@ -16,7 +16,6 @@ def main(params: ParamsFile = "params.yaml") -> str:
     from pipeline.workspace.errors import UserError
 
     torch.set_num_threads(config.workers)
-    target = layout_of(config).policy
     settings = config.policy
     for section in config.environments.values():
         environment = make(section)
@@ -48,10 +47,10 @@ def main(params: ParamsFile = "params.yaml") -> str:
             )
     if settings.kind == "pretrained":
         accept(policy, settings.model, config)
-    policy.save(target)
+    policy.save(layout.policy)
     size = sum(p.numel() for p in policy.model.parameters())
     following = next_command(params, "python -m stages.rollout", environment=next(iter(config.environments)))
-    return f"{target}: {size / 1e6:.2f} M parameters, {len(policy.tokenizer)} tokens. {following}"
+    return f"{layout.policy}: {size / 1e6:.2f} M parameters, {len(policy.tokenizer)} tokens. {following}"
 
 
 if __name__ == "__main__":

@@ -1,10 +1,10 @@
 """Sample the reference policy's episodes: data/trajectories/<environment>.parquet."""
 
-from pipeline.commands.cli import EnvironmentName, ParamsFile, configured, layout_of, next_command, run
+from pipeline.commands.cli import EnvironmentName, ParamsFile, configured, next_command, run
 
 
 def main(environment: EnvironmentName, params: ParamsFile = "params.yaml") -> str:
-    config, params = configured(params, environment)
+    config, layout, params = configured(params, environment)
     import transformers.models.auto.modeling_auto  # noqa: F401  (imported before the processes fork)
 
     from pipeline.progress.display import doing
@@ -13,16 +13,16 @@ def main(environment: EnvironmentName, params: ParamsFile = "params.yaml") -> st
     from pipeline.trajectories.trajectory import RESPONSES, concatenate
     from pipeline.workspace.processes import run_in_processes
 
-    name, layout = environment, layout_of(config)
     slices = range(config.bottleneck.groups // config.rollout.groups)
     tasks = {
-        f"slice {n}": (config, name, layout.policy, list(slices[n :: config.workers])) for n in range(config.workers)
+        f"slice {n}": (config, environment, layout.policy, list(slices[n :: config.workers]))
+        for n in range(config.workers)
     }
-    parts = run_in_processes(sample_slices, tasks, config.workers, f"rollout {name}")
+    parts = run_in_processes(sample_slices, tasks, config.workers, f"rollout {environment}")
     by_seed = {seed: part for result in parts.values() for seed, part in result.items()}
     doing("writing the table")
     table = concatenate([by_seed[seed] for seed in slices])
-    target = layout.trajectories(name)
+    target = layout.trajectories(environment)
     write(table, target)
     success = sum(table.episodes["success"]) / len(table)
     responses = table.responses
@@ -30,7 +30,7 @@ def main(environment: EnvironmentName, params: ParamsFile = "params.yaml") -> st
     return (
         f"{target}: {len(table)} episodes, {int(table.sampled.sum())} sampled tokens, success {success:.3f} at "
         f"temperature {config.rollout.temperature:g}, of {len(responses)} turns {turns}. "
-        f"{next_command(params, 'python -m stages.annotate', environment=name)}"
+        f"{next_command(params, 'python -m stages.annotate', environment=environment)}"
     )
 
 

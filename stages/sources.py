@@ -5,17 +5,17 @@ DVC runs this first and always: every other stage depends on what it writes, and
 
 import os
 
-from pipeline.commands.cli import ParamsFile, configured, layout_of, next_command, run
+from pipeline.commands.cli import ParamsFile, configured, next_command, run
 
 
 def main(params: ParamsFile = "params.yaml") -> str:
-    config, params = configured(os.path.normpath(params))
+    config, layout, params = configured(os.path.normpath(params))
     from pipeline.sources.checks import check_named
     from pipeline.sources.fingerprints import of_environment, of_machine, of_method, of_policy
     from pipeline.workspace.files import write_json
 
     check_named(config, params)
-    folder = layout_of(config).sources
+    folder = layout.sources
     found = {
         **{f"environments/{name}": of_environment(section) for name, section in config.environments.items()},
         **{f"methods/{name}": of_method(method) for name, method in config.methods.items()},

@@ -2,11 +2,11 @@
 
 from pathlib import Path
 
-from pipeline.commands.cli import ParamsFile, StudyName, configured, layout_of, run
+from pipeline.commands.cli import ParamsFile, StudyName, configured, run
 
 
 def main(study: StudyName, params: ParamsFile = "params.yaml") -> str:
-    config, params = configured(params)
+    config, layout, params = configured(params)
     from pipeline.progress.display import doing
     from pipeline.sweep.figures import write_figures
     from pipeline.sweep.plan import plans
@@ -20,7 +20,7 @@ def main(study: StudyName, params: ParamsFile = "params.yaml") -> str:
     from pipeline.workspace.processes import in_own_process
 
     root = Path(".")
-    target, policy = layout_of(config).sweep(study), layout_of(config).policy
+    target, policy = layout.sweep(study), layout.policy
     if not (policy / "config.json").exists():
         raise UserError(f"{policy}: no policy there; `make sweep` makes it first, as does python -m stages.policy")
     found = []
@@ -31,9 +31,7 @@ def main(study: StudyName, params: ParamsFile = "params.yaml") -> str:
     doing("drawing figures")
     write_text(target / "trials.csv", trials_table(found).to_csv(index=False))
     write_text(target / "best.yaml", best_overlay(found))
-    write_json(
-        target / "summary.json", {"schema": 1, "study": study, "searches": [summary(search) for search in found]}
-    )
+    write_json(target / "summary.json", {"schema": 1, "study": study, "searches": list(map(summary, found))})
     write_text(target / "sweep.txt", report_text(found))
     write_figures(found, target)
     doing("logging to MLflow")

@@ -2,7 +2,7 @@
 
 import sys
 
-from pipeline.commands.cli import EnvironmentName, MethodName, ParamsFile, configured, layout_of, next_command, run
+from pipeline.commands.cli import EnvironmentName, MethodName, ParamsFile, configured, next_command, run
 from pipeline.trajectories.table import read
 from pipeline.trajectories.trajectory import TrajectoryError
 from pipeline.workspace.files import lock
@@ -10,8 +10,8 @@ from pipeline.workspace.layout import Cache
 
 
 def main(environment: EnvironmentName, method: MethodName, params: ParamsFile = "params.yaml") -> str:
-    config, params = configured(params, environment, method)
-    name, layout = f"{environment}-{method}", layout_of(config)
+    config, layout, params = configured(params, environment, method)
+    name = f"{environment}-{method}"
     table = layout.annotated(environment)
     if not read(table).annotated:
         raise TrajectoryError(f"{table}: not annotated; run `python -m stages.annotate --environment {environment}`")

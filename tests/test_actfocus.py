@@ -79,11 +79,11 @@ def test_a_mistake_is_one_plain_line(
 def test_a_params_file_is_checked_with_what_it_names(
     monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
 ) -> None:
-    assert called(monkeypatch, "check", "--params", "presets/smoke/params.yaml") == 0
+    assert called(monkeypatch, "check", "--params", "params.yaml") == 0
     first, *_, runs, following = capfd.readouterr().out.splitlines()
-    assert first == "presets/smoke/params.yaml: right. 1 environments x 3 methods x 2 seeds = 6 trainings"
-    assert runs.startswith("runs of each stage: sources 1, policy 1, rollout 1, annotate 1, bottleneck 1, train 3, ")
-    assert following == "Next: dvc repro presets/smoke/dvc.yaml"
+    assert first == "params.yaml: right. 1 environments x 5 methods x 4 seeds = 20 trainings"
+    assert runs.startswith("runs of each stage: sources 1, policy 1, rollout 1, annotate 1, bottleneck 1, train 5, ")
+    assert following == "Next: dvc repro dvc.yaml"
     right, elsewhere = (ROOT / "params.yaml").read_text(encoding="utf-8"), tmp_path / "params.yaml"
     for text, code in ((right, 0), (right.replace("id: actfocus/", "id: nowhere:actfocus/", 1), 2)):
         elsewhere.write_text(text, encoding="utf-8")
@@ -94,5 +94,9 @@ def test_a_params_file_is_checked_with_what_it_names(
 def test_contracts_that_are_broken_are_printed(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    assert called(monkeypatch, "contracts", "--id", "nowhere:Nothing-v0") == 1
-    assert capsys.readouterr().out.startswith("nowhere:Nothing-v0: made: environments: id 'nowhere:Nothing-v0' cannot")
+    for id, seen in (
+        ("nowhere:Nothing-v0", "made: environments: id 'nowhere:Nothing-v0' cannot"),
+        ("tests.broken_seeds:IgnoresItsSeeds-v0", "seed used: "),
+    ):
+        assert called(monkeypatch, "contracts", "--id", id) == 1
+        assert capsys.readouterr().out.startswith(f"{id}: {seen}")

@@ -27,8 +27,8 @@ from pipeline.settings.method import Method
 from pipeline.settings.params import Config, Environment, ScratchPolicy, parse
 from pipeline.settings.presets import overlay
 from pipeline.settings.section import Section
-from pipeline.training.result import training_task
 from pipeline.training.run import TrainingJob, train_one
+from pipeline.training.seed_key import training_task
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.yaml_files import read_yaml
 from tests.trainings import LAKE, TINY, quiet

@@ -38,8 +38,8 @@ from pipeline.settings.params import Config, Environment
 from pipeline.settings.section import Section
 from pipeline.training.collection import Collection
 from pipeline.training.module import PolicyGradient
-from pipeline.training.result import TrainingTask, training_task
 from pipeline.training.run import TrainingJob, train_one
+from pipeline.training.seed_key import TrainingTask, training_task
 from pipeline.trajectories.parsing import decode, token_roles
 from pipeline.trajectories.table import read, to_table, write
 from pipeline.trajectories.trajectory import Role, Trajectories

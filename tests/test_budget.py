@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from pipeline.settings.params import Train
 from pipeline.training.budget import progress, training_over
-from pipeline.training.result import TrainingTask, training_task
 from pipeline.training.run import TrainingJob, train_one, train_until
+from pipeline.training.seed_key import TrainingTask, training_task
 from pipeline.workspace.files import read_json
 from tests.trainings import LAKE, configured, left, quiet
 
@@ -132,7 +132,7 @@ def test_a_training_that_has_spent_its_tokens_and_has_no_result_yet_makes_no_fur
     )
     train_one(TrainingJob(straight, None, None), quiet)
     stopped.cache.mkdir(parents=True)
-    obstacle = stopped.cache / "partial"
+    obstacle = stopped.cache / "result.partial"
     obstacle.write_text("where the result is put together")
     with pytest.raises(OSError, match="partial"):
         train_one(TrainingJob(stopped, None, None), quiet)

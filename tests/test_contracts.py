@@ -1,4 +1,4 @@
-"""The suite of contracts over environments that break one each, and the command.
+"""The suite of contracts over environments that break one each.
 
 Each broken environment is ``Walk`` with one thing wrong; the suite has to report that contract and no other.
 """
@@ -6,7 +6,6 @@ Each broken environment is ``Walk`` with one thing wrong; the suite has to repor
 from __future__ import annotations
 
 import re
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ import numpy as np
 import pytest
 
 import tests.broken_seeds  # noqa: F401  (registers its walks)
-from pipeline.contracts.environment import CONTRACTS, Bounds, check_environment, main
+from pipeline.contracts.environment import CONTRACTS, Bounds, check_environment
 from pipeline.environments import make, playing
 from pipeline.settings.params import Environment
 from pipeline.workspace.errors import UserError
@@ -226,19 +225,3 @@ def test_an_expert_is_asked_for_what_it_calls_solvable_and_for_no_more_than_the_
 
 def test_every_contract_is_broken_by_something_here() -> None:
     assert {*BROKEN.values(), "board", "expert", "imports"} == {"made", *CONTRACTS}
-
-
-@pytest.mark.parametrize(
-    ("arguments", "printed"),
-    [
-        (["--id", "tests.broken_seeds:IgnoresItsSeeds-v0"], "tests.broken_seeds:IgnoresItsSeeds-v0: seed used: "),
-        (["--id", "nowhere:Nothing-v0"], "nowhere:Nothing-v0: made: environments: id 'nowhere:Nothing-v0' cannot"),
-        (["--params", "nothing.yaml"], "nothing.yaml: no such file"),
-    ],
-)
-def test_the_command_prints_what_is_broken(
-    arguments: list[str], printed: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(sys, "argv", ["contracts", *arguments])
-    assert main() == 1
-    assert capsys.readouterr().out.startswith(printed)

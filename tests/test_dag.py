@@ -100,7 +100,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(stage_by_stage, two)
         call(one, sys.executable, "-m", "pipeline.commands.app", "preset", "--name", "smoke")
-        assert len(repro(one)) == 4 + 2 * len(METHODS) + 1
+        assert len(repro(one)) == 5 + 2 * len(METHODS) + 1
         other.result()
     return one, two
 

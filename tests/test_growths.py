@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from pipeline.rollout.branch_scores import action_starts, blank_tokens, branch_scores, omega, standardised
-from pipeline.rollout.growths import (
+from pipeline.rollout.branching import (
     entropy_rise,
     expandable,
     monitored_budget,

@@ -25,8 +25,7 @@ from pipeline.training.gradients import gradient_share
 from pipeline.training.heads import HEADS, Head, QHead, Scene, ValueHead, make_heads
 from pipeline.training.module import PolicyGradient
 from pipeline.training.tokens import TokenTable
-from pipeline.training.update import SHARES
-from pipeline.trajectories.trajectory import RESPONSE_ROLES, Role
+from pipeline.trajectories.trajectory import REPORTED_ROLES, RESPONSE_ROLES, Role
 from pipeline.workspace.yaml_files import read_yaml
 from tests.trainings import standing, updated
 
@@ -533,10 +532,10 @@ def soft_token(module: PolicyGradient, example: Example, t: int, log_pi: Tensor)
 
 
 def shares_of(examples: list[Example], norms: list[list[float]]) -> dict[str, float]:
-    sums: dict[str, float] = dict.fromkeys(SHARES, 0.0)
+    sums: dict[str, float] = dict.fromkeys(REPORTED_ROLES, 0.0)
     for example, own in zip(examples, norms, strict=True):
         for role, norm in zip(example.role.tolist(), own, strict=True):
-            (name,) = [name for name, roles in SHARES.items() if role in roles]
+            (name,) = [name for name, roles in REPORTED_ROLES.items() if role in roles]
             sums[name] += norm
     total = math.fsum(sums.values())
     return {f"measured_gradient_share_{name}": value / total for name, value in sums.items()}
@@ -595,7 +594,7 @@ def test_gradient_shares_look_at_so_many_trajectories_and_tokens(monkeypatch: py
     monkeypatch.setattr(gradients, "_norm", norm)
     shares = gradient_share(module.learner, table_of(examples), np.random.default_rng(3))
     everyone = torch.cat([e.role for e in examples])
-    for name, roles in SHARES.items():
+    for name, roles in REPORTED_ROLES.items():
         expected = sum(int((everyone == role).sum()) for role in roles) / len(everyone)
         assert shares[f"measured_gradient_share_{name}"] == pytest.approx(expected)
     assert len(seen) in (4 * 5 * 4, 3 * 5 * 4)  # the empty trajectory may be one of the four

@@ -27,8 +27,8 @@ from pipeline.rollout.transformers_engine import TransformersEngine, sample
 from pipeline.training.checks import recomputed
 from pipeline.training.iteration import Iteration, run_iteration
 from pipeline.training.module import PolicyGradient
-from pipeline.training.result import training_task
 from pipeline.training.run import TrainingJob, train_one, train_until
+from pipeline.training.seed_key import training_task
 from pipeline.training.tokens import TokenTable
 from pipeline.training.update import Learner
 from pipeline.workspace import files

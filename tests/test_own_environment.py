@@ -399,7 +399,9 @@ def test_dvc_has_a_stage_for_every_environment_and_method(tmp_path: Path) -> Non
     subprocess.run([*dvc, "init", "--no-scm", "--quiet"], cwd=tmp_path, check=True)
     listed = subprocess.run([*dvc, "stage", "list", "--name-only"], cwd=tmp_path, capture_output=True, text=True)
     assert {
-        f"{part}@{name}" for part in ("rollout", "annotate", "evaluate_reference") for name in ("coin", "other")
+        f"{part}@{name}"
+        for part in ("rollout", "annotate", "bottleneck", "evaluate_reference")
+        for name in ("coin", "other")
     } | {f"{part}@{name}-grpo" for part in ("train", "evaluate") for name in ("coin", "other")} | {
         "sources@params",
         "policy",

@@ -175,8 +175,8 @@ def test_a_stretch_of_time_reads_naturally(seconds: float, text: str) -> None:
 def test_inside_an_iteration_episodes_turns_and_tokens_are_told(
     directory: Path, tmp_path: Path, heard: list[tuple[float, float, str]]
 ) -> None:
-    from pipeline.training.result import training_task
     from pipeline.training.run import TrainingJob, train_one
+    from pipeline.training.seed_key import training_task
 
     task = training_task(configured(), LAKE, "grpo", 0, directory, tmp_path)
     report = progress._teller

@@ -12,7 +12,7 @@ import torch
 from pydantic.fields import FieldInfo
 
 from pipeline.model.policy import Policy
-from pipeline.rollout.growths import GROWTHS
+from pipeline.rollout.branching import GROWTHS
 from pipeline.settings.params import Config, parse
 from pipeline.settings.presets import overlay, preset_values
 from pipeline.settings.section import Section

@@ -12,7 +12,7 @@ import pytest
 from pipeline.settings.params import Environment, PretrainedPolicy, load
 from pipeline.sources.fingerprints import of_environment, of_policy
 from pipeline.sources.hashes import KNOWN, LARGE, file_hash
-from pipeline.training.result import training_key
+from pipeline.training.seed_key import training_key
 from pipeline.workspace.errors import UserError
 
 ROOT = Path(__file__).parents[1]

@@ -14,12 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from ruamel.yaml import YAML
 
-from pipeline.settings.params import load, parse
-from pipeline.settings.presets import overlay
+from pipeline.settings.params import load
 from pipeline.sources.closures import closure
-from pipeline.training.result import ASIDE, RESOLVED, training_key
+from pipeline.training.seed_key import ASIDE, RESOLVED, training_key
 from pipeline.workspace.yaml_files import read_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -118,12 +116,12 @@ SLOT_FILES = (
 
 @pytest.mark.parametrize("name", SLOT_FILES)
 def test_a_methods_settings_have_no_behaviour(name: str) -> None:
-    """Whatever is a function there is a validator: what settings do is in the code that reads them."""
+    """The only function there is a section's check: what settings do is in the code that reads them."""
     tree = ast.parse((PIPELINE / "settings" / f"{name}.py").read_text(encoding="utf-8"))
     for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef | ast.Lambda):
             assert isinstance(node, ast.FunctionDef), f"line {node.lineno}"
-            assert [ast.unparse(one) for one in node.decorator_list] == ["model_validator(mode='after')"], node.name
+            assert node.name == "check", node.name
 
 
 def test_no_module_imports_itself_by_way_of_others() -> None:
@@ -234,6 +232,7 @@ UNKEYED = {
     "pipeline.progress": UNDECIDING["pipeline.progress"],
     "pipeline.tracking": UNDECIDING["pipeline.tracking"],
     "pipeline.sources": "makes the key",
+    "pipeline.training.seeds": "puts finished trainings where the next stages look for them",
     "pipeline.settings": "what it makes of params.yaml is in the key",
     "pipeline.workspace.yaml_files": "what it reads of params.yaml is in the key",
     "pipeline.trajectories.records": "what the pages of MLflow show of episodes",
@@ -244,7 +243,7 @@ import ast, json, re
 from pathlib import Path
 from pipeline.settings.params import load
 from pipeline.sources.closures import closure
-from pipeline.training.result import training_key
+from pipeline.training.seed_key import training_key
 
 config = load("params.yaml")
 
@@ -320,29 +319,6 @@ def test_a_seeds_key_changes_with_what_the_kernels_are(monkeypatch: pytest.Monke
     assert training_key(*arguments) == before
     monkeypatch.setattr("pipeline.sources.fingerprints.build", lambda: "another instruction set")
     assert training_key(*arguments) != before
-
-
-def test_every_yaml_block_of_the_readme_is_valid_on_top_of_params() -> None:
-    blocks = re.findall(r"```yaml\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.S)
-    assert len(blocks) >= 2
-    for block in blocks:
-        changes = YAML(typ="safe").load(block)
-        parse(overlay(read_yaml(ROOT / "params.yaml"), changes), "README.md")
-
-
-def test_make_targets_in_the_readme_exist() -> None:
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), flags=re.M))
-    named = set(re.findall(r"(?:`|^)make ([a-z-]+)", (ROOT / "README.md").read_text(encoding="utf-8"), flags=re.M))
-    assert named
-    assert named <= targets
-
-
-def test_paths_in_the_readme_exist() -> None:
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    for path in re.findall(r"`((?:pipeline|stages|tests|presets|docs)/[A-Za-z0-9_./-]+)`", text):
-        assert (ROOT / path).exists(), path
-    for path in re.findall(r"\]\((docs/[^)#]+)", text):
-        assert (ROOT / path).exists(), path
 
 
 def test_no_lock_file_is_in_git() -> None:

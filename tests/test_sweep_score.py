@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 
 from pipeline.settings.sweep import Constraints
-from pipeline.sweep.score import success, tokens, validation, violations
+from pipeline.sweep.trial import success, tokens, validation, violations
 
 
 def curve(before: float, after: dict[int, float], iterations: int, **last: float) -> list[dict[str, float]]:

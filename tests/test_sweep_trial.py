@@ -13,10 +13,9 @@ from optuna.trial import TrialState
 
 from pipeline.settings.params import parse
 from pipeline.sweep.plan import SearchPlan, plans
-from pipeline.sweep.score import success, violations
-from pipeline.sweep.trial import Outcome, TrainingObjective
-from pipeline.training.result import training_task
+from pipeline.sweep.trial import Outcome, TrainingObjective, success, violations
 from pipeline.training.run import TrainingJob, train_one
+from pipeline.training.seed_key import training_task
 from pipeline.workspace.layout import Cache
 from pipeline.workspace.yaml_files import read_yaml
 from tests.searches import SMOKE, awaited, begin, kill_all, params, run, trials_asked_for, trials_of

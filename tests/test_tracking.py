@@ -23,10 +23,10 @@ from transformers import AutoModelForCausalLM
 from pipeline.settings.params import Config, load
 from pipeline.tracking.comparison import best_training, log_comparison
 from pipeline.tracking.datasets import dvc_digest
+from pipeline.tracking.parents import log_parent, log_trial
 from pipeline.tracking.send import send_waiting
 from pipeline.tracking.spool import Spool, waiting
 from pipeline.tracking.store import study_run
-from pipeline.tracking.study import log_study, log_trial
 from pipeline.tracking.training import Store, TrainingRun
 from pipeline.training.run import TrainingJob, train_until
 from pipeline.workspace.files import write_json
@@ -283,7 +283,7 @@ def test_trials_are_nested_in_their_study_whatever_became_of_them(store: Store, 
         log_trial(study, 0, "COMPLETE", {"method": {"learning_rate": 1e-4}}, rows, {"baseline": "paper"})
         log_trial(study, 1, "PRUNED", {"method": {"learning_rate": 1e-3}}, rows[:1], {})
         log_trial(study, 2, "FAIL", {}, [], {"retry_of": "1"})
-        log_study(study, {"best": 0.2})
+        log_parent(study, {"best": 0.2})
     [parent] = runs_of(store.uri, "study")
     trials = runs_of(store.uri, "trial")
     assert [run.data.tags["trial"] for run in trials] == ["0", "1", "2"]
@@ -304,7 +304,7 @@ def test_trials_of_a_sweep_without_a_server_are_sent_later(
     nowhere = replace(study, store=replace(study.store, uri="http://127.0.0.1:9"))
     for number in range(3):
         log_trial(nowhere, number, "COMPLETE", {}, [{"iteration": 0, "validation_success": 0.5}], {})
-    log_study(nowhere, {"best": 0.5})
+    log_parent(nowhere, {"best": 0.5})
     assert capfd.readouterr().err.count("cannot be used now") == 1
     assert apart(send_waiting, store.uri, store.cache) == (4, 0)
     assert len(runs_of(store.uri, "trial")) == 3
@@ -334,7 +334,7 @@ def test_a_run_that_the_store_refuses_does_not_hold_up_others(
 
 def test_what_writes_records_does_not_wait_for_mlflow_to_be_imported() -> None:
     """A sweep's trainings have no run; MLflow takes two seconds."""
-    code = "import sys, pipeline.tracking.study; print({'mlflow', 'torch'} & set(sys.modules))"
+    code = "import sys, pipeline.tracking.parents; print({'mlflow', 'torch'} & set(sys.modules))"
     done = subprocess.run(
         [sys.executable, "-c", code], cwd=ROOT, env={**os.environ}, capture_output=True, text=True, check=True
     )

@@ -37,7 +37,7 @@ from pipeline.settings.presets import overlay
 from pipeline.training.collection import Collection
 from pipeline.training.iteration import Iteration, run_iteration, shuffled
 from pipeline.training.module import PolicyGradient
-from pipeline.training.result import table_slice
+from pipeline.training.seed_key import table_slice
 from pipeline.training.tokens import TokenTable
 from pipeline.training.update import Learner, averages
 from pipeline.trajectories.table import write

@@ -128,7 +128,7 @@ def focused(batch: TokenBatch, **settings: Any) -> torch.Tensor:
 
 
 def test_the_rows_cover_the_table() -> None:
-    assert {type(method(weight=row).weight) for row in ROWS} == set(WEIGHTS)
+    assert {method(weight=row).weight.kind for row in ROWS} == set(WEIGHTS) - {"custom"}
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)

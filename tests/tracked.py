@@ -21,8 +21,8 @@ from mlflow import MlflowClient
 from pipeline.settings.params import Config
 from pipeline.tracking.store import run_settings
 from pipeline.tracking.training import RunSettings, Store
-from pipeline.training.result import training_task
 from pipeline.training.run import TrainingJob, train_one
+from pipeline.training.seed_key import training_task
 from tests.trainings import LAKE
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy import stats
 
+from pipeline.analysis.statistics import significant
 from pipeline.trajectories.trajectory import REPORTED_ROLES, RESPONSE_ROLES, Role, Trajectories, TrajectoryError
 from pipeline.workspace.randomness import generator
 
@@ -42,18 +43,13 @@ class GroupEnergy:
 def bottleneck(trajectories: Trajectories, resamples: int, seed: int = 0) -> dict[str, Any]:
     """Rank correlation of mean token energy with return variance, and the energies of every role (arXiv 2605.14558).
 
-    Args:
-        trajectories: annotated; one environment, groups of one size.
-        resamples: bootstrap resamples of groups, per interval.
-        seed: of the resampling.
-
     Returns:
         A JSON-ready dict. Floats have 6 significant digits; what is undefined is None.
 
         * ``action``, ``reasoning``, ``response``: ``spearman``, its 95 % percentile interval ``ci_low`` and
-          ``ci_high``, two-sided ``p_value``, ``groups`` (those that have such tokens), ``undefined_resamples`` (left out
-          of the interval because all their values were equal); ``varying`` holds the same over groups of
-          non-zero variance.
+          ``ci_high`` over bootstrap resamples of groups, two-sided ``p_value``, ``groups`` (those with such tokens),
+          ``undefined_resamples`` (left out of the interval because all their values were equal); ``varying`` holds the
+          same over groups of non-zero variance.
         * ``groups``, ``group_size``, ``episodes``, ``distinct_states`` (fewer than groups where initial states repeat),
           ``zero_variance_groups``, ``mean_return_variance``, ``success``.
         * ``tokens`` (sampled), ``action_token_share`` of them; ``role_counts`` of all tokens, prompts too.
@@ -76,27 +72,20 @@ def bottleneck(trajectories: Trajectories, resamples: int, seed: int = 0) -> dic
         "episodes": len(trajectories),
         "distinct_states": len(set(trajectories.episodes["state_key"])),
         "zero_variance_groups": int((~varying).sum()),
-        "mean_return_variance": _rounded(per_group.variance.mean()),
-        "success": _rounded(np.mean(trajectories.episodes["success"])),
+        "mean_return_variance": significant(per_group.variance.mean()),
+        "success": significant(np.mean(trajectories.episodes["success"])),
         "tokens": tokens,
-        "action_token_share": _rounded(sampled_tokens(trajectories, (Role.ACTION,)).sum() / tokens),
+        "action_token_share": significant(sampled_tokens(trajectories, (Role.ACTION,)).sum() / tokens),
         "role_counts": {role.name.lower(): int((trajectories.role == role).sum()) for role in Role},
     }
     for scope, energy in per_group.energy.items():
-        over_all, over_varying = (
-            _correlation(
-                energy[members],
-                per_group.variance[members],
-                resamples,
-                generator(seed, "bottleneck bootstrap", scope, part),
-            )
-            for part, members in (("all", np.full_like(varying, True)), ("varying", varying))
-        )
-        result[scope] = {**over_all, "varying": over_varying}
-    result["energy_by_role"] = {
-        role.name.lower(): _distribution(role_energy(trajectories, role)) for role in RESPONSE_ROLES
-    }
-    return result
+        found = {}
+        for part, members in (("all", np.full_like(varying, True)), ("varying", varying)):
+            draws = generator(seed, "bottleneck bootstrap", scope, part)
+            found[part] = _correlation(energy[members], per_group.variance[members], resamples, draws)
+        result[scope] = {**found["all"], "varying": found["varying"]}
+    energies = {role.name.lower(): role_energy(trajectories, role) for role in RESPONSE_ROLES}
+    return {**result, "energy_by_role": {role: _distribution(values) for role, values in energies.items()}}
 
 
 def group_energy(trajectories: Trajectories) -> GroupEnergy:
@@ -121,14 +110,12 @@ def group_energy(trajectories: Trajectories) -> GroupEnergy:
 
 def role_energy(trajectories: Trajectories, role: Role) -> Float[np.ndarray, " n"]:
     """Energies of the sampled tokens of a role, in nats."""
-    energy: np.ndarray = _checked_energy(trajectories)[sampled_tokens(trajectories, (role,))]
-    return energy
+    return np.asarray(_checked_energy(trajectories)[sampled_tokens(trajectories, (role,))])
 
 
 def sampled_tokens(trajectories: Trajectories, roles: tuple[Role, ...]) -> Bool[np.ndarray, " n"]:
     """Which tokens the policy chose in one of these roles; a prefilled tag is not among them."""
-    chosen: np.ndarray = trajectories.sampled & np.isin(trajectories.role, roles)
-    return chosen
+    return np.asarray(trajectories.sampled & np.isin(trajectories.role, roles))
 
 
 def token_counts(diagnostics: Mapping[str, Any]) -> dict[str, int]:
@@ -150,12 +137,11 @@ def _checked_energy(trajectories: Trajectories) -> Float[np.ndarray, " n"]:
     if broken:
         raise TrajectoryError(f"energy is not finite on {broken} of {int(chosen.sum())} sampled tokens")
     # Elsewhere the column means nothing, so whatever it holds there must not reach a scale or a sum.
-    energy: np.ndarray = np.where(chosen, trajectories.energy, 0).astype(np.float64)
-    return energy
+    return np.where(chosen, trajectories.energy, 0).astype(np.float64)
 
 
 def _group_size(trajectories: Trajectories) -> int:
-    sizes = sorted({int(size) for size in np.bincount(trajectories.groups)})
+    sizes: list[int] = np.unique(np.bincount(trajectories.groups)).tolist()
     if len(sizes) > 1:
         raise TrajectoryError(f"groups of one size are needed, found sizes {', '.join(map(str, sizes))}")
     return sizes[0]
@@ -163,10 +149,7 @@ def _group_size(trajectories: Trajectories) -> int:
 
 def _without_float_noise(values: Float[np.ndarray, " g"], scale: float) -> Float[np.ndarray, " g"]:
     """Values that differ by summation order alone become equal: ranks would make much of the difference."""
-    if scale == 0:
-        return values
-    quiet: np.ndarray = np.round(values / scale, 10) * scale
-    return quiet
+    return np.asarray(np.round(values / scale, 10) * scale) if scale else values
 
 
 def _correlation(
@@ -177,18 +160,18 @@ def _correlation(
     count = len(energy)
     constant = count == 0 or np.ptp(energy) == 0 or np.ptp(variance) == 0
     if count < LEAST_GROUPS or constant:
-        blank = dict.fromkeys(("spearman", "ci_low", "ci_high", "p_value"))
-        return {**blank, "groups": count, "undefined_resamples": 0}
+        undefined = dict.fromkeys(("spearman", "ci_low", "ci_high", "p_value"))
+        return {**undefined, "groups": count, "undefined_resamples": 0}
     test = stats.spearmanr(energy, variance)
     index = draws.integers(count, size=(resamples, count))
     resampled = _rowwise_spearman(energy[index], variance[index])
     defined = resampled[np.isfinite(resampled)]
     low, high = np.quantile(defined, [0.025, 0.975]) if len(defined) else (math.nan, math.nan)
     return {
-        "spearman": _rounded(test.statistic),
-        "ci_low": _rounded(low),
-        "ci_high": _rounded(high),
-        "p_value": _rounded(test.pvalue),
+        "spearman": significant(test.statistic),
+        "ci_low": significant(low),
+        "ci_high": significant(high),
+        "p_value": significant(test.pvalue),
         "groups": count,
         "undefined_resamples": resamples - len(defined),
     }
@@ -199,8 +182,8 @@ def _rowwise_spearman(left: Float[np.ndarray, "b g"], right: Float[np.ndarray, "
     left, right = (stats.rankdata(values, axis=1) for values in (left, right))
     left, right = (ranks - ranks.mean(axis=1, keepdims=True) for ranks in (left, right))
     spread = np.sqrt((left**2).sum(axis=1) * (right**2).sum(axis=1))
-    rho: np.ndarray = np.divide((left * right).sum(axis=1), spread, out=np.full(len(spread), np.nan), where=spread > 0)
-    return rho
+    undefined = np.full(len(spread), np.nan)
+    return np.asarray(np.divide((left * right).sum(axis=1), spread, out=undefined, where=spread > 0))
 
 
 def _distribution(energy: Float[np.ndarray, " n"]) -> dict[str, Any]:
@@ -208,9 +191,4 @@ def _distribution(energy: Float[np.ndarray, " n"]) -> dict[str, Any]:
     if not len(energy):
         return {"count": 0, **dict.fromkeys(names)}
     values = [energy.mean(), energy.std(), *np.percentile(energy, _QUANTILES)]
-    return {"count": len(energy), **{name: _rounded(value) for name, value in zip(names, values, strict=True)}}
-
-
-def _rounded(value: Any) -> float | None:
-    """Six significant digits, so that equal results are equal text; None if undefined, because JSON has no NaN."""
-    return float(f"{value:.6g}") if math.isfinite(value) else None
+    return {"count": len(energy), **{name: significant(value) for name, value in zip(names, values, strict=True)}}

@@ -70,8 +70,8 @@ def read_timings(config: Config, layout: Layout) -> dict[tuple[str, str], Curves
     Raises:
         UserError: a file is not JSON.
     """
-    files = {key: layout.timings(*key) for key in product(config.environments, config.methods)}
-    return {key: read_json(file)["seeds"] for key, file in files.items() if file.exists()}
+    trained = product(config.environments, config.methods)
+    return {key: read_json(layout.timings(*key))["seeds"] for key in trained if layout.timings(*key).exists()}
 
 
 def compare(config: Config, inputs: Inputs) -> dict[str, Any]:
@@ -86,18 +86,13 @@ def compare(config: Config, inputs: Inputs) -> dict[str, Any]:
     Raises:
         ValueError: an evaluation is unbalanced or lacks a temperature, or two of them share no seed or state.
     """
-    rows = [
-        row
-        for environment in config.environments
-        for temperature in config.evaluation.temperatures
-        for row in _rows(config, inputs, environment, temperature)
-    ]
+    grid = product(config.environments, config.evaluation.temperatures)
     return {
         "schema": 2,
         "comparison": config.comparison,
         "resamples": config.compare.resamples,
         "tokens": config.train.tokens,
-        "rows": rows,
+        "rows": [row for place in grid for row in _rows(config, inputs, *place)],
     }
 
 
@@ -149,16 +144,13 @@ def _rows(config: Config, inputs: Inputs, environment: str, temperature: float) 
     for method in methods:
         own = scores[method]
         uniform, control = config.compare.uniform.get(method), config.compare.control.get(method)
+        others = {"uniform": uniform, "control": control, "reference": None if method == REFERENCE else REFERENCE}
+        differences = {k: statistics.paired_difference(own, scores[other]) for k, other in others.items() if other}
         improvement = None if uniform is None else statistics.probability_of_improvement(own, scores[uniform])
-        differences = {
-            kind: None if other is None else statistics.paired_difference(own, scores[other])
-            for kind, other in (
-                ("reference", None if method == REFERENCE else REFERENCE),
-                ("uniform", uniform),
-                ("control", control),
-            )
-        }
         seed_means = own.success.mean(axis=(1, 2))
+        t_interval = statistics.t_interval(own.success)
+        # It knows nothing of a rate's range: the part outside [0, 1] is cut off.
+        within = None if t_interval is None else Interval(*np.clip(t_interval, 0.0, 1.0))
         rows.append(
             {
                 "environment": environment,
@@ -171,14 +163,14 @@ def _rows(config: Config, inputs: Inputs, environment: str, temperature: float) 
                 "success_mean": _round(own.success.mean()),
                 "success_iqm": _round(statistics.interquartile_mean(own.success)),
                 **_bounds("success_ci", statistics.bootstrap_interval(own.success, resamples, draws())),
-                **_bounds("t_ci", _rate_bounds(statistics.t_interval(own.success))),
+                **_bounds("t_ci", within),
                 "seed_success": [_round(mean) for mean in seed_means],
                 "reference_success": _round(scores[REFERENCE].success.mean()),
                 **_bounds("reference_ci", reference),
                 "uniform": uniform,
                 "control": control,
-                **{key: value for kind, found in differences.items() for key, value in _compared(kind, found).items()},
-                "probability_of_improvement": None if improvement is None else _round(improvement),
+                **{key: value for k in others for key, value in _compared(k, differences.get(k)).items()},
+                "probability_of_improvement": _round(improvement),
                 "collapsed_seeds": None if method == REFERENCE else int((seed_means < reference.low).sum()),
                 **_behaviour(
                     tables[method].filter(pc.equal(tables[method]["temperature"], temperature)),
@@ -223,9 +215,15 @@ def _training(config: Config, method: str, curves: Curves | None) -> dict[str, A
     shares = [r[SHARE] for rows in curves.values() for r in rows if SHARE in r]
     settings = config.methods[method]
     own = {slot: section.model_dump(mode="json") for slot, section in custom_sections(settings).items()}
+    iterations = mean(len(rows) for rows in curves.values())
+    # What the methods were given, to see at what they are compared. A path is an episode.
+    episodes, tokens = (
+        mean(int(sum(r[key] for r in rows)) for rows in curves.values()) for key in ("episodes", "tokens")
+    )
+    given = (episodes, tokens, episodes / (config.rollout.groups * iterations))
     return {
-        "iterations": mean(len(rows) for rows in curves.values()),
-        "kl_iteration_action_first3": _finite(float(f"{np.mean(first):.6g}")) if first else None,
+        "iterations": iterations,
+        "kl_iteration_action_first3": statistics.significant(float(np.mean(first))) if first else None,
         "gradient_share_action": _round(float(np.mean(shares))) if shares else None,
         "learning_rate": settings.learning_rate,
         "regulariser": settings.regulariser.model_dump(mode="json"),
@@ -233,44 +231,29 @@ def _training(config: Config, method: str, curves: Curves | None) -> dict[str, A
         "status": settings.status,
         "source": settings.source,
         **({"custom": own} if own else {}),
-        **_spent(config, curves),
+        **{key: round(value, 6) for key, value in zip(SPENT, given, strict=True)},
     }
-
-
-def _spent(config: Config, curves: Curves) -> dict[str, float]:
-    """``SPENT``: what the methods were given, to see at what they are compared. A path is an episode."""
-    episodes, tokens = (
-        mean(int(sum(row[key] for row in rows)) for rows in curves.values()) for key in ("episodes", "tokens")
-    )
-    states = config.rollout.groups * mean(len(rows) for rows in curves.values())
-    return dict(zip(SPENT, (round(episodes, 6), round(tokens, 6), round(episodes / states, 6)), strict=True))
 
 
 def _compared(kind: str, difference: Difference | None) -> dict[str, Any]:
     name = f"difference_to_{kind}"
+    if difference is None:
+        return dict.fromkeys(f"{name}{part}" for part in ("", "_ci_low", "_ci_high", "_seeds", "_by_seed"))
     return {
-        name: None if difference is None else _round(difference.value),
-        **_bounds(f"{name}_ci", None if difference is None else difference.interval),
-        f"{name}_seeds": None if difference is None else len(difference.by_seed),
-        f"{name}_by_seed": None if difference is None else [_round(value) for value in difference.by_seed],
+        name: _round(difference.value),
+        **_bounds(f"{name}_ci", difference.interval),
+        f"{name}_seeds": len(difference.by_seed),
+        f"{name}_by_seed": [_round(value) for value in difference.by_seed],
     }
 
 
 def _bounds(name: str, interval: Interval | None) -> dict[str, float | None]:
-    return {
-        f"{name}_low": None if interval is None else _round(interval.low),
-        f"{name}_high": None if interval is None else _round(interval.high),
-    }
+    low, high = interval or (None, None)
+    return {f"{name}_low": _round(low), f"{name}_high": _round(high)}
 
 
-def _rate_bounds(interval: Interval | None) -> Interval | None:
-    """A t-interval knows nothing of a rate's range; the part outside [0, 1] is cut off."""
-    return None if interval is None else Interval(max(0.0, interval.low), min(1.0, interval.high))
-
-
-def _round(value: float) -> float | None:
-    return _finite(round(float(value), 6) + 0.0)  # + 0.0 makes -0.0 a zero
-
-
-def _finite(value: float) -> float | None:
-    return value if math.isfinite(value) else None
+def _round(value: float | None) -> float | None:
+    """To six digits; None stays, and is what has no finite value."""
+    if value is None or not math.isfinite(value):
+        return None
+    return round(float(value), 6) + 0.0  # + 0.0 makes -0.0 a zero

@@ -15,12 +15,7 @@ def series_of(curves: Curves, key: str) -> np.ndarray:
 
 
 def costs(tokens: int | None, timed: bool) -> list[str]:
-    """What trainings spend, that first that they end by: sampled tokens if they are budgeted, else iterations.
-
-    Args:
-        tokens: the budget, if there is one.
-        timed: whether seconds are known.
-    """
+    """What trainings spend, that first that they end by: tokens if there is a budget of them, else iterations."""
     known = ["iterations", "episodes", "tokens", *(["seconds"] if timed else [])]
     return known if tokens is None else sorted(known, key=lambda cost: cost != "tokens")
 

@@ -16,16 +16,16 @@ from pipeline.energy.annotate import annotate, score_trajectories
 from pipeline.model.loading import load_trained
 from pipeline.progress.display import span
 from pipeline.rollout.branch_scores import blank_tokens, branch_scores
+from pipeline.rollout.branching import ranked_positions
 from pipeline.rollout.collector import play
 from pipeline.rollout.engine import RolloutEngine
 from pipeline.rollout.episode import Episode, Setup
-from pipeline.rollout.growths import ranked_positions
 from pipeline.rollout.making import make_engine
 from pipeline.rollout.specs import EpisodeSpec, iteration_specs
 from pipeline.settings.branching import Positions
 from pipeline.settings.params import Config
-from pipeline.training.result import training_task
 from pipeline.training.run import TrainingJob, train_one
+from pipeline.training.seed_key import training_task
 from pipeline.trajectories.builder import build
 from pipeline.trajectories.trajectory import REPORTED_ROLES, Role
 from pipeline.workspace.errors import UserError
@@ -85,13 +85,7 @@ class Position(NamedTuple):
 def decisions(config: Config, policy: Path, name: str, method: str, sizes: SampleSizes, cache: Path) -> dict[str, Any]:
     """Roles and explained variance of the tokens that each signal ranks highest.
 
-    Args:
-        config: params.yaml.
-        policy: directory of the reference policy, which is what samples.
-        name: key in ``environments``.
-        method: key in ``methods``: one iteration of it moves the policy for APPO's branching score.
-        sizes: how much is sampled.
-        cache: folder of these short trainings.
+    One iteration of ``method`` moves the policy for APPO's branching score; ``cache`` keeps these short trainings.
 
     Returns:
         Per signal that has found a token ``positions``, ``roles`` (shares), ``between`` (mean variance that a token
@@ -144,15 +138,10 @@ def _measure(task: SeedTask, report: Tell) -> list[Position]:
     for done, group in enumerate(dict.fromkeys(table.episodes["group_id"])):
         members = [e for e, own in enumerate(table.episodes["group_id"]) if own == group]
         sampled = [np.flatnonzero(table.sampled[rows[e]]) for e in members]
-        wanted = {
-            signal: [
-                (members[row], split)
-                for row, split in ranked_positions([own[rows[e]] for e in members], sampled, "before")[
-                    : sizes.positions
-                ]
-            ]
-            for signal, own in scores.items()
-        }
+        wanted = {}
+        for signal, own in scores.items():
+            ranked = ranked_positions([own[rows[e]] for e in members], sampled, "before")
+            wanted[signal] = [(members[row], split) for row, split in ranked[: sizes.positions]]
         places = list(dict.fromkeys(itertools.chain(*wanted.values())))
         with span("branches:"):
             found = resampled(engine, episodes, places, sizes, temperature)
@@ -172,14 +161,10 @@ def resampled(
     sizes: SampleSizes,
     temperature: float,
 ) -> list[np.ndarray]:
-    """Returns behind candidates for some tokens.
+    """Returns behind candidates for some tokens of finished episodes.
 
     Args:
-        engine: samples.
-        episodes: finished.
         places: index of an episode, and position of one of its sampled tokens.
-        sizes: how many candidates, and continuations of each.
-        temperature: of sampling.
 
     Returns:
         Per place float64 (candidates, continuations). A candidate with which an episode ends has equal returns.
@@ -209,13 +194,9 @@ def resampled(
 
 
 def components(returns: np.ndarray) -> tuple[float, float]:
-    """Variance components of a one-way layout with random effects.
+    """Variance components of a one-way layout with random effects, from returns (candidates, continuations).
 
-    Args:
-        returns: (candidates, continuations).
-
-    Returns:
-        Between candidates, ``(MS_between - MS_within) / continuations``, and within, ``MS_within``: both unbiased.
+    Between candidates it is ``(MS_between - MS_within) / continuations``, and within ``MS_within``: both unbiased.
     """
     size = returns.shape[1]
     between = size * float(returns.mean(axis=1).var(ddof=1))
@@ -238,15 +219,13 @@ def summarised(positions: Sequence[Position]) -> dict[str, Any]:
             continue
         control = sums[control_of(signal)]
         paired = np.concatenate([own, control], axis=1)
-        compared = control is not own and control.any()
+        beyond = _interval(paired, draws, lambda total: _share(total) - _share(total[..., 3:]))
         rows[signal] = {
             "positions": len(roles),
             "roles": {role: roles.count(role) / len(roles) for role in REPORTED_ROLES},
             "between": _interval(own, draws, lambda total: total[..., 0] / np.maximum(total[..., 2], 1.0)),
             "explained": _interval(own, draws, _share),
-            "minus_control": _interval(paired, draws, lambda total: _share(total) - _share(total[..., 3:]))
-            if compared
-            else None,
+            "minus_control": beyond if control is not own and control.any() else None,
         }
     return rows
 

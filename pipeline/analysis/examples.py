@@ -27,7 +27,7 @@ class Played:
 
 
 def read_played(path: Path) -> Played:
-    """Read the episodes of a training's last iteration (``training.episodes.update_columns``).
+    """Read the episodes of a training's last iteration (``training.iteration.update_columns``).
 
     Raises:
         TrajectoryError: as ``trajectory.read``.

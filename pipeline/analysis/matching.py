@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 from pipeline.settings.params import Config
 from pipeline.tracking.store import open_store, run_settings, store_of
-from pipeline.training.result import training_task
 from pipeline.training.run import TrainingJob, train_one
+from pipeline.training.seed_key import training_task
 from pipeline.workspace.files import read_json
 from pipeline.workspace.layout import Cache
 from pipeline.workspace.processes import in_own_process, run_in_processes
@@ -33,12 +33,9 @@ class Match(NamedTuple):
 
 
 def search(moved: Callable[[float], float], wanted: float, rate: float) -> list[Match]:
-    """At most ``STEPS`` learning rates, in the order tried, with the KL at each.
+    """At most ``STEPS`` learning rates, in the order tried from ``rate`` on, with the mean KL per iteration at each.
 
-    Args:
-        moved: learning rate -> mean KL per iteration there.
-        wanted: the KL that is sought; the search ends within a share ``CLOSE`` of it.
-        rate: the first learning rate.
+    The search ends within a share ``CLOSE`` of the KL that is wanted.
     """
     tried: list[Match] = []
     while len(tried) < STEPS:
@@ -58,15 +55,8 @@ def nearest(tried: Sequence[Match], wanted: float) -> Match:
 def matched(config: Config, environment: str, method: str, to: str, policy: Path) -> tuple[Match, list[Match]]:
     """Train both methods for a few iterations, at the learning rates that are tried; runs are kept, and told to MLflow.
 
-    Args:
-        config: params.yaml.
-        environment: key in ``environments``.
-        method: key in ``methods``, whose learning rate is sought.
-        to: key in ``methods``, the one to be matched at its own learning rate.
-        policy: directory of the reference policy.
-
     Returns:
-        The method to be matched, and what was tried, in order.
+        The method ``to`` at its own learning rate, and what was tried of ``method`` to match it, in order.
     """
     in_own_process(open_store, store_of(config, Path(".")), environment)
     train = config.train.model_copy(update={"iterations": ITERATIONS, "tokens": None, "validate_every": ITERATIONS})

@@ -12,49 +12,25 @@ import numpy as np
 from pipeline.analysis.comparison import Curves, headline
 from pipeline.workspace.files import write_json, write_text
 
-METRICS = {
-    "success": "success_mean",
-    "success_ci_low": "success_ci_low",
-    "success_ci_high": "success_ci_high",
-    "return": "return_mean",
-    "valid_action_rate": "valid_action_rate",
-    "disallowed_rate": "disallowed_rate",
-    "malformed_rate": "malformed_rate",
-    "cut_rate": "cut_rate",
-    "collapsed_seeds": "collapsed_seeds",
-    "difference_to_uniform": "difference_to_uniform",
-    "difference_to_uniform_ci_low": "difference_to_uniform_ci_low",
-    "difference_to_uniform_ci_high": "difference_to_uniform_ci_high",
-}
-"""Metric of `dvc metrics` -> key of a comparison's row."""
+RATES = ("valid_action_rate", "disallowed_rate", "malformed_rate", "cut_rate")
+
+METRICS = (
+    "success_mean", "success_ci_low", "success_ci_high", "return_mean", *RATES, "collapsed_seeds",
+    "difference_to_uniform", "difference_to_uniform_ci_low", "difference_to_uniform_ci_high",
+)  # fmt: skip
+"""Keys of a comparison's row; to `dvc metrics`, means are called by what they are of."""
 
 CURVES = (
-    "success",
-    "validation_success",
-    "return",
-    "valid_action_rate",
-    "disallowed_rate",
-    "malformed_rate",
-    "cut_rate",
-    "entropy_action",
-    "entropy_reasoning",
-    "kl_reference",
-    "kl_iteration_action",
-    "gradient_norm",
-    "clip_fraction",
-    "gradient_share_action",
-    "tokens",
-)
+    "success", "validation_success", "return", *RATES, "entropy_action", "entropy_reasoning", "kl_reference",
+    "kl_iteration_action", "gradient_norm", "clip_fraction", "gradient_share_action", "tokens",
+)  # fmt: skip
 """Columns of the table of learning curves: keys of the curves, as means over seeds."""
 
 
 def write_metrics(comparison: Mapping[str, Any], curves: Mapping[tuple[str, str], Curves], reports: Path) -> None:
     """Write ``metrics/<environment>/<method>.json`` and ``plots/curves.csv``; equal input gives equal bytes.
 
-    Args:
-        comparison: what ``comparison.compare`` gave.
-        curves: (environment, method) -> learning curves of its seeds.
-        reports: folder that receives both; metrics of methods that are no longer compared are removed.
+    Metrics of methods that are no longer compared are removed.
     """
     shutil.rmtree(reports / "metrics", ignore_errors=True)
     for environment, methods in headline_metrics(comparison).items():
@@ -67,7 +43,7 @@ def headline_metrics(comparison: Mapping[str, Any]) -> dict[str, dict[str, dict[
     """Environment -> method -> ``METRICS`` at the headline temperature; what does not apply is left out."""
     return {
         environment: {
-            method: {name: row[key] for name, key in METRICS.items() if row.get(key) is not None}
+            method: {key.removesuffix("_mean"): row[key] for key in METRICS if row.get(key) is not None}
             for method, row in rows.items()
         }
         for environment, rows in headline(comparison).items()
@@ -85,10 +61,7 @@ def curves_csv(curves: Mapping[tuple[str, str], Curves]) -> str:
     for (environment, method), seeds in curves.items():
         for iteration in range(max(len(rows) for rows in seeds.values())):
             rows = [rows[iteration] for rows in seeds.values() if iteration < len(rows)]
-            means = [_mean([row[key] for row in rows if key in row]) for key in CURVES]
+            found = [[row[key] for row in rows if key in row] for key in CURVES]
+            means = [f"{np.mean(values):.6g}" if values else "" for values in found]
             writer.writerow([environment, method, iteration, len(rows), *means])
     return text.getvalue()
-
-
-def _mean(values: list[float]) -> str:
-    return f"{np.mean(values):.6g}" if values else ""

@@ -76,17 +76,15 @@ def replay(
     """Direction, noise and shares of the gradient under every weight of the grid, at the reference policy.
 
     Args:
-        config: params.yaml.
-        policy: directory of the reference policy, which sampled the table.
-        table: annotated.
+        policy: directory of the reference policy, which sampled the annotated table.
         name: key in ``methods``: its reward, advantage, and its weights of tags and malformed text if it has them.
-        points: the grid.
         groups: how many of the table's groups are used, from the first.
 
     Returns:
         A ``rows`` entry per point: ``cosine_uniform`` of the gradient over all groups with the one under uniform weights,
         ``cosine_many`` of an iteration's worth of groups with the uniform gradient of all others, ``snr`` (see
-        ``signal_to_noise``) with its standard error ``snr_error``, and ``share_<role>``: each role's part of the summed norms of its groups' gradients.
+        ``signal_to_noise``) with its standard error ``snr_error``, and ``share_<role>``: each role's part of the summed
+        norms of its groups' gradients.
 
     Raises:
         UserError: the method needs a network beside the policy, or there are too few groups.
@@ -102,7 +100,9 @@ def replay(
     advantage = token_advantages(method, batch, {}).advantage
     pairs = list(dict.fromkeys((point.signal, point.tau) for point in points if point.beta))
     parts = (part_weights(batch, pairs) * advantage.unsqueeze(-1)).numpy()
-    work = _by_group(chosen, list(map(len, members)), parts)
+    ends = np.cumsum([len(own) for own in members])
+    by_group = np.split(parts, chosen.offsets[ends[:-1]])
+    work = [(table.select(own), rows) for own, rows in zip(members, by_group, strict=True)]
     size = -(-len(work) // config.workers)
     shares = (work[first : first + size] for first in range(0, len(work), size))
     tasks = {f"part {i}": GroupsTask(config, policy, share) for i, share in enumerate(shares)}
@@ -130,15 +130,6 @@ def replay(
         "uniform": {"cosine_many": many, **signal_to_noise(uniform)._asdict()},
         "rows": [row(point) for point in points],
     }
-
-
-def _by_group(table: Trajectories, sizes: Sequence[int], parts: np.ndarray) -> list[tuple[Trajectories, np.ndarray]]:
-    """Groups that follow each other in a table, with the rows of their tokens."""
-    ends = list(itertools.accumulate(sizes))
-    return [
-        (table.select(range(end - size, end)), parts[table.offsets[end - size] : table.offsets[end]])
-        for size, end in zip(sizes, ends, strict=True)
-    ]
 
 
 def part_weights(batch: TokenBatch, pairs: Sequence[tuple[str, float]]) -> Float[Tensor, "n parts"]:
@@ -174,24 +165,19 @@ def group_gradients(task: GroupsTask, report: Tell) -> np.ndarray:
         for done, piece in enumerate(pieces):
             within(done / len(pieces))
             own = episodes.select(piece)
-            rows = np.concatenate([np.arange(episodes.offsets[e], episodes.offsets[e + 1]) for e in piece])
-            spans = [slice(own.offsets[e], own.offsets[e + 1]) for e in range(len(own))]
+            spans = [own.tokens(e) for e in range(len(own))]
             hidden = predicting_hidden(policy, [own.input_ids[s] for s in spans], [own.sampled[s] for s in spans])
             tokens = torch.from_numpy(own.input_ids[own.sampled].astype(np.int64)).to(policy.device)
             logprob = score_tokens(hidden, tokens, policy.head, config.rollout.temperature).logprob
-            factors = torch.from_numpy(parts[rows][own.sampled]).to(logprob)
+            weights = np.concatenate([parts[episodes.tokens(e)] for e in piece])
+            factors = torch.from_numpy(weights[own.sampled]).to(logprob)
             for part in range(factors.shape[1]):
                 if not bool(factors[:, part].any()):
                     continue
                 gradients = torch.autograd.grad(
-                    (factors[:, part] * logprob).sum(), parameters, retain_graph=True, allow_unused=True
+                    (factors[:, part] * logprob).sum(), parameters, retain_graph=True, materialize_grads=True
                 )
-                flat = torch.cat(
-                    [
-                        torch.zeros(p.numel()) if g is None else g.reshape(-1).float().cpu()
-                        for p, g in zip(parameters, gradients, strict=True)
-                    ]
-                )
+                flat = torch.cat([g.reshape(-1).float().cpu() for g in gradients])
                 result[number, part] += torch.zeros(SKETCH).index_add_(0, bucket, flat * sign).numpy()
         report(number + 1, len(task.groups), "groups")
     return result

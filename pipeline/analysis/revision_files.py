@@ -75,9 +75,7 @@ class Files:
         try:
             if self._fs is None:
                 return path.read_bytes()
-            with self._fs.open(path.as_posix(), "rb") as stream:
-                content: bytes = stream.read()
-                return content
+            return bytes(self._fs.read_bytes(path.as_posix()))
         except FileNotFoundError:
             raise UserError(f"{self._where}: {path}: {self._why_not(path)}") from None
         except DvcException as error:

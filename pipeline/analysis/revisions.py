@@ -41,14 +41,13 @@ def change(a: Revision, b: Revision, environment: str, method: str) -> Change:
     Not paired, it is the difference of the two means, without a verdict: without the episodes, or if the revisions have
     another headline temperature, no common seed, or no common initial state.
     """
-    rows = [headline(revision.comparison)[environment][method] for revision in (a, b)]
-    means = Change(rows[1]["success_mean"] - rows[0]["success_mean"])
-    tables = [revision.episodes.get((environment, method)) for revision in (a, b)]
-    if rows[0]["temperature"] != rows[1]["temperature"] or tables[0] is None or tables[1] is None:
+    old, new = (headline(revision.comparison)[environment][method] for revision in (a, b))
+    means = Change(new["success_mean"] - old["success_mean"])
+    tables = [r.episodes[environment, method] for r in (a, b) if (environment, method) in r.episodes]
+    if old["temperature"] != new["temperature"] or len(tables) < 2:
         return means
-    temperature = rows[0]["temperature"]
     try:
-        x, y = (statistics.balanced_scores(table, temperature) for table in tables)
+        x, y = (statistics.balanced_scores(table, old["temperature"]) for table in tables)
         paired = statistics.paired_difference(y, x)
     except ValueError:
         return means

@@ -10,7 +10,7 @@ difference has another one, the t-interval over paired seed means, and ``verdict
 
 import math
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import Literal, NamedTuple, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -42,8 +42,7 @@ class Scores:
     success: Success
 
 
-@dataclass(frozen=True)
-class Interval:
+class Interval(NamedTuple):
     """Bounds of a 95 % interval, low <= high."""
 
     low: float
@@ -69,18 +68,14 @@ class Difference:
         """
         if self.interval is None or len(self.by_seed) < VERDICT_SEEDS:
             return None
-        low, high = self.interval.low, self.interval.high
+        low, high = self.interval
         if math.isnan(low) or math.isnan(high):
             return None
         return "higher" if low > 0 else "lower" if high < 0 else "not told apart"
 
 
 def balanced_scores(table: pa.Table, temperature: float) -> Scores:
-    """The grid of one method's episodes at one temperature.
-
-    Args:
-        table: per-episode results of one environment and method, see ``evaluate.episode_results``.
-        temperature: which of its temperatures.
+    """The grid of one temperature, of per-episode results (``evaluate.episode_results``) of one environment and method.
 
     Raises:
         ValueError: no episode at this temperature, or an episode is missing, is there twice or has no result; the first
@@ -99,21 +94,23 @@ def balanced_scores(table: pa.Table, temperature: float) -> Scores:
     labels, places = zip(*(np.unique(column, return_inverse=True) for column in columns), strict=True)
     counts = np.zeros([len(values) for values in labels], dtype=np.int64)
     np.add.at(counts, places, 1)
+    name = f"{name} at temperature {temperature:g}"
+
+    def episode(cell: np.ndarray) -> str:
+        seed, state, rollout = (values[i] for values, i in zip(labels, cell, strict=True))
+        return f"seed {seed}, state {str(state)!r}, rollout {rollout}"
+
     wrong = np.argwhere(counts != 1)
     if len(wrong):
-        seed, state, rollout = (values[i] for values, i in zip(labels, wrong[0], strict=True))
         what = "is missing" if counts[tuple(wrong[0])] == 0 else "is there more than once"
         raise ValueError(
-            f"{name} at temperature {temperature:g}: unbalanced, seed {seed}, state {str(state)!r}, rollout {rollout} "
-            f"{what} ({len(wrong)} such of {counts.size}); evaluate every seed on the same states"
+            f"{name}: unbalanced, {episode(wrong[0])} {what} ({len(wrong)} such of {counts.size}); "
+            "evaluate every seed on the same states"
         )
     success = np.empty(counts.shape)
     success[places] = np.array(rows["success"].to_pylist(), dtype=float)
     for cell in np.argwhere(np.isnan(success)):
-        seed, state, rollout = (values[i] for values, i in zip(labels, cell, strict=True))
-        raise ValueError(
-            f"{name} at temperature {temperature:g}: seed {seed}, state {str(state)!r}, rollout {rollout} has no result"
-        )
+        raise ValueError(f"{name}: {episode(cell)} has no result")
     return Scores(tuple(int(s) for s in labels[0]), tuple(str(s) for s in labels[1]), success)
 
 
@@ -133,11 +130,10 @@ def resampled_means(
 
     How often a row is drawn is multinomial, so a resample is two vectors of counts and its mean a bilinear form.
     """
-    seeds, states = scores.shape
-    seed_counts = _resampled_counts(seeds, resamples, draws)
-    state_counts = _resampled_counts(states, resamples, draws)
-    means: np.ndarray = ((seed_counts @ scores) * state_counts).sum(axis=1) / (seeds * states)
-    return means
+    seed_counts, state_counts = (
+        draws.multinomial(items, np.full(items, 1 / items), size=resamples).astype(float) for items in scores.shape
+    )
+    return np.asarray(((seed_counts @ scores) * state_counts).sum(axis=1) / scores.size)
 
 
 def bootstrap_interval(success: Success, resamples: int, draws: np.random.Generator) -> Interval:
@@ -162,11 +158,9 @@ def paired_difference(x: Scores, y: Scores) -> Difference:
         ValueError: no seed or no state in common.
     """
     seeds, states = _common(x.seeds, y.seeds, "seed"), _common(x.states, y.states, "state")
-    # Whole numbers of solved episodes on a common scale, so that equals differ by zero in floating point too.
-    x_totals = _totals(x, seeds, states) * y.success.shape[2]
-    y_totals = _totals(y, seeds, states) * x.success.shape[2]
+    x_solved, y_solved = _solved(x, y), _solved(y, x)
     episodes = len(states) * x.success.shape[2] * y.success.shape[2]
-    by_seed = (x_totals - y_totals).sum(axis=1) / episodes
+    by_seed = np.array([x_solved[seed] - y_solved[seed] for seed in seeds]) / episodes
     interval = _t_interval(by_seed) if len(seeds) >= VERDICT_SEEDS else None
     return Difference(float(by_seed.mean()), interval, tuple(map(float, by_seed)))
 
@@ -180,13 +174,13 @@ def probability_of_improvement(x: Scores, y: Scores) -> float:
     Raises:
         ValueError: no state in common.
     """
-    states = _common(x.states, y.states, "state")
-    # On a common scale as above, so that ties are ties.
-    x_totals = _totals(x, x.seeds, states) * y.success.shape[2]
-    y_totals = _totals(y, y.seeds, states) * x.success.shape[2]
-    return float(
-        rliable.probability_of_improvement(x_totals.sum(axis=1, keepdims=True), y_totals.sum(axis=1, keepdims=True))
-    )
+    scores = (np.array([*_solved(*pair).values()])[:, None] for pair in ((x, y), (y, x)))
+    return float(rliable.probability_of_improvement(*scores))
+
+
+def significant(value: float) -> float | None:
+    """Six significant digits, so that equal results are equal text; None if undefined, because JSON has no NaN."""
+    return float(f"{value:.6g}") if math.isfinite(value) else None
 
 
 def _t_interval(means: Float[np.ndarray, " seeds"]) -> Interval | None:
@@ -196,21 +190,19 @@ def _t_interval(means: Float[np.ndarray, " seeds"]) -> Interval | None:
     return Interval(float(means.mean()) - half, float(means.mean()) + half)
 
 
-def _resampled_counts(items: int, resamples: int, draws: np.random.Generator) -> np.ndarray:
-    """How often each of the items is in a resample of their number; (resamples, items)."""
-    return draws.multinomial(items, np.full(items, 1 / items), size=resamples).astype(float)
-
-
 def _common(a: tuple[T, ...], b: tuple[T, ...], what: str) -> tuple[T, ...]:
-    common = tuple(item for item in a if item in set(b))
+    others = set(b)
+    common = tuple(item for item in a if item in others)
     if not common:
         raise ValueError(f"no {what} in common, nothing to compare: {a[:3]} and {b[:3]}")
     return common
 
 
-def _totals(scores: Scores, seeds: tuple[int, ...], states: tuple[str, ...]) -> Float[np.ndarray, "seeds states"]:
-    """Solved episodes of the named seeds and states, in that order."""
-    rows = [scores.seeds.index(seed) for seed in seeds]
-    place = {state: i for i, state in enumerate(scores.states)}
-    totals: np.ndarray = scores.success[np.ix_(rows, [place[state] for state in states])].sum(axis=2)
-    return totals
+def _solved(own: Scores, other: Scores) -> dict[int, float]:
+    """Seed -> solved episodes on the common states, times the rollouts of the other.
+
+    On this scale both have whole numbers: equals differ by zero in floating point too, and ties are ties.
+    """
+    common = np.isin(own.states, _common(own.states, other.states, "state"))
+    totals = own.success[:, common].sum(axis=(1, 2)) * other.success.shape[2]
+    return dict(zip(own.seeds, totals.tolist(), strict=True))

@@ -21,9 +21,7 @@ def branched_from(trajectories: Trajectories, rows: Sequence[int]) -> dict[int, 
         named.setdefault(columns["episode_id"][row], row)
 
     def shares(row: int, parent: int) -> bool:
-        own, other = (
-            trajectories.input_ids[trajectories.offsets[e] : trajectories.offsets[e + 1]] for e in (row, parent)
-        )
+        own, other = (trajectories.input_ids[trajectories.tokens(e)] for e in (row, parent))
         split = splits[row]
         fits = max(splits[parent], 0) < split <= min(len(own), len(other))
         return bool(fits and np.array_equal(own[:split], other[:split]))
@@ -72,5 +70,5 @@ def _top_down(rows: Sequence[int], parents: Mapping[int, int], splits: np.ndarra
 
 
 def _role(trajectories: Trajectories, episode: int, position: int) -> str | None:
-    found = trajectories.role[trajectories.offsets[episode] + position : trajectories.offsets[episode + 1]]
+    found = trajectories.role[trajectories.tokens(episode)][position:]
     return Role(found[0]).name.lower() if len(found) else None

@@ -22,6 +22,7 @@ from pipeline.model.policy import Policy
 from pipeline.model.scoring import predicting_hidden, score_tokens
 from pipeline.progress.display import span, within
 from pipeline.settings.params import Environment, Phase, ScratchPolicy
+from pipeline.trajectories.builder import EpisodeBuilder
 from pipeline.trajectories.prompting import Dialogue, plain_text, user_message
 from pipeline.trajectories.trajectory import Role
 from pipeline.workspace.errors import UserError
@@ -56,13 +57,7 @@ def bootstrap(
 ) -> Policy:
     """Make tokenizer and model, and supervise the model on demonstrations of all environments.
 
-    Args:
-        settings: ``policy`` of params.yaml.
-        environments: where demonstrations come from; each needs an expert beside it.
-        report: called with step, number of steps and loss.
-
-    Returns:
-        The reference policy, in evaluation mode.
+    ``report`` is called with step, number of steps and loss. Returns the reference policy, in evaluation mode.
 
     Raises:
         UserError: an environment has no expert, or does not keep to what ``playing.step`` asks of it.
@@ -212,25 +207,18 @@ def _supervise(
 
 def _encode(dialogue: Dialogue, demonstration: Demonstration) -> tuple[np.ndarray, np.ndarray]:
     """Token ids and roles of a demonstrated episode; prompts exactly as the collector will send them."""
-    ids: list[int] = []
-    roles: list[int] = []
-
-    def add(piece: list[int], role: Role) -> None:
-        ids.extend(piece)
-        roles.extend([role] * len(piece))
-
+    episode, encode = EpisodeBuilder(), dialogue.encode
+    add = episode.append_text
     for number, turn in enumerate(demonstration.turns, start=1):
         if number == 1:
-            opening = dialogue.opening(demonstration.instructions, turn.observation, turn.actions_left)
-            add(opening, Role.PROMPT)
+            add(dialogue.opening(demonstration.instructions, turn.observation, turn.actions_left), Role.PROMPT)
         else:
             add(dialogue.following(number, turn.observation, turn.reward, False, turn.actions_left), Role.OBSERVATION)
-        encode = dialogue.encode
         add(encode(f"<think>{dialogue.carried(turn.reasoning)}"), Role.REASONING)
         add(encode("</think><answer>"), Role.REASONING)
         add(encode(dialogue.carried(turn.action)), Role.ACTION)
         add(encode("</answer>"), Role.ANSWER_TAG)
-    return np.array(ids), np.array(roles)
+    return np.array(episode.ids), np.array(episode.tokens["role"])
 
 
 def _supervised_loss(policy: Policy, batch: list[tuple[np.ndarray, np.ndarray]], action_weight: float) -> torch.Tensor:

@@ -16,14 +16,10 @@ TEMPLATE = (
 
 
 def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Any:
-    """Byte-level BPE with digits apart (each with the space before it), the four tags and the chat markers as single tokens, and a compact chat template.
+    """A fast transformers tokenizer from what the policy will read and write, with a vocabulary of at least 300 entries.
 
-    Args:
-        texts: what the policy will read and write.
-        vocabulary: number of entries, at least 300.
-
-    Returns:
-        A fast transformers tokenizer; any text survives encoding and decoding.
+    Byte-level BPE with digits apart (each with the space before it), the four tags and the chat markers as single tokens,
+    and a compact chat template. Any text survives encoding and decoding.
     """
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(

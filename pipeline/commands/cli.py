@@ -31,6 +31,7 @@ if TYPE_CHECKING:
 
 ParamsFile = Annotated[str, typer.Option("--params", metavar="FILE", help="Params file.")]
 EnvironmentName = Annotated[str, typer.Option("--environment", metavar="NAME", help="Environment of the params file.")]
+FirstEnvironment = Annotated[str | None, typer.Option("--environment", metavar="NAME", help="Default: the first one.")]
 MethodName = Annotated[
     str, typer.Option("--method", metavar="NAME", help="Method of it; also reference, to be played.")
 ]
@@ -38,37 +39,31 @@ StudyName = Annotated[str, typer.Option("--study", metavar="NAME", help="Study o
 NAMES = ("--environment", "--method", "--study", "--name")
 """Options whose values tell one run of a stage from another."""
 
-_elsewhere = False
-"""Whether the command was called from another folder than it works in."""
 
+def configured(params: str, environment: str | None = None, method: str | None = None) -> tuple[Config, Layout, str]:
+    """The checked params file, which knows the environment and the method; its run's paths; its own, as ``go_to_root``.
 
-def configured(params: str, environment: str | None = None, method: str | None = None) -> tuple[Config, str]:
-    """The checked params file, which knows the environment and the method, and its path from the root, as ``go_to_root``.
+    The run's are full paths where the command was called from another folder than the root.
 
     Raises:
         UserError: the file is wrong, or does not have that environment or method.
     """
     from pipeline.settings.params import load  # takes half a second, and helps nobody who asks for --help
 
-    config = load(params)
+    config, here = load(params), Path.cwd()
     for section, name, extra in (("environments", environment, ()), ("methods", method, ("reference",))):
         allowed = [*getattr(config, section), *extra]
         if name is not None and name not in allowed:
             raise UserError(f"{params}: {section}: {name!r} is not there; allowed: {', '.join(allowed)}")
-    return config, go_to_root(params, config.root)
+    params = go_to_root(params, config.root)
+    return config, Layout(Path(config.out) if Path.cwd() == here else Path.cwd() / config.out), params
 
 
 def go_to_root(params: str, root: str | None = None) -> str:
-    """Make the project's root the folder that this process works in: all relative paths are meant from there.
+    """Work in the project's root: all relative paths are meant from there, and the user's modules are found there.
 
-    The user's modules are found there, too.
-
-    Args:
-        params: the params file.
-        root: path from its folder to the root; None is what the file says, whatever else is wrong in it.
-
-    Returns:
-        A path of the params file that is right from there.
+    ``root`` is the path to it from the params file's folder; None is what the file says, whatever else is wrong in it.
+    Returns a path of the params file that is right from there.
 
     Raises:
         UserError: there is no such folder, or without ``root`` no such file.
@@ -79,20 +74,13 @@ def go_to_root(params: str, root: str | None = None) -> str:
     folder = (Path(params).parent / root).resolve()
     if not folder.is_dir():
         raise UserError(f"{params}: root: {root!r} is not a folder, from this file's folder")
-    global _elsewhere
-    _elsewhere = folder != Path.cwd()
-    if _elsewhere:
+    if folder != Path.cwd():
         params = os.path.abspath(params)
         os.chdir(folder)
         sys.path.insert(0, str(folder))
     if "HOME" not in os.environ and os.path.expanduser("~") == "~":
         os.environ["HOME"] = str(folder / Cache().home)
     return params
-
-
-def layout_of(config: Config) -> Layout:
-    """The paths of a params file's run, as seen from where the stage was called or as full paths."""
-    return Layout(Path.cwd() / config.out if _elsewhere else Path(config.out))
 
 
 def next_command(params: str, command: str, **options: str) -> str:
@@ -111,9 +99,8 @@ def run(*mains: Callable[..., str]) -> None:
     A mistake of the user's, in the command line too, ends with exit code 2. Elsewhere than on a terminal standard error
     tells how far it is. Stopped by Ctrl-C or SIGTERM, it says so in one line.
 
-    Args:
-        mains: functions whose parameters are the options, and whose modules' docstrings are the help. Several are commands,
-            each named by its module; none given is asking for help.
+    The parameters of ``mains`` are the options, their modules' docstrings the help. Several are commands, each named by its
+    module; to name none is to ask for help.
     """
     os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")

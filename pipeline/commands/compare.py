@@ -20,6 +20,5 @@ def main(
     if Path(params).exists():  # else it may be in both revisions all the same
         params = os.path.relpath(go_to_root(params))
     text = revisions_text(read_revision("A", a, params), read_revision("B", b, params))
-    target = params.removesuffix("params.yaml")
     named = " ".join(revision for revision in (a, b) if revision != WORKSPACE)
-    return f"{text}\nNext: dvc plots diff {named} --targets {target}dvc.yaml::"
+    return f"{text}\nNext: dvc plots diff {named} --targets {params.removesuffix('params.yaml')}dvc.yaml::"

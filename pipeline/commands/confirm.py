@@ -10,11 +10,11 @@ import sys
 from functools import partial
 from pathlib import Path
 
-from pipeline.commands.cli import ParamsFile, StudyName, configured, layout_of
+from pipeline.commands.cli import ParamsFile, StudyName, configured
 
 
 def main(study: StudyName, params: ParamsFile = "params.yaml") -> str:
-    config, params = configured(params)
+    config, layout, params = configured(params)
     from pipeline.progress.display import still
     from pipeline.sweep.confirm import confirmation, confirmation_text
     from pipeline.sweep.plan import plans
@@ -24,12 +24,12 @@ def main(study: StudyName, params: ParamsFile = "params.yaml") -> str:
     from pipeline.workspace.processes import end_with_parent
     from pipeline.workspace.yaml_files import yaml_text
 
-    layout = Layout(Path(config.out))
-    found = plans(params, study, layout.policy)
-    summary = layout.sweep(study) / "summary.json"
+    run = Layout(Path(config.out))  # seen from the root
+    found = plans(params, study, run.policy)
+    summary = run.sweep(study) / "summary.json"
     if not summary.exists():
         raise UserError(f"{summary}: no such file; `make sweep STUDY={study}` makes it")
-    confirmed = layout.confirmation(study)
+    confirmed = run.confirmation(study)
     folder, reports = confirmed.out, confirmed.reports
     raw = confirmation(found, read_json(summary)["searches"], folder.as_posix(), os.path.relpath(".", folder))
     write_text(folder / "params.yaml", f"# Made by `make sweep-confirm STUDY={study}`.\n{yaml_text(raw)}")
@@ -41,5 +41,5 @@ def main(study: StudyName, params: ParamsFile = "params.yaml") -> str:
         sys.exit(done.returncode)
     text = confirmation_text(read_json(confirmed.comparison))
     write_text(reports / "verdict.txt", text + "\n")
-    shown = layout_of(config).confirmation(study).reports
+    shown = layout.confirmation(study).reports
     return f"{(reports / 'comparison.txt').read_text(encoding='utf-8')}\n{text}\n{shown}: verdict.txt, index.html. Next: open index.html"

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.cli import ParamsFile, configured, layout_of
+from pipeline.commands.cli import ParamsFile, configured
 
 SEEDS = [300, 301, 302, 303]
 MOVES = "One iteration of it moves the policy. Default: the first that does not branch."
@@ -22,7 +22,7 @@ def main(
     candidates: Annotated[int, typer.Option(min=1, metavar="N", help="Tokens that are sampled in place of each.")] = 4,
     continuations: Annotated[int, typer.Option(min=1, metavar="N", help="Of each candidate.")] = 4,
 ) -> str:
-    config, _ = configured(params, environment, method)
+    config, layout, _ = configured(params, environment, method)
     import transformers.models.auto.modeling_auto  # noqa: F401  (imported before the processes fork)
 
     from pipeline.analysis.decisions import SampleSizes, decisions
@@ -35,7 +35,7 @@ def main(
     usable = [name for name, row in config.methods.items() if row.branching.kind == "none"]
     method = method or next(iter([*usable, *config.methods]))
     sizes = SampleSizes(seed, positions, candidates, continuations)
-    layout, texts = layout_of(config), []
+    texts = []
     for name in environments:
         result = decisions(config, layout.policy, name, method, sizes, Cache().folder)
         doing(f"{name}: drawing")

@@ -7,16 +7,16 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.cli import ParamsFile, configured, layout_of
+from pipeline.commands.cli import FirstEnvironment, ParamsFile, configured
 
 
 def main(
     method: Annotated[str, typer.Option(metavar="NAME", help="Whose learning rate is sought.")],
     to: Annotated[str, typer.Option(metavar="NAME", help="The method to be matched.")],
-    environment: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the first one.")] = None,
+    environment: FirstEnvironment = None,
     params: ParamsFile = "params.yaml",
 ) -> str:
-    config, _ = configured(params, environment)
+    config, layout, _ = configured(params, environment)
     from pipeline.analysis.matching import CLOSE, STEPS, matched, nearest
     from pipeline.workspace.errors import UserError
 
@@ -24,7 +24,7 @@ def main(
         if name not in config.methods:
             raise UserError(f"--method, --to: {name!r} is not there; allowed: {', '.join(config.methods)}")
     environment = environment or next(iter(config.environments))
-    wanted, tried = matched(config, environment, method, to, layout_of(config).policy)
+    wanted, tried = matched(config, environment, method, to, layout.policy)
     found, seeds = nearest(tried, wanted.kl), len(config.seeds)
     off, close = found.off(wanted.kl), found.off(wanted.kl) < CLOSE
     measured = [

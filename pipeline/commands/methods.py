@@ -16,5 +16,4 @@ def main(params: Annotated[str, typer.Option(metavar="FILE", help="Default: the 
     from pipeline.settings.presets import load_preset
 
     config = configured(params)[0] if params else load_preset("methods", Path("."))
-
     return method_table(config.methods, config.method_defaults)

@@ -4,18 +4,18 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.cli import MethodName, ParamsFile, configured, layout_of, next_command
+from pipeline.commands.cli import FirstEnvironment, MethodName, ParamsFile, configured, next_command
 
 
 def main(
     params: ParamsFile = "params.yaml",
-    environment: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the first one.")] = None,
+    environment: FirstEnvironment = None,
     method: MethodName = "reference",
     seed: Annotated[int | None, typer.Option(metavar="N", help="Of the training. Default: the first one.")] = None,
     temperature: Annotated[float | None, typer.Option(metavar="T", help="Default: the first of evaluation.")] = None,
     episode: Annotated[int, typer.Option(min=0, metavar="N", help="Which test state.")] = 0,
 ) -> str:
-    config, params = configured(params, environment, method)
+    config, layout, params = configured(params, environment, method)
     from pipeline.energy.annotate import annotate
     from pipeline.evaluation.evaluate import evaluation_specs
     from pipeline.model.loading import load_trained
@@ -28,7 +28,6 @@ def main(
     name = environment or next(iter(config.environments))
     seed = config.seeds[0] if seed is None else seed
     temperature = temperature or config.evaluation.temperatures[0]
-    layout = layout_of(config)
     directory = layout.final_policy(name, method, seed)
     doing("loading the policies")
     policy, reference = load_trained(directory, config), load_trained(layout.policy, config)

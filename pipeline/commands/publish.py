@@ -4,7 +4,7 @@ from pipeline.commands.cli import ParamsFile, configured
 
 
 def main(params: ParamsFile = "params.yaml") -> str:
-    config, _ = configured(params)
+    config, *_ = configured(params)
     from pipeline.report.publishing import publish
 
     return (

@@ -5,9 +5,9 @@ Those of the annotated table, under a grid of token weights: each of its options
 
 from typing import Annotated, get_args
 
-import typer
+from typer import Option
 
-from pipeline.commands.cli import ParamsFile, configured, layout_of
+from pipeline.commands.cli import FirstEnvironment, ParamsFile, configured
 
 GRID = ([0.0, 0.1, 0.5, 1.0], [0.0, 0.5, 2.0], [1.0], ["reference_energy", "reference_entropy"])
 WHOSE = "Whose advantages and tag weights are used. Default: the first with ActFocus weights and no critic."
@@ -15,21 +15,19 @@ WHOSE = "Whose advantages and tag weights are used. Default: the first with ActF
 
 def main(
     params: ParamsFile = "params.yaml",
-    environment: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the first one.")] = None,
-    method: Annotated[str | None, typer.Option(metavar="NAME", help=WHOSE)] = None,
-    groups: Annotated[int, typer.Option(min=1, metavar="N", help="Groups of the table that are used.")] = 128,
+    environment: FirstEnvironment = None,
+    method: Annotated[str | None, Option(metavar="NAME", help=WHOSE)] = None,
+    groups: Annotated[int, Option(min=1, metavar="N", help="Groups of the table that are used.")] = 128,
     alpha: Annotated[
-        list[float], typer.Option(min=0, metavar="X", help="Weight of reasoning tokens; repeat for more.")
+        list[float], Option(min=0, metavar="X", help="Weight of reasoning tokens; repeat for more.")
     ] = GRID[0],
     beta: Annotated[
-        list[float], typer.Option(min=0, metavar="X", help="Strength of redistribution; repeat for more.")
+        list[float], Option(min=0, metavar="X", help="Strength of redistribution; repeat for more.")
     ] = GRID[1],
-    tau: Annotated[list[float], typer.Option(min=1e-3, metavar="X", help="Temperature of it; repeat for more.")] = GRID[
-        2
-    ],
-    signal: Annotated[list[str], typer.Option(metavar="NAME", help="What redistributes; repeat for more.")] = GRID[3],
+    tau: Annotated[list[float], Option(min=1e-3, metavar="X", help="Temperature of it; repeat for more.")] = GRID[2],
+    signal: Annotated[list[str], Option(metavar="NAME", help="What redistributes; repeat for more.")] = GRID[3],
 ) -> str:
-    config, _ = configured(params, environment, method)
+    config, layout, _ = configured(params, environment, method)
     import transformers.models.auto.modeling_auto  # noqa: F401  (imported before the processes fork)
 
     from pipeline.analysis.replay import grid, replay
@@ -48,7 +46,6 @@ def main(
     usable = [name for name, row in config.methods.items() if not isinstance(row.advantage, CriticAdvantage)]
     weighted = [name for name in usable if isinstance(config.methods[name].weight, ActFocusWeight)]
     method = method or next(iter([*weighted, *usable, *config.methods]))
-    layout = layout_of(config)
     table = layout.annotated(environment)
     doing("reading the table")
     trajectories = read(table)

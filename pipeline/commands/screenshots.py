@@ -5,20 +5,20 @@ Needs Chromium.
 
 from pathlib import Path
 
-from pipeline.commands.cli import ParamsFile, configured, layout_of
+from pipeline.commands.cli import ParamsFile, configured
 
 PICTURES = ("report", "viewer", "mlflow")
 
 
 def main(params: ParamsFile = "params.yaml") -> str:
-    config, _ = configured(params)
+    config, layout, _ = configured(params)
     from pipeline.progress.display import doing
     from pipeline.report.screenshots import chromium, shoot_mlflow, shoot_report
     from pipeline.tracking.store import store_of
     from pipeline.workspace.errors import UserError
     from pipeline.workspace.files import read_json
 
-    layout, folder = layout_of(config), Path("docs/figures")
+    folder = Path("docs/figures")
     environment = next(iter(config.environments))
     noted = [read_json(layout.runs(environment, method)) for method in config.methods]
     first = str(config.seeds[0])

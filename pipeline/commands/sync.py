@@ -6,7 +6,7 @@ from pipeline.commands.cli import ParamsFile, configured
 
 
 def main(params: ParamsFile = "params.yaml") -> str:
-    config, _ = configured(params)
+    config, *_ = configured(params)
     from pipeline.progress.display import doing
     from pipeline.tracking.store import open_store, store_of
 

@@ -32,19 +32,6 @@ from pipeline.settings.weight import CustomWeight
 from pipeline.trajectories.trajectory import Role
 from pipeline.workspace.errors import UserError
 
-SECTIONS: dict[str, type[Custom]] = {
-    section.slot: section
-    for section in (
-        CustomReward,
-        CustomFilter,
-        CustomAdvantage,
-        CustomWeight,
-        CustomAggregation,
-        CustomSurrogate,
-        CustomRegulariser,
-    )
-}
-"""The slots that take a function of one's own."""
 BATCHES = 6
 """Made-up batches that each contract is checked on; in the last one nobody has acted."""
 RELATIVE, ABSOLUTE = 1e-4, 1e-5
@@ -52,15 +39,9 @@ RELATIVE, ABSOLUTE = 1e-4, 1e-5
 
 
 def check_slot(slot: str, function: str, settings: Mapping[str, Any] | None = None) -> list[str]:
-    """Look for broken contracts.
+    """A line per broken contract: its name, and what was seen. A contract that needs a broken one is left out.
 
-    Args:
-        slot: key of ``SECTIONS``.
-        function: ``module:name``.
-        settings: its keyword arguments, as under ``settings`` in params.yaml.
-
-    Returns:
-        A line per broken contract: its name, and what was seen. A contract that needs a broken one is left out.
+    The function is ``module:name``, its ``settings`` are keyword arguments, as in params.yaml.
 
     Raises:
         UserError: no such slot, or no such function with such arguments.
@@ -71,23 +52,20 @@ def check_slot(slot: str, function: str, settings: Mapping[str, Any] | None = No
         section = SECTIONS[slot](kind="custom", function=function, settings=dict(settings or {}))
     except ValidationError:
         raise UserError(f"function: {function!r} is not allowed; allowed: module:name of a function") from None
-    suite = _Suite(section)
+    custom.find(section)
     lines, failed = list[str](), set[str]()
     for name, (contract, needs) in CONTRACTS.items():
         if failed.intersection(needs):
             failed.add(name)
             continue
         try:
-            seen = next(contract(suite), None)
+            seen = next(contract(section), None)
         except UserError as error:
             seen = str(error)
         if seen is not None:
             failed.add(name)
             lines.append(f"{name}: {seen}")
     return lines
-
-
-# ---------------------------------------------------------------------------------------------------- made-up batches
 
 
 def made_up(seed: int, dtype: torch.dtype = torch.float32) -> TokenBatch:
@@ -174,23 +152,18 @@ def _update(batch: TokenBatch) -> UpdateTokens:
     )
 
 
-class _Suite:
-    """A function, its section, and ways to call it."""
+def _given(section: Custom, batch: TokenBatch) -> tuple[Any, ...]:
+    """What the slot gives its function of a batch."""
+    if section.slot == "surrogate":
+        return (_update(batch),)
+    if section.slot == "aggregation":
+        return batch.entropy.clone(), batch.trainable, batch.trajectory
+    return (batch,)
 
-    def __init__(self, section: Custom) -> None:
-        self.section, self.function = section, custom.find(section)
 
-    def given(self, batch: TokenBatch) -> tuple[Any, ...]:
-        """What the slot gives of a batch."""
-        if self.section.slot == "surrogate":
-            return (_update(batch),)
-        if self.section.slot == "aggregation":
-            return batch.entropy.clone(), batch.trainable, batch.trajectory
-        return (batch,)
-
-    def column(self, batch: TokenBatch, section: Custom | None = None) -> Float[Tensor, "n k"]:
-        """What the function makes of each token."""
-        return _CALLS[self.section.slot](section or self.section, batch, *self.given(batch))
+def _column(section: Custom, batch: TokenBatch) -> Float[Tensor, "n k"]:
+    """What the function makes of each token."""
+    return _CALLS[type(section)](section, batch, *_given(section, batch))
 
 
 def _of_surrogate(section: Custom, batch: TokenBatch, tokens: UpdateTokens) -> Float[Tensor, "n 3"]:
@@ -202,51 +175,50 @@ def _of_surrogate(section: Custom, batch: TokenBatch, tokens: UpdateTokens) -> F
     return column
 
 
-_CALLS: dict[str, Callable[..., Tensor]] = {
-    "reward": lambda section, batch, given: custom.reward(given, section)[:, None],
-    "filter": lambda section, batch, given: custom.keep(given, section)[batch.trajectory, None].to(batch.reward.dtype),
-    "advantage": lambda section, batch, given: custom.advantage(given, {}, {}, section).advantage[:, None],
-    "weight": lambda section, batch, given: custom.weight(given, section)[:, None],
-    "aggregation": lambda section, batch, weight, trainable, trajectory: custom.aggregation(
+_CALLS: dict[type[Custom], Callable[..., Tensor]] = {
+    CustomReward: lambda section, batch, given: custom.reward(given, section)[:, None],
+    CustomFilter: lambda section, batch, given: custom.keep(given, section)[batch.trajectory, None].to(batch.reward),
+    CustomAdvantage: lambda section, batch, given: custom.advantage(given, {}, {}, section).advantage[:, None],
+    CustomWeight: lambda section, batch, given: custom.weight(given, section)[:, None],
+    CustomAggregation: lambda section, batch, weight, trainable, trajectory: custom.aggregation(
         weight, trainable, trajectory, section
     )[:, None],
-    "surrogate": _of_surrogate,
-    "regulariser": lambda section, batch, given: torch.stack(custom.regulariser(given, {}, section)[0], dim=-1),
+    CustomSurrogate: _of_surrogate,
+    CustomRegulariser: lambda section, batch, given: torch.stack(custom.regulariser(given, {}, section)[0], dim=-1),
 }
+SECTIONS = {section.slot: section for section in _CALLS}
+"""The slots that take a function of one's own."""
 
 
-# ------------------------------------------------------------------------------------------------------- the contracts
-
-
-def form(suite: _Suite) -> Iterator[str]:
+def form(section: Custom) -> Iterator[str]:
     """What is returned has the shape and dtype that the slot asks for, is finite, and 0 where it must be."""
     for seed in range(BATCHES):
-        if not bool(suite.column(made_up(seed)).isnan().logical_not().all()):
+        if not bool(_column(section, made_up(seed)).isnan().logical_not().all()):
             yield "what it returns, or its gradient, is not a number"
 
 
-def memory(suite: _Suite) -> Iterator[str]:
+def memory(section: Custom) -> Iterator[str]:
     """Two calls are equal, whatever came between them."""
     for seed in range(BATCHES):
-        first = suite.column(made_up(seed))
-        suite.column(made_up(seed + BATCHES))
-        if not torch.equal(first, suite.column(made_up(seed))):
+        first = _column(section, made_up(seed))
+        _column(section, made_up(seed + BATCHES))
+        if not torch.equal(first, _column(section, made_up(seed))):
             yield "two calls on the same batch differ; what is random shall come from its noise"
 
 
-def inputs(suite: _Suite) -> Iterator[str]:
+def inputs(section: Custom) -> Iterator[str]:
     """What it is given is left as it was."""
     for seed in range(BATCHES):
         batch = made_up(seed)
-        given = suite.given(batch)
-        before = {name: tensor.detach().clone() for name, tensor in _tensors(suite, given)}
-        _CALLS[suite.section.slot](suite.section, batch, *given)
-        for name, tensor in _tensors(suite, given):
+        given = _given(section, batch)
+        before = {name: tensor.detach().clone() for name, tensor in _tensors(section, given)}
+        _CALLS[type(section)](section, batch, *given)
+        for name, tensor in _tensors(section, given):
             if not torch.equal(before[name], tensor):
                 yield f"it changes {name}, which it is given"
 
 
-def generators(suite: _Suite) -> Iterator[str]:
+def generators(section: Custom) -> Iterator[str]:
     """The global generators of Python, NumPy and torch are left as they were."""
     states: dict[str, Callable[[], Any]] = {
         "random": random.getstate,
@@ -255,45 +227,45 @@ def generators(suite: _Suite) -> Iterator[str]:
     }
     for seed in range(BATCHES):
         before = {name: state() for name, state in states.items()}
-        suite.column(made_up(seed))
+        _column(section, made_up(seed))
         for name, state in states.items():
             if state() != before[name]:
                 yield f"it draws from the global generator of {name}; what is random shall come from the batch's noise"
 
 
-def order(suite: _Suite) -> Iterator[str]:
+def order(section: Custom) -> Iterator[str]:
     """Trajectories in another order have what they had."""
     for seed in range(BATCHES):
         batch = made_up(seed)
         other, tokens = taken(batch, torch.from_numpy(np.random.default_rng(seed).permutation(batch.trajectories)))
-        if not _close(suite.column(batch)[tokens], suite.column(other)):
+        if not _close(_column(section, batch)[tokens], _column(section, other)):
             yield "what a token is given depends on the order of the trajectories"
 
 
-def pieces(suite: _Suite) -> Iterator[str]:
+def pieces(section: Custom) -> Iterator[str]:
     """A surrogate's loss on a piece of a minibatch is what it is on the whole; the other slots see all at once."""
-    for seed in range(BATCHES if suite.section.slot == "surrogate" else 0):
+    for seed in range(BATCHES if section.slot == "surrogate" else 0):
         batch = made_up(seed)
         piece, tokens = taken(batch, torch.arange(0, batch.trajectories, 3))
-        if not _close(suite.column(batch)[tokens], suite.column(piece)):
+        if not _close(_column(section, batch)[tokens], _column(section, piece)):
             yield "a token's loss depends on how the minibatch is cut into pieces"
 
 
-def precision(suite: _Suite) -> Iterator[str]:
+def precision(section: Custom) -> Iterator[str]:
     """In float64 the same comes out."""
     for seed in range(BATCHES):
-        single, double = suite.column(made_up(seed)), suite.column(made_up(seed, torch.float64))
+        single, double = _column(section, made_up(seed)), _column(section, made_up(seed, torch.float64))
         if not _close(single.double(), double.double()):
             yield f"float32 and float64 differ by up to {float((single - double).abs().nan_to_num(0).max()):.2g}"
 
 
-def settings(suite: _Suite) -> Iterator[str]:
+def settings(section: Custom) -> Iterator[str]:
     """Every setting that is a number or a truth value changes something, or is refused, if it is changed."""
-    declared = list(inspect.signature(suite.function).parameters.values())[len(suite.section.given) :]
+    declared = list(inspect.signature(custom.find(section)).parameters.values())[len(section.given) :]
     defaults = {p.name: p.default for p in declared if p.default is not p.empty}
-    for name, value in (defaults | suite.section.settings).items():
+    for name, value in (defaults | section.settings).items():
         others = _others(value)
-        if others and not any(_matters(suite, name, other) for other in others):
+        if others and not any(_matters(section, name, other) for other in others):
             yield f"{name} has no effect: {', '.join(f'{other:g}' for other in others)} give what {value} gives"
 
 
@@ -306,12 +278,11 @@ def _others(value: Any) -> list[Any]:
     return [0.0, value / 2, value + 0.1, 2 * value + 0.5, value + 10.0] if isinstance(value, float) else []
 
 
-def _matters(suite: _Suite, name: str, value: Any) -> bool:
-    changed = suite.section.model_copy(update={"settings": suite.section.settings | {name: value}})
+def _matters(section: Custom, name: str, value: Any) -> bool:
+    changed = section.model_copy(update={"settings": section.settings | {name: value}})
     try:
         return any(
-            not torch.equal(suite.column(made_up(seed)), suite.column(made_up(seed), changed))
-            for seed in range(BATCHES)
+            not torch.equal(_column(section, made_up(seed)), _column(changed, made_up(seed))) for seed in range(BATCHES)
         )
     except UserError:
         return True
@@ -321,13 +292,13 @@ def _close(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one, other, rtol=RELATIVE, atol=ABSOLUTE)
 
 
-def _tensors(suite: _Suite, given: tuple[Any, ...]) -> Iterator[tuple[str, Tensor]]:
-    for name, value in zip(suite.section.given, given, strict=True):
+def _tensors(section: Custom, given: tuple[Any, ...]) -> Iterator[tuple[str, Tensor]]:
+    for name, value in zip(section.given, given, strict=True):
         named = vars(value).items() if dataclasses.is_dataclass(value) else [("", value)]
         yield from ((f"{name}.{field}".rstrip("."), part) for field, part in named if isinstance(part, Tensor))
 
 
-CONTRACTS: dict[str, tuple[Callable[[_Suite], Iterator[str]], tuple[str, ...]]] = {
+CONTRACTS: dict[str, tuple[Callable[[Custom], Iterator[str]], tuple[str, ...]]] = {
     "form": (form, ()),
     "memory": (memory, ("form",)),
     "inputs": (inputs, ("form",)),

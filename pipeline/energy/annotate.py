@@ -52,13 +52,8 @@ def annotate(
     """Add the reference policy's energy, log-probability and entropy to trajectories.
 
     Energy is ``-logsumexp`` of the raw float32 logits that predict a token (arXiv 2605.14558): low where the reference
-    policy is confident, whatever was sampled there; no temperature enters.
-
-    Args:
-        trajectories: any.
-        reference: the frozen reference policy.
-        temperature: of log-probability and entropy, as in sampling.
-        tokens_per_forward: padded tokens per forward pass.
+    policy is confident, whatever was sampled there; no temperature enters. Log-probability and entropy are at the
+    temperature of sampling; a forward pass has ``tokens_per_forward`` padded tokens.
     """
     logprob, entropy, logsumexp = score_trajectories(reference, trajectories, temperature, tokens_per_forward)
     return replace(trajectories, energy=-logsumexp, ref_logprob=logprob, ref_entropy=entropy)

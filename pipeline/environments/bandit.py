@@ -1,12 +1,12 @@
 """A bandit with two arms whose names are the only clue: one pays a little for sure, the other a lot now and then."""
 
 import math
-from typing import Any
 
 import gymnasium
 import numpy as np
 
-from pipeline.environments.draws import one_of, spoken, state_draws, wording
+from pipeline.environments.draws import one_of, state_draws, wording
+from pipeline.environments.episodic import Episodic, Expert
 
 SAFE = (
     ("steady", "calm", "quiet", "patient", "modest", "sturdy", "gentle", "trusty", "sober", "careful"),
@@ -24,7 +24,7 @@ POSITIONS = ("first arm", "second arm")
 """What ``parse_action`` takes for the arms' names, in the order in which they are shown."""
 
 
-class Bandit(gymnasium.Env[str, str]):
+class Bandit(Episodic):
     """Choose one of two arms, once. Success is to choose the high arm, whether it pays or not.
 
     Args:
@@ -37,7 +37,6 @@ class Bandit(gymnasium.Env[str, str]):
     """
 
     observation_space = gymnasium.spaces.Text(max_length=200)
-    action_space = gymnasium.spaces.Text(max_length=100)
 
     def __init__(self, low_reward: float = 0.1, high_reward: float = 1.0, high_probability: float = 0.25) -> None:
         if not 0.0 < high_probability <= 1.0:
@@ -50,33 +49,21 @@ class Bandit(gymnasium.Env[str, str]):
         self.low_reward, self.high_reward, self.high_probability = low_reward, high_reward, high_probability
         self.arms: tuple[str, ...] = ()
         self.high, self.paid = "", 0.0
-        self.actions_left, self.done, self.success = 0, True, False
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
-        """Start an episode: names and order come from ``options["state_seed"]`` (or ``seed``), luck from ``seed``."""
-        super().reset(seed=seed)
-        self._draw_arms(state_draws(self.np_random, options, 1))
-        self.actions_left, self.paid, self.done, self.success = 1, 0.0, False, False
-        return self._observe(), {}
+    def _begin(self, state_seed: int | None) -> str:
+        draws = state_draws(self.np_random, state_seed, 1)
+        low, self.high = (f"{one_of(adjectives, draws)} {one_of(nouns, draws)}" for adjectives, nouns in (SAFE, RISKY))
+        self.arms = (low, self.high) if draws.integers(2) else (self.high, low)
+        self.allowed, self.paid = " or ".join(map(repr, self.arms)), 0.0
+        return f"arms: {', '.join(self.arms)}"
 
-    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Choose an arm; that ends the episode. ``action`` must be one that ``parse_action`` takes.
-
-        Raises:
-            RuntimeError: the episode is over.
-            ValueError: ``parse_action`` refuses the action.
-        """
-        if self.done:
-            raise RuntimeError("step called after the episode's end: call reset")
-        arm = self.parse_action(action)
-        if arm is None:
-            raise ValueError(f"action must be {' or '.join(map(repr, self.arms))}, got {action!r}")
-        self.actions_left, self.done, self.success = 0, True, arm == self.high
+    def _act(self, arm: str) -> tuple[str, float, bool]:
+        self.success = arm == self.high
         if self.success:
             self.paid = float(self.high_reward) if self.np_random.random() < self.high_probability else 0.0
         else:
             self.paid = float(self.low_reward)
-        return f"{self._observe()}\n{arm} paid {self.paid:g}", self.paid, True, False, {}
+        return f"arms: {', '.join(self.arms)}\n{arm} paid {self.paid:g}", self.paid, True
 
     def parse_action(self, text: str) -> str | None:
         """An arm's name as shown, for that in any case and spacing or for its place in ``POSITIONS``; else None."""
@@ -100,15 +87,8 @@ class Bandit(gymnasium.Env[str, str]):
             "Actions: the name of an arm, as shown. You have 1 action."
         )
 
-    def _draw_arms(self, draws: np.random.Generator) -> None:
-        low, self.high = (f"{one_of(adjectives, draws)} {one_of(nouns, draws)}" for adjectives, nouns in (SAFE, RISKY))
-        self.arms = (low, self.high) if draws.integers(2) else (self.high, low)
 
-    def _observe(self) -> str:
-        return f"arms: {', '.join(self.arms)}"
-
-
-class BanditExpert:
+class BanditExpert(Expert):
     """Chooses the high arm, and describes the arms in words that never name one."""
 
     def act(self, bandit: Bandit, draws: np.random.Generator) -> str:
@@ -118,10 +98,6 @@ class BanditExpert:
     def random_action(self, bandit: Bandit, draws: np.random.Generator) -> str:
         """Either arm."""
         return one_of(bandit.arms, draws)
-
-    def reason(self, bandit: Bandit, words: int, draws: np.random.Generator) -> str:
-        """Facts about the arms in varied words and order, exactly ``words`` words; never an arm's name."""
-        return spoken(lambda: self._facts(bandit, draws), words, draws)
 
     def _facts(self, bandit: Bandit, draws: np.random.Generator) -> list[str]:
         pick = wording(draws)

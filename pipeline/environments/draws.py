@@ -1,22 +1,18 @@
 """How environments and their experts draw: the initial state apart from the noise, one of several, facts in any order."""
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import numpy as np
 
 T = TypeVar("T")
 
 
-def state_draws(noise: np.random.Generator, options: dict[str, Any] | None, *apart: int) -> np.random.Generator:
-    """Where ``reset`` draws an initial state from: ``options["state_seed"]`` if it is given, else the noise itself.
+def state_draws(noise: np.random.Generator, state_seed: int | None, *apart: int) -> np.random.Generator:
+    """Where an initial state is drawn from: its seed if there is one, else the environment's own generator.
 
-    Args:
-        noise: the environment's own generator, which ``seed`` has begun.
-        options: what ``reset`` was given.
-        apart: a number more, which keeps state and noise independent where their seeds are the same number.
+    Numbers that keep it ``apart`` make state and noise independent where their seeds are the same number.
     """
-    state_seed = (options or {}).get("state_seed")
     if state_seed is None:
         return noise
     return np.random.default_rng([state_seed, *apart] if apart else state_seed)
@@ -33,13 +29,7 @@ def wording(draws: np.random.Generator) -> Callable[..., str]:
 
 
 def spoken(facts: Callable[[], list[str]], words: int, draws: np.random.Generator) -> str:
-    """Facts in random order until there are ``words`` words; asked for again when all have been said.
-
-    Args:
-        facts: gives a non-empty list, in words that ``draws`` may vary.
-        words: exactly so many, at least 0.
-        draws: choose the order.
-    """
+    """Exactly ``words`` words of facts in random order; asked for again, never in vain, when all have been said."""
     left, said = facts(), list[str]()
     while len(said) < words:
         left = left or facts()

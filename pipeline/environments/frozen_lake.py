@@ -4,16 +4,16 @@ Every instance has a random start and goal, and holes that leave a path between 
 published symbols; coordinates (row, column), zero-indexed, stand beside it ("CoordFrozenLake").
 """
 
-from collections import deque
+from collections.abc import Iterator
 from functools import lru_cache
-from typing import Any
+from math import inf
 
-import gymnasium
 import numpy as np
 from gymnasium.envs.toy_text.frozen_lake import FrozenLakeEnv
 
-from pipeline.environments.draws import one_of, spoken, state_draws, wording
-from pipeline.environments.limits import check_whole
+from pipeline.environments.draws import one_of, state_draws, wording
+from pipeline.environments.episodic import Episodic, Expert, check_whole
+from pipeline.environments.grids import check_grid, distances
 from pipeline.workspace.errors import UserError
 
 MOVES = {"Left": (0, -1), "Down": (1, 0), "Right": (0, 1), "Up": (-1, 0)}
@@ -22,7 +22,7 @@ MOVES = {"Left": (0, -1), "Down": (1, 0), "Right": (0, 1), "Up": (-1, 0)}
 Cell = tuple[int, int]
 
 
-class FrozenLake(gymnasium.Env[str, str]):
+class FrozenLake(Episodic):
     """Reach the goal without falling into a hole. Reward 1 at the goal, else 0.
 
     Args:
@@ -33,9 +33,6 @@ class FrozenLake(gymnasium.Env[str, str]):
         max_actions: moves after which the episode is cut off; every start can reach its goal within them.
         grid: draw the grid in every observation, in the first one, or never; coordinates are always given.
     """
-
-    observation_space = gymnasium.spaces.Text(max_length=2000)
-    action_space = gymnasium.spaces.Text(max_length=100)
 
     def __init__(
         self,
@@ -52,41 +49,27 @@ class FrozenLake(gymnasium.Env[str, str]):
             raise ValueError(f"success_rate must be in [1/3, 1], got {success_rate}")
         check_whole(size=(size, 2, 10), max_actions=(max_actions, 1, None))
         check_whole(least_distance=(least_distance, 1, min(max_actions, 2 * (size - 1))))
-        if grid not in ("always", "first", "never"):
-            raise ValueError(f"grid must be always, first or never, got {grid!r}")
+        check_grid(grid)
         self.size, self.frozen, self.success_rate = size, frozen, success_rate
         self.least_distance, self.max_actions, self.grid = least_distance, max_actions, grid
         self.player: Cell = (0, 0)
-        self.done, self.success = True, False
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
-        """Start an episode: the lake comes from ``options["state_seed"]`` (or ``seed``), slipping from ``seed``."""
-        super().reset(seed=seed)
-        self._draw_lake(state_draws(self.np_random, options))
+    def _begin(self, state_seed: int | None) -> str:
+        self._draw_lake(state_draws(self.np_random, state_seed))
         self.player = self.start
-        self.actions_left, self.done, self.success = self.max_actions, False, False
-        return self._observe(first=True), {}
+        return self._observe()
 
-    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Move, as gymnasium's table of transitions says. ``action`` must be what ``parse_action`` returned.
-
-        Raises:
-            RuntimeError: the episode is over.
-        """
-        if self.done:
-            raise RuntimeError("step called after the episode's end: call reset")
+    def _act(self, action: str) -> tuple[str, float, bool]:
+        """Move, as gymnasium's table of transitions says."""
         outcomes = _transitions(self._lake, self.success_rate)[self.player[0] * self.size + self.player[1]][action]
         chance = self.np_random.random() if len(outcomes) > 1 else 0.0
         for probability, cell, reward, terminated in outcomes:  # noqa: B007
             chance -= probability
             if chance < 0:
                 break
-        self.player = divmod(cell, self.size)
-        self.actions_left -= 1
+        self.player = divmod(int(cell), self.size)
         self.success = self.player == self.goal
-        truncated = not terminated and self.actions_left == 0
-        self.done = terminated or truncated
-        return self._observe(first=False), float(reward), bool(terminated), truncated, {}
+        return self._observe(), float(reward), bool(terminated)
 
     def parse_action(self, text: str) -> str | None:
         """``Left``, ``Down``, ``Right`` or ``Up`` in any case, surrounded by any space; else None."""
@@ -116,38 +99,35 @@ class FrozenLake(gymnasium.Env[str, str]):
 
     def distances(self) -> dict[Cell, int]:
         """Least number of intended moves from each ice cell that can reach the goal."""
-        return _distances(self.size, self.holes, self.goal)
+        return distances(self.goal, self._ice_around)
+
+    def _ice_around(self, cell: Cell) -> Iterator[Cell]:
+        for step_row, step_column in MOVES.values():
+            row, column = cell[0] + step_row, cell[1] + step_column
+            if 0 <= row < self.size and 0 <= column < self.size and (row, column) not in self.holes:
+                yield row, column
 
     def _draw_lake(self, draws: np.random.Generator) -> None:
-        cells = [(r, c) for r in range(self.size) for c in range(self.size)]
         for _ in range(10_000):
-            start, goal = (cells[i] for i in draws.choice(len(cells), size=2, replace=False))
-            melted = draws.random(len(cells)) >= self.frozen
-            holes = frozenset(c for c, hole in zip(cells, melted, strict=True) if hole and c not in (start, goal))
-            distance = _distances(self.size, holes, goal).get(start)
-            if distance is not None and self.least_distance <= distance <= self.max_actions:
-                self.start, self.goal, self.holes = start, goal, holes
-                kinds = {start: "S", goal: "G", **dict.fromkeys(holes, "H")}
-                self._lake = "/".join(
-                    "".join(kinds.get((r, c), "F") for c in range(self.size)) for r in range(self.size)
-                )
-                said = "".join(f" {r} {c}" for r, c in sorted(holes)) or " none"
-                self._fixed = f"goal {goal[0]} {goal[1]} holes{said}"
+            ends = draws.choice(self.size**2, size=2, replace=False)
+            lake = np.where(draws.random(self.size**2) < self.frozen, "F", "H")
+            lake[ends] = ["S", "G"]
+            self.start, self.goal = (divmod(cell, self.size) for cell in ends.tolist())
+            self.holes = frozenset(divmod(cell, self.size) for cell in np.flatnonzero(lake == "H").tolist())
+            if self.least_distance <= self.distances().get(self.start, 0) <= self.max_actions:
+                self._lake = "/".join("".join(row) for row in lake.reshape(self.size, self.size))
                 return
         raise UserError(
             f"environments: no lake found with size {self.size}, frozen {self.frozen:g}, "
             f"least_distance {self.least_distance} and max_actions {self.max_actions}"
         )
 
-    def _observe(self, first: bool) -> str:
-        player = self.player
-        coordinates = f"player {player[0]} {player[1]} {self._fixed}"
-        if self.grid == "never" or (self.grid == "first" and not first):
-            return coordinates
-        symbols = {self.goal: "G", **dict.fromkeys(self.holes, "O")}
-        symbols[player] = "X" if player in self.holes else "√" if player == self.goal else "P"
-        rows = [" ".join(symbols.get((r, c), "_") for c in range(self.size)) for r in range(self.size)]
-        return "\n".join([*rows, coordinates])
+    def _observe(self) -> str:
+        shown = self.grid == "always" or (self.grid == "first" and self.actions_left == self.max_actions)
+        rows = [" ".join(row) for row in board(self.state_key)] if shown else []
+        holes = " ".join(f"{row} {column}" for row, column in sorted(self.holes)) or "none"
+        player, goal = (f"{row} {column}" for row, column in (self.player, self.goal))
+        return "\n".join([*rows, f"player {player} goal {goal} holes {holes}"])
 
 
 def board(state_key: str) -> list[list[str]]:
@@ -163,30 +143,10 @@ def board(state_key: str) -> list[list[str]]:
 def _transitions(lake: str, success_rate: float) -> list[dict[str, list[tuple[float, int, float, bool]]]]:
     """Gymnasium's transitions: for each cell and action, (probability, next cell, reward, whether it ends there)."""
     table = FrozenLakeEnv(desc=lake.split("/"), is_slippery=success_rate < 1, success_rate=success_rate).P
-    return [
-        {
-            name: [(float(p), int(cell), float(reward), bool(over)) for p, cell, reward, over in table[start][number]]
-            for number, name in enumerate(MOVES)
-        }
-        for start in range(len(table))
-    ]
+    return [dict(zip(MOVES, outcomes.values(), strict=True)) for outcomes in table.values()]
 
 
-def _distances(size: int, holes: frozenset[Cell], goal: Cell) -> dict[Cell, int]:
-    distance = {goal: 0}
-    queue = deque([goal])
-    while queue:
-        row, column = queue.popleft()
-        for step_row, step_column in MOVES.values():
-            cell = (row + step_row, column + step_column)
-            inside = 0 <= cell[0] < size and 0 <= cell[1] < size
-            if inside and cell not in holes and cell not in distance:
-                distance[cell] = distance[row, column] + 1
-                queue.append(cell)
-    return distance
-
-
-class FrozenLakeExpert:
+class FrozenLakeExpert(Expert):
     """Walks a shortest path, and describes the state in words that never name the move."""
 
     def act(self, lake: FrozenLake, draws: np.random.Generator) -> str:
@@ -194,23 +154,13 @@ class FrozenLakeExpert:
 
         On slippery ice the move is still the one a shortest path intends.
         """
-        distance = lake.distances()
-        row, column = lake.player
-        reachable = {
-            name: distance[row + dr, column + dc]
-            for name, (dr, dc) in MOVES.items()
-            if (row + dr, column + dc) in distance
-        }
-        best = min(reachable.values())
-        return one_of([name for name, d in reachable.items() if d == best], draws)
+        distance, (row, column) = lake.distances(), lake.player
+        left = {name: distance.get((row + dr, column + dc), inf) for name, (dr, dc) in MOVES.items()}
+        return one_of([name for name, moves in left.items() if moves == min(left.values())], draws)
 
     def random_action(self, lake: FrozenLake, draws: np.random.Generator) -> str:
         """Any move."""
         return one_of(list(MOVES), draws)
-
-    def reason(self, lake: FrozenLake, words: int, draws: np.random.Generator) -> str:
-        """Facts about the state in varied words and order, about ``words`` words; never a move's name."""
-        return spoken(lambda: self._facts(lake, draws), words, draws)
 
     def _facts(self, lake: FrozenLake, draws: np.random.Generator) -> list[str]:
         pick = wording(draws)

@@ -8,11 +8,10 @@ from typing import Any, cast
 
 import gymnasium
 
-from pipeline.environments.playing import line_of, raised
 from pipeline.environments.text_environment import TextEnvironment
 from pipeline.settings.params import Environment
 from pipeline.settings.section import MOST
-from pipeline.workspace.errors import UserError
+from pipeline.workspace.errors import UserError, line_of, raised
 
 OURS = {
     "actfocus/FrozenLake-v1": "pipeline.environments.frozen_lake:FrozenLake",

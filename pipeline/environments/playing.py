@@ -1,27 +1,24 @@
-"""Playing an environment, ours or a user's own, with everything that it returns checked."""
+"""Playing an environment, ours or a user's own, with everything that it returns checked.
+
+Every function raises a UserError where the environment raises, and where it returns what it must not.
+"""
 
 import math
 import reprlib
 import sys
-import traceback
 from collections.abc import Callable
 from numbers import Integral, Real
-from pathlib import Path
 from typing import Any, NoReturn
 
 import numpy as np
 
 from pipeline.environments.text_environment import TextEnvironment, id_of
 from pipeline.trajectories.trajectory import CUT_OFF
-from pipeline.workspace.errors import UserError
+from pipeline.workspace.errors import UserError, raised
 
 
 def reset(environment: TextEnvironment, seed: int, state_seed: int | None) -> str:
-    """Start an episode; returns the observation. Without a ``state_seed`` the state is drawn from ``seed`` as well.
-
-    Raises:
-        UserError: the environment raised, or did not return (text, dict).
-    """
+    """Start an episode; returns the observation. Without a ``state_seed`` the state is drawn from ``seed`` as well."""
     options = None if state_seed is None else {"state_seed": state_seed}
     returned = _called(environment, ("reset",), environment.reset, seed=seed, options=options)
     (observation,) = _parts(environment, returned, ("reset",), "observation, information")
@@ -29,7 +26,7 @@ def reset(environment: TextEnvironment, seed: int, state_seed: int | None) -> st
 
 
 def step(environment: TextEnvironment, action: str) -> tuple[str, float, bool]:
-    """Act; returns the observation, the reward and whether the episode is over. Raises as ``transition`` does."""
+    """Act; returns the observation, the reward and whether the episode is over."""
     observation, reward, terminated, truncated = transition(environment, action)
     return observation, reward, terminated or truncated
 
@@ -37,28 +34,19 @@ def step(environment: TextEnvironment, action: str) -> tuple[str, float, bool]:
 def transition(environment: TextEnvironment, action: str) -> tuple[str, float, bool, bool]:
     """Act; returns observation, reward, terminated and truncated, as Python's own types.
 
-    A reward is any real number, of NumPy too, or a truth value; a flag is a truth value, Python's or NumPy's.
-
-    Raises:
-        UserError: the environment raised, or did not return (text, finite number, flag, flag, dict).
+    A reward is any finite number, of NumPy too, or a truth value; a flag is a truth value, Python's or NumPy's.
     """
     place = ("step", action)
     returned = _called(environment, place, environment.step, action)
     parts = _parts(environment, returned, place, "observation, reward, terminated, truncated, information")
     observation, given, terminated, truncated = parts
     reward = _reward(environment, given, place)
-    for name, value in (("terminated", terminated), ("truncated", truncated)):
-        if not isinstance(value, _BOOLS):
-            _refuse(environment, f"{name} {reprlib.repr(value)}", place, "True or False")
-    return _text(environment, "an observation", observation, place), reward, bool(terminated), bool(truncated)
+    ends = _flag(environment, "terminated ", terminated, place), _flag(environment, "truncated ", truncated, place)
+    return _text(environment, "an observation", observation, place), reward, *ends
 
 
 def parse_action(environment: TextEnvironment, text: str) -> str | None:
-    """The canonical form of an action that is allowed now, or None.
-
-    Raises:
-        UserError: the environment raised, or returned neither.
-    """
+    """The canonical form of an action that is allowed now, or None."""
     place = ("parse_action", text)
     parsed = _called(environment, place, environment.parse_action, text)
     if parsed is None:
@@ -70,32 +58,18 @@ def parse_action(environment: TextEnvironment, text: str) -> str | None:
 
 
 def text_of(environment: TextEnvironment, name: str) -> str:
-    """``instructions``, ``state_key`` or ``outcome``.
-
-    Raises:
-        UserError: reading it raised, or it is not text.
-    """
+    """``instructions``, ``state_key`` or ``outcome``."""
     return _text(environment, "a value", _called(environment, (name,), getattr, environment, name), (name,))
 
 
 def success_of(environment: TextEnvironment) -> bool:
-    """Whether the episode has reached its aim.
-
-    Raises:
-        UserError: reading it raised, or it is not a truth value.
-    """
+    """Whether the episode has reached its aim."""
     value = _called(environment, ("success",), getattr, environment, "success")
-    if not isinstance(value, _BOOLS):
-        _refuse(environment, reprlib.repr(value), ("success",), "True or False")
-    return bool(value)
+    return _flag(environment, "", value, ("success",))
 
 
 def actions_left_of(environment: TextEnvironment) -> int | None:
-    """How many actions are left, if the environment says so: None if it has no ``actions_left``, or that is None.
-
-    Raises:
-        UserError: reading it raised, or it is not a whole number of at least 0.
-    """
+    """How many actions are left, if the environment says so: None if it has no ``actions_left``, or that is None."""
     value = _called(environment, ("actions_left",), getattr, environment, "actions_left", None)
     if value is None:
         return None
@@ -105,11 +79,7 @@ def actions_left_of(environment: TextEnvironment) -> int | None:
 
 
 def outcome_of(environment: TextEnvironment) -> str:
-    """How an episode that the environment has ended went: its ``outcome`` if it has one, else goal or failed.
-
-    Raises:
-        UserError: reading it raised, it is not text, or it is one of ``CUT_OFF``.
-    """
+    """How an episode that the environment has ended went: its ``outcome``, none of ``CUT_OFF``, or else goal or failed."""
     if not hasattr(type(environment), "outcome") and "outcome" not in vars(environment):
         return "goal" if success_of(environment) else "failed"
     outcome = text_of(environment, "outcome")
@@ -120,11 +90,7 @@ def outcome_of(environment: TextEnvironment) -> str:
 
 
 def board_of(environment: TextEnvironment, state_key: str) -> list[list[str]] | None:
-    """Rows of cells that draw a state, by the function ``board(state_key)`` of the environment's module, if it has one.
-
-    Raises:
-        UserError: the function raised, or did not return rows of text of one length.
-    """
+    """Rows of cells that draw a state, by the function ``board(state_key)`` of the environment's module, if it has one."""
     draw = getattr(sys.modules[type(environment).__module__], "board", None)
     if draw is None:
         return None
@@ -134,8 +100,6 @@ def board_of(environment: TextEnvironment, state_key: str) -> list[list[str]] | 
         _refuse(environment, reprlib.repr(rows), place, "rows of text, all of one length")
     return rows
 
-
-_BOOLS = (bool, np.bool_)
 
 Place = tuple[str, ...]
 """What was called, and with which text; put into words only where something is wrong."""
@@ -179,6 +143,12 @@ def _text(environment: TextEnvironment, what: str, value: Any, place: Place, all
     return value
 
 
+def _flag(environment: TextEnvironment, what: str, value: Any, place: Place) -> bool:
+    if not isinstance(value, bool | np.bool_):
+        _refuse(environment, f"{what}{reprlib.repr(value)}", place, "True or False")
+    return bool(value)
+
+
 def _refuse(environment: TextEnvironment, returned: str, place: Place, allowed: str) -> NoReturn:
     asked = f"{id_of(environment)!r} returned {returned} from {_said(place)}"
     raise UserError(f"environments: {asked}; it must be {allowed}")
@@ -187,15 +157,3 @@ def _refuse(environment: TextEnvironment, returned: str, place: Place, allowed: 
 def _said(place: Place) -> str:
     name, *arguments = place
     return f"{name}({reprlib.repr(arguments[0])})" if arguments else name
-
-
-def line_of(error: Exception) -> str:
-    """What an exception says, on one line."""
-    return " ".join(str(error).split())
-
-
-def raised(error: Exception) -> str:
-    """An exception in a line, and where it came from, which a SyntaxError says itself."""
-    place = traceback.extract_tb(error.__traceback__)[-1]
-    where = "" if isinstance(error, SyntaxError) else f" ({Path(place.filename).name}, line {place.lineno})"
-    return f"{type(error).__name__}: {line_of(error)}{where}"

@@ -1,7 +1,6 @@
 """Questions of reasoning-gym's datasets: one question, one answer, the dataset's own score."""
 
 import copy
-import difflib
 import functools
 import json
 import re
@@ -14,8 +13,9 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from pipeline.environments.draws import one_of, spoken
-from pipeline.environments.foreign import Enclosure, free_text
+from pipeline.environments.draws import one_of
+from pipeline.environments.episodic import Episodic, Expert
+from pipeline.environments.foreign import Enclosure, check_known, free_text
 
 
 @contextmanager
@@ -57,7 +57,7 @@ UNKNOWN = "unknown"
 """What the expert says where an item has no answer of its own."""
 
 
-class ReasoningTask(gymnasium.Env[str, str]):
+class ReasoningTask(Episodic):
     """Answer a question, once. The reward is the dataset's score, from 0 to 1; success is a score of 1.
 
     Args:
@@ -72,14 +72,13 @@ class ReasoningTask(gymnasium.Env[str, str]):
 
     observation_space = gymnasium.spaces.Text(max_length=100_000)
     action_space = gymnasium.spaces.Text(max_length=10_000)
+    allowed = "an answer's text"
 
     def __init__(
         self, dataset: str = "chain_sum", config: dict[str, Any] | None = None, run_answers: bool = False
     ) -> None:
         config = config or {}
-        if dataset not in DATASETS:
-            close = "".join(f"; did you mean {name!r}?" for name in difflib.get_close_matches(dataset, DATASETS, n=1))
-            raise ValueError(f"dataset must be one of reasoning-gym's, got {dataset!r}{close}")
+        check_known("dataset", dataset, "reasoning-gym", DATASETS)
         asked = {dataset, *(spec["name"] for spec in config.get("datasets", []))}
         for name in sorted(asked.intersection(UNSTABLE)):
             raise ValueError(f"dataset {name!r} cannot be used: its items change with PYTHONHASHSEED")
@@ -96,33 +95,17 @@ class ReasoningTask(gymnasium.Env[str, str]):
         except (AssertionError, AttributeError) as error:
             raise ValueError(f"config of {dataset!r}: {error}") from error
         self.item: dict[str, Any] = {"question": "", "answer": None}
-        self.actions_left, self.done, self.success = 0, True, False
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
-        """Start an episode: the item comes from ``options["state_seed"]`` (or ``seed``); nothing is left to chance."""
-        super().reset(seed=seed)
-        state_seed = (options or {}).get("state_seed")
+    def _begin(self, state_seed: int | None) -> str:
         state_seed = int(self.np_random.integers(2**31)) if state_seed is None else state_seed
         self.item = _item(self.dataset, self.config, state_seed)
-        self.actions_left, self.done, self.success = 1, False, False
-        return self.item["question"], {}
+        return str(self.item["question"])
 
-    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Answer; that ends the episode. ``action`` must be one that ``parse_action`` takes.
-
-        Raises:
-            RuntimeError: the episode is over.
-            ValueError: ``parse_action`` refuses the action.
-        """
-        if self.done:
-            raise RuntimeError("step called after the episode's end: call reset")
-        answer = self.parse_action(action)
-        if answer is None:
-            raise ValueError(f"action must be an answer's text, got {action!r}")
+    def _act(self, answer: str) -> tuple[str, float, bool]:
         score = self.score(answer)
-        self.actions_left, self.done, self.success = 0, True, score == 1
+        self.success = score == 1
         reward = min(max(score, 0.0), 1.0)  # sums of parts can come out a rounding error above 1
-        return f"score {reward:g}", reward, True, False, {}
+        return f"score {reward:g}", reward, True
 
     def parse_action(self, text: str) -> str | None:
         """Any text, line breaks included, without the space around it (see ``free_text``)."""
@@ -177,7 +160,7 @@ def _item(name: str, config: str, state_seed: int) -> dict[str, Any]:
     return item
 
 
-class ReasoningExpert:
+class ReasoningExpert(Expert):
     """Knows the items' own answers, and says words of the question that never hold one."""
 
     def act(self, task: ReasoningTask, draws: np.random.Generator) -> str:
@@ -192,10 +175,6 @@ class ReasoningExpert:
     def solvable(self, task: ReasoningTask) -> bool:
         """Whether the item has an answer of its own: a few datasets only check one."""
         return task.answer is not None
-
-    def reason(self, task: ReasoningTask, words: int, draws: np.random.Generator) -> str:
-        """Words of the question and others, exactly ``words`` words; never the item's answer."""
-        return spoken(lambda: self._facts(task, draws), words, draws)
 
     def _facts(self, task: ReasoningTask, draws: np.random.Generator) -> list[str]:
         said = ["hmm", "so", "let me think", "step by step", "what is asked"]

@@ -8,16 +8,18 @@ A cell is a number, row * size + column. The outermost cells are walls, so that 
 """
 
 import math
+from collections.abc import Iterable
 from functools import lru_cache
 from heapq import heappop, heappush
 from itertools import permutations
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
-import gymnasium
 import numpy as np
+from numpy.typing import NDArray
 
-from pipeline.environments.draws import one_of, spoken, wording
-from pipeline.environments.limits import check_whole
+from pipeline.environments.draws import one_of, wording
+from pipeline.environments.episodic import Episodic, Expert, check_flag, check_whole
+from pipeline.environments.grids import check_grid, distances
 from pipeline.workspace.errors import UserError
 
 MOVES = {"Up": (-1, 0), "Down": (1, 0), "Left": (0, -1), "Right": (0, 1)}
@@ -32,6 +34,8 @@ OPENING_NODES = NODES // 4
 Boxes = frozenset[int]
 State = tuple[int, Boxes]
 """What moves: player and boxes."""
+Kind = tuple[int, int, float, int, int]
+"""Settings that a room is drawn by: size, boxes, inner_walls, least_moves, max_actions."""
 
 
 class Room(NamedTuple):
@@ -53,7 +57,7 @@ class Room(NamedTuple):
         return state if beyond in self.walls or beyond in boxes else (ahead, boxes - {ahead} | {beyond})
 
 
-class Sokoban(gymnasium.Env[str, str]):
+class Sokoban(Episodic):
     """Push all boxes onto targets. A blocked move changes nothing and costs a step.
 
     Args:
@@ -73,9 +77,6 @@ class Sokoban(gymnasium.Env[str, str]):
         ValueError: a setting outside its range.
     """
 
-    observation_space = gymnasium.spaces.Text(max_length=2000)
-    action_space = gymnasium.spaces.Text(max_length=100)
-
     def __init__(
         self,
         size: int = 6,
@@ -94,10 +95,8 @@ class Sokoban(gymnasium.Env[str, str]):
         check_whole(least_moves=(least_moves, 1, max_actions))
         if not 0.0 <= inner_walls <= 0.5:
             raise ValueError(f"inner_walls must be 0 to 0.5, got {inner_walls}")
-        if grid not in ("always", "first", "never"):
-            raise ValueError(f"grid must be always, first or never, got {grid!r}")
-        if not isinstance(coordinates, bool):
-            raise ValueError(f"coordinates must be true or false, got {coordinates!r}")
+        check_grid(grid)
+        check_flag(coordinates=coordinates)
         if grid == "never" and not coordinates:
             raise ValueError("coordinates must be true if grid is never, got False")
         for name, reward, highest in (
@@ -115,42 +114,22 @@ class Sokoban(gymnasium.Env[str, str]):
         self.steps = _steps(size)
         self.room, self.player = Room(size, frozenset(), frozenset()), 0
         self.boxes: Boxes = frozenset()
-        self.done, self.success = True, False
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
-        """Start an episode in the room of ``options["state_seed"]`` (or ``seed``). Moves have no noise.
-
-        Raises:
-            UserError: no room with these settings turned up.
-        """
-        super().reset(seed=seed)
-        state_seed = (options or {}).get("state_seed")
+    def _begin(self, state_seed: int | None) -> str:
         kind = (self.size, self.count, self.inner_walls, self.least_moves, self.max_actions)
-        drawn = _draw_room(*kind, self.np_random) if state_seed is None else _room_of(*kind, state_seed)
+        drawn = _draw_room(kind, self.np_random) if state_seed is None else _room_of(kind, state_seed)
         self.room, (self.player, self.boxes) = drawn
-        self.actions_left, self.done, self.success = self.max_actions, False, False
-        return self._observe(first=True), {}
+        return self._observe()
 
-    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Move, pushing a box that is in the way. ``action`` must be what ``parse_action`` returned.
-
-        Raises:
-            RuntimeError: the episode is over.
-        """
-        if self.done:
-            raise RuntimeError("step called after the episode's end: call reset")
-        before = self.boxes
-        self.player, self.boxes = self.room.after((self.player, before), self.steps[action])
-        gained = 0
-        if self.boxes is not before:
-            gained = len(self.boxes & self.room.targets) - len(before & self.room.targets)
-        self.actions_left -= 1
+    def _act(self, action: str) -> tuple[str, float, bool]:
+        """Move, pushing a box that is in the way."""
+        before = len(self.boxes & self.room.targets)
+        self.player, self.boxes = self.room.after((self.player, self.boxes), self.steps[action])
+        gained = len(self.boxes & self.room.targets) - before
         self.success = self.boxes == self.room.targets
-        truncated = not self.success and self.actions_left == 0
-        self.done = self.success or truncated
         reward = self.step_reward + {1: self.on_target, 0: 0.0, -1: self.off_target}[gained]
         reward += self.solved if self.success else 0.0
-        return self._observe(first=False), float(reward), self.success, truncated, {}
+        return self._observe(), float(reward), self.success
 
     def parse_action(self, text: str) -> str | None:
         """``Up``, ``Down``, ``Left`` or ``Right`` in any case, surrounded by any space; else None."""
@@ -185,19 +164,13 @@ class Sokoban(gymnasium.Env[str, str]):
             del lines[2]
         return "\n".join(lines)
 
-    def _observe(self, first: bool) -> str:
-        shown = self.grid == "always" or (self.grid == "first" and first)
-        lines = [" ".join(row) for row in self.state_key.split("/")] if shown else []
+    def _observe(self) -> str:
+        shown = self.grid == "always" or (self.grid == "first" and self.actions_left == self.max_actions)
+        lines = [" ".join(row) for row in board(self.state_key)] if shown else []
         if self.coordinates:
-            lines.append(
-                f"player {self.place(self.player)} boxes {self.place(*sorted(self.boxes))} {_still(self.room)[1]}"
-            )
+            player, boxes = _places(self.size, [self.player]), _places(self.size, self.boxes)
+            lines.append(f"player {player} boxes {boxes} {_still(self.room)[1]}")
         return "\n".join(lines)
-
-    def place(self, *cells: int) -> str:
-        """Row and column of each cell."""
-        names = _names(self.size)
-        return " ".join([names[cell] for cell in cells])
 
 
 def board(state_key: str) -> list[list[str]]:
@@ -208,18 +181,11 @@ def board(state_key: str) -> list[list[str]]:
 def solve(room: Room, state: State, nodes: int = NODES, limit: int | None = None) -> dict[State, str] | None:
     """A shortest solution, by A*: each state on the way with the move to make there, in order; empty if solved.
 
+    It is None if no solution has at most ``limit`` moves, or if none was found when ``nodes`` states were expanded.
+
     The estimate of the moves to go is admissible and consistent: pushes that the boxes need, on an empty floor with the
     best assignment to targets, and the player's walk to the nearest box. It is infinite, and the state is left out,
     where a box cannot be pushed to any target (corners above all). Among equal estimates the newest state goes first.
-
-    Args:
-        room: walls and targets.
-        state: where to start.
-        nodes: most states to expand.
-        limit: most moves; None for any number.
-
-    Returns:
-        None if there is no solution within the limit, or if ``nodes`` states were not enough to find it.
     """
     steps = _steps(room.size)
     pushes = [_pushes(room, target) for target in room.targets]
@@ -260,27 +226,24 @@ def solve(room: Room, state: State, nodes: int = NODES, limit: int | None = None
 
 
 @lru_cache(maxsize=1024)
-def _room_of(
-    size: int, boxes: int, inner_walls: float, least_moves: int, max_actions: int, state_seed: int
-) -> tuple[Room, State]:
+def _room_of(kind: Kind, state_seed: int) -> tuple[Room, State]:
     """The room of a state, which all members of a group start in."""
-    return _draw_room(size, boxes, inner_walls, least_moves, max_actions, np.random.default_rng(state_seed))
+    return _draw_room(kind, np.random.default_rng(state_seed))
 
 
-def _draw_room(
-    size: int, count: int, inner_walls: float, least_moves: int, max_actions: int, draws: np.random.Generator
-) -> tuple[Room, State]:
+def _draw_room(kind: Kind, draws: np.random.Generator) -> tuple[Room, State]:
     """A room that the settings allow, and where player and boxes start.
 
     Raises:
         UserError: none turned up.
     """
+    size, count, inner_walls, least_moves, max_actions = kind
     steps, inside = list(_steps(size).values()), _inside(size)
     for _ in range(1_000):
-        solid = draws.random(len(inside)) < inner_walls
-        open_cells = {cell for cell, wall in zip(inside, solid.tolist(), strict=True) if not wall}
-        floor = _connected(open_cells, inside[int(draws.integers(len(inside)))], steps)
-        if len(floor) <= 2 * count:
+        free = set(inside[draws.random(len(inside)) >= inner_walls].tolist())
+        middle = one_of(inside.tolist(), draws)
+        floor = _connected(free, middle, steps)
+        if middle not in free or len(floor) <= 2 * count:
             continue
         *cells, player = draws.choice(sorted(floor), size=count + 1, replace=False).tolist()
         room = Room(size, frozenset(range(size**2)) - floor, frozenset(cells))
@@ -303,53 +266,41 @@ def _draw_room(
 @lru_cache(maxsize=4096)
 def _still(room: Room) -> tuple[str, str]:
     """What stays as it is in a room: its grid, rows with / between, and the coordinates of targets and inner walls."""
-    symbols = ["#" if c in room.walls else "O" if c in room.targets else "_" for c in range(room.size**2)]
-    rows = ["".join(symbols[start : start + room.size]) for start in range(0, len(symbols), room.size)]
+    symbols = np.full(room.size**2, "_")
+    symbols[list(room.walls)] = "#"
+    symbols[list(room.targets)] = "O"
     targets, walls = (
-        " ".join(_names(room.size)[cell] for cell in sorted(cells))
-        for cells in (room.targets, room.walls.intersection(_inside(room.size)))
+        _places(room.size, cells) for cells in (room.targets, room.walls.intersection(_inside(room.size)))
     )
-    return "/".join(rows), f"targets {targets} walls {walls or 'none'}"
+    rows = "/".join("".join(row) for row in symbols.reshape(room.size, room.size))
+    return rows, f"targets {targets} walls {walls or 'none'}"
 
 
-@lru_cache(maxsize=16)
-def _names(size: int) -> list[str]:
-    """Row and column of every cell."""
-    return [f"{cell // size} {cell % size}" for cell in range(size**2)]
+def _places(size: int, cells: Iterable[int]) -> str:
+    """Row and column of each cell, in order."""
+    return " ".join([f"{cell // size} {cell % size}" for cell in sorted(cells)])
 
 
 def _pushes(room: Room, target: int) -> dict[int, int]:
     """Least number of pushes that bring a lone box to the target, from each cell where that is possible."""
-    pushes, queue = {target: 0}, [target]
-    for cell in queue:
-        for step in _steps(room.size).values():
-            box = cell - step
-            if box not in pushes and box not in room.walls and box - step not in room.walls:
-                pushes[box] = pushes[cell] + 1
-                queue.append(box)
-    return pushes
+    steps = list(_steps(room.size).values())
+    return distances(target, lambda cell: [cell - s for s in steps if room.walls.isdisjoint((cell - s, cell - 2 * s))])
 
 
 def _connected(cells: set[int], start: int, steps: list[int]) -> frozenset[int]:
-    """The cells that can be reached from ``start``; none if it is not one of them."""
-    found = cells & {start}
-    queue = list(found)
-    for cell in queue:
-        new = {cell + step for step in steps} & cells - found
-        found |= new
-        queue += new
-    return frozenset(found)
+    """The start and the cells that can be reached from it."""
+    return frozenset(distances(start, lambda cell: cells.intersection([cell + step for step in steps])))
 
 
 def _steps(size: int) -> dict[str, int]:
     return {name: row * size + column for name, (row, column) in MOVES.items()}
 
 
-def _inside(size: int) -> list[int]:
-    return [row * size + column for row in range(1, size - 1) for column in range(1, size - 1)]
+def _inside(size: int) -> NDArray[np.int64]:
+    return np.arange(size**2).reshape(size, size)[1:-1, 1:-1].ravel()
 
 
-class SokobanExpert:
+class SokobanExpert(Expert):
     """Follows a shortest solution, and describes the state in words that never name the move."""
 
     def __init__(self) -> None:
@@ -370,19 +321,15 @@ class SokobanExpert:
         """Any move."""
         return one_of(list(MOVES), draws)
 
-    def reason(self, sokoban: Sokoban, words: int, draws: np.random.Generator) -> str:
-        """Facts about the state in varied words and order, about ``words`` words; never a move's name."""
-        return spoken(lambda: self._facts(sokoban, draws), words, draws)
-
     def _facts(self, sokoban: Sokoban, draws: np.random.Generator) -> list[str]:
         pick = wording(draws)
         boxes, targets = sokoban.boxes, sokoban.room.targets
         box, target = (one_of(sorted(cells), draws) for cells in (boxes - targets or boxes, targets - boxes or targets))
         (row, column), (target_row, target_column) = divmod(box, sokoban.size), divmod(target, sokoban.size)
         return [
-            f"{pick('I am at', 'player at', 'now at')} {sokoban.place(sokoban.player)}",
-            f"{pick('box at', 'the box is at', 'a box at')} {sokoban.place(box)}",
-            f"{pick('target at', 'the target is at', 'goal at')} {sokoban.place(target)}",
+            f"{pick('I am at', 'player at', 'now at')} {_places(sokoban.size, [sokoban.player])}",
+            f"{pick('box at', 'the box is at', 'a box at')} {_places(sokoban.size, [box])}",
+            f"{pick('target at', 'the target is at', 'goal at')} {_places(sokoban.size, [target])}",
             f"{pick('rows apart', 'row distance', 'rows to push')} {abs(target_row - row)}",
             f"{pick('columns apart', 'column distance', 'columns to push')} {abs(target_column - column)}",
             f"{pick('boxes done', 'on target', 'boxes home')} {len(boxes & targets)}",

@@ -6,14 +6,13 @@ with its givens, and unique if there is exactly one.
 
 import re
 from functools import lru_cache
-from typing import Any
 
 import gymnasium
 import numpy as np
 from numpy.typing import NDArray
 
-from pipeline.environments.draws import one_of, spoken, state_draws, wording
-from pipeline.environments.limits import check_whole
+from pipeline.environments.draws import one_of, state_draws, wording
+from pipeline.environments.episodic import Episodic, Expert, check_flag, check_whole
 from pipeline.workspace.errors import UserError
 
 SIDE, BOX = 4, 2
@@ -26,16 +25,14 @@ RIGHT, WRONG, INVALID, SOLVED = 1.0, 0.5, -0.1, 10.0
 TRIES = 10_000
 """Sets of givens tried for one puzzle. Of the sets of 4, the rarest, one in 20 is unique."""
 
-_SYMBOLS = [".", *map(str, DIGITS), "/"]
-"""Of an empty cell, of the digits, and of what stands between givens and board in ``state_key``."""
-_GIVEN = ["", *(f"[{digit}]" for digit in DIGITS)]
 _NAMES = [f"{cell // SIDE + 1},{cell % SIDE + 1}" for cell in CELLS]
 
-_PLACE = re.compile(r"\s*place\s*(\d{1,2})\s*at\s*row\s*(\d{1,2})\s*col\s*(\d{1,2})\s*", re.IGNORECASE | re.ASCII)
-_TRIPLE = re.compile(r"\s*(\d{1,2})\s*,\s*(\d{1,2})\s*,\s*(\d{1,2})\s*", re.ASCII)
+_ROW, _COLUMN, _DIGIT = (rf"\s*(?P<{name}>\d{{1,2}})\s*" for name in ("row", "column", "digit"))
+_PLACE = re.compile(rf"\s*place{_DIGIT}at\s*row{_ROW}col{_COLUMN}", re.IGNORECASE | re.ASCII)
+_TRIPLE = re.compile(f"{_ROW},{_COLUMN},{_DIGIT}", re.ASCII)
 
 
-class Sudoku(gymnasium.Env[str, str]):
+class Sudoku(Episodic):
     """Fill every empty cell so that rows, columns and boxes have each digit once. The solution is unique.
 
     A move places a digit. It is invalid if row, column or digit is outside 1 to 4, the cell is a given, or another cell
@@ -57,70 +54,48 @@ class Sudoku(gymnasium.Env[str, str]):
     """
 
     observation_space = gymnasium.spaces.Text(max_length=1000)
-    action_space = gymnasium.spaces.Text(max_length=100)
+    allowed = "like '1,2,3' or 'place 3 at row 1 col 2'"
 
     def __init__(self, size: int = 4, givens: int = 8, max_actions: int = 16, candidates: bool = True) -> None:
         if size != SIDE:
             raise ValueError(f"size must be {SIDE}, got {size!r}")
         check_whole(givens=(givens, SIDE, len(CELLS) - 1))
         check_whole(max_actions=(max_actions, len(CELLS) - givens, None))
-        if not isinstance(candidates, bool):
-            raise ValueError(f"candidates must be true or false, got {candidates!r}")
+        check_flag(candidates=candidates)
         self.size, self.givens, self.max_actions, self.candidates = size, givens, max_actions, candidates
         self.puzzle: tuple[int, ...] = ()
         self.solution: tuple[int, ...] = ()
         self.board: list[int] = []
-        self.actions_left, self.done, self.success = 0, True, False
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
-        """Start an episode: the puzzle comes from ``options["state_seed"]`` (or ``seed``); there is no noise.
-
-        Raises:
-            UserError: no unique puzzle among ``TRIES``.
-        """
-        super().reset(seed=seed)
-        self._draw_puzzle(state_draws(self.np_random, options))
+    def _begin(self, state_seed: int | None) -> str:
+        self._draw_puzzle(state_draws(self.np_random, state_seed))
         self.board = list(self.puzzle)
-        self.actions_left, self.done, self.success = self.max_actions, False, False
-        return self._observe(), {}
+        return self._observe()
 
-    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Place a digit. ``action`` must be what ``parse_action`` returned.
-
-        Raises:
-            RuntimeError: the episode is over.
-            ValueError: ``parse_action`` refuses the action.
-        """
-        if self.done:
-            raise RuntimeError("step called after the episode's end: call reset")
-        numbers = _numbers(action)
-        if numbers is None:
-            raise ValueError(f"action must be like '1,2,3' or 'place 3 at row 1 col 2', got {action!r}")
-        fault, reward = self._fault(*numbers), INVALID
+    def _act(self, action: str) -> tuple[str, float, bool]:
+        row, column, digit = map(int, action.split(","))
+        fault, reward = self._fault(row, column, digit), INVALID
         if not fault:
-            row, column, digit = numbers
             cell = SIDE * (row - 1) + column - 1
             reward = 0.0 if self.board[cell] else RIGHT if digit == self.solution[cell] else WRONG
             self.board[cell] = digit
             self.success = tuple(self.board) == self.solution
             reward += SOLVED * self.success
-        self.actions_left -= 1
-        truncated = not self.success and self.actions_left == 0
-        self.done = self.success or truncated
-        return self._observe(fault), reward, self.success, truncated, {}
+        return self._observe(fault), reward, self.success
 
     def parse_action(self, text: str) -> str | None:
         """``1,2,3`` (row, column, digit) for that or ``place 3 at row 1 col 2``, in any case and spacing; else None.
 
         The form decides, with numbers of one or two digits; whether the move is valid is for ``step`` to say.
         """
-        numbers = _numbers(text)
-        return _named(*numbers) if numbers else None
+        if match := _TRIPLE.fullmatch(text) or _PLACE.fullmatch(text):
+            return "{row},{column},{digit}".format_map({name: int(found) for name, found in match.groupdict().items()})
+        return None
 
     @property
     def state_key(self) -> str:
         """Givens and board; actions left are not part of it, so that a state met twice has one key."""
-        return "".join([_SYMBOLS[digit] for digit in (*self.puzzle, -1, *self.board)])
+        return "/".join("".join(map(str, digits)).replace("0", ".") for digits in (self.puzzle, self.board))
 
     @property
     def instructions(self) -> str:
@@ -165,14 +140,11 @@ class Sudoku(gymnasium.Env[str, str]):
         return "" if digit in self.legal_digits(cell) else f"{digit} is in the row, column or box of {row},{column}"
 
     def _observe(self, fault: str = "") -> str:
-        shown = [_GIVEN[d] if d and given else _SYMBOLS[d] for d, given in zip(self.board, self.puzzle, strict=True)]
-        lines = [" ".join(shown[start : start + SIDE]) for start in CELLS[::SIDE]]
+        lines = [" ".join(row) for row in board(self.state_key)]
         if self.candidates:
             found = [(cell, self.legal_digits(cell)) for cell in CELLS if not self.board[cell]]
             found.sort(key=lambda candidates: len(candidates[1]))
-            lines += (
-                ["candidates", *(_listed(*candidates) for candidates in found)] if found else ["candidates", "none"]
-            )
+            lines += ["candidates", *([_listed(*candidates) for candidates in found] or ["none"])]
         if fault:
             lines.append(f"invalid: {fault}")
         return "\n".join(lines)
@@ -186,38 +158,19 @@ def board(state_key: str) -> list[list[str]]:
 
 
 def _listed(cell: int, digits: list[int]) -> str:
-    return f"{_NAMES[cell]}: {' '.join([_SYMBOLS[digit] for digit in digits]) or 'none'}"
-
-
-def _numbers(text: str) -> tuple[int, int, int] | None:
-    """Row, column and digit of an action."""
-    if match := _TRIPLE.fullmatch(text):
-        row, column, digit = map(int, match.groups())
-    elif match := _PLACE.fullmatch(text):
-        digit, row, column = map(int, match.groups())
-    else:
-        return None
-    return row, column, digit
-
-
-def _named(row: int, column: int, digit: int) -> str:
-    """The shorter of the two forms, and the one in which candidates are listed."""
-    return f"{row},{column},{digit}"
+    return f"{_NAMES[cell]}: {' '.join(map(str, digits)) or 'none'}"
 
 
 def _placing(cell: int, digit: int) -> str:
-    row, column = divmod(cell, SIDE)
-    return _named(row + 1, column + 1, digit)
+    """The shorter of the two forms, and the one in which candidates are listed."""
+    return f"{_NAMES[cell]},{digit}"
 
 
-def _peers(cell: int) -> tuple[int, ...]:
-    """The other cells of a cell's row, column and box."""
-    row, column = divmod(np.arange(SIDE**2), SIDE)
-    units = np.stack([row, column, row // BOX * BOX + column // BOX])
-    return tuple(c for c in np.flatnonzero((units == units[:, [cell]]).any(0)).tolist() if c != cell)
-
-
-_PEERS = [_peers(cell) for cell in CELLS]
+_ROWS, _COLUMNS = divmod(np.arange(SIDE**2), SIDE)
+_UNITS = np.stack([_ROWS, _COLUMNS, _ROWS // BOX * BOX + _COLUMNS // BOX])
+"""(3, 16): the row, column and box of each cell."""
+_PEERS = [np.flatnonzero((_UNITS[:, [c]] == _UNITS).any(0) & (np.array(CELLS) != c)).tolist() for c in CELLS]
+"""The other cells of each cell's row, column and box."""
 _LEFT = [[digit for digit in DIGITS if not taken >> digit & 1] for taken in range(2 ** (SIDE + 1))]
 """The digits that are not among those whose bits are set."""
 
@@ -232,7 +185,7 @@ def _grids() -> NDArray[np.int64]:
     return np.array(grids)
 
 
-class SudokuExpert:
+class SudokuExpert(Expert):
     """Fills the cells in which least is possible, and describes the board in words that never name a move."""
 
     def act(self, sudoku: Sudoku, draws: np.random.Generator) -> str:
@@ -263,10 +216,6 @@ class SudokuExpert:
         legal = [(cell, digit) for cell in CELLS if not sudoku.board[cell] for digit in sudoku.legal_digits(cell)]
         choices = legal or [(cell, digit) for cell in CELLS for digit in DIGITS]
         return _placing(*one_of(choices, draws))
-
-    def reason(self, sudoku: Sudoku, words: int, draws: np.random.Generator) -> str:
-        """Facts about the board in varied words and order, exactly ``words`` words; never a move."""
-        return spoken(lambda: self._facts(sudoku, draws), words, draws)
 
     def _facts(self, sudoku: Sudoku, draws: np.random.Generator) -> list[str]:
         pick = wording(draws)

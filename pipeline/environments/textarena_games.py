@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import difflib
 import functools
 import json
 from typing import Any
@@ -13,11 +12,11 @@ import textarena
 from textarena.envs.registration import ENV_REGISTRY
 
 from pipeline.environments.draws import state_draws
-from pipeline.environments.foreign import Enclosure, free_text
-from pipeline.environments.limits import check_whole
+from pipeline.environments.episodic import Episodic, check_whole
+from pipeline.environments.foreign import Enclosure, check_known, free_text
 
 
-class TextArenaGame(gymnasium.Env[str, str]):
+class TextArenaGame(Episodic):
     """Play a game. Its reward, from -1 to 1, comes with the last action; success is a reward of 1.
 
     Args:
@@ -32,57 +31,39 @@ class TextArenaGame(gymnasium.Env[str, str]):
 
     observation_space = gymnasium.spaces.Text(max_length=100_000)
     action_space = gymnasium.spaces.Text(max_length=1000)
+    allowed = "text that a game can be given"
 
     def __init__(
         self, game: str = "GuessTheNumber-v0", config: dict[str, Any] | None = None, max_actions: int = 100
     ) -> None:
         check_whole(max_actions=(max_actions, 1, None))
-        if game not in ENV_REGISTRY:
-            close = "".join(f"; did you mean {name!r}?" for name in difflib.get_close_matches(game, ENV_REGISTRY, n=1))
-            raise ValueError(f"game must be one of TextArena's, got {game!r}{close}")
+        check_known("game", game, "TextArena", ENV_REGISTRY)
         self.name, self.max_actions = game, max_actions
         self.numbered = not _openings_differ(game, json.dumps(config or {}))
         self.enclosure = Enclosure(0)
         with self.enclosure.entered():
             self.game = textarena.make(game, **(config or {}))
         self.opening, self.state_key = "", ""
-        self.actions_left, self.done, self.success = 0, True, False
 
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
-        """Start an episode: the game is set up from ``options["state_seed"]`` (or ``seed``), and goes on from ``seed``.
-
-        A game that opens with the same words whatever it hides gets a number, drawn apart from what it hides.
-        """
-        super().reset(seed=seed)
-        draws = state_draws(self.np_random, options, 1)
+    def _begin(self, state_seed: int | None) -> str:
+        """A game that opens with the same words whatever it hides gets a number, drawn apart from what it hides."""
+        draws = state_draws(self.np_random, state_seed, 1)
         start, number = int(draws.integers(2**31)), int(draws.integers(10**6))
         with Enclosure(start).entered():
             self.game.reset(num_players=1, seed=start)
         self.enclosure = Enclosure(int(self.np_random.integers(2**31)))
         self.opening = f"Game {number}.\n" * self.numbered + _news(self.game)
         self.state_key = f"{self.opening}\n{_plain(self.game.state.game_state)}"
-        self.actions_left, self.done, self.success = self.max_actions, False, False
-        return self.opening, {}
+        return self.opening
 
-    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Act; ``action`` must be one that ``parse_action`` takes. The game itself judges what it means.
-
-        Raises:
-            RuntimeError: the episode is over.
-            ValueError: ``parse_action`` refuses the action.
-        """
-        if self.done:
-            raise RuntimeError("step called after the episode's end: call reset")
-        text = self.parse_action(action)
-        if text is None:
-            raise ValueError(f"action must be text that a game can be given, got {action!r}")
+    def _act(self, text: str) -> tuple[str, float, bool]:
+        """The game itself judges what the text means."""
         with self.enclosure.entered():
             over, _ = self.game.step(action=text)
         reward = float(self.game.state.rewards[0]) if over else 0.0
-        self.actions_left -= 1
-        self.success, self.done = over and reward >= 1, over or self.actions_left == 0
+        self.success = over and reward >= 1
         self.state_key = f"{self.opening}\n{_plain(self.game.state.game_state)}"
-        return _news(self.game), reward, over, self.done and not over, {}
+        return _news(self.game), reward, over
 
     def parse_action(self, text: str) -> str | None:
         """Any text without the space around it (see ``free_text``)."""

@@ -1,5 +1,8 @@
 """Playing held-out initial states and recording what happened, episode by episode."""
 
+import itertools
+from collections import defaultdict
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,8 +65,8 @@ def evaluate_policy(task: EvaluationTask, report: Tell) -> pa.Table:
     report(0, total, "episodes")
     with span("", 0, total), located(str(task.policy)):
         played = evaluate(engine, policy.tokenizer, task.config, task.environment, task.seed, task.temperature)
-    labels = {"environment": task.environment, "method": task.method, "seed": task.seed}
-    return episode_results(played, **labels, temperature=task.temperature)
+    labels = {name: getattr(task, name) for name in ("environment", "method", "seed", "temperature")}
+    return episode_results(played, **labels)
 
 
 def validate(engine: RolloutEngine, tokenizer: Any, config: Config, name: str, seed: int) -> Trajectories:
@@ -83,17 +86,13 @@ def episode_results(trajectories: Trajectories, **labels: Any) -> pa.Table:
     and cut_turns (see ``trajectory.RESPONSES``), tokens (sampled), action_tokens.
     """
     responses, sampled = np.array(trajectories.responses), trajectories.sampled
-    seen: dict[str, int] = {}
-    rollout = []
-    for group in trajectories.episodes["group_id"]:
-        rollout.append(seen.get(group, 0))
-        seen[group] = rollout[-1] + 1
+    numbers = defaultdict[str, Iterator[int]](itertools.count)
     count = len(trajectories)
     return pa.table(
         {
             **{label: [value] * count for label, value in labels.items()},
             "state": trajectories.episodes["state_key"],
-            "rollout": rollout,
+            "rollout": [next(numbers[group]) for group in trajectories.episodes["group_id"]],
             "success": trajectories.episodes["success"],
             "return": trajectories.episodes["return"],
             "end_reason": trajectories.episodes["end_reason"],

@@ -27,14 +27,9 @@ def load_policy(
     trust_remote_code: bool = False,
     context: int | None = None,
 ) -> Policy:
-    """Load a policy from a local directory or the hub.
+    """Load a policy from a local directory, or from a branch, tag or commit of the hub, maybe with code that comes with it.
 
-    Args:
-        source: path or hub id.
-        revision: branch, tag or commit on the hub.
-        dtype: of the weights.
-        trust_remote_code: run code that comes with the model.
-        context: tokens of the longest sequence that it will be given; None: as many as it has positions for.
+    The longest sequence that it will be given has ``context`` tokens; None: as many as it has positions for.
 
     Raises:
         UserError: it cannot be loaded; its weights are not all there, or not finite; it has no fast tokenizer, or one
@@ -51,14 +46,8 @@ def load_policy(
         if kind.model_type not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES and not trust_remote_code:
             raise ValueError(f"a model of type {kind.model_type} is no causal language model")
         tokenizer = _load_tokenizer(source, options)
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            source,
-            dtype=getattr(torch, dtype),
-            use_safetensors=True,
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            **options,
-        )
+        options |= {"dtype": getattr(torch, dtype), "use_safetensors": True, "ignore_mismatched_sizes": True}
+        loaded: Any = AutoModelForCausalLM.from_pretrained(source, output_loading_info=True, **options)
     except Exception as error:  # of any kind: files, the library, and code that came with the model
         raise UserError(f"{name} cannot be loaded: {_short(error)}") from None
     model, loading = loaded
@@ -214,14 +203,9 @@ def _check_forward(policy: Policy, name: str, context: int | None) -> None:
         if not bool(torch.isfinite(theirs).all()):
             raise UserError(f"{name} computes logits that are not finite in {str(model.dtype)[6:]}")
         if not float((ours - theirs).abs().max()) <= rounding(model.dtype) * float(theirs.abs().max()):
-            raise UserError(
-                f"{name} computes other logits on packed sequences; "
-                + (
-                    "its attention is not exchangeable"
-                    if spans is beginning
-                    else f"its position codes change as a sequence grows to {last} tokens (context_tokens)"
-                )
-            )
+            grown = f"its position codes change as a sequence grows to {last} tokens (context_tokens)"
+            reason = "its attention is not exchangeable" if spans is beginning else grown
+            raise UserError(f"{name} computes other logits on packed sequences; {reason}")
 
 
 def rounding(dtype: torch.dtype) -> float:

@@ -46,9 +46,7 @@ class Policy:
 
     def frozen_copy(self) -> Policy:
         """An independent copy without gradients."""
-        model = copy.deepcopy(self.model).eval()
-        model.requires_grad_(False)
-        return Policy(model, self.tokenizer)
+        return Policy(copy.deepcopy(self.model).eval().requires_grad_(False), self.tokenizer)
 
     def save(self, directory: Path) -> None:
         """Write weights (safetensors), configuration and tokenizer; equal policies give equal bytes.

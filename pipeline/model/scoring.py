@@ -50,16 +50,9 @@ def predicting_hidden(
     wanted: Sequence[np.ndarray],
     backbone: torch.nn.Module | None = None,
 ) -> Float[Tensor, "n width"]:
-    """Hidden states at the positions that predict the wanted tokens.
+    """Hidden states at the positions that predict the wanted tokens, sequence after sequence.
 
-    Args:
-        policy: whose trunk reads the sequences.
-        sequences: token ids, one array per sequence.
-        wanted: bool masks of the same lengths; the first token of a sequence cannot be wanted, nothing predicts it.
-        backbone: another trunk to use instead.
-
-    Returns:
-        One row per wanted token, sequence after sequence.
+    ``wanted`` are bool masks of the sequences' lengths. A ``backbone`` reads in place of the policy's.
 
     Raises:
         ValueError: a first token is wanted.
@@ -78,13 +71,8 @@ def score_tokens(
 ) -> TokenScores:
     """Score tokens from the hidden states that predict them, a chunk of logits at a time.
 
-    No more than a chunk's logits are held, in the backward pass too, which computes them again.
-
-    Args:
-        hidden: last hidden states.
-        tokens: the tokens that were chosen there.
-        head: the output head.
-        temperature: divides the logits for log-probability and entropy, not for the log-partition.
+    No more than a chunk's logits are held, in the backward pass too, which computes them again. The temperature divides the
+    logits for log-probability and entropy, not for the log-partition.
     """
     return TokenScores(*_ScoreTokens.apply(hidden, head.weight, head.bias, tokens, temperature))
 

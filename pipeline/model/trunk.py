@@ -61,15 +61,10 @@ def hidden_states(
     attend: Attend,
     wanted: Int[Tensor, " m"] | None = None,
 ) -> Float[Tensor, "m width"]:
-    """Last hidden states of a packed batch.
+    """Last hidden states of a packed batch, by a transformers model without its output head.
 
-    Args:
-        backbone: a transformers model without its output head.
-        ids: token ids.
-        positions: of each token in its sequence, from 0.
-        attend: see ``Attend``.
-        wanted: ascending indices of the tokens whose states are asked for; in the last layer only their queries, and
-            nothing else behind them, is computed. None is all.
+    ``wanted`` are ascending indices of the tokens whose states are asked for; in the last layer only their queries, and
+    nothing else behind them, is computed. None is all.
     """
     if has_own_forward(backbone):
         return _own_forward(backbone, ids, positions, attend, wanted)

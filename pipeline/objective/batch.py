@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.trajectories.trajectory import Role, Trajectories
 
-State = Mapping[str, float]
+SlotMemory = Mapping[str, float]
 """What an adaptive slot has kept from earlier iterations; empty at first."""
 
 MEASURED = ("returns", "logprob", "entropy", "energy", "ref_logprob", "ref_entropy")
@@ -82,13 +82,7 @@ class TokenBatch:
 def token_batch(
     trajectories: Trajectories, draws: np.random.Generator, iteration: int = 0, temperature: float | None = None
 ) -> TokenBatch:
-    """Flat tensors of annotated trajectories.
-
-    Args:
-        trajectories: annotated.
-        draws: named generator of the slots' random choices.
-        iteration: of the training.
-        temperature: ``rollout.temperature``; None: whatever they were sampled at.
+    """Flat tensors of annotated trajectories, of which those sampled at ``temperature`` (None: at any) are regular.
 
     Raises:
         ValueError: they are not annotated.

@@ -1,10 +1,10 @@
 """Slot S3: advantages that are learned values' surprise: GAE over tokens or turns, and soft Q."""
 
 import torch
-from jaxtyping import Float
+from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pipeline.objective.batch import State, TokenBatch
+from pipeline.objective.batch import SlotMemory, TokenBatch
 from pipeline.objective.estimates import AdvantageEstimate, Estimates, HeadTarget
 from pipeline.objective.gae import gae
 from pipeline.objective.standardise import z_score
@@ -12,35 +12,34 @@ from pipeline.objective.turns import first_of_turn, last_of_turn, turn_rewards, 
 from pipeline.settings.advantage import GAE, BilevelGAE, EntropyGAE, SoftQ, TurnGAE
 
 
-def from_gae(batch: TokenBatch, estimates: Estimates, state: State, section: GAE) -> AdvantageEstimate:
+def from_gae(batch: TokenBatch, estimates: Estimates, state: SlotMemory, section: GAE) -> AdvantageEstimate:
     """Token-level GAE; with ``discount`` "turn" gamma applies after a response's last token only (POAD)."""
     gamma: float | Tensor = section.gamma
     if section.discount == "turn":
         gamma = torch.where(last_of_turn(batch), section.gamma, 1.0).to(batch.reward.dtype)
     values, behind = estimates["value"], estimates.get("value_behind")
     raw = gae(batch.reward, values, batch.trainable, batch.trajectory, gamma=gamma, lam=section.lam, behind=behind)
-    return AdvantageEstimate(_whitened(raw, batch, section.whiten), {"value": _target(raw, values, batch)}, {})
+    target = _target(raw, values, batch.trainable)
+    return AdvantageEstimate(_whitened(raw, batch, section.whiten), {"value": target}, {})
 
 
-def from_turn_gae(batch: TokenBatch, estimates: Estimates, state: State, section: TurnGAE) -> AdvantageEstimate:
+def from_turn_gae(batch: TokenBatch, estimates: Estimates, state: SlotMemory, section: TurnGAE) -> AdvantageEstimate:
     """GAE over turns, V_k the value of turn k's first trainable token; its tokens share A_k.
 
     ``delta_k = r_k + gamma * V_{k+1} - V_k`` over a trajectory's turns that have a trainable token, with ``V_{k+1}`` of
     ``gae`` behind the last.
     """
-    first = first_of_turn(batch)
-    owner, turn = batch.trajectory[first], batch.turn[first]
-    values, behind = estimates["value"][first], estimates.get("value_behind")
-    everything = torch.ones_like(owner, dtype=torch.bool)
-    own = gae(turn_rewards(batch)[turn], values, everything, owner, gamma=section.gamma, lam=section.lam, behind=behind)
-    by_turn = torch.zeros(len(batch.turn_trajectory), dtype=own.dtype).index_add_(0, turn, own)
-    target = torch.zeros_like(batch.reward)
-    target[first] = own + values
+    first, values, behind = first_of_turn(batch), estimates["value"], estimates.get("value_behind")
+    earned = torch.where(first, turns_to_tokens(batch, turn_rewards(batch)), 0.0)
+    own = gae(earned, values, first, batch.trajectory, gamma=section.gamma, lam=section.lam, behind=behind)
+    by_turn = torch.zeros(len(batch.turn_trajectory), dtype=own.dtype).index_add_(0, batch.turn[first], own[first])
     whitened = _whitened(turns_to_tokens(batch, by_turn), batch, section.whiten)
-    return AdvantageEstimate(whitened, {"value": HeadTarget(target, first)}, {})
+    return AdvantageEstimate(whitened, {"value": _target(own, values, first)}, {})
 
 
-def from_bilevel_gae(batch: TokenBatch, estimates: Estimates, state: State, section: BilevelGAE) -> AdvantageEstimate:
+def from_bilevel_gae(
+    batch: TokenBatch, estimates: Estimates, state: SlotMemory, section: BilevelGAE
+) -> AdvantageEstimate:
     """Bi-level GAE (arXiv 2510.16907): over turns, then backwards over the tokens within each.
 
     V_k is the value at turn k's last trainable token; the turn's advantage ``A_k = delta_k + turn_gamma * turn_lam *
@@ -48,24 +47,19 @@ def from_bilevel_gae(batch: TokenBatch, estimates: Estimates, state: State, sect
     ``A_t = r_t + gamma * V_{t+1} - V_t + gamma * lam * A_{t+1}``. Turn ends come from the turns themselves, not from rewards;
     r_k is the reward on the last token, so that rewards inside a turn reach no earlier one.
     """
-    last, values = last_of_turn(batch), estimates["value"]
-    high, owner = torch.zeros_like(values), batch.trajectory[last]
-    high[last] = gae(
-        batch.reward[last],
-        values[last],
-        torch.ones_like(owner, dtype=torch.bool),
-        owner,
-        gamma=section.turn_gamma,
-        lam=section.turn_lam,
-        behind=estimates.get("value_behind"),
-    )
+    last, values, behind = last_of_turn(batch), estimates["value"], estimates.get("value_behind")
+    earned, gamma, lam = torch.where(last, batch.reward, 0.0), section.turn_gamma, section.turn_lam
+    high = gae(earned, values, last, batch.trajectory, gamma=gamma, lam=lam, behind=behind)
     # Token GAE of one turn whose last delta is A_k: a "reward" of A_k + V_k, and nothing after it.
     closing = torch.where(last, high + values, batch.reward)
     raw = gae(closing, values, batch.trainable, batch.turn, gamma=section.gamma, lam=section.lam)
-    return AdvantageEstimate(_whitened(raw, batch, section.whiten), {"value": _target(raw, values, batch)}, {})
+    target = _target(raw, values, batch.trainable)
+    return AdvantageEstimate(_whitened(raw, batch, section.whiten), {"value": target}, {})
 
 
-def from_entropy_gae(batch: TokenBatch, estimates: Estimates, state: State, section: EntropyGAE) -> AdvantageEstimate:
+def from_entropy_gae(
+    batch: TokenBatch, estimates: Estimates, state: SlotMemory, section: EntropyGAE
+) -> AdvantageEstimate:
     """After TECRL (arXiv 2511.11592): ``A_reward + c * A_entropy``, each by GAE with a value function of its own.
 
     In the second ``(1 - entropy_gamma) * H_t`` is a token's "reward", so that values are on the scale of H. c starts at 0
@@ -85,12 +79,12 @@ def from_entropy_gae(batch: TokenBatch, estimates: Estimates, state: State, sect
     for name, earned, gamma, lam, factor in parts:
         values, behind = estimates[name], estimates.get(f"{name}_behind")
         raw = gae(earned, values, batch.trainable, batch.trajectory, gamma=gamma, lam=lam, behind=behind)
-        targets[name] = _target(raw, values, batch)
+        targets[name] = _target(raw, values, batch.trainable)
         advantage = advantage + factor * _whitened(raw, batch, section.whiten)
     return AdvantageEstimate(advantage, targets, {"first_entropy": first, "multiplier": multiplier})
 
 
-def from_soft_q(batch: TokenBatch, estimates: Estimates, state: State, section: SoftQ) -> AdvantageEstimate:
+def from_soft_q(batch: TokenBatch, estimates: Estimates, state: SlotMemory, section: SoftQ) -> AdvantageEstimate:
     """ETPO (arXiv 2402.06700): soft Bellman targets, token by token.
 
     With ``S(x) = V(x) - b KL(x)`` of the prefix x in which a token is chosen (``soft_value`` of the estimates):
@@ -110,8 +104,8 @@ def from_soft_q(batch: TokenBatch, estimates: Estimates, state: State, section: 
     return AdvantageEstimate(torch.where(chosen, taken - soft, 0.0), {"q": HeadTarget(target, chosen)}, {})
 
 
-def _target(raw: Float[Tensor, " n"], values: Float[Tensor, " n"], batch: TokenBatch) -> HeadTarget:
-    return HeadTarget(torch.where(batch.trainable, raw + values, 0.0), batch.trainable)
+def _target(raw: Float[Tensor, " n"], values: Float[Tensor, " n"], mask: Bool[Tensor, " n"]) -> HeadTarget:
+    return HeadTarget(torch.where(mask, raw + values, 0.0), mask)
 
 
 def _whitened(raw: Float[Tensor, " n"], batch: TokenBatch, wanted: bool) -> Float[Tensor, " n"]:

@@ -20,7 +20,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pipeline.objective.batch import State, TokenBatch
+from pipeline.objective.batch import SlotMemory, TokenBatch
 from pipeline.objective.estimates import AdvantageEstimate, Estimates
 from pipeline.objective.regularisers import EntropyTerms, without_band
 from pipeline.objective.surrogates import MinibatchPlan, SurrogateLoss, UpdateTokens
@@ -98,7 +98,7 @@ def keep(batch: TokenBatch, section: Custom) -> Bool[Tensor, " e"]:
     return kept
 
 
-def advantage(batch: TokenBatch, estimates: Estimates, state: State, section: Custom) -> AdvantageEstimate:
+def advantage(batch: TokenBatch, estimates: Estimates, state: SlotMemory, section: Custom) -> AdvantageEstimate:
     """S3: A_t of each token."""
     return AdvantageEstimate(_of_tokens(section, _called(section, batch), batch), {}, {})
 
@@ -134,7 +134,7 @@ def surrogate(tokens: UpdateTokens, plan: MinibatchPlan | None, section: Custom)
     return SurrogateLoss(loss, _shaped(section, clipped, nowhere))
 
 
-def regulariser(batch: TokenBatch, state: State, section: Custom) -> tuple[EntropyTerms, dict[str, float]]:
+def regulariser(batch: TokenBatch, state: SlotMemory, section: Custom) -> tuple[EntropyTerms, dict[str, float]]:
     """S6: the entropy terms of each token; it remembers nothing."""
     given = _called(section, batch)
     if not isinstance(given, EntropyTerms):

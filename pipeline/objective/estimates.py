@@ -1,7 +1,5 @@
 """What an advantage is told by networks beside the policy, and what it gives."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -16,6 +14,13 @@ Estimates = Mapping[str, Tensor]
 are bootstrapped, also ``<name>_behind`` (e): of the state behind a trajectory's last token, 0 if it is a true end."""
 
 
+class HeadTarget(NamedTuple):
+    """What a head shall predict, and where."""
+
+    value: Float[Tensor, " n"]
+    mask: Bool[Tensor, " n"]
+
+
 class AdvantageEstimate(NamedTuple):
     """What S3 gives."""
 
@@ -27,13 +32,6 @@ class AdvantageEstimate(NamedTuple):
     """What the next iteration is to know; empty for most."""
     times: Float[Tensor, " n"] | None = None
     """How many times each token's weight counts; None: once. A trajectory of zeros is not trained on."""
-
-
-class HeadTarget(NamedTuple):
-    """What a head shall predict, and where."""
-
-    value: Float[Tensor, " n"]
-    mask: Bool[Tensor, " n"]
 
 
 HEAD_NAMES = {"critic": "value", "entropy_critic": "entropy_value", "q": "q"}

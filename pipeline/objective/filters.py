@@ -31,13 +31,6 @@ def reward_variance(batch: TokenBatch, section: RewardVariance) -> Bool[Tensor, 
 
     Groups of equal returns are always dropped (DAPO, arXiv 2503.14476), so fewer may remain, or none. Ties go to the
     group that comes first.
-
-    Args:
-        batch: its returns and groups.
-        section: ``keep``, share of groups, in (0, 1].
-
-    Returns:
-        Which trajectories are trained on.
     """
     deviation = group_deviation(batch.returns, batch.group)
     order = torch.sort(deviation, descending=True, stable=True).indices

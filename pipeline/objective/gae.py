@@ -1,4 +1,4 @@
-"""Generalised advantage estimation, and the discounted returns that it is with lambda 1 and no values."""
+"""Generalised advantage estimation, and the discounted sums that it is with lambda 1 and no values."""
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -20,6 +20,8 @@ def gae(
     Prompt and observation tokens are skipped, never discounted through: the successor of a turn's last token is the next
     turn's first. ``delta_t = r_t + gamma * V_{t+1} - V_t`` with ``V = behind`` after the last one.
 
+    The result is 0 where not trainable.
+
     Args:
         reward: stands on trainable tokens.
         values: V of the state in which each token is chosen.
@@ -28,9 +30,6 @@ def gae(
         gamma: discount after each trainable token; one for all, or one per token.
         lam: lambda.
         behind: V of the state behind each trajectory's last trainable token, 0 at a true end; None: 0 for all.
-
-    Returns:
-        Advantages, 0 where not trainable.
 
     Raises:
         ValueError: a reward stands on a token that is not trainable.
@@ -50,7 +49,7 @@ def gae(
         following_advantage = r[t] + g[t] * following_value - v[t] + g[t] * lam * following_advantage
         result[t], following_value, following_trajectory = following_advantage, v[t], own[t]
     advantages = torch.zeros_like(values)
-    advantages[index] = torch.tensor(result, dtype=values.dtype)
+    advantages[index] = torch.tensor(result, dtype=values.dtype, device=values.device)
     return advantages
 
 

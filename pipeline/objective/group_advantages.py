@@ -4,16 +4,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pipeline.objective.batch import State, TokenBatch
+from pipeline.objective.batch import SlotMemory, TokenBatch
 from pipeline.objective.estimates import AdvantageEstimate, Estimates
 from pipeline.objective.gae import discounted_returns
 from pipeline.objective.turns import turn_rewards, turns_to_tokens
-from pipeline.settings.advantage import (
-    GroupAdvantage,
-    StandardisedAdvantage,
-    StepGroupAdvantage,
-    TokenGroupAdvantage,
-)
+from pipeline.settings.advantage import GroupAdvantage, StandardisedAdvantage, StepGroupAdvantage, TokenGroupAdvantage
 
 
 def group_advantage(
@@ -23,13 +18,7 @@ def group_advantage(
 
     A group of equal returns, a single trajectory among them, has advantage exactly 0: their float mean may differ from
     them by a rounding error, which dividing by a standard deviation of the same size would turn into an advantage.
-
-    Args:
-        returns: one per trajectory.
-        group: index of its group.
-        std: divide by the group's standard deviation.
-        ddof: its delta degrees of freedom, 0 or 1.
-        eps: added to it.
+    ``ddof``, 0 or 1, is the standard deviation's delta degrees of freedom.
     """
     groups = int(group.max()) + 1 if len(group) else 0
     count = torch.zeros(groups, dtype=returns.dtype).index_add_(0, group, torch.ones_like(returns))
@@ -58,14 +47,16 @@ def standardised(
     return group_advantage(values, group, std=section.std, ddof=section.ddof, eps=section.eps)
 
 
-def from_group(batch: TokenBatch, estimates: Estimates, state: State, section: GroupAdvantage) -> AdvantageEstimate:
+def from_group(
+    batch: TokenBatch, estimates: Estimates, state: SlotMemory, section: GroupAdvantage
+) -> AdvantageEstimate:
     """GRPO: ``group_advantage`` of the returns, on every trainable token."""
     own = standardised(batch.returns, batch.group, section)
     return AdvantageEstimate(to_tokens(own, batch.trajectory, batch.trainable), {}, {})
 
 
 def from_token_group(
-    batch: TokenBatch, estimates: Estimates, state: State, section: TokenGroupAdvantage
+    batch: TokenBatch, estimates: Estimates, state: SlotMemory, section: TokenGroupAdvantage
 ) -> AdvantageEstimate:
     """GTPO (arXiv 2508.04349): ``group_advantage`` of the tokens' rewards, over all trainable tokens of a group."""
     advantage, chosen = torch.zeros_like(batch.reward), batch.trainable
@@ -75,7 +66,7 @@ def from_token_group(
 
 
 def from_step_group(
-    batch: TokenBatch, estimates: Estimates, state: State, section: StepGroupAdvantage
+    batch: TokenBatch, estimates: Estimates, state: SlotMemory, section: StepGroupAdvantage
 ) -> AdvantageEstimate:
     """GiGPO (arXiv 2505.10978): ``A_episode + step_weight * A_step``.
 

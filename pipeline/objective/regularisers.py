@@ -10,7 +10,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pipeline.objective.batch import State, TokenBatch
+from pipeline.objective.batch import SlotMemory, TokenBatch
 from pipeline.settings.regulariser import EntropyBand, EntropyTarget, FixedRegulariser
 
 
@@ -29,12 +29,12 @@ def entropy_loss(entropy: Float[Tensor, " n"], terms: EntropyTerms) -> Float[Ten
     return terms.penalty * outside - terms.bonus * entropy
 
 
-def fixed(batch: TokenBatch, state: State, section: FixedRegulariser) -> tuple[EntropyTerms, dict[str, float]]:
+def fixed(batch: TokenBatch, state: SlotMemory, section: FixedRegulariser) -> tuple[EntropyTerms, dict[str, float]]:
     """The same bonus on every token."""
     return without_band(torch.full_like(batch.entropy, section.entropy)), {}
 
 
-def entropy_band(batch: TokenBatch, state: State, section: EntropyBand) -> tuple[EntropyTerms, dict[str, float]]:
+def entropy_band(batch: TokenBatch, state: SlotMemory, section: EntropyBand) -> tuple[EntropyTerms, dict[str, float]]:
     """EPO (arXiv 2509.22576): a band of ``low`` to ``high`` times the mean entropy of the same turn in earlier iterations.
 
     The mean is over all tokens of a turn's number in all earlier iterations; a turn that has none has no band.
@@ -59,7 +59,9 @@ def entropy_band(batch: TokenBatch, state: State, section: EntropyBand) -> tuple
     return terms, kept
 
 
-def entropy_target(batch: TokenBatch, state: State, section: EntropyTarget) -> tuple[EntropyTerms, dict[str, float]]:
+def entropy_target(
+    batch: TokenBatch, state: SlotMemory, section: EntropyTarget
+) -> tuple[EntropyTerms, dict[str, float]]:
     """After the idea of AER (arXiv 2510.10959); its exact form is not known to us.
 
     The coefficient starts at ``entropy`` and moves by ``rate * (target * H_0 - H)`` an iteration, within 0 and

@@ -21,11 +21,7 @@ def soft_state(
 ) -> SoftState:
     """Expected Q and KL to the reference policy under the tempered policy (ETPO, arXiv 2402.06700).
 
-    Args:
-        logits: of the policy.
-        ref_logits: of the reference policy.
-        q: values of the tokens.
-        temperature: divides both logits.
+    ``temperature`` divides both logits.
     """
     log_pi, log_ref = (
         # Never below float32, whatever the models compute in.

@@ -13,6 +13,7 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
+from pipeline.objective.gae import discounted_returns
 from pipeline.settings.surrogate import (
     BalancedClip,
     CovarianceClip,
@@ -210,13 +211,8 @@ def future_kl(tokens: UpdateTokens, *, half_life: float, largest_shift: float) -
     Tokens whose difference is above ``largest_shift`` are left out. Without gradient.
     """
     shift = (tokens.logprob - tokens.logprob_old).detach().double()
-    kept = torch.where(shift > largest_shift, 0.0, shift).tolist()
-    owner, decay = tokens.trajectory.tolist(), 0.5 ** (1 / half_life)
-    result, following, last = [0.0] * len(kept), 0.0, -1
-    for t in range(len(kept) - 1, -1, -1):
-        following = kept[t] + (decay * following if owner[t] == last else 0.0)
-        result[t], last = following, owner[t]
-    return torch.tensor(result, dtype=shift.dtype, device=shift.device)
+    kept = torch.where(shift > largest_shift, 0.0, shift)
+    return discounted_returns(kept, tokens.trajectory, 0.5 ** (1 / half_life))
 
 
 def plan_procedure_clip(tokens: UpdateTokens, section: ProcedureClip) -> MinibatchPlan:

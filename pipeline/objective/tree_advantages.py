@@ -2,7 +2,7 @@
 
 import torch
 
-from pipeline.objective.batch import State, TokenBatch
+from pipeline.objective.batch import SlotMemory, TokenBatch
 from pipeline.objective.estimates import AdvantageEstimate, Estimates
 from pipeline.objective.group_advantages import standardised
 from pipeline.objective.trees import segments, through
@@ -15,7 +15,7 @@ from pipeline.settings.advantage import (
 
 
 def from_shared_prefix(
-    batch: TokenBatch, estimates: Estimates, state: State, section: SharedPrefixAdvantage
+    batch: TokenBatch, estimates: Estimates, state: SlotMemory, section: SharedPrefixAdvantage
 ) -> AdvantageEstimate:
     """ARPO (arXiv 2507.19849): ``group_advantage``; a token has the mean of the trajectories through it.
 
@@ -29,7 +29,7 @@ def from_shared_prefix(
 
 
 def from_prefix_credit(
-    batch: TokenBatch, estimates: Estimates, state: State, section: PrefixCreditAdvantage
+    batch: TokenBatch, estimates: Estimates, state: SlotMemory, section: PrefixCreditAdvantage
 ) -> AdvantageEstimate:
     """APPO (arXiv 2606.12384): ``group_advantage`` of the initial trajectories, and that of the branches apart.
 
@@ -45,7 +45,7 @@ def from_prefix_credit(
 
 
 def from_siblings(
-    batch: TokenBatch, estimates: Estimates, state: State, section: SiblingAdvantage
+    batch: TokenBatch, estimates: Estimates, state: SlotMemory, section: SiblingAdvantage
 ) -> AdvantageEstimate:
     """After SEEA-R1 (arXiv 2506.21669): ``group_advantage`` of the segments that begin at one place.
 
@@ -64,7 +64,7 @@ def from_siblings(
 
 
 def from_reinforced(
-    batch: TokenBatch, estimates: Estimates, state: State, section: ReinforcedAdvantage
+    batch: TokenBatch, estimates: Estimates, state: SlotMemory, section: ReinforcedAdvantage
 ) -> AdvantageEstimate:
     """Arbitrary Entropy PO (arXiv 2510.08141): ``group_advantage`` of what was sampled at the policy's own temperature.
 

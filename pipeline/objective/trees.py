@@ -22,12 +22,7 @@ def first_tokens(batch: TokenBatch) -> Int[Tensor, " e"]:
 def through(batch: TokenBatch, values: Float[Tensor, " e"]) -> tuple[Float[Tensor, " n"], Float[Tensor, " n"]]:
     """Over the trajectories through each token: the sum of their values, and how many they are.
 
-    Args:
-        batch: whole trees, a parent before its branches.
-        values: one per trajectory.
-
-    Returns:
-        Two columns (n,), right where a token is trainable (elsewhere other trajectories may share it too).
+    Both are right where a token is trainable; elsewhere other trajectories may share it too. The batch holds whole trees.
 
     Raises:
         ValueError: a branch stands before the trajectory that it branches from.

@@ -15,7 +15,6 @@ from pipeline.settings.weight import (
     RoleRampWeight,
     SpuriousMaskWeight,
     TopEntropyWeight,
-    UniformWeight,
 )
 from pipeline.trajectories.trajectory import Role
 
@@ -23,11 +22,6 @@ from pipeline.trajectories.trajectory import Role
 def uniform_weights(batch: TokenBatch) -> Float[Tensor, " n"]:
     """1 on trainable tokens, 0 elsewhere."""
     return batch.trainable.to(batch.entropy.dtype)
-
-
-def uniform(batch: TokenBatch, section: UniformWeight) -> Float[Tensor, " n"]:
-    """Every token that the policy chose weighs 1."""
-    return uniform_weights(batch)
 
 
 def signal_values(batch: TokenBatch, signal: str, focus: Bool[Tensor, " n"]) -> Float[Tensor, " n"]:

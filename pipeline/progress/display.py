@@ -5,15 +5,13 @@ says how much of it is. A process that nobody listens to says nothing. ``Display
 is left at the pace so far, and how long nothing has been heard.
 """
 
-from __future__ import annotations
-
 import contextlib
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 FIRST, EVERY = 6.0, 20.0
 """Seconds until the first line of a process, and between two lines. A mistake that is found earlier is to be the only line;
@@ -27,8 +25,7 @@ SILENCE = 60.0
 class Teller:
     """The report of the task that this process works on: how many units of it are done, and which part of the next.
 
-    Args:
-        put: takes units done (the last one may be a fraction), units in all, and a text.
+    ``put`` takes units done (the last one may be a fraction), units in all, and a text.
     """
 
     def __init__(self, put: Callable[[float, float, str], None]) -> None:
@@ -41,11 +38,6 @@ class Teller:
     def __call__(self, done: float, total: float, text: str = "") -> None:
         self._done, self._total, self._text, self._said = done, total, text, time.monotonic()
         self._put(done, total, text)
-
-    @property
-    def begun(self) -> bool:
-        """Whether units have been spoken of."""
-        return self._total > 0
 
     @property
     def due(self) -> bool:
@@ -88,7 +80,7 @@ def tell(put: Callable[[float, float, str], None]) -> Teller:
 
 def begin(done: float, total: float, text: str = "") -> None:
     """Say how many units of the task had been done before, unless units have been spoken of."""
-    if _teller is not None and not _teller.begun:
+    if _teller is not None and not _teller._total:
         _teller(done, total, text)
 
 
@@ -151,7 +143,7 @@ class _Task:
         return 1.0 if self.over else self.done / self.total if self.total else 0.0
 
 
-_shown: list[Display] = []
+_shown: list["Display"] = []
 """Displays that are open, the innermost last: that one speaks."""
 _next = 0.0
 """Time from which a line may be printed."""
@@ -160,26 +152,20 @@ _next = 0.0
 class Display:
     """Shows how far some tasks are: a bar each on a terminal, and elsewhere one line for all of them every 20 seconds.
 
-    Args:
-        title: what they are.
-        labels: their names; an empty one stands for the title alone.
-        bars: whether a terminal shows them.
-        age: seconds that the work has been going on.
+    An empty label stands for the title alone; without ``bars`` a terminal shows none; the work has been going on for
+    ``age`` seconds.
     """
 
     def __init__(self, title: str, labels: Sequence[str], bars: bool = True, age: float = 0.0) -> None:
-        self._age = age
-        self._title, self._tasks = title, {label: _Task() for label in labels}
+        self._age, self._title, self._tasks = age, title, {label: _Task() for label in labels}
         self._whole: tuple[float, float] | None = None
         self._whole_before = 0.0
-        self._bars: Any = None
-        self._ids: dict[str, Any] = {}
-        if bars and _terminal():
-            self._bars, self._ids = _bars(title, labels)
+        shown: tuple[Any, dict[str, Any]] = _bars(title, labels) if bars and _terminal() else (None, {})
+        self._bars, self._ids = shown
         self._thread: threading.Thread | None = None
         self._ended = threading.Event()
 
-    def __enter__(self) -> Display:
+    def __enter__(self) -> Self:
         global _next
         self._began = time.monotonic() - self._age
         if _shown:
@@ -232,18 +218,16 @@ class Display:
     def line(self) -> str:
         """All that is known now."""
         now = time.monotonic()
-        running = {label: task for label, task in self._tasks.items() if task.heard is not None and not task.over}
-        parts = [_told(label, task, now) for label, task in running.items()]
+        running = [(label, task) for label, task in self._tasks.items() if task.heard is not None and not task.over]
+        parts = [_told(label, task, now) for label, task in running]
         if self._whole is not None:
             parts.insert(0, f"{self._whole[0]:.0f} of {self._whole[1]:.0f} done")
         elif len(self._tasks) > 1:
             parts.insert(0, f"{sum(task.over for task in self._tasks.values())} of {len(self._tasks)} done")
         left = self._left()
         rest = "" if left is None else f", about {duration(left)} left"
-        return "; ".join([f"{self._title}: {next(iter(parts), 'starting')}", *parts[1:], f"{self._spent(now)}{rest}"])
-
-    def _spent(self, now: float) -> str:
-        return f"{duration(now - (_shown or [self])[0]._began)} so far"
+        spent = duration(now - (_shown or [self])[0]._began)
+        return "; ".join([f"{self._title}: {next(iter(parts), 'starting')}", *parts[1:], f"{spent} so far{rest}"])
 
     def _left(self) -> float | None:
         """Seconds, at the pace since the display was opened; None before there is one."""

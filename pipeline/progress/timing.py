@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import time
+from collections import defaultdict
 
 
 class Phases:
     """Adds up seconds by phase; a phase inside another is not counted twice."""
 
     def __init__(self) -> None:
-        self._seconds: dict[str, float] = {}
+        self.seconds = defaultdict[str, float](float)
         self.inner = 0.0
         """Seconds of phases that have ended inside the one that is open."""
 
@@ -17,13 +18,10 @@ class Phases:
         """Count what happens inside under ``name``."""
         return Stopwatch(self, name)
 
-    def add(self, name: str, seconds: float) -> None:
-        """Add to a phase."""
-        self._seconds[name] = self._seconds.get(name, 0.0) + seconds
-
     def take(self) -> dict[str, float]:
         """Seconds by phase since the last call."""
-        taken, self._seconds = self._seconds, {}
+        taken = dict(self.seconds)
+        self.seconds.clear()
         return taken
 
 
@@ -41,5 +39,5 @@ class Stopwatch:
 
     def __exit__(self, *_: object) -> None:
         spent = time.perf_counter() - self.began
-        self.phases.add(self.name, spent - self.phases.inner)
+        self.phases.seconds[self.name] += spent - self.phases.inner
         self.phases.inner = self.around + spent

@@ -11,9 +11,10 @@ from matplotlib.figure import Figure
 
 from pipeline.analysis.bottleneck import SCOPES, GroupEnergy, group_energy, role_energy
 from pipeline.report.style import QUIET, ROLE_COLOURS, STYLE, WIDTH, save
-from pipeline.trajectories.trajectory import RESPONSE_ROLES, Role, Trajectories
+from pipeline.trajectories.trajectory import RESPONSE_ROLES, Trajectories
 
-_TAIL = 0.1
+TAIL = 0.1
+"""Per cent of a role's tokens at each end that may lie beyond the axis of energy."""
 _ENERGY = "energy −logsumexp in nats  (right: reference less confident)"
 
 
@@ -28,10 +29,7 @@ def draw_bottleneck(trajectories: Trajectories, diagnostics: dict[str, Any], fol
 def correlation_figure(trajectories: Trajectories, diagnostics: dict[str, Any], target: Path) -> tuple[Path, Path]:
     """A panel per scope: a group's mean energy against the variance of its returns, a point per group.
 
-    Args:
-        trajectories: the annotated episodes that were diagnosed.
-        diagnostics: what ``bottleneck`` gave for them.
-        target: where to write, without the ending.
+    The target is without its ending.
     """
     per_group = group_energy(trajectories)
     with rc_context(STYLE):
@@ -50,26 +48,29 @@ def correlation_figure(trajectories: Trajectories, diagnostics: dict[str, Any], 
 
 
 def energy_figure(trajectories: Trajectories, diagnostics: dict[str, Any], target: Path) -> tuple[Path, Path]:
-    """A row per role that occurs: the distribution of its tokens' energies on a shared axis, to a height of its own.
-
-    The arguments are those of ``correlation_figure``.
-    """
-    roles = [role for role in RESPONSE_ROLES if diagnostics["energy_by_role"][role.name.lower()]["count"]]
-    energies = {role: role_energy(trajectories, role) for role in roles}
-    # The limits come from each role alone: pooled, a few action tokens would all be a tail of the reasoning.
-    ends = np.array([np.percentile(values, [_TAIL, 100 - _TAIL]) for values in energies.values()])
-    low, high = float(ends[:, 0].min()), float(ends[:, 1].max())
+    """A row per role that occurs: the distribution of its tokens' energies on a shared axis, to a height of its own."""
+    energies, low, high = energies_by_role(trajectories)
     margin = 0.02 * (high - low) or 0.5
     edges = np.linspace(low - margin, high + margin, 81)
     with rc_context(STYLE):
-        figure = Figure(figsize=(WIDTH, 1.4 + 1.05 * len(roles)), layout="constrained")
-        rows = figure.subplots(len(roles), 1, sharex=True, squeeze=False)[:, 0]
+        figure = Figure(figsize=(WIDTH, 1.4 + 1.05 * len(energies)), layout="constrained")
+        rows = figure.subplots(len(energies), 1, sharex=True, squeeze=False)[:, 0]
         for axes, (role, values) in zip(rows, energies.items(), strict=True):
-            name = role.name.lower()
-            _histogram(axes, role, values, edges, diagnostics["energy_by_role"][name], diagnostics["tokens"])
+            _histogram(axes, role, values, edges, diagnostics["energy_by_role"][role], diagnostics["tokens"])
         rows[-1].set_xlabel(_ENERGY + "; outermost bins hold what lies beyond")
         figure.suptitle(f"{diagnostics['environment']}: token energy by role, quartiles marked", fontsize=13)
         return save(figure, target)
+
+
+def energies_by_role(trajectories: Trajectories) -> tuple[dict[str, np.ndarray], float, float]:
+    """Energies of the sampled tokens of every role that occurs, and the ends of an axis for them.
+
+    The ends come from each role alone: pooled, a few action tokens would all be a tail of the reasoning.
+    """
+    found = {role.name.lower(): role_energy(trajectories, role) for role in RESPONSE_ROLES}
+    energies = {role: values for role, values in found.items() if len(values)}
+    ends = np.array([np.percentile(values, [TAIL, 100 - TAIL]) for values in energies.values()])
+    return energies, float(ends[:, 0].min()), float(ends[:, 1].max())
 
 
 def _scatter(axes: Axes, per_group: GroupEnergy, scope: str, correlation: dict[str, Any]) -> None:
@@ -79,16 +80,9 @@ def _scatter(axes: Axes, per_group: GroupEnergy, scope: str, correlation: dict[s
     axes.scatter(energy[~varying], per_group.variance[~varying], s=26, facecolors="none", edgecolors=colour, alpha=0.7)
     axes.set_title(f"{scope} tokens\n{rho_text(correlation)}", color=colour, fontweight="bold", loc="center", pad=22)
     varied = correlation["varying"]
-    axes.annotate(
-        f"{varied['groups']} filled: {rho_text(varied)}",
-        (0.5, 1.0),
-        (0, 7),
-        xycoords="axes fraction",
-        textcoords="offset points",
-        ha="center",
-        fontsize=10,
-        color=QUIET,
-    )
+    text = f"{varied['groups']} filled: {rho_text(varied)}"
+    above: dict[str, Any] = {"xycoords": "axes fraction", "textcoords": "offset points", "ha": "center"}
+    axes.annotate(text, (0.5, 1.0), (0, 7), **above, fontsize=10, color=QUIET)
     axes.locator_params(axis="x", nbins=5)
 
 
@@ -104,23 +98,15 @@ def rho_text(correlation: Mapping[str, Any]) -> str:
 
 
 def _histogram(
-    axes: Axes, role: Role, values: np.ndarray, edges: np.ndarray, summary: dict[str, Any], tokens: int
+    axes: Axes, role: str, values: np.ndarray, edges: np.ndarray, summary: dict[str, Any], tokens: int
 ) -> None:
-    name = role.name.lower()
     counts, _ = np.histogram(np.clip(values, edges[0], edges[-1]), edges)
-    axes.stairs(counts / counts.max(), edges, fill=True, color=ROLE_COLOURS[name], alpha=0.8)
+    axes.stairs(counts / counts.max(), edges, fill=True, color=ROLE_COLOURS[role], alpha=0.8)
     for quantile, width in (("q25", 1.0), ("q50", 2.2), ("q75", 1.0)):
         axes.axvline(summary[quantile], color="black", linewidth=width, ymax=0.88)
     axes.set(ylim=(0, 1.15), yticks=[], xlim=(edges[0], edges[-1]))
     axes.grid(visible=False)
     axes.spines["left"].set_visible(False)
-    axes.set_ylabel(name.replace("_", " "), rotation=0, ha="right", va="center", fontweight="bold")
-    axes.text(
-        1.01,
-        0.5,
-        f"{len(values):,} tokens\n{len(values) / tokens:.1%} of sampled\nmedian {summary['q50']:.2f}".replace("-", "−"),
-        transform=axes.transAxes,
-        va="center",
-        fontsize=9.5,
-        color=QUIET,
-    )
+    axes.set_ylabel(role.replace("_", " "), rotation=0, ha="right", va="center", fontweight="bold")
+    text = f"{len(values):,} tokens\n{len(values) / tokens:.1%} of sampled\nmedian {summary['q50']:.2f}"
+    axes.text(1.01, 0.5, text.replace("-", "−"), transform=axes.transAxes, va="center", fontsize=9.5, color=QUIET)

@@ -5,15 +5,16 @@ Their texts are untrusted: plotly reads some HTML in every text, links and style
 
 import html
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any, NamedTuple
 
 import plotly.graph_objects as go
 
 from pipeline.analysis.comparison import REFERENCE, Row, difference_of, places, rows_at
 from pipeline.analysis.statistics import VERDICT_SEEDS, Interval
-from pipeline.report.comparison_tables import estimate
+from pipeline.report.comparison_tables import success_text
 from pipeline.report.differences import difference_text
 from pipeline.report.style import BLUE, GREY, VERMILLION, looks
 from pipeline.settings.params import Config
@@ -44,11 +45,8 @@ class Chart:
 def view(figure: go.Figure, height: int, left: int = 60, top: int = 10) -> dict[str, Any]:
     """A figure's JSON, without plotly's template; the page gives text and background their colours.
 
-    Args:
-        figure: any.
-        height: pixels.
-        left: pixels for the labels of the vertical axis; on a narrow screen plotly finds no end in working them out.
-        top: pixels above the first panel.
+    Sizes are in pixels. Those for the labels of the vertical axis are given as ``left``, for on a narrow screen plotly
+    finds no end in working them out.
     """
     figure.update_layout(
         height=height,
@@ -79,7 +77,7 @@ def trained_on(config: Config, environment: str) -> str:
     """What the trainings of a comparison were, for a caption."""
     plan, sizes = config.train, config.rollout
     return (
-        f"{_named(config, environment)}, {_seeds(config)}, {_length(config)} of {sizes.groups} initial states × "
+        f"{_run(config, environment)}, {_length(config)} of {sizes.groups} initial states × "
         f"{sizes.group_size} episodes, sampled at temperature {sizes.temperature:g}; validated every "
         f"{plan.validate_every} iterations on {config.evaluation.validation_states} states × "
         f"{config.evaluation.validation_rollouts} episodes at temperature {config.evaluation.temperatures[0]:g}."
@@ -90,13 +88,14 @@ def evaluated_on(config: Config, environment: str) -> str:
     """What the evaluations of a comparison were, for a caption."""
     plan = config.evaluation
     return (
-        f"{_named(config, environment)}, {_seeds(config)} per method, each after {_length(config)}; "
+        f"{_run(config, environment)} per method, each after {_length(config)}; "
         f"{plan.states} held-out initial states × {plan.rollouts} episodes per seed and temperature."
     )
 
 
-def _named(config: Config, environment: str) -> str:
-    return f"Run: {environment} ({config.environments[environment].id})"
+def _run(config: Config, environment: str) -> str:
+    seeds = f"{len(config.seeds)} seed{'s' * (len(config.seeds) > 1)}"
+    return f"Run: {environment} ({config.environments[environment].id}), {seeds}"
 
 
 def _length(config: Config) -> str:
@@ -107,13 +106,8 @@ def _length(config: Config) -> str:
     return f"as many iterations as come nearest to {plan.tokens} sampled tokens (at most {plan.iterations})"
 
 
-def _seeds(config: Config) -> str:
-    return f"{len(config.seeds)} seed{'s' * (len(config.seeds) > 1)}"
-
-
 def success_chart(config: Config, comparison: Mapping[str, Any], environment: str) -> Chart:
     """Final success of every method with its intervals and seeds, a view per temperature."""
-    temperatures = places(comparison)[environment]
     return Chart(
         f"{environment}-success",
         "Success after training",
@@ -121,18 +115,13 @@ def success_chart(config: Config, comparison: Mapping[str, Any], environment: st
         "bootstrap interval over seeds and initial states together; thin line: 95 % t-interval over seed means; small "
         "dots: single seeds. Grey band and dashed line: the reference policy, with its bootstrap interval. Which methods "
         "can be told apart is said by the paired differences. " + evaluated_on(config, environment),
-        {
-            _temperature(temperature, temperatures): _success(rows_at(comparison, environment, temperature))
-            for temperature in temperatures
-        },
+        _by_temperature(comparison, environment, _success),
         "Temperature",
     )
 
 
 def difference_charts(config: Config, comparison: Mapping[str, Any], environment: str) -> Iterator[Chart]:
     """Paired differences, and the probability of improvement where some method has a uniform counterpart."""
-    temperatures = places(comparison)[environment]
-    rows = {t: [r for r in rows_at(comparison, environment, t) if r["method"] != REFERENCE] for t in temperatures}
     run = evaluated_on(config, environment)
     yield Chart(
         f"{environment}-differences",
@@ -141,46 +130,31 @@ def difference_charts(config: Config, comparison: Mapping[str, Any], environment
         "paired over common seeds and initial states. Small dots: single seeds. Line: 95 % t-interval over paired seed "
         f"means, from {VERDICT_SEEDS} seeds on; two methods whose line crosses zero are not told apart, and below "
         f"{VERDICT_SEEDS} seeds there is no verdict. Not corrected for the number of differences. " + run,
-        {
-            _temperature(t, temperatures): _intervals(list(_differences(own)), "difference in success", 0.0)
-            for t, own in rows.items()
-        },
+        _by_temperature(comparison, environment, _differences),
         "Temperature",
     )
-    if any(row["probability_of_improvement"] is not None for row in rows[temperatures[0]]):
+    headline = rows_at(comparison, environment, places(comparison)[environment][0])
+    if any(row["probability_of_improvement"] is not None for row in headline):
         yield Chart(
             f"{environment}-improvement",
             "Probability of improvement",
             "Share of all pairs of seeds in which the training with the method scores above the one of its uniform "
             "counterpart (ties count half). It describes these trainings; whether the two can be told apart is said by "
             "the paired differences. " + run,
-            {
-                _temperature(t, temperatures): _intervals(list(_improvements(own)), "probability of improvement", 0.5)
-                for t, own in rows.items()
-            },
+            _by_temperature(comparison, environment, _improvements),
             "Temperature",
         )
 
 
-def _temperature(temperature: float, temperatures: Sequence[float]) -> str:
-    return f"{temperature:g}" + " (headline)" * (temperature == temperatures[0])
-
-
-def _success(rows: Sequence[Row]) -> dict[str, Any]:
-    reference, trained = rows[0], [row for row in rows if row["method"] != REFERENCE]
-    figure = go.Figure()
-    figure.add_vrect(
-        x0=reference["reference_ci_low"], x1=reference["reference_ci_high"], fillcolor=GREY, opacity=0.25, line_width=0
-    )
-    figure.add_vline(x=reference["reference_success"], line={"color": GREY, "dash": "dash", "width": 1.5})
-    for place, (row, (colour, _, symbol)) in enumerate(zip(trained, looks(plotly=True), strict=False)):
-        bounds = {
-            width: (row[f"{name}_low"], row[f"{name}_high"]) for name, width in (("success_ci", 7), ("t_ci", 1.5))
-        }
-        said = f"{row['method']}: {estimate(row['success_mean'], row['success_ci_low'], row['success_ci_high'])}"
-        _add_row(figure, place, row["success_mean"], said, colour, bounds, row["seed_success"], symbol)
-    figure.update_xaxes(title_text="success", range=[-0.01, 1.01])
-    return rowed(figure, [f"{row['method']} (n = {row['seeds']})" for row in trained])
+def _by_temperature(
+    comparison: Mapping[str, Any], environment: str, draw: Callable[[Sequence[Row]], dict[str, Any]]
+) -> dict[str, dict[str, Any]]:
+    """A view per temperature, of its rows."""
+    temperatures = places(comparison)[environment]
+    return {
+        f"{t:g}" + " (headline)" * (t == temperatures[0]): draw(rows_at(comparison, environment, t))
+        for t in temperatures
+    }
 
 
 class ChartRow(NamedTuple):
@@ -191,71 +165,83 @@ class ChartRow(NamedTuple):
     said: str
     """What is written of it where the reader points."""
     colour: str
-    interval: Interval | None = None
+    intervals: Mapping[float, Interval | None]
+    """By the width of their lines; None is not drawn."""
     seeds: Sequence[float] = ()
     """Of single seeds."""
+    symbol: str = "circle"
 
 
-def _differences(rows: Sequence[Row]) -> Iterator[ChartRow]:
+def _success(rows: Sequence[Row]) -> dict[str, Any]:
+    reference, trained = rows[0], [row for row in rows if row["method"] != REFERENCE]
+    figure = go.Figure()
+    figure.add_vrect(
+        x0=reference["reference_ci_low"], x1=reference["reference_ci_high"], fillcolor=GREY, opacity=0.25, line_width=0
+    )
+    figure.add_vline(x=reference["reference_success"], line={"color": GREY, "dash": "dash", "width": 1.5})
+    found = []
+    for row, (colour, _, symbol) in zip(trained, looks(plotly=True), strict=False):
+        label, said = f"{row['method']} (n = {row['seeds']})", f"{row['method']}: {success_text(row)}"
+        bootstrap = Interval(row["success_ci_low"], row["success_ci_high"])
+        over_seeds = None if row["t_ci_low"] is None else Interval(row["t_ci_low"], row["t_ci_high"])
+        intervals = {7: bootstrap, 1.5: over_seeds}
+        found.append(ChartRow(label, row["success_mean"], said, colour, intervals, row["seed_success"], symbol))
+    figure.update_xaxes(title_text="success", range=[-0.01, 1.01])
+    return _with_rows(figure, found)
+
+
+def _differences(rows: Sequence[Row]) -> dict[str, Any]:
     """Every difference; those between methods first."""
+    drawn = []
     for kind, colour in (("control", VERMILLION), ("uniform", BLUE), (REFERENCE, GREY)):
         for row in rows:
             found = difference_of(row, kind)
             if found is not None:
                 label = f"{row['method']} − {row.get(kind, kind)}"
-                yield ChartRow(label, found.value, difference_text(found), colour, found.interval, found.by_seed)
+                said = f"{label}: {difference_text(found)}"
+                drawn.append(ChartRow(label, found.value, said, colour, {6.0: found.interval}, found.by_seed))
+    ends = [0.0, *chain(*((row.value, *row.seeds, *(row.intervals[6.0] or ())) for row in drawn))]
+    margin = 0.05 * (max(ends) - min(ends)) or 0.05
+    figure = _against(0.0, "difference in success", min(ends) - margin, max(ends) + margin)
+    return _with_rows(figure, drawn)
 
 
-def _improvements(rows: Sequence[Row]) -> Iterator[ChartRow]:
+def _improvements(rows: Sequence[Row]) -> dict[str, Any]:
+    drawn = []
     for row in rows:
-        value = row["probability_of_improvement"]
+        value, label = row["probability_of_improvement"], f"{row['method']} over {row['uniform']}"
         if value is not None:
-            yield ChartRow(f"{row['method']} over {row['uniform']}", value, f"{value:.3f}", BLUE)
+            drawn.append(ChartRow(label, value, f"{label}: {value:.3f}", BLUE, {}))
+    return _with_rows(_against(0.5, "probability of improvement", -0.01, 1.01), drawn)
 
 
-def _intervals(found: Sequence[ChartRow], title: str, nothing: float) -> dict[str, Any]:
-    """A row per value with its interval and single seeds; a line where there is no difference."""
+def _against(nothing: float, title: str, low: float, high: float) -> go.Figure:
+    """An empty figure with a line where there is no difference."""
     figure = go.Figure()
     figure.add_vline(x=nothing, line={"color": GREY, "dash": "dash", "width": 1.5})
-    ends = [nothing]
-    for place, one in enumerate(found):
-        ends += [one.value, *one.seeds]
-        if one.interval is not None:
-            ends += [one.interval.low, one.interval.high]
-        bounds = {} if one.interval is None else {6.0: (one.interval.low, one.interval.high)}
-        _add_row(figure, place, one.value, f"{one.label}: {one.said}", one.colour, bounds, one.seeds)
-    margin = 0.05 * (max(ends) - min(ends)) or 0.05
-    limits = [-0.01, 1.01] if nothing else [min(ends) - margin, max(ends) + margin]
-    figure.update_xaxes(title_text=title, range=limits)
-    return rowed(figure, [one.label for one in found])
+    return figure.update_xaxes(title_text=title, range=[low, high])
 
 
-def _add_row(
-    figure: go.Figure,
-    place: int,
-    value: float,
-    said: str,
-    colour: str,
-    bounds: Mapping[float, Sequence[float | None]],
-    seeds: Sequence[float],
-    symbol: str = "circle",
-) -> None:
-    """A value with its intervals by the width of their lines, and single seeds below it."""
-    for width, ends in bounds.items():
-        if None not in ends:
+def _with_rows(figure: go.Figure, rows: Sequence[ChartRow]) -> dict[str, Any]:
+    """A row per value with its intervals, and single seeds below it."""
+    for place, row in enumerate(rows):
+        for width, interval in row.intervals.items():
+            if interval is not None:
+                figure.add_scatter(
+                    x=interval, y=[place] * 2, mode="lines", hoverinfo="skip", showlegend=False,
+                    line={"color": row.colour, "width": width}, opacity=0.55 if width > 2 else 1,
+                )  # fmt: skip
+        if row.seeds:
             figure.add_scatter(
-                x=ends, y=[place] * 2, mode="lines", hoverinfo="skip", line={"color": colour, "width": width},
-                opacity=0.55 if width > 2 else 1, showlegend=False,
+                x=list(row.seeds), y=[place + 0.26] * len(row.seeds), mode="markers", showlegend=False,
+                marker={"color": GREY, "size": 5}, hovertemplate="single seed: %{x:.3f}<extra></extra>",
             )  # fmt: skip
-    if seeds:
         figure.add_scatter(
-            x=list(seeds), y=[place + 0.26] * len(seeds), mode="markers", showlegend=False,
-            marker={"color": GREY, "size": 5}, hovertemplate="single seed: %{x:.3f}<extra></extra>",
+            x=[row.value], y=[place], mode="markers", showlegend=False, text=[row.said],
+            marker={"color": row.colour, "size": 11, "symbol": row.symbol, "line": {"color": "white", "width": 1}},
+            hovertemplate="%{text}<extra></extra>",
         )  # fmt: skip
-    figure.add_scatter(
-        x=[value], y=[place], mode="markers", showlegend=False, text=[said], hovertemplate="%{text}<extra></extra>",
-        marker={"color": colour, "size": 11, "symbol": symbol, "line": {"color": "white", "width": 1}},
-    )  # fmt: skip
+    return rowed(figure, [row.label for row in rows])
 
 
 def rowed(figure: go.Figure, labels: Sequence[str]) -> dict[str, Any]:

@@ -26,9 +26,7 @@ def noted_revisions(runs: Path) -> list[str]:
 def made_by(revisions: Iterable[str], root: Path) -> str:
     """One line: ``Made by commit 1234567 (2026-11-20).``; of several, all in order of their dates.
 
-    Args:
-        revisions: full hashes, with ``+changes`` after uncommitted edits; none are an unknown commit.
-        root: of the git repository. A commit that it does not have has no date.
+    Revisions are as ``noted_revisions`` gives them. A commit that the repository at ``root`` does not have has no date.
     """
     dated = sorted((_git(root, "show", "-s", "--format=%cs", r.removesuffix("+changes")), r) for r in revisions)
     words = []
@@ -43,10 +41,8 @@ def made_by(revisions: Iterable[str], root: Path) -> str:
 def last_changed(document: Path, first: int, last: int) -> str:
     """One line: ``Made by commit 1234567 (2026-11-20), in which this table last changed.``
 
-    Args:
-        document: in a git repository; otherwise the commit is unknown.
-        first: number of the table's first line, from 1.
-        last: of its last one. Lines that are not committed do not count.
+    The table has the lines ``first`` to ``last``, from 1; lines that are not committed do not count. Without a git
+    repository the commit is unknown.
     """
     where = ("-L", f"{first},{last}", "--line-porcelain", "--", document.name)
     found: dict[str, int] = {}

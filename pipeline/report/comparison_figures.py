@@ -19,7 +19,6 @@ from pipeline.report.style import COSTS, CROWD, FAINT, HEALTH, METHOD_COLOURS, Q
 
 def write_comparison_figures(comparison: Mapping[str, Any], inputs: Inputs, folder: Path) -> dict[str, list[Path]]:
     """Write all figures as PNG and SVG, with the same bytes for the same numbers; returns the SVG files by environment."""
-    folder.mkdir(parents=True, exist_ok=True)
     return {
         environment: [
             save(figure, folder / f"{environment}-{name}")[1]
@@ -59,16 +58,13 @@ def success_figure(comparison: Mapping[str, Any], environment: str) -> Figure:
 def learning_figure(curves: Mapping[str, Curves], timings: Mapping[str, Curves], tokens: int | None = None) -> Figure:
     """Training and validation success over what was spent: iterations, episodes, tokens and, where known, seconds.
 
-    Args:
-        curves: by method, in the order of their colours.
-        timings: by method; the last panel is left out if there are none.
-        tokens: the trainings' budget, if there is one; tokens then have the first panel.
+    Methods have their colours in the order of their curves. If the trainings have a budget of tokens, these come first.
     """
     shown = costs(tokens, bool(timings))
+    rows, columns = (2, 2) if len(shown) == 4 else (1, 3)
     with rc_context(STYLE):
-        columns = 2 if len(shown) == 4 else 3
-        figure = Figure((WIDTH, 3.3 * math.ceil(len(shown) / columns) + 0.4), layout="constrained")
-        panels = figure.subplots(math.ceil(len(shown) / columns), columns, sharey=True, squeeze=False).flat
+        figure = Figure((WIDTH, 3.3 * rows + 0.4), layout="constrained")
+        panels = figure.subplots(rows, columns, sharey=True, squeeze=False).flat
         for axes, cost in zip(panels, shown, strict=True):
             for (method, curve), (colour, dash, marker) in zip(curves.items(), looks(), strict=False):
                 if cost == "seconds" and method not in timings:
@@ -135,12 +131,10 @@ def _figures(comparison: Mapping[str, Any], inputs: Inputs, environment: str) ->
     """Name -> figure."""
     curves = {method: curve for (place, method), curve in inputs.curves.items() if place == environment}
     timings = {method: timing for (place, method), timing in inputs.timings.items() if place == environment}
-    tokens = comparison["tokens"]
+    tokens, crowd = comparison["tokens"], len(curves) > CROWD
     return {
         "success": success_figure(comparison, environment),
-        "learning": learning_panels(curves, tokens)
-        if len(curves) > CROWD
-        else learning_figure(curves, timings, tokens),
+        "learning": learning_panels(curves, tokens) if crowd else learning_figure(curves, timings, tokens),
         "health": health_figure(curves, tokens),
     }
 
@@ -153,9 +147,8 @@ def _success_panel(axes: Axes, rows: Sequence[Mapping[str, Any]], temperature: f
     for place, (row, (colour, _, marker)) in enumerate(zip(trained, looks(), strict=False)):
         if row["t_ci_low"] is not None:
             axes.plot([row["t_ci_low"], row["t_ci_high"]], [place] * 2, color=colour, lw=1, zorder=2)
-        axes.plot(
-            [row["success_ci_low"], row["success_ci_high"]], [place] * 2, color=colour, lw=4, alpha=0.55, zorder=2
-        )
+        bootstrap = [row["success_ci_low"], row["success_ci_high"]]
+        axes.plot(bootstrap, [place] * 2, color=colour, lw=4, alpha=0.55, zorder=2)
         seeds = row["seed_success"]
         axes.plot(seeds, [place + 0.24] * len(seeds), ".", color=QUIET, ms=4, mec="none", alpha=0.8, zorder=3)
         axes.plot(row["success_mean"], place, marker, color=colour, ms=7, mec="white", mew=0.8, zorder=4)
@@ -186,6 +179,5 @@ def _legend(figure: Figure, curves: Mapping[str, Curves], marked: bool) -> None:
         Line2D([], [], color=colour, ls=dash, marker=marker if marked else "", label=f"{method} (n = {len(curve)})")
         for (method, curve), (colour, dash, marker) in zip(curves.items(), looks(), strict=False)
     ]
-    figure.legend(
-        handles=handles, loc="outside lower center", ncols=math.ceil(len(handles) / math.ceil(len(handles) / 4))
-    )
+    columns = math.ceil(len(handles) / math.ceil(len(handles) / 4))
+    figure.legend(handles=handles, loc="outside lower center", ncols=columns)

@@ -55,8 +55,8 @@ def result_table(comparison: Mapping[str, Any], environment: str, temperature: f
             [
                 row["method"],
                 _size(row),
-                estimate(row["success_mean"], row["success_ci_low"], row["success_ci_high"]),
-                _bounds(row["t_ci_low"], row["t_ci_high"]),
+                success_text(row),
+                _bounds(row, "t_ci"),
                 _number(row["success_iqm"]),
                 _difference(row, "reference"),
                 _difference(row, "uniform"),
@@ -134,19 +134,12 @@ def time_table(environment: str, timings: Mapping[tuple[str, str], Curves]) -> T
 
 def overview_markdown(comparisons: Sequence[Mapping[str, Any]]) -> str:
     """Headline success of several comparisons of the same methods as Markdown: a row per comparison and environment."""
-    methods = list(dict.fromkeys(row["method"] for comparison in comparisons for row in comparison["rows"]))
-    methods.sort(key=lambda method: method != REFERENCE)
+    methods = list(dict.fromkeys([REFERENCE, *(row["method"] for found in comparisons for row in found["rows"])]))
     rows = []
     for comparison in comparisons:
         for environment, temperatures in places(comparison).items():
             found = {row["method"]: row for row in rows_at(comparison, environment, temperatures[0])}
-            cells = [
-                estimate(found[m]["success_mean"], found[m]["success_ci_low"], found[m]["success_ci_high"])
-                if m in found
-                else "–"
-                for m in methods
-            ]
-            rows.append([comparison["comparison"], environment, *cells])
+            rows.append([comparison["comparison"], environment, *(success_text(found.get(m)) for m in methods)])
     return markdown(Table("overview", ["comparison", "environment", *methods], rows))
 
 
@@ -195,12 +188,13 @@ def _difference(row: Row, other: str) -> str:
     return "–" if found is None else difference_text(found, "" if other == REFERENCE else f" vs {row[other]}")
 
 
-def estimate(value: float, low: float, high: float) -> str:
-    """A value with its interval."""
-    return f"{value:.3f} {_bounds(low, high)}"
+def success_text(row: Row | None) -> str:
+    """A row's success with its interval; a dash where there is no row."""
+    return "–" if row is None else f"{_number(row['success_mean'])} {_bounds(row, 'success_ci')}"
 
 
-def _bounds(low: float | None, high: float | None) -> str:
+def _bounds(row: Row, interval: str) -> str:
+    low, high = row[f"{interval}_low"], row[f"{interval}_high"]
     return "–" if low is None or high is None else f"[{low:.3f}, {high:.3f}]"
 
 

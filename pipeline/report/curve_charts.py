@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 
 from pipeline.analysis.comparison import Curves, Inputs
 from pipeline.analysis.curves import SMOOTHING, costs, over_seeds, series_of, smoothed, spent, uneven, validations
+from pipeline.analysis.statistics import significant
 from pipeline.report.charts import Chart, rowed, trained_on, view
 from pipeline.report.style import COSTS, CROWD, HEALTH, ROLE_COLOURS, ROLE_PATTERNS, looks
 from pipeline.settings.params import Config
@@ -24,11 +25,7 @@ CUT = (
 def training_charts(config: Config, inputs: Inputs, environment: str, tokens: Mapping[str, int]) -> Iterator[Chart]:
     """All charts of an environment's trainings.
 
-    Args:
-        config: params.yaml.
-        inputs: their learning curves and timings.
-        environment: key in ``environments``.
-        tokens: role -> how many tokens of the reference policy's responses have it; empty if unknown.
+    ``tokens`` is how many tokens of the reference policy's responses have each role; empty if unknown.
     """
     curves = {method: found for (place, method), found in inputs.curves.items() if place == environment}
     timings = {method: found for (place, method), found in inputs.timings.items() if place == environment}
@@ -149,4 +146,4 @@ def _mean(series: np.ndarray) -> float:
 
 def _numbers(values: np.ndarray) -> list[float | None]:
     """As JSON has them: six digits, null for NaN."""
-    return [float(f"{v:.6g}") if np.isfinite(v) else None for v in values]
+    return [significant(value) for value in values]

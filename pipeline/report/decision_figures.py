@@ -26,21 +26,14 @@ def decisions_text(result: Mapping[str, Any]) -> str:
     roles = ("reasoning", "action", "tag", "other")
     lines = [["signal", *roles, "variance decided", "explained", "− a random draw"]]
     for signal, row in result["signals"].items():
-        beyond = row["minus_control"]
-        lines.append(
-            [
-                signal,
-                *(f"{row['roles'][role]:.0%}" for role in roles),
-                _estimate(row["between"], ".4f"),
-                _estimate(row["explained"], ".1%"),
-                "–" if beyond is None else _estimate(beyond, "+.1%"),
-            ]
-        )
+        forms = {"between": ".4f", "explained": ".1%", "minus_control": "+.1%"}
+        shares = (f"{row['roles'][role]:.0%}" for role in roles)
+        lines.append([signal, *shares, *(_estimate(row[key], form) for key, form in forms.items())])
     return f"{head}\n{aligned(lines)}\n"
 
 
-def _estimate(found: Mapping[str, float], form: str) -> str:
-    return f"{found['mean']:{form}} [{found['low']:{form}}, {found['high']:{form}}]"
+def _estimate(found: Mapping[str, float] | None, form: str) -> str:
+    return "–" if found is None else f"{found['mean']:{form}} [{found['low']:{form}}, {found['high']:{form}}]"
 
 
 def draw_decisions(result: Mapping[str, Any], target: Path) -> tuple[Path, Path]:
@@ -63,8 +56,7 @@ def draw_decisions(result: Mapping[str, Any], target: Path) -> tuple[Path, Path]
             (middle, "between", "variance of returns that the token decides"),
             (right, "explained", "its share of the variance there"),
         ):
-            found = [[row[key][part] for part in ("mean", "low", "high")] for row in signals.values()]
-            mean, low, high = np.array(found).T
+            mean, low, high = (np.array([row[key][p] for row in signals.values()]) for p in ("mean", "low", "high"))
             axes.errorbar(mean, rows, xerr=(mean - low, high - mean), fmt="o", color="black", capsize=3)
             axes.axvline(0, color="0.7", linewidth=0.8)
             axes.set_xlabel(label)

@@ -9,13 +9,11 @@ NO_VERDICT = f"no verdict below {VERDICT_SEEDS} paired seeds"
 def difference_text(difference: Difference, against: str = "") -> str:
     """The value with its interval and verdict; without one, with its range over the paired seeds.
 
-    Args:
-        difference: any.
-        against: words after the numbers.
+    ``against`` are words after the numbers.
     """
     seeds, words = difference.by_seed, difference.verdict
     if words is not None and difference.interval is not None:
-        low, high = difference.interval.low, difference.interval.high
+        low, high = difference.interval
         return f"{difference.value:+.3f} [{low:+.3f}, {high:+.3f}]{against}: {words}"
     if len(seeds) == 1:
         return f"{difference.value:+.3f} (1 seed){against}"

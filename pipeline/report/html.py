@@ -40,44 +40,40 @@ def report_html(
     """Tables, warnings, charts and the trajectory viewer of a comparison as a self-contained page.
 
     Args:
-        config: params.yaml, for captions that say what was run.
-        comparison: what ``compare`` gave.
-        inputs: what it was made from.
-        bottleneck: environment -> its Action Bottleneck diagnostics (``energy.diagnostics.bottleneck``).
+        inputs: what the comparison was made from.
+        bottleneck: environment -> its Action Bottleneck diagnostics (``analysis.bottleneck.bottleneck``).
         annotated: environment -> the episodes that were diagnosed.
         episodes: what ``viewer_data`` gave; without it there is no viewer.
-        sweeps: what ``read_sweeps`` gave: per study ``name``, ``summary``, ``table`` (``header``, ``rows``), ``verdict``
-            (lines) and ``figures`` (``title``, ``caption``, ``plotly``: a figure as JSON).
+        sweeps: what ``read_sweeps`` gave.
     """
     sections = [
         _section(config, comparison, inputs, name, (bottleneck or {}).get(name), (annotated or {}).get(name))
         for name in places(comparison)
     ]
     studies = [{**study, "charts": _swept(number, study)} for number, study in enumerate(sweeps)]
-    charts = [c for entry in sections for c in (*entry["charts"], *entry["token_charts"])]
-    charts += [chart for study in studies for chart in study["charts"]]
+    charts = [chart for part in (*sections, *studies) for chart in (*part["charts"], *part.get("token_charts", ()))]
     branching = [name for name, method in config.methods.items() if method.branching.kind != "none"]
     scripts = [_file(f"{name}.js") for name in ("page", "forest", "viewer", "charts")]
     plotly = Markup(get_plotlyjs())
-    return (
-        _environment()
-        .get_template("report.html.j2")
-        .render(
-            comparison=comparison,
-            reading=READING,
-            terms=common_terms(comparison),
-            sections=sections,
-            studies=studies,
-            colours=PAGE_COLOURS,
-            style=_file("report.css"),
-            scripts=scripts,
-            plotly=plotly,
-            script_hashes=" ".join(_hash(script) for script in (*scripts, plotly)),
-            charts_data=embedded({chart.name: {"views": chart.views} for chart in charts}),
-            viewer_data=embedded(episodes) if episodes else "",
-            viewer_caption=viewer_caption(config),
-            viewer_method=next(iter([*branching, *config.compare.uniform, *config.methods])),
-        )
+    page = Environment(
+        loader=FileSystemLoader(FOLDER), autoescape=True, undefined=StrictUndefined,
+        trim_blocks=True, lstrip_blocks=True, keep_trailing_newline=True,
+    ).get_template("report.html.j2")  # fmt: skip
+    return page.render(
+        comparison=comparison,
+        reading=READING,
+        terms=common_terms(comparison),
+        sections=sections,
+        studies=studies,
+        colours=PAGE_COLOURS,
+        style=_file("report.css"),
+        scripts=scripts,
+        plotly=plotly,
+        script_hashes=" ".join(_hash(script) for script in (*scripts, plotly)),
+        charts_data=embedded({chart.name: {"views": chart.views} for chart in charts}),
+        viewer_data=embedded(episodes) if episodes else "",
+        viewer_caption=viewer_caption(config),
+        viewer_method=[*branching, *config.compare.uniform, *config.methods][0],
     )
 
 
@@ -115,13 +111,12 @@ def embedded(value: Any) -> Markup:
 
 def viewer_caption(config: Config) -> dict[str, str]:
     """How the viewer's episodes were ``chosen``, and what their ``numbers`` are."""
-    plan = config.report
-    trees = (
-        " Where a method branches, its episodes of an initial state are drawn as trees over their tokens; what an episode "
-        "branched from can be read too."
-        if any(method.branching.kind != "none" for method in config.methods.values())
-        else ""
-    )
+    plan, trees = config.report, ""
+    if any(method.branching.kind != "none" for method in config.methods.values()):
+        trees = (
+            " Where a method branches, its episodes of an initial state are drawn as trees over their tokens; what an "
+            "episode branched from can be read too."
+        )
     return {
         "chosen": (
             "Episodes of every method, from its first seed's last iteration (training states, temperature "
@@ -143,17 +138,6 @@ def _swept(number: int, study: Mapping[str, Any]) -> list[Chart]:
         Chart(f"sweep-{number}-{place}", figure["title"], figure["caption"], {"all": plain(figure["plotly"])})
         for place, figure in enumerate(study["figures"])
     ]
-
-
-def _environment() -> Environment:
-    return Environment(
-        loader=FileSystemLoader(FOLDER),
-        autoescape=True,
-        undefined=StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-        keep_trailing_newline=True,
-    )
 
 
 def _file(name: str) -> Markup:

@@ -3,6 +3,7 @@
 import re
 import shutil
 from collections.abc import Iterable, Sequence
+from itertools import chain
 from pathlib import Path
 
 from pipeline.analysis.comparison import read_timings
@@ -27,14 +28,7 @@ PRESETS = ("controls", "methods", "branching", *ENVIRONMENTS)
 
 
 def publish(config: Config) -> list[str]:
-    """Put all that there is into the documents; what is not there stays as it was.
-
-    Args:
-        config: params.yaml, in whose root the process works.
-
-    Returns:
-        Names of what was there.
-    """
+    """Put all that there is into the documents and return its names; what is not there stays as it was."""
     FIGURES.mkdir(parents=True, exist_ok=True)
     published = publish_default(config)
     for preset in PRESETS:
@@ -63,7 +57,7 @@ def publish_default(config: Config) -> list[str]:
     published = [config.comparison]
     for name in config.environments:
         copy_figures(layout.bottleneck(name).glob("*.png"), f"{name}-bottleneck-")
-        published += publish_texts(reports, "replay", name, runs)
+        published += publish_texts(layout, "replay", name)
     return published + publish_sweeps(config, "")
 
 
@@ -71,25 +65,24 @@ def publish_preset(preset: str) -> list[str]:
     """Put what a preset gives into docs/results.md; returns its names."""
     config = load_preset(preset, Path("."))
     layout = Layout(Path(config.out))
-    reports, runs = layout.reports, [layout.all_runs]
-    published = []
+    reports, published = layout.reports, []
     if (reports / "comparison.md").exists():
-        publish_block(RESULTS, preset, comparison_block(config), runs)
+        publish_block(RESULTS, preset, comparison_block(config), [layout.all_runs])
         pictures = (reports / "figures").glob("*.png")
         copy_figures((png for png in pictures if not png.name.endswith("-health.png")), f"{preset}-")
         published.append(preset)
     published += publish_sweeps(config, f"{preset} ")
     for measured in sorted((reports / "decisions").glob("*/decisions.txt")):
-        published += publish_texts(reports, "decisions", measured.parent.name, runs)
+        published += publish_texts(layout, "decisions", measured.parent.name)
     return published
 
 
-def publish_texts(reports: Path, what: str, name: str, runs: Sequence[Path]) -> list[str]:
+def publish_texts(layout: Layout, what: str, name: str) -> list[str]:
     """Put ``reports/<what>/<name>/<what>.txt`` and its picture into docs/results.md, if it is there; returns its name."""
-    text = reports / what / name / f"{what}.txt"
+    text = layout.reports / what / name / f"{what}.txt"
     if not text.exists():
         return []
-    publish_block(RESULTS, f"{what} {name}", fenced(text.read_text(encoding="utf-8")), runs)
+    publish_block(RESULTS, f"{what} {name}", fenced(text.read_text(encoding="utf-8")), [layout.all_runs])
     shutil.copy2(text.with_suffix(".png"), FIGURES / f"{name}-{what}.png")
     return [f"{what} {name}"]
 
@@ -122,7 +115,8 @@ def comparison_block(config: Config) -> str:
     """A comparison's Markdown, and what its environments cost."""
     layout = Layout(Path(config.out))
     timings = read_timings(config, layout)
-    text = demoted((layout.reports / "comparison.md").read_text(encoding="utf-8"))
+    written = (layout.reports / "comparison.md").read_text(encoding="utf-8")
+    text = re.sub(r"^#", "##", written.rstrip(), flags=re.M)  # headings a level lower
     for name in config.environments:
         shares = [environment_shares(curves) for (place, _), curves in timings.items() if place == name]
         if shares:
@@ -136,46 +130,31 @@ def fenced(text: str) -> str:
     return f"```text\n{text}```"
 
 
-def demoted(markdown: str) -> str:
-    """Markdown whose headings are a level lower."""
-    return re.sub(r"^#", "##", markdown.rstrip(), flags=re.M)
-
-
 def publish_block(document: Path, name: str, content: str, runs: Sequence[Path]) -> None:
-    """Put text between a document's marks of that name, and under it the commit that it is from.
+    """Put Markdown between a document's marks of that name, and under it the commit that it is from.
 
-    Args:
-        document: has such marks.
-        name: theirs.
-        content: Markdown.
-        runs: folders ``data/runs`` of the trainings that it is about. If they have noted no commit, content that has not
-            changed keeps the commit that stands there (see ``name_commits``); that of new content is unknown.
+    ``runs`` are folders ``data/runs`` of the trainings that it is about. If they have noted no commit, content that has
+    not changed keeps the commit that stands there (see ``name_commits``); that of new content is unknown.
 
     Raises:
         ValueError: as ``replace_block``.
     """
     noted = [noted_revisions(folder) for folder in runs]
-    revisions = [revision for found in noted for revision in found] if all(noted) else []
+    revisions = list(chain(*noted)) if all(noted) else []
     old = blocks_of(document.read_text(encoding="utf-8")).get(name, "")
     if revisions or MADE.sub("", old) != content:
         replace_block(document, name, f"{content}\n\n{made_by(dict.fromkeys(revisions), Path('.'))}")
 
 
-def name_commits(document: Path, names: Sequence[str] | None = None) -> None:
-    """Put under every table that does not say it the commit in which it last changed: results published earlier.
-
-    Args:
-        document: its blocks are looked at.
-        names: of these alone; None is all.
-    """
+def name_commits(document: Path) -> None:
+    """Put under every table that does not say it the commit in which it last changed: results published earlier."""
     text = document.read_text(encoding="utf-8")
     for name, content in blocks_of(text).items():
-        if MADE.search(content) or (names is not None and name not in names):
-            continue
-        first = text[: text.index(MARKS[0].format(name))].count("\n") + 2
-        made = last_changed(document, first, first + content.count("\n"))
-        replace_block(document, name, f"{content}\n\n{made}")
-        text = document.read_text(encoding="utf-8")
+        if not MADE.search(content):
+            first = text[: text.index(MARKS[0].format(name))].count("\n") + 2
+            made = last_changed(document, first, first + content.count("\n"))
+            replace_block(document, name, f"{content}\n\n{made}")
+            text = document.read_text(encoding="utf-8")
 
 
 def blocks_of(text: str) -> dict[str, str]:

@@ -30,15 +30,12 @@ def replay_text(result: Mapping[str, Any]) -> str:
         ]
         for row in result["rows"]
     ]  # fmt: skip
-    return "\n".join(
-        [
-            f"{result['groups']} groups, advantages of {result['method']}; uniform weights: cos many "
-            f"{uniform['cosine_many']:.3f}, SNR {uniform['snr']:.2f} ± {uniform['snr_error']:.2f} (jackknife standard error "
-            "over groups of the reference policy alone, which says nothing of trainings)",
-            aligned([header, *rows]),
-            "",
-        ]
+    head = (
+        f"{result['groups']} groups, advantages of {result['method']}; uniform weights: cos many "
+        f"{uniform['cosine_many']:.3f}, SNR {uniform['snr']:.2f} ± {uniform['snr_error']:.2f} (jackknife standard "
+        "error over groups of the reference policy alone, which says nothing of trainings)"
     )
+    return f"{head}\n{aligned([header, *rows])}\n"
 
 
 def draw_replay(result: Mapping[str, Any], target: Path) -> tuple[Path, Path]:
@@ -58,16 +55,16 @@ def draw_replay(result: Mapping[str, Any], target: Path) -> tuple[Path, Path]:
         figure = Figure(figsize=(WIDTH, 8), layout="constrained")
         for axes, (measure, title) in zip(figure.subplots(2, 2).flat, MEASURES.items(), strict=True):
             for (beta, tau, signal), rows in lines.items():
-                ordered = sorted(rows, key=lambda row: row["alpha"])
+                rows.sort(key=lambda row: row["alpha"])
+                x, y, error = ([row[key] for row in rows] for key in ("alpha", measure, "snr_error"))
                 colour = METHOD_COLOURS[signals.index(signal) % len(METHOD_COLOURS)] if beta else "black"
+                whiskers: dict[str, Any] = {"ecolor": (colour, 0.5), "elinewidth": 0.8, "capsize": 2}
                 axes.errorbar(
-                    [row["alpha"] for row in ordered],
-                    [row[measure] for row in ordered],
-                    [row["snr_error"] for row in ordered] if measure == "snr" else None,
+                    x,
+                    y,
+                    error if measure == "snr" else None,
                     color=colour,
-                    ecolor=(colour, 0.5),
-                    elinewidth=0.8,
-                    capsize=2,
+                    **whiskers,
                     marker=markers[betas.index(beta) % len(markers)],
                     linestyle=dashes[taus.index(tau) % len(dashes)] if beta else "-",
                     label=f"β {beta:g}, τ {tau:g}, {signal}" if beta else "β 0",

@@ -1,12 +1,9 @@
 """Two revisions of one comparison beside each other, for a terminal."""
 
-from collections.abc import Mapping
-from typing import Any
-
 from pipeline.analysis.comparison import headline
 from pipeline.analysis.revisions import Revision, change, changed_settings
 from pipeline.analysis.statistics import VERDICT_SEEDS
-from pipeline.report.comparison_tables import estimate
+from pipeline.report.comparison_tables import success_text
 from pipeline.report.differences import NO_VERDICT, difference_text
 from pipeline.report.tables import aligned
 
@@ -30,7 +27,7 @@ def revisions_text(a: Revision, b: Revision) -> str:
                     shown = difference_text(found.paired)
                     over = f"{len(found.paired.by_seed)} seeds × {found.states} states"
                     few += [] if found.paired.verdict else [method]
-            lines.append([method, _success(mine.get(method)), _success(theirs.get(method)), shown, over])
+            lines.append([method, success_text(mine.get(method)), success_text(theirs.get(method)), shown, over])
         text = (
             f"{environment}, success at temperature {' and '.join(f'{t:g}' for t in temperatures)}: A and B with 95 % "
             f"bootstrap intervals over seeds and states, B − A with the 95 % t-interval over paired seeds\n"
@@ -47,7 +44,3 @@ def revisions_text(a: Revision, b: Revision) -> str:
     changes = changed_settings(a.params, b.params)
     settings = aligned([["changed setting", "A", "B"], *map(list, changes)])
     return "\n\n".join([*parts, settings if changes else "no setting changed"]) + "\n"
-
-
-def _success(row: Mapping[str, Any] | None) -> str:
-    return "–" if row is None else estimate(row["success_mean"], row["success_ci_low"], row["success_ci_high"])

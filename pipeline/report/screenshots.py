@@ -8,7 +8,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 from urllib.error import URLError
@@ -47,10 +47,8 @@ def chromium() -> Iterator[Any]:
             raise UserError(
                 f"screenshots: no Chromium ({said}); install the package chromium, or `playwright install chromium`"
             ) from None
-        try:
+        with closing(browser):
             yield browser
-        finally:
-            browser.close()
 
 
 def shoot_report(browser: Any, report: Path, results: Path, viewer: Path) -> None:
@@ -81,12 +79,7 @@ def shoot_report(browser: Any, report: Path, results: Path, viewer: Path) -> Non
 def shoot_mlflow(browser: Any, uri: str, experiment: str, runs: Sequence[str], target: Path) -> None:
     """Write MLflow's comparison of some runs of an experiment: one metric of theirs over the iterations.
 
-    Args:
-        browser: of ``chromium``.
-        uri: the store; a server is started for it and stopped, unless it is one.
-        experiment: its name.
-        runs: their ids.
-        target: a PNG.
+    For the store ``uri`` a server is started and stopped, unless it is one. ``runs`` are ids, the target is a PNG.
 
     Raises:
         UserError: the server does not start, or does not know the experiment.
@@ -111,11 +104,9 @@ def shoot_mlflow(browser: Any, uri: str, experiment: str, runs: Sequence[str], t
 
 @contextmanager
 def _page(browser: Any, offline: bool = False) -> Iterator[Any]:
-    context = browser.new_context(viewport=SIZE, color_scheme="light", reduced_motion="reduce", offline=offline)
-    try:
+    look = {"viewport": SIZE, "color_scheme": "light", "reduced_motion": "reduce"}
+    with closing(browser.new_context(**look, offline=offline)) as context:
         yield context.new_page()
-    finally:
-        context.close()
 
 
 SERVED = '{ "$@" < /dev/null; kill 0; } & read -r _; kill 0'

@@ -99,8 +99,7 @@ HEALTH = {
 def looks(plotly: bool = False) -> Iterator[tuple[str, str, str]]:
     """Colour, dash and marker of the first, second, ... method; endless, and no two alike for a long while.
 
-    Args:
-        plotly: by plotly's names instead of matplotlib's.
+    Dashes and markers are called by plotly's names or by matplotlib's.
     """
     dashes, markers = (list(names.values() if plotly else names) for names in (DASHES, MARKERS))
     for number in count():

@@ -8,10 +8,10 @@ from pipeline.workspace.layout import Layout
 
 
 def read_sweeps(layout: Layout) -> list[dict[str, Any]]:
-    """A section per study that has been swept: name, summary, table (header, rows), verdict, figures (title, caption, plotly).
+    """A section per study that has been swept: nothing before the first `make sweep`.
 
-    Args:
-        layout: of the run. Nothing is there before the first `make sweep`.
+    It has ``name``, ``summary``, ``table`` (``header``, ``rows``), ``verdict`` (lines) and ``figures`` (``title``,
+    ``caption``, ``plotly``: a figure as JSON).
     """
     sections = []
     for summary in sorted(layout.sweep("*").parent.glob("*/summary.json")):

@@ -7,28 +7,21 @@ import numpy as np
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from pipeline.analysis.bottleneck import SCOPES, group_energy, role_energy
-from pipeline.report.bottleneck_figures import rho_text
+from pipeline.analysis.bottleneck import SCOPES, group_energy
+from pipeline.report.bottleneck_figures import energies_by_role, rho_text
 from pipeline.report.charts import Chart, view
 from pipeline.report.style import GREY, ROLE_COLOURS
 from pipeline.settings.params import Config
-from pipeline.trajectories.trajectory import RESPONSE_ROLES, Trajectories
+from pipeline.trajectories.trajectory import Trajectories
 
-BINS, TAIL = 80, 0.1
-"""Of the histograms of energy, and the per cent of a role's tokens at each end that may lie beyond."""
+BINS = 80
+"""Of the histograms of energy."""
 
 
 def token_charts(
     config: Config, environment: str, annotated: Trajectories, diagnostics: Mapping[str, Any]
 ) -> Iterator[Chart]:
-    """The charts of an environment's annotated table.
-
-    Args:
-        config: params.yaml.
-        environment: key in ``environments``.
-        annotated: the reference policy's episodes.
-        diagnostics: what ``energy.diagnostics.bottleneck`` gave for them.
-    """
+    """The charts of the reference policy's annotated episodes in an environment, and of their Action Bottleneck."""
     run = (
         f"Run: {environment} ({config.environments[environment].id}), {diagnostics['groups']} groups of "
         f"{diagnostics['group_size']} episodes of the reference policy, sampled at temperature "
@@ -74,10 +67,7 @@ def _scatter(annotated: Trajectories, diagnostics: Mapping[str, Any]) -> dict[st
 
 
 def _histograms(annotated: Trajectories, diagnostics: Mapping[str, Any]) -> dict[str, Any]:
-    energies = {role.name.lower(): role_energy(annotated, role) for role in RESPONSE_ROLES}
-    energies = {role: values for role, values in energies.items() if len(values)}
-    ends = np.array([np.percentile(values, [TAIL, 100 - TAIL]) for values in energies.values()])
-    low, high = float(ends[:, 0].min()), float(ends[:, 1].max())
+    energies, low, high = energies_by_role(annotated)
     edges = np.linspace(low, max(high, low + 1e-6), BINS + 1)
     titles = [
         f"{role.replace('_', ' ')}: {len(values):,} tokens, {len(values) / diagnostics['tokens']:.1%}, median "
@@ -93,9 +83,8 @@ def _histograms(annotated: Trajectories, diagnostics: Mapping[str, Any]) -> dict
             hovertemplate="energy %{x:.2f}: %{customdata:,} tokens<extra></extra>",
         )  # fmt: skip
         for quantile, width in (("q25", 1), ("q50", 2.5), ("q75", 1)):
-            figure.add_vline(
-                x=diagnostics["energy_by_role"][role][quantile], line={"color": GREY, "width": width}, row=row, col=1
-            )
+            at = diagnostics["energy_by_role"][role][quantile]
+            figure.add_vline(x=at, line={"color": GREY, "width": width}, row=row, col=1)
     figure.update_layout(bargap=0)
     figure.update_yaxes(showticklabels=False, showgrid=False)
     figure.update_xaxes(title_text="token energy (nats)", row=len(energies))

@@ -1,11 +1,9 @@
 """What the trajectory viewer shows: episodes of every method and of the reference policy, some of one initial state."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 from tokenizers import Tokenizer
@@ -28,7 +26,7 @@ class SavedTokenizer:
     backend_tokenizer: Tokenizer
 
     @classmethod
-    def load(cls, policy: Path) -> SavedTokenizer:
+    def load(cls, policy: Path) -> Self:
         """From a policy's directory.
 
         Raises:
@@ -44,11 +42,6 @@ def viewer_data(
     config: Config, tokenizer: Any, played: Mapping[tuple[str, str], Played]
 ) -> dict[str, dict[str, list[dict[str, Any]]]]:
     """Environment -> method -> records of the chosen episodes, ready to be written as JSON.
-
-    Args:
-        config: ``report`` says how many episodes of how many initial states.
-        tokenizer: what ``parsing.decode`` takes.
-        played: (environment, method) -> all that may be chosen from.
 
     Returns:
         The records of ``episode_records``; each turn has ``board`` (rows of cells, or null), each episode ``letter``, a
@@ -77,15 +70,13 @@ def viewer_data(
 
 def _branching(trajectories: Trajectories, chosen: Sequence[int]) -> dict[int, list[int]]:
     """Place of an initial state's first chosen episode -> all its episodes; nothing where no episode is a branch."""
-    columns = trajectories.episodes
-    if not any(parent is not None for parent in columns["parent"]):
+    if not any(trajectories.episodes["parent"]):
         return {}
+    keys = trajectories.episodes["state_key"]
     first: dict[str, int] = {}
     for place, episode in enumerate(chosen):
-        first.setdefault(columns["state_key"][episode], place)
-    return {
-        place: [row for row, key in enumerate(columns["state_key"]) if key == state] for state, place in first.items()
-    }
+        first.setdefault(keys[episode], place)
+    return {place: [row for row, key in enumerate(keys) if key == state] for state, place in first.items()}
 
 
 def _forest(trajectories: Trajectories, rows: Sequence[int], chosen: Sequence[int]) -> dict[str, Any]:
@@ -96,8 +87,7 @@ def _forest(trajectories: Trajectories, rows: Sequence[int], chosen: Sequence[in
 
 def _of(trajectories: Trajectories, values: np.ndarray, episodes: Sequence[int]) -> np.ndarray:
     """A per-token column of some episodes, in their order."""
-    parts = [values[trajectories.offsets[e] : trajectories.offsets[e + 1]] for e in episodes]
-    return np.concatenate(parts) if parts else values[:0]
+    return np.concatenate([values[:0], *(values[trajectories.tokens(e)] for e in episodes)])
 
 
 def _plain_board(rows: list[list[str]] | None) -> list[list[str]] | None:

@@ -18,13 +18,7 @@ SHORTFALL = 0.05
 def comparison_warnings(
     config: Config, curves: Mapping[tuple[str, str], Curves], comparison: Mapping[str, Any]
 ) -> list[str]:
-    """Few seeds, trainings of unequal length, step sizes that do not match, and the like; one line each.
-
-    Args:
-        config: params.yaml.
-        curves: (environment, method) -> learning curves of its seeds.
-        comparison: what ``compare`` gave.
-    """
+    """Few seeds, trainings of unequal length, step sizes that do not match, and the like; one line each."""
     found = []
     for environment in config.environments:
         own = headline(comparison)[environment]

@@ -23,12 +23,7 @@ def accept(policy: Policy, source: str, config: Config) -> None:
     """Try a policy out.
 
     Episodes of two turns are sampled over the engine's cache; transformers' own forward must give their tokens the same
-    log-probabilities. Every environment's dialogue is begun.
-
-    Args:
-        policy: as ``load_policy`` gives it.
-        source: what it is called in errors.
-        config: params.yaml.
+    log-probabilities. Every environment's dialogue is begun. In errors the policy is called ``source``.
 
     Raises:
         UserError: it fails, or its chat template cannot lead a dialogue.

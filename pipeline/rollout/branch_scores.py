@@ -1,5 +1,6 @@
 """How good a place to branch each token is: the signals of slot S1."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -16,16 +17,10 @@ def branch_scores(
     bounds: tuple[float, float] = (0.8, 1.2),
     blank: np.ndarray | None = None,
 ) -> np.ndarray:
-    """A score per token by a signal's name (``slots.Positions.signal``).
+    """A score per token of annotated trajectories by a signal's name (``settings.branching.Positions.signal``).
 
-    Args:
-        signal: which.
-        trajectories: annotated.
-        draws: named generator of the signals that draw.
-        moved: ``log pi - log pi_old`` of each token, for the branching score.
-        discount: of Omega.
-        bounds: of Omega.
-        blank: bool (N,), see ``blank_tokens``; the branching score puts none of these forward. None: there are none.
+    Some signals draw. The branching score is of ``moved``, ``discount`` and ``bounds`` (see ``omega``), and puts none of
+    the ``blank`` tokens forward, bool (N,).
 
     Returns:
         float64 (N,): the higher the better; -inf where nothing may branch.
@@ -57,21 +52,14 @@ def branch_scores(
 def omega(trajectories: Trajectories, moved: np.ndarray, discount: float, bounds: tuple[float, float]) -> np.ndarray:
     """APPO (arXiv 2606.12384): ``Omega_t = clip(exp(sum_{k >= t} gamma^(k-t) (log pi_k - log pi_old_k)))``.
 
-    The sum runs over the later sampled tokens of the same episode. Before any update Omega is 1 up to rounding.
-
-    Args:
-        trajectories: any.
-        moved: (N,) ``log pi - log pi_old``.
-        discount: gamma, per sampled token.
-        bounds: Omega is clipped to these.
+    The sum runs over the later sampled tokens of the same episode, whose ``moved``, (N,), is ``log pi - log pi_old``; gamma
+    is the ``discount`` per sampled token. Before any update Omega is 1 up to rounding.
 
     Returns:
         float64 (N,), 1 where not sampled.
     """
     result = np.ones(len(moved))
-    for episode in range(len(trajectories)):
-        own = trajectories.tokens(episode)
-        chosen = own.start + np.flatnonzero(trajectories.sampled[own])
+    for chosen in _sampled_places(trajectories):
         following = 0.0
         for token in chosen[::-1]:
             following = float(moved[token]) + discount * following
@@ -85,13 +73,18 @@ def _branching_scores(trajectories: Trajectories, leads: np.ndarray, places: np.
     As in the released code: a position of the second kind, best first, is what is left where there are too few of the first.
     """
     product, qualified = np.zeros(len(leads)), np.zeros(len(leads), dtype=bool)
-    for episode in range(len(trajectories)):
-        own = trajectories.tokens(episode)
-        chosen = own.start + np.flatnonzero(trajectories.sampled[own])
+    for chosen in _sampled_places(trajectories):
         high, far = standardised(trajectories.entropy[chosen].astype(np.float64)), standardised(leads[chosen])
         product[chosen], qualified[chosen] = high * far, (high > 0) & (far > 0)
     behind = 2 * np.abs(product).max(initial=0.0) + 1
     return np.where(places, np.where(qualified, product, product - behind), -np.inf)
+
+
+def _sampled_places(trajectories: Trajectories) -> Iterator[np.ndarray]:
+    """Of each episode, where its sampled tokens are among all."""
+    for episode in range(len(trajectories)):
+        own = trajectories.tokens(episode)
+        yield own.start + np.flatnonzero(trajectories.sampled[own])
 
 
 def standardised(values: np.ndarray) -> np.ndarray:

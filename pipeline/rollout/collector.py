@@ -24,20 +24,7 @@ def collect(
     phases: Phases | None = None,
     closing: bool = False,
 ) -> Trajectories:
-    """Play episodes to their end.
-
-    Args:
-        engine: samples the policy's responses.
-        tokenizer: the policy's.
-        config: params.yaml.
-        name: key in ``environments``.
-        specs: what to play.
-        temperature: of sampling.
-        phases: told how long the environment takes: ``reset`` and ``step``.
-        closing: see ``Setup``.
-
-    Returns:
-        The episodes in the order of ``specs``.
+    """Play episodes to their end, and return them in the order of ``specs``; of the rest see ``Setup``.
 
     Raises:
         UserError: the environment raised, or returned what it must not (see ``playing.step``); its openings differ
@@ -45,7 +32,7 @@ def collect(
     """
     setup = Setup(tokenizer, config, name, phases, closing)
     engine.forget()
-    episodes = play(engine, (setup.begin(spec) for spec in specs), temperature, len(specs))
+    episodes = play(engine, map(setup.begin, specs), temperature, len(specs))
     return build([episode.builder for episode in episodes])
 
 

@@ -63,11 +63,8 @@ class RolloutEngine(Protocol):
     ) -> list[Continuation]:
         """Continue every request, and every request that follows from it, until there is none.
 
-        Args:
-            requests: taken one by one, whenever there is room for another.
-            sampling: how tokens are drawn.
-            follow: called as soon as a continuation is complete, while the others go on. Without it one continuation
-                each is sampled.
+        Requests are taken one by one, whenever there is room for another. ``follow`` is called as soon as a continuation is
+        complete, while the others go on; without it one continuation each is sampled.
 
         Returns:
             The last continuation of each request, in order. What was computed for a prefix is not computed again for

@@ -22,13 +22,9 @@ from pipeline.workspace.randomness import generator
 class Setup:
     """What the episodes of one environment share: its section, its dialogue, and the prompts of the groups so far.
 
-    Args:
-        tokenizer: the policy's.
-        config: params.yaml.
-        name: key in ``environments``.
-        phases: told how long the environment takes: ``reset`` and ``step``.
-        closing: an episode that is cut off ends with the observation after its last response, also beyond
-            ``context_tokens``: with all that the policy would have seen when it began the next one.
+    ``phases`` are told how long the environment takes: ``reset`` and ``step``. With ``closing``, an episode that is cut off
+    ends with the observation after its last response, also beyond ``context_tokens``: with all that the policy would have
+    seen when it began the next one.
     """
 
     def __init__(
@@ -55,12 +51,7 @@ class Setup:
 
 
 class Episode:
-    """One environment, its dialogue and the tokens so far.
-
-    Args:
-        setup: what it shares with the environment's other episodes.
-        spec: what to play.
-    """
+    """One environment, its dialogue and the tokens so far."""
 
     def __init__(self, setup: Setup, spec: EpisodeSpec) -> None:
         self.setup, self.spec, self.done, self.turn = setup, spec, False, 1
@@ -72,14 +63,8 @@ class Episode:
             self.environment = make(self.section)
             self.observation = reset(self.environment, spec.noise, spec.state_seed)
             instructions = text_of(self.environment, "instructions")
-        self.builder = EpisodeBuilder(
-            episode_id=spec.episode_id,
-            group_id=spec.group_id,
-            environment=self.section.id,
-            state_key=self._state_key(),
-            seed=spec.seed,
-            iteration=spec.iteration,
-        )
+        identity = {name: getattr(spec, name) for name in ("episode_id", "group_id", "seed", "iteration")}
+        self.builder = EpisodeBuilder(**identity, environment=self.section.id, state_key=self._state_key())
         opening = self.dialogue.opening(instructions, self.observation, actions_left_of(self.environment))
         self.builder.append_text(opening, Role.PROMPT)
         self.prompt = list(self.builder.ids)
@@ -92,15 +77,10 @@ class Episode:
 
     @classmethod
     def branch(cls, parent: Episode, spec: EpisodeSpec, split: int) -> Episode:
-        """Continue a finished episode before one of its sampled tokens, with draws of its own.
+        """Continue a finished episode before one of its sampled tokens, the one at ``split``, with draws of its own.
 
-        The environment is made anew and led to the same state: same noise, same actions. What is random in it after the
-        split happens as it did to the parent, as long as the policy does the same.
-
-        Args:
-            parent: finished.
-            spec: the branch's; state and noise are the parent's.
-            split: tokens that are shared; the next one is sampled again.
+        The environment is made anew and led to the same state: same noise, same actions, whatever ``spec`` says. What is
+        random in it after the split happens as it did to the parent, as long as the policy does the same.
 
         Raises:
             ValueError: the policy did not choose the token at ``split``.

@@ -5,27 +5,22 @@ from collections.abc import Sequence
 import numpy as np
 
 from pipeline.progress.display import span
+from pipeline.rollout.branching import GROWTHS, Growth
 from pipeline.rollout.collector import play
 from pipeline.rollout.engine import RolloutEngine
 from pipeline.rollout.episode import Episode, Setup
-from pipeline.rollout.growths import GROWTHS, Growth
 from pipeline.rollout.specs import EpisodeSpec
 from pipeline.rollout.tree import ROOT, Origin, Tree
 from pipeline.settings.section import Section
 from pipeline.trajectories.builder import build
-from pipeline.trajectories.trajectory import Role, Trajectories
+from pipeline.trajectories.trajectory import REPORTED_ROLES, Trajectories
 from pipeline.workspace.randomness import generator
 
 
 class Forest:
-    """The trees of an iteration while they grow.
+    """The trees of an iteration while they grow, by a section of S1; a group's budget is as many episodes as it has specs.
 
-    Args:
-        engine: samples the policy's responses; what it has computed must still hold.
-        setup: of the environment.
-        specs: of all episodes, those of a group together: as many as its budget.
-        section: a choice of S1.
-        temperature: of sampling.
+    What the engine has computed must still hold.
     """
 
     def __init__(
@@ -60,12 +55,7 @@ class Forest:
         return build([episode.builder for episode in begun])
 
     def score(self, trajectories: Trajectories, scores: np.ndarray) -> None:
-        """Tell the trees a score of every token of the given episodes.
-
-        Args:
-            trajectories: all episodes so far.
-            scores: float64 (N,).
-        """
+        """Tell the trees a score, float64 (N,), of every token of all episodes so far."""
         by_id = {name: scores[trajectories.tokens(e)] for e, name in enumerate(trajectories.episodes["episode_id"])}
         for tree in self.trees:
             tree.scores = [by_id[episode.spec.episode_id] for episode in tree.episodes]
@@ -91,10 +81,5 @@ class Forest:
 def branches_by_role(trajectories: Trajectories) -> dict[str, float]:
     """How many episodes branch at a token of each role, as the episode that they branch from has it."""
     parents, splits = trajectories.parents, trajectories.splits
-    found = dict.fromkeys(("reasoning", "action", "tag", "other"), 0.0)
-    names = {Role.REASONING: "reasoning", Role.ACTION: "action", Role.THINK_TAG: "tag", Role.ANSWER_TAG: "tag"}
-    for parent, split in zip(parents, splits, strict=True):
-        if parent >= 0:
-            role = Role(int(trajectories.role[trajectories.offsets[parent] + split]))
-            found[names.get(role, "other")] += 1
-    return found
+    roles = trajectories.role[(trajectories.offsets[parents] + splits)[parents >= 0]]
+    return {name: float(np.isin(roles, own).sum()) for name, own in REPORTED_ROLES.items()}

@@ -19,12 +19,6 @@ class SlotCache:
 
     For the kernel, keys are in tiles of ``TILE`` tokens with the tokens side by side, so that a tile's scores are made
     of whole vectors and a slot is read front to back; for PyTorch's attention keys are laid out as values are.
-
-    Args:
-        config: the transformers model's configuration.
-        slots: episodes held at once.
-        device: where the model is.
-        dtype: of the model.
     """
 
     def __init__(self, config: Any, slots: int, device: torch.device, dtype: torch.dtype) -> None:
@@ -58,9 +52,7 @@ class SlotCache:
     def attention(self, slots: np.ndarray, positions: np.ndarray) -> Attend:
         """Attention of new tokens over their slots, for ``trunk.hidden_states``; stores their keys and values first.
 
-        Args:
-            slots: int64 (n,): slot of each new token; a slot's new tokens stand together and in order.
-            positions: int64 (n,): their positions.
+        Slots and positions of the tokens are int64 (n,); a slot's new tokens stand together and in order.
 
         Raises:
             ValueError: when it attends: keys are not of the shape that the model's configuration says.
@@ -70,9 +62,8 @@ class SlotCache:
 
         def attend(layer: int, heads: Heads) -> Tensor:
             if heads.key.shape[1:] != (self._shape[2], self._size):
-                held, given = (
-                    f"{count} heads of {size}" for count, size in ((self._shape[2], self._size), heads.key.shape[1:])
-                )
+                sizes = ((self._shape[2], self._size), heads.key.shape[1:])
+                held, given = (f"{count} heads of {size}" for count, size in sizes)
                 raise ValueError(f"attention has {given} numbers, where the model's configuration says {held}")
             return inner(layer, heads)
 

@@ -7,11 +7,8 @@ from pipeline.settings.params import Config
 
 
 def make_engine(config: Config, policy: Policy, slots: int | None = None) -> RolloutEngine:
-    """An engine that samples a policy's responses.
+    """An engine that samples a policy's responses, ``rollout.batch_episodes`` at once or as many as ``slots`` says.
 
-    Args:
-        config: params.yaml.
-        policy: what samples; ``forget`` must be called whenever its weights have changed.
-        slots: episodes at once; None: ``rollout.batch_episodes``.
+    ``forget`` must be called whenever the policy's weights have changed.
     """
     return TransformersEngine(policy, slots or config.rollout.batch_episodes)

@@ -40,17 +40,9 @@ def group_specs(
     """``group_size`` episodes of each initial state, with noise and draws of their own."""
     specs = []
     for group, state in enumerate(states):
+        group_id = f"{name}-{purpose}-{seed}-{iteration}-{group}"
         for member in range(group_size):
             place = (name, purpose, iteration, group, member)
-            specs.append(
-                EpisodeSpec(
-                    episode_id=f"{name}-{purpose}-{seed}-{iteration}-{group}-{member}",
-                    group_id=f"{name}-{purpose}-{seed}-{iteration}-{group}",
-                    state_seed=state,
-                    seed=seed,
-                    iteration=iteration,
-                    noise=int(generator(seed, "environment noise", *place).integers(2**31)),
-                    draws=(seed, "tokens", *place),
-                )
-            )
+            noise, draws = generator(seed, "environment noise", *place).integers(2**31), (seed, "tokens", *place)
+            specs.append(EpisodeSpec(f"{group_id}-{member}", group_id, state, seed, iteration, int(noise), draws))
     return specs

@@ -30,12 +30,9 @@ take."""
 
 
 class TransformersEngine:
-    """See ``RolloutEngine``. The policy's weights are read at every call; call ``forget`` after changing them.
+    """See ``RolloutEngine``. As many episodes are sampled at once as there are ``slots``.
 
-    Args:
-        policy: what samples.
-        slots: episodes sampled at once.
-        policy_version: of the weights.
+    The policy's weights are read at every call; call ``forget`` after changing them.
     """
 
     def __init__(self, policy: Policy, slots: int = 128, policy_version: int = 0) -> None:
@@ -90,7 +87,8 @@ class TransformersEngine:
                 if due():
                     beat(sum(len(row.ids) for row in active))
                 for row in self._sample(speaking, logits, sampling):
-                    last[row.number] = row.continuation(self.policy_version)
+                    numbers = row.ids, row.logprob, row.entropy
+                    last[row.number] = Continuation(*numbers, row.finish, self.policy_version)
                     request = None if follow is None else follow(row.number, last[row.number])
                     if request is None:
                         active.remove(row)
@@ -180,15 +178,9 @@ class TransformersEngine:
         starts = np.array([row.length for row in rows])
         positions = np.arange(ends[-1]) + np.repeat(starts - ends + counts, counts)
         ids = np.fromiter((token for row in rows for token in row.new), dtype=np.int64, count=ends[-1])
-        attend = self._held().attention(slots, positions)
-        device = self.policy.device
-        hidden = hidden_states(
-            self.policy.backbone,
-            torch.from_numpy(ids).to(device),
-            torch.from_numpy(positions).to(device),
-            attend,
-            torch.from_numpy(ends - 1).to(device),
-        )
+        attend, device = self._held().attention(slots, positions), self.policy.device
+        new, places, last = (torch.from_numpy(column).to(device) for column in (ids, positions, ends - 1))
+        hidden = hidden_states(self.policy.backbone, new, places, attend, last)
         logits = F.linear(hidden, self.policy.head.weight, self.policy.head.bias)
         self._store(slots, positions, ids)
         for index, row in enumerate(rows):
@@ -270,9 +262,6 @@ class _Row:
         self.prompt = tuple(self.request.ids)
         """The first request's prefix."""
 
-    def continuation(self, policy_version: int) -> Continuation:
-        return Continuation(self.ids, self.logprob, self.entropy, self.finish, policy_version)
-
     def go_on(self, request: Request) -> None:
         """Take up the same episode's next request; it must begin with all that was said so far."""
         self.request = request
@@ -283,12 +272,7 @@ class _Row:
 def sample(
     logits: Float[Tensor, "rows vocabulary"], temperature: float, draws: Float64[Tensor, " rows"]
 ) -> tuple[Int[Tensor, " rows"], Float32[Tensor, " rows"], Float32[Tensor, " rows"]]:
-    """Invert the cumulative distribution at one uniform draw per row.
-
-    Args:
-        logits: raw.
-        temperature: divides them.
-        draws: in [0, 1).
+    """Invert the cumulative distribution at one uniform draw, in [0, 1), per row; the temperature divides the raw logits.
 
     Returns:
         Token, its log-probability and the distribution's entropy in nats.

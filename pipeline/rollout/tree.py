@@ -50,11 +50,10 @@ class Tree:
     def sampled(self, episode: int, turn: int | None = None) -> np.ndarray:
         """int64: positions of the tokens that the policy chose in an episode, or in one of its turns."""
         chosen: np.ndarray = np.flatnonzero(self.episodes[episode].builder.tokens["sampled"])
-        if turn is None:
-            return chosen
-        span = self.turns(episode)[turn]
-        inside: np.ndarray = chosen[(chosen >= span["start"]) & (chosen < span["end"])]
-        return inside
+        if turn is not None:
+            span = self.turns(episode)[turn]
+            chosen = chosen[(chosen >= span["start"]) & (chosen < span["end"])]
+        return chosen
 
     def column(self, episode: int, name: str) -> np.ndarray:
         """A per-token column of an episode."""

@@ -1,14 +1,12 @@
 """Slot S3: the advantage A_t."""
 
-from __future__ import annotations
+from typing import Annotated, Literal, Union
 
-from typing import Annotated, ClassVar, Literal, Union
-
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from pipeline.settings.custom import Custom
 from pipeline.settings.heads import Critic, QFunction
-from pipeline.settings.section import Epsilon, Float, NonNegative, Positive, Probability, Section, refuse_ignored
+from pipeline.settings.section import Epsilon, Float, NonNegative, Positive, Probability, Section
 
 
 class AdvantageSection(Section):
@@ -37,11 +35,9 @@ class StandardisedAdvantage(AdvantageSection):
     eps: Epsilon = 1e-6
     """Added to that standard deviation."""
 
-    @model_validator(mode="after")
-    def _effective(self) -> StandardisedAdvantage:
+    def check(self) -> None:
         if not self.std:
-            refuse_ignored(self, "std is false", "ddof", "eps")
-        return self
+            self.refuse_ignored("std is false", "ddof", "eps")
 
 
 class GroupAdvantage(StandardisedAdvantage):
@@ -74,11 +70,9 @@ class StepGroupAdvantage(AdvantageSection):
     std: bool = False
     """Divide both advantages by their group's standard deviation; the authors' scripts only centre."""
 
-    @model_validator(mode="after")
-    def _effective(self) -> StepGroupAdvantage:
+    def check(self) -> None:
         if self.step_weight == 0:
-            refuse_ignored(self, "step_weight is 0", "gamma")
-        return self
+            self.refuse_ignored("step_weight is 0", "gamma")
 
 
 class GAE(CriticAdvantage):
@@ -95,11 +89,9 @@ class GAE(CriticAdvantage):
     """Standardise advantages over the iteration's sampled tokens."""
     critic: Critic = Critic()
 
-    @model_validator(mode="after")
-    def _effective(self) -> GAE:
+    def check(self) -> None:
         if self.gamma == 1:
-            refuse_ignored(self, "gamma is 1", "discount")
-        return self
+            self.refuse_ignored("gamma is 1", "discount")
 
 
 class TurnGAE(CriticAdvantage):
@@ -164,13 +156,15 @@ class SoftQ(CriticAdvantage):
     """Discount per turn; there is none inside a response."""
     q: QFunction = QFunction()
 
-    @model_validator(mode="after")
-    def _effective(self) -> SoftQ:
-        refuse_ignored(self, "the policy learns from Q itself", "entropy_scale")
-        return self
+    def check(self) -> None:
+        self.refuse_ignored("the policy learns from Q itself", "entropy_scale")
 
 
-class SharedPrefixAdvantage(StandardisedAdvantage):
+class TreeAdvantage(StandardisedAdvantage):
+    """What every choice has that is defined on branches alone."""
+
+
+class SharedPrefixAdvantage(TreeAdvantage):
     """S3: the return standardised within its group; a token that branches share has their mean (ARPO, arXiv 2507.19849)."""
 
     kind: Literal["shared_prefix"]
@@ -179,7 +173,7 @@ class SharedPrefixAdvantage(StandardisedAdvantage):
     is the published default; ``hard``: it counts once."""
 
 
-class PrefixCreditAdvantage(StandardisedAdvantage):
+class PrefixCreditAdvantage(TreeAdvantage):
     """S3: initial episodes and branches are groups of their own; branches only credit prefixes (APPO, arXiv 2606.12384).
 
     A token of an initial episode has its episode's advantage, and the mean advantage of the branches from behind it.
@@ -192,7 +186,7 @@ class PrefixCreditAdvantage(StandardisedAdvantage):
     """Factor of that mean."""
 
 
-class SiblingAdvantage(StandardisedAdvantage):
+class SiblingAdvantage(TreeAdvantage):
     """S3: each stretch between two branchings against those that begin at the same place (after SEEA-R1 and TLPO).
 
     A stretch is worth the mean return of the episodes through it.
@@ -203,7 +197,7 @@ class SiblingAdvantage(StandardisedAdvantage):
     """What is trained: the whole stretch, or only its first token, the candidate at the branching (TLPO)."""
 
 
-class ReinforcedAdvantage(StandardisedAdvantage):
+class ReinforcedAdvantage(TreeAdvantage):
     """S3: GRPO over the initial episodes, REINFORCE on the others that succeeded (Arbitrary Entropy PO, 2510.08141)."""
 
     kind: Literal["reinforced"]
@@ -211,28 +205,15 @@ class ReinforcedAdvantage(StandardisedAdvantage):
     """Advantage of their tokens. Ours."""
 
 
-class CustomAdvantage(AdvantageSection, Custom):
+class CustomAdvantage(AdvantageSection, Custom, slot="advantage"):
     """S3: a function of one's own, without a critic; it may go by branches (``parent`` and ``split`` of the batch)."""
 
-    slot: ClassVar[str] = "advantage"
-
-
-TREE_ADVANTAGES = (SharedPrefixAdvantage, PrefixCreditAdvantage, SiblingAdvantage, ReinforcedAdvantage)
 
 Advantage = Annotated[
     Union[
-        GroupAdvantage,
-        TokenGroupAdvantage,
-        StepGroupAdvantage,
-        GAE,
-        TurnGAE,
-        BilevelGAE,
-        EntropyGAE,
-        SoftQ,
-        SharedPrefixAdvantage,
-        PrefixCreditAdvantage,
-        SiblingAdvantage,
-        ReinforcedAdvantage,
+        Union[GroupAdvantage, TokenGroupAdvantage, StepGroupAdvantage],
+        Union[GAE, TurnGAE, BilevelGAE, EntropyGAE, SoftQ],
+        Union[SharedPrefixAdvantage, PrefixCreditAdvantage, SiblingAdvantage, ReinforcedAdvantage],
         CustomAdvantage,
     ],
     Field(discriminator="kind"),

@@ -1,6 +1,6 @@
 """Slot S4, second half: what divides the weighted sum. What each choice does is in pipeline/objective/aggregation.py."""
 
-from typing import Annotated, ClassVar, Literal, Union
+from typing import Annotated, Literal, Union
 
 from pydantic import Field
 
@@ -42,11 +42,8 @@ class ConstantNormaliser(AggregationSection):
     """That constant: published as the longest response; for a whole episode max_turns * response_tokens."""
 
 
-class CustomAggregation(AggregationSection, Custom):
+class CustomAggregation(AggregationSection, Custom, slot="aggregation", given=("weight", "trainable", "trajectory")):
     """S4: a function of one's own."""
-
-    slot: ClassVar[str] = "aggregation"
-    given: ClassVar[tuple[str, ...]] = ("weight", "trainable", "trajectory")
 
 
 Aggregation = Annotated[

@@ -3,11 +3,9 @@
 The budget, ``rollout.group_size`` episodes per initial state, is the same for all.
 """
 
-from __future__ import annotations
-
 from typing import Annotated, Literal, Union
 
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from pipeline.settings.section import (
     Count,
@@ -17,7 +15,6 @@ from pipeline.settings.section import (
     Probability,
     Section,
     Temperature,
-    refuse_ignored,
 )
 
 
@@ -55,15 +52,13 @@ class EntropyRise(Section):
     width: Count = 1
     """Branches at a place, beside the episode that goes on."""
 
-    @model_validator(mode="after")
-    def _effective(self) -> EntropyRise:
+    def check(self) -> None:
         if self.initial != "monitored":
-            refuse_ignored(self, "initial is a number", "monitor_slope")
+            self.refuse_ignored("initial is a number", "monitor_slope")
         if self.penalty == 0:
-            refuse_ignored(self, "penalty is 0", "penalty_per")
+            self.refuse_ignored("penalty is 0", "penalty_per")
             if self.base == self.threshold:
-                refuse_ignored(self, "base is the threshold and there is no penalty", "slope")
-        return self
+                self.refuse_ignored("base is the threshold and there is no penalty", "slope")
 
 
 class Positions(Section):
@@ -93,13 +88,11 @@ class Positions(Section):
     bounds: tuple[Positive, Positive] = (0.8, 1.2)
     """Omega is clipped to these."""
 
-    @model_validator(mode="after")
-    def _effective(self) -> Positions:
+    def check(self) -> None:
         if self.signal != "branching_score":
-            refuse_ignored(self, f"signal is {self.signal}", "discount", "bounds")
+            self.refuse_ignored(f"signal is {self.signal}", "discount", "bounds")
         if not self.bounds[0] < 1 < self.bounds[1]:
             raise ValueError("bounds must be two numbers, low < 1 < high")
-        return self
 
 
 class TreeSearch(Section):

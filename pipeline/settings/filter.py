@@ -1,6 +1,6 @@
 """Slot S2: which groups are trained on. What each choice does is in pipeline/objective/filters.py."""
 
-from typing import Annotated, ClassVar, Literal, Union
+from typing import Annotated, Literal, Union
 
 from pydantic import Field
 
@@ -22,10 +22,8 @@ class RewardVariance(Section):
     """Share of the iteration's groups that is kept, by standard deviation of their returns."""
 
 
-class CustomFilter(Custom):
+class CustomFilter(Custom, slot="filter"):
     """S2: a function of one's own; it may also drop single trajectories."""
-
-    slot: ClassVar[str] = "filter"
 
 
 Filter = Annotated[Union[AllGroups, RewardVariance, CustomFilter], Field(discriminator="kind")]

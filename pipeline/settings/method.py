@@ -1,19 +1,8 @@
 """A method: one choice per slot, and which of them go together."""
 
-from __future__ import annotations
-
 from typing import Literal
 
-from pydantic import model_validator
-
-from pipeline.settings.advantage import (
-    GAE,
-    TREE_ADVANTAGES,
-    Advantage,
-    CriticAdvantage,
-    CustomAdvantage,
-    GroupAdvantage,
-)
+from pipeline.settings.advantage import GAE, Advantage, CriticAdvantage, CustomAdvantage, GroupAdvantage, TreeAdvantage
 from pipeline.settings.aggregation import Aggregation
 from pipeline.settings.branching import Branching, Independent
 from pipeline.settings.filter import Filter
@@ -52,8 +41,7 @@ class Method(Section):
     learning_rate: LearningRate
     """Adam's learning rate of the policy."""
 
-    @model_validator(mode="after")
-    def _legal(self) -> Method:
+    def check(self) -> None:
         if (self.advantage.kind == "soft_q") != (self.surrogate.kind == "soft_q"):
             raise ValueError("advantage soft_q and surrogate soft_q go together: one is of no use without the other")
         rewarded, compared = self.reward.kind == "token_entropy", self.advantage.kind == "token_group"
@@ -66,24 +54,19 @@ class Method(Section):
                 f"aggregation.count with_advantage has no effect with advantage {self.advantage.kind}: one that comes "
                 "from a critic is 0 nowhere; it needs one that compares within groups"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _legal_on_trees(self) -> Method:
-        """What is defined on trees, and only there."""
+        # What is defined on trees, and only there.
         branching, advantage = self.branching, self.advantage
         if (branching.kind == "temperature_switch") != (advantage.kind == "reinforced"):
             raise ValueError("branching temperature_switch and advantage reinforced go together")
         if branching.kind == "none":
-            if isinstance(advantage, TREE_ADVANTAGES):
+            if isinstance(advantage, TreeAdvantage):
                 raise ValueError(f"advantage {advantage.kind} needs branches, and branching is none")
-            return self
+            return
         if advantage.kind == "prefix_credit" and branching.kind != "positions":
             raise ValueError("advantage prefix_credit needs branching positions, whose initial episodes are one group")
-        if not isinstance(advantage, (*TREE_ADVANTAGES, GroupAdvantage, GAE, CustomAdvantage)):
+        if not isinstance(advantage, TreeAdvantage | GroupAdvantage | GAE | CustomAdvantage):
             raise ValueError(f"advantage {advantage.kind} is not defined on branches")
         if self.reward.kind != "none":
             raise ValueError(f"reward {self.reward.kind} is not defined on branches")
         if self.weight.kind == "pivots":
             raise ValueError("weight pivots is not defined on branches: it goes by progress in the whole trajectory")
-        return self

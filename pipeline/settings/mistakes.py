@@ -1,6 +1,7 @@
 """Mistakes in a params file, each in one line that says what is allowed."""
 
 import difflib
+import re
 from typing import Any, get_args
 
 from pipeline.settings.section import PATTERNS, Section
@@ -13,13 +14,7 @@ def nearest(name: str, allowed: Any) -> str:
 
 
 def explain(schema: type[Section], source: str, error: Any) -> str:
-    """One line: file, dotted key, what is wrong, what is allowed.
-
-    Args:
-        schema: the section that was checked.
-        source: what the file is called.
-        error: one of pydantic's.
-    """
+    """One line of one of pydantic's errors: file, dotted key, what is wrong, what is allowed."""
     path = _dotted(schema, error["loc"]).removesuffix(".[key]")
     value = error["input"]
     kind = error["type"]
@@ -30,12 +25,11 @@ def explain(schema: type[Section], source: str, error: Any) -> str:
     if kind == "missing":
         return f"{where}: missing"
     if kind in ("union_tag_invalid", "union_tag_not_found"):
-        expected = error["ctx"].get("expected_tags", "").replace("'", "") if "ctx" in error else ""
+        allowed = re.findall(r"\w+", error.get("ctx", {}).get("expected_tags", ""))
+        if not allowed:
+            return f"{where}.kind: missing"
         tag = value.get("kind") if isinstance(value, dict) else value
-        allowed = [t.strip() for t in expected.split(",") if t.strip()]
-        return (
-            f"{where}.kind: {tag!r} is not known{nearest(str(tag), allowed)}" if allowed else f"{where}.kind: missing"
-        )
+        return f"{where}.kind: {tag!r} is not known{nearest(str(tag), allowed)}"
     if kind == "string_pattern_mismatch":
         return f"{where}: {value!r} is not allowed; allowed: {PATTERNS[error['ctx']['pattern']]}"
     if kind == "value_error":

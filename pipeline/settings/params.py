@@ -4,8 +4,6 @@
 reported at once, one line each, with the dotted key, the value and what is allowed (``UserError``).
 """
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 from typing import Annotated, Any, Literal, Union
@@ -58,6 +56,21 @@ class Environment(Section):
     """Reward of a turn without a parsable, allowed action."""
 
 
+class Phase(Section):
+    """One stage of supervision."""
+
+    steps: Count
+    """Optimizer steps."""
+    reasoning_words: tuple[Words, Words]
+    """Least and greatest number of words in a turn's reasoning."""
+    action_noise: Probability
+    """Share of the expert's actions that are replaced by random ones (its ``random_action``)."""
+
+    def check(self) -> None:
+        if not 0 <= self.reasoning_words[0] <= self.reasoning_words[1]:
+            raise ValueError("reasoning_words must be two numbers, 0 <= least <= greatest")
+
+
 class Demonstrations(Section):
     """Supervision that makes a from-scratch policy know the task, and play it badly."""
 
@@ -71,23 +84,6 @@ class Demonstrations(Section):
     """Episodes per supervised step."""
     learning_rate: LearningRate = 3e-3
     """Peak learning rate of the supervision (AdamW, linear warm-up then cosine to zero over all phases)."""
-
-
-class Phase(Section):
-    """One stage of supervision."""
-
-    steps: Count
-    """Optimizer steps."""
-    reasoning_words: tuple[Words, Words]
-    """Least and greatest number of words in a turn's reasoning."""
-    action_noise: Probability
-    """Share of the expert's actions that are replaced by random ones (its ``random_action``)."""
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Phase:
-        if not 0 <= self.reasoning_words[0] <= self.reasoning_words[1]:
-            raise ValueError("reasoning_words must be two numbers, 0 <= least <= greatest")
-        return self
 
 
 class ScratchPolicy(Section):
@@ -109,11 +105,9 @@ class ScratchPolicy(Section):
     """Seed of initial weights, demonstrations and their order."""
     demonstrations: Demonstrations
 
-    @model_validator(mode="after")
-    def _divisible(self) -> ScratchPolicy:
+    def check(self) -> None:
         if self.hidden_size % (2 * self.heads):
             raise ValueError(f"hidden_size {self.hidden_size} must be divisible by 2 * heads ({2 * self.heads})")
-        return self
 
 
 class PretrainedPolicy(Section):
@@ -192,11 +186,9 @@ class Evaluation(Section):
     validation_rollouts: Count = 4
     """Episodes per validation state."""
 
-    @model_validator(mode="after")
-    def _distinct(self) -> Evaluation:
+    def check(self) -> None:
         if len({f"{temperature:g}" for temperature in self.temperatures}) != len(self.temperatures):
             raise ValueError(f"temperatures must differ in their first six digits, got {self.temperatures}")
-        return self
 
 
 class Compare(Section):
@@ -274,10 +266,8 @@ class Config(Section):
         methods = {name: {**defaults, **own} if isinstance(own, dict) else own for name, own in raw["methods"].items()}
         return {**raw, "methods": methods}
 
-    @model_validator(mode="after")
-    def _consistent(self) -> Config:
-        if len(set(self.seeds)) != len(self.seeds):
-            raise ValueError(f"seeds must be distinct, got {self.seeds}")
+    def check(self) -> None:
+        self.refuse_repeated("seeds")
         if self.bottleneck.groups % self.rollout.groups:
             raise ValueError(
                 f"bottleneck.groups ({self.bottleneck.groups}) must be a multiple of rollout.groups ({self.rollout.groups})"
@@ -297,7 +287,6 @@ class Config(Section):
         for name, method in self.methods.items():
             self._branches(name, method)
             self._updates_twice(name, method)
-        return self
 
     def _updates_twice(self, name: str, method: Method) -> None:
         """Rules on the ratio do nothing in the first update after a rollout: there must be another one."""
@@ -329,9 +318,6 @@ class Config(Section):
         for key in ("high", "low"):
             if getattr(section, key, None) == self.rollout.temperature:
                 raise ValueError(f"{where}.{key}: {self.rollout.temperature} is rollout.temperature; choose another")
-
-
-Demonstrations.model_rebuild()
 
 
 def load(path: str | Path = "params.yaml") -> Config:

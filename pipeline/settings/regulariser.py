@@ -1,13 +1,11 @@
 """Slot S6: entropy and KL terms of the loss. What each choice does is in pipeline/objective/regularisers.py."""
 
-from __future__ import annotations
+from typing import Annotated, Literal, Union
 
-from typing import Annotated, ClassVar, Literal, Union
-
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from pipeline.settings.custom import Custom
-from pipeline.settings.section import NonNegative, Positive, Section, refuse_ignored
+from pipeline.settings.section import NonNegative, Positive, Section
 
 
 class RegulariserSection(Section):
@@ -23,11 +21,9 @@ class RegulariserSection(Section):
     skip_above_kl: Positive | None = None
     """The policy's step is skipped while its KL from the behaviour policy is above this (POAD: 0.02); null for never."""
 
-    @model_validator(mode="after")
-    def _kl_effective(self) -> RegulariserSection:
+    def check(self) -> None:
         if self.kl == 0:
-            refuse_ignored(self, "kl is 0", "kl_estimator")
-        return self
+            self.refuse_ignored("kl is 0", "kl_estimator")
 
 
 class FixedRegulariser(RegulariserSection):
@@ -50,11 +46,10 @@ class EntropyBand(RegulariserSection):
     high: NonNegative = 1.2
     """Upper end of the band."""
 
-    @model_validator(mode="after")
-    def _ordered(self) -> EntropyBand:
+    def check(self) -> None:
+        super().check()
         if self.low > self.high:
             raise ValueError("low must not exceed high")
-        return self
 
 
 class EntropyTarget(RegulariserSection):
@@ -74,15 +69,12 @@ class EntropyTarget(RegulariserSection):
     """A group's coefficient is larger by this times its failure rate. Ours."""
 
 
-class CustomRegulariser(RegulariserSection, Custom):
+class CustomRegulariser(RegulariserSection, Custom, slot="regulariser"):
     """S6: a function of one's own gives each token's entropy terms; the KL terms are as in every choice."""
 
-    slot: ClassVar[str] = "regulariser"
-
-    @model_validator(mode="after")
-    def _effective(self) -> CustomRegulariser:
-        refuse_ignored(self, "the function gives the bonus", "entropy")
-        return self
+    def check(self) -> None:
+        super().check()
+        self.refuse_ignored("the function gives the bonus", "entropy")
 
 
 Regulariser = Annotated[

@@ -1,6 +1,6 @@
 """Slot S7: how rewards are reshaped. What each choice does is in pipeline/objective/rewards.py."""
 
-from typing import Annotated, ClassVar, Literal, Union
+from typing import Annotated, Literal, Union
 
 from pydantic import Field
 
@@ -50,10 +50,8 @@ class ReferenceKLReward(Section):
     """Reward lost per nat."""
 
 
-class CustomReward(Custom):
+class CustomReward(Custom, slot="reward"):
     """S7: a function of one's own."""
-
-    slot: ClassVar[str] = "reward"
 
 
 Reward = Annotated[

@@ -1,8 +1,8 @@
 """What every part of the schema is made of: sections that refuse unknown keys, and kinds of numbers."""
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
+from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field, model_validator
 
 MOST = 1e9
 """Largest size of a number: float32 sums and products of several such are still finite."""
@@ -69,9 +69,23 @@ class Section(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, allow_inf_nan=False)
 
+    @model_validator(mode="after")
+    def _checked(self) -> Self:
+        self.check()
+        return self
 
-def refuse_ignored(section: Section, reason: str, *names: str) -> None:
-    """A knob that has no effect is an error, unless it is left at its default (invariant 5)."""
-    changed = [name for name in names if getattr(section, name) != type(section).model_fields[name].default]
-    if changed:
-        raise ValueError(f"{', '.join(changed)} has no effect while {reason}")
+    def check(self) -> None:
+        """What settings ask of one another; raises a ``ValueError`` that says what is allowed."""
+
+    def refuse_ignored(self, reason: str, *names: str) -> None:
+        """A knob that has no effect is an error, unless it is left at its default (invariant 5)."""
+        changed = [name for name in names if getattr(self, name) != type(self).model_fields[name].default]
+        if changed:
+            raise ValueError(f"{', '.join(changed)} has no effect while {reason}")
+
+    def refuse_repeated(self, *names: str) -> None:
+        """The values of a list must be distinct."""
+        for name in names:
+            values = getattr(self, name)
+            if len(set(values)) != len(values):
+                raise ValueError(f"{name} must be distinct, got {values}")

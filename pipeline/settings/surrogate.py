@@ -1,10 +1,8 @@
 """Slot S5: how ratio and advantage become a per-token loss. What each choice does is in pipeline/objective/surrogates.py."""
 
-from __future__ import annotations
+from typing import Annotated, Literal, Union
 
-from typing import Annotated, ClassVar, Literal, Union
-
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from pipeline.settings.custom import Custom
 from pipeline.settings.section import MOST, Float, Number, Positive, Probability, Section, Share
@@ -71,11 +69,9 @@ class CovarianceClip(Section):
     band: tuple[Number, Number] = (1.0, 5.0)
     """Covariance of the tokens among which these are drawn."""
 
-    @model_validator(mode="after")
-    def _ordered(self) -> CovarianceClip:
+    def check(self) -> None:
         if not self.band[0] < self.band[1]:
             raise ValueError("band must be two numbers, low < high")
-        return self
 
 
 class CovarianceKL(Section):
@@ -105,11 +101,9 @@ class BalancedClip(Section):
     first: Literal["high", "low"] = "high"
     """Which bound moves first, to its end."""
 
-    @model_validator(mode="after")
-    def _ordered(self) -> BalancedClip:
+    def check(self) -> None:
         if not (self.low[0] <= self.low[1] <= 1 <= self.high[0] <= self.high[1]):
             raise ValueError("low must be two numbers, start <= end <= 1, and high two numbers, 1 <= start <= end")
-        return self
 
 
 class ProcedureClip(Section):
@@ -147,11 +141,8 @@ class SoftQSurrogate(Section):
     kind: Literal["soft_q"]
 
 
-class CustomSurrogate(Custom):
+class CustomSurrogate(Custom, slot="surrogate", given=("tokens",)):
     """S5: a function of one's own. Whether it has a rule on the ratio is not known, so one update is allowed."""
-
-    slot: ClassVar[str] = "surrogate"
-    given: ClassVar[tuple[str, ...]] = ("tokens",)
 
 
 Surrogate = Annotated[

@@ -1,38 +1,40 @@
 """The schema of a sweep: which settings are searched over which ranges, for which methods, and what counts as good."""
 
-from __future__ import annotations
+from typing import Annotated, Any, Literal, Union
 
-from typing import Annotated, Any, Literal, TypeVar, Union
-
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from pipeline.settings.section import Count, Int, Name, NonNegative, Number, Positive, Section, Seed, at_least
 
 Whole = Annotated[Int, Field(ge=-(10**12), le=10**12)]
 
 
-class Uniform(Section):
+class Range(Section):
+    """What every space between two ends has."""
+
+    kind: str
+    low: float
+    high: float
+
+    def check(self) -> None:
+        if not self.low < self.high:
+            raise ValueError(f"low ({self.low:g}) must be below high ({self.high:g})")
+
+
+class Uniform(Range):
     """Any number of a range, each as likely as another."""
 
     kind: Literal["uniform"]
     low: Number
     high: Number
 
-    @model_validator(mode="after")
-    def _ordered(self) -> Uniform:
-        return _ordered(self)
 
-
-class Logarithmic(Section):
+class Logarithmic(Range):
     """Any number of a range, each order of magnitude as likely as another."""
 
     kind: Literal["log"]
     low: Positive
     high: Positive
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Logarithmic:
-        return _ordered(self)
 
 
 class LogarithmicFromZero(Section):
@@ -47,16 +49,12 @@ class LogarithmicFromZero(Section):
     """Where linear goes over into logarithmic."""
 
 
-class Integer(Section):
+class Integer(Range):
     """Any whole number of a range, both ends included."""
 
     kind: Literal["integer"]
     low: Whole
     high: Whole
-
-    @model_validator(mode="after")
-    def _ordered(self) -> Integer:
-        return _ordered(self)
 
 
 class Choice(Section):
@@ -65,19 +63,12 @@ class Choice(Section):
     kind: Literal["choice"]
     values: list[str | int | float | bool] = Field(min_length=2)
 
-    @model_validator(mode="after")
-    def _distinct(self) -> Choice:
-        if len(set(self.values)) != len(self.values):
-            raise ValueError(f"values must be distinct, got {self.values}")
-        return self
+    def check(self) -> None:
+        self.refuse_repeated("values")
 
 
-Space = Annotated[
-    Union[Uniform, Logarithmic, LogarithmicFromZero, Integer, Choice],
-    Field(discriminator="kind"),
-]
+Space = Annotated[Union[Uniform, Logarithmic, LogarithmicFromZero, Integer, Choice], Field(discriminator="kind")]
 Value = str | int | float | bool | None
-Ranged = TypeVar("Ranged", Uniform, Logarithmic, Integer)
 
 
 class Study(Section):
@@ -95,11 +86,9 @@ class Study(Section):
     baselines: dict[Name, dict[str, Any]] = Field(min_length=1)
     """Tried first: points of the space, by name. A key that is not named keeps the value it has in params.yaml."""
 
-    @model_validator(mode="after")
-    def _distinct(self) -> Study:
-        if self.methods != "all" and len(set(self.methods)) != len(self.methods):
-            raise ValueError(f"methods must be distinct, got {self.methods}")
-        return self
+    def check(self) -> None:
+        if self.methods != "all":
+            self.refuse_repeated("methods")
 
 
 class MedianPruner(Section):
@@ -156,20 +145,10 @@ class Sweep(Section):
     studies: dict[Name, Study] = Field(default={})
     """Searches by name."""
 
-    @model_validator(mode="after")
-    def _effective(self) -> Sweep:
+    def check(self) -> None:
         if self.fewer_tokens and self.pruner.kind != "none":
             raise ValueError("fewer_tokens has two objectives, which no pruner can rank; set pruner: {kind: none}")
-        for name in ("seeds", "confirm_seeds"):
-            if len(set(getattr(self, name))) != len(getattr(self, name)):
-                raise ValueError(f"{name} must be distinct, got {getattr(self, name)}")
+        self.refuse_repeated("seeds", "confirm_seeds")
         both = set(self.seeds) & set(self.confirm_seeds)
         if both:
             raise ValueError(f"confirm_seeds must be fresh, {sorted(both)} are among seeds too")
-        return self
-
-
-def _ordered(space: Ranged) -> Ranged:
-    if not space.low < space.high:
-        raise ValueError(f"low ({space.low:g}) must be below high ({space.high:g})")
-    return space

@@ -1,13 +1,11 @@
 """Slot S4: the token weight w_t. What each choice does is in pipeline/objective/weights.py."""
 
-from __future__ import annotations
+from typing import Annotated, Literal, Union
 
-from typing import Annotated, ClassVar, Literal, Union
-
-from pydantic import Field, model_validator
+from pydantic import Field
 
 from pipeline.settings.custom import Custom
-from pipeline.settings.section import Int, NonNegative, Probability, Section, Share, Temperature, refuse_ignored
+from pipeline.settings.section import Int, NonNegative, Probability, Section, Share, Temperature
 
 
 class UniformWeight(Section):
@@ -43,13 +41,11 @@ class ActFocusWeight(Section):
     """Weight of text that has left the format; null is reasoning_downweight. The paper does not say. A small one hardly
     blames a response for breaking the format where a wrong action is blamed in full."""
 
-    @model_validator(mode="after")
-    def _effective(self) -> ActFocusWeight:
+    def check(self) -> None:
         if self.form == "softmax" and self.redistribution_strength > 1:
             raise ValueError("form softmax needs redistribution_strength <= 1")
         if self.redistribution_strength == 0:
-            refuse_ignored(self, "redistribution_strength is 0", "redistribution_temperature", "signal", "form")
-        return self
+            self.refuse_ignored("redistribution_strength is 0", "redistribution_temperature", "signal", "form")
 
 
 class RoleRampWeight(Section):
@@ -98,11 +94,9 @@ class AttenuatedWeight(Section):
     low_entropy_weight: NonNegative = 0.3
     """Their weight; the others weigh 1. Ours."""
 
-    @model_validator(mode="after")
-    def _effective(self) -> AttenuatedWeight:
+    def check(self) -> None:
         if self.low_entropy_weight == 1:
-            refuse_ignored(self, "low_entropy_weight is 1", "quantile")
-        return self
+            self.refuse_ignored("low_entropy_weight is 1", "quantile")
 
 
 class PivotWeight(Section):
@@ -116,17 +110,14 @@ class PivotWeight(Section):
     strength: NonNegative = 1.0
     """What a pivot weighs beyond 1. Ours."""
 
-    @model_validator(mode="after")
-    def _effective(self) -> PivotWeight:
+    def check(self) -> None:
         if self.strength == 0:
-            refuse_ignored(self, "strength is 0", "buckets", "quantile")
-        return self
+            self.refuse_ignored("strength is 0", "buckets", "quantile")
 
 
-class CustomWeight(Custom):
+class CustomWeight(Custom, slot="weight"):
     """S4: a function of one's own."""
 
-    slot: ClassVar[str] = "weight"
     shuffle: bool = False
     """A control: each role's tokens have the function's weights in a random order."""
 

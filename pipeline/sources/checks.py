@@ -11,11 +11,7 @@ from pipeline.workspace.errors import UserError
 
 
 def check_named(config: Config, params: str) -> None:
-    """Make each environment once, which imports its module and gives it its settings.
-
-    Args:
-        config: the params file.
-        params: its path from the root, where the process works.
+    """Make each environment once, which imports its module and gives it its settings; ``params`` is seen from the root.
 
     Raises:
         UserError: ``params_file`` names another file, whose names commands would have that nobody has checked; or an

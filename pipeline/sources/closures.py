@@ -10,6 +10,7 @@ from collections.abc import Callable, Iterator
 from functools import lru_cache
 from importlib.machinery import ModuleSpec, PathFinder
 from importlib.metadata import PackageNotFoundError, packages_distributions, version
+from itertools import accumulate
 from pathlib import Path
 
 from pipeline.sources.hashes import Stamp, stamp_of
@@ -25,15 +26,11 @@ def closure(start: str, follow: Callable[[str], bool]) -> tuple[dict[str, Path],
     """A module with all that it imports, at whatever depth and wherever in the file.
 
     Beside import statements, ``import_module("name")`` and entry points (``"module:Name"``) count, and a file that stands
-    beside a module and is named in it. Imports for type checkers alone do not.
-
-    Args:
-        start: name of a module; empty for none.
-        follow: whether a module, by its name, is told and read.
+    beside a module and is named in it. Imports for type checkers alone do not, nor the standard library, nor a module whose
+    name ``follow`` is false for.
 
     Returns:
-        Files by name of module, or ``module/file``; and versions of installed packages by name. The standard library is
-        left out.
+        Files by name of module, or ``module/file``; and versions of installed packages by name.
     """
     importlib.invalidate_caches()
     files: dict[str, Path] = {}
@@ -53,7 +50,7 @@ def closure(start: str, follow: Callable[[str], bool]) -> tuple[dict[str, Path],
         files[name] = Path(spec.origin)
         imported, beside = _read(files[name], name, spec.submodule_search_locations is not None, stamp_of(files[name]))
         files |= {f"{name}/{file.name}": file for file in beside}
-        following = [found for found in (*_parents(name), *imported) if found not in seen]
+        following = [found for found in (*_levels(name), *imported) if found not in seen]
         seen.update(following)
         todo.extend(dict.fromkeys(following))
     return dict(sorted(files.items())), dict(sorted(packages.items()))
@@ -61,13 +58,12 @@ def closure(start: str, follow: Callable[[str], bool]) -> tuple[dict[str, Path],
 
 def _found(name: str) -> ModuleSpec | None:
     """Where a module is. Only the finders of its topmost package are asked: to import its parents could take seconds."""
-    top, *rest = name.split(".")
+    top, *below = _levels(name)
     try:
         spec = importlib.util.find_spec(top)
-        for depth in range(len(rest)):
+        for full in below:
             if spec is None or spec.submodule_search_locations is None:
                 return None
-            full = ".".join([top, *rest[: depth + 1]])
             spec = PathFinder.find_spec(full, spec.submodule_search_locations)
     except (AttributeError, ImportError, ValueError):
         return None
@@ -130,7 +126,6 @@ def _called(node: ast.AST) -> str:
     return node.attr if isinstance(node, ast.Attribute) else node.id if isinstance(node, ast.Name) else ""
 
 
-def _parents(name: str) -> list[str]:
-    """Packages that are imported with a module."""
-    parts = name.split(".")
-    return [".".join(parts[:depth]) for depth in range(1, len(parts))]
+def _levels(name: str) -> Iterator[str]:
+    """A module with the packages that are imported with it, the topmost first."""
+    return accumulate(name.split("."), "{}.{}".format)

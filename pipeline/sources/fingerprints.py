@@ -8,6 +8,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from pipeline.model.kernels.library import build
+from pipeline.settings.custom import custom_sections
 from pipeline.settings.params import Environment, PretrainedPolicy, ScratchPolicy
 from pipeline.sources.closures import OWN, closure
 from pipeline.sources.hashes import file_hash, tree_hashes
@@ -22,23 +23,16 @@ def of_environment(section: Environment) -> dict[str, Any]:
     """What an environment of params.yaml names: its module, files in its settings, versions of installed packages.
 
     The module is read with all that it imports outside of installed packages. What cannot be found is left out: making
-    the environment says so.
-
-    Raises:
-        UserError: a file cannot be read.
+    the environment says so. A file that cannot be read is a UserError, here as below.
     """
     return _of_module(section.id.rpartition(":")[0] or _registered(section.id), section.settings)
 
 
 def of_method(method: BaseModel) -> dict[str, Any]:
-    """What a method of params.yaml names: its functions of one's own (``kind: custom``), as an environment's module.
-
-    Raises:
-        UserError: a file cannot be read.
-    """
+    """What a method of params.yaml names: its functions of one's own (``kind: custom``), as an environment's module."""
     found: dict[str, Any] = {"files": {}, "packages": {}}
-    for choice in _custom(method.model_dump(mode="json")):
-        named = _of_module(choice["function"].partition(":")[0], choice.get("settings", {}))
+    for choice in custom_sections(method).values():
+        named = _of_module(choice.function.partition(":")[0], choice.settings)
         found = {part: {**found[part], **named[part]} for part in found}
     return found
 
@@ -57,11 +51,7 @@ def _of_module(module: str, settings: Any) -> dict[str, Any]:
 
 
 def of_policy(policy: ScratchPolicy | PretrainedPolicy) -> dict[str, Any]:
-    """What a policy of params.yaml names: the files of a local model directory, by name.
-
-    Raises:
-        UserError: a file cannot be read.
-    """
+    """What a policy of params.yaml names: the files of a local model directory, by name."""
     if policy.kind == "scratch" or not Path(policy.model).is_dir():
         return {"files": {}}
     return {"files": tree_hashes(Path(policy.model))}
@@ -89,15 +79,6 @@ def _registered(name: str) -> str:
     if isinstance(entry_point, str):
         return entry_point.partition(":")[0]
     return getattr(entry_point, "__module__", "")
-
-
-def _custom(value: Any) -> Iterator[dict[str, Any]]:
-    """Every choice of one's own in a method, at whatever depth."""
-    if isinstance(value, dict):
-        if value.get("kind") == "custom" and "function" in value:
-            yield value
-        for part in value.values():
-            yield from _custom(part)
 
 
 def _paths(value: Any) -> Iterator[tuple[str, Path]]:

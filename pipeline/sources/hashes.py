@@ -19,11 +19,7 @@ TICK = 2 * 10**9
 
 
 def file_hash(path: Path) -> str:
-    """SHA-256 of a file.
-
-    Raises:
-        UserError: it cannot be read.
-    """
+    """SHA-256 of a file; one that cannot be read is a UserError."""
     try:
         stamp = stamp_of(path)
         if stamp.size < LARGE:
@@ -66,11 +62,7 @@ def _known() -> dict[str, list[Any]]:
 
 
 def tree_hashes(path: Path) -> dict[str, str]:
-    """Hashes of a file (named ``.``) or of all files of a folder, by their names in it; links count as what they lead to.
-
-    Raises:
-        UserError: one cannot be read.
-    """
+    """Hashes of a file (named ``.``) or of all files of a folder, by their names in it; links count as what they lead to."""
     if path.is_file():
         return {".": file_hash(path)}
     found = {}

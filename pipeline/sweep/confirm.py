@@ -80,11 +80,7 @@ def confirmation(
 
 
 def confirmation_text(comparison: Mapping[str, Any]) -> str:
-    """One line per search and what its best is paired with: can the two be told apart on fresh seeds?
-
-    Args:
-        comparison: what ``compare`` gave for the confirmation.
-    """
+    """One line per search and what its best is paired with: can the two be told apart on fresh seeds?"""
     lines = []
     for environment in dict.fromkeys(row["environment"] for row in comparison["rows"]):
         temperature = next(row["temperature"] for row in comparison["rows"] if row["headline"])
@@ -92,9 +88,8 @@ def confirmation_text(comparison: Mapping[str, Any]) -> str:
             for kind in ("control", "uniform"):
                 found = difference_of(row, kind)
                 if row["control"] is not None and found is not None:
-                    lines.append(
-                        _line(row, row[kind], found, f"{row['states']} test states at temperature {temperature:g}")
-                    )
+                    where = f"{row['states']} test states at temperature {temperature:g}"
+                    lines.append(_line(row, row[kind], found, where))
     return "\n".join(lines)
 
 
@@ -127,9 +122,7 @@ def _matched(plans: Sequence[SearchPlan], searches: Sequence[Mapping[str, Any]])
 def _method(plan: SearchPlan, point: Mapping[str, Value]) -> dict[str, Any]:
     """The method's own slots at a point of the space, its settings elsewhere left out."""
     own = dict(plan.raw["methods"][plan.method] or {})
-    changed: dict[str, Any] = plan.overlay(point).get("methods", {}).get(plan.method, {})
-    merged: dict[str, Any] = overlay(own, changed)
-    return merged
+    return dict(overlay(own, plan.overlay(point).get("methods", {}).get(plan.method, {})))
 
 
 def _shared(plans: Sequence[SearchPlan], outcomes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:

@@ -45,13 +45,8 @@ def write_figures(found: Sequence[SearchResult], folder: Path) -> None:
         for drawing in drawings(search):
             figure = drawing.plot(interactive)
             _relabel_plotly(figure, search, drawing)
-            drawn.append(
-                {
-                    "title": f"{search.plan.method}: {drawing.title}",
-                    "caption": drawing.caption,
-                    "plotly": json.loads(figure.to_json()),
-                }
-            )
+            title = f"{search.plan.method}: {drawing.title}"
+            drawn.append({"title": title, "caption": drawing.caption, "plotly": json.loads(figure.to_json())})
             _save(drawing, search, folder / f"{search.plan.method}-{drawing.name}.png")
     write_json(folder / "figures.json", {"name": found[0].plan.study, "summary": report_text(found), "figures": drawn})
 
@@ -131,20 +126,16 @@ def _ticks(found: SearchResult, name: str) -> tuple[list[Any], list[str]] | None
 
     Positions are draws: of a space from zero they are not the values themselves.
     """
-    for key, short in short_names(list(found.plan.search.space)).items():
-        space = found.plan.search.space[key]
-        if short == name and isinstance(space, LogarithmicFromZero | Logarithmic):
-            low = space.scale if isinstance(space, LogarithmicFromZero) else space.low
-            decades = range(math.floor(math.log10(low)), math.ceil(math.log10(space.high)) + 1)
-            values = [
-                max(v, low)
-                for d in decades
-                for v in (10.0**d, 3 * 10.0**d)
-                if low <= v * (1 + 1e-9) and v <= space.high
-            ]
-            values = [0.0, *values] if isinstance(space, LogarithmicFromZero) else values
-            return [from_value(space, v) for v in values], [f"{v:g}" for v in values]
-    return None
+    spaces = found.plan.search.space
+    space = next(spaces[key] for key, short in short_names(list(spaces)).items() if short == name)
+    if not isinstance(space, LogarithmicFromZero | Logarithmic):
+        return None
+    low = space.scale if isinstance(space, LogarithmicFromZero) else space.low
+    decades = range(math.floor(math.log10(low)), math.ceil(math.log10(space.high)) + 1)
+    round_values = (v for d in decades for v in (10.0**d, 3 * 10.0**d))
+    values = [max(v, low) for v in round_values if low <= v * (1 + 1e-9) and v <= space.high]
+    values = [0.0, *values] if isinstance(space, LogarithmicFromZero) else values
+    return [from_value(space, v) for v in values], [f"{v:g}" for v in values]
 
 
 def _relabel_plotly(figure: Any, found: SearchResult, drawing: Drawing) -> None:
@@ -156,13 +147,9 @@ def _relabel_plotly(figure: Any, found: SearchResult, drawing: Drawing) -> None:
         return
     for index, name in enumerate(drawing.ranged):
         ticks = _ticks(found, name)
-        if ticks is None:
-            continue
-        axis = {"tickvals": ticks[0], "ticktext": ticks[1], "tickmode": "array"}
-        if drawing.name == "slice":
-            figure.update_layout({f"xaxis{index + 1 if index else ''}": axis})
-        else:
-            figure.update_layout({"xaxis" if index == 0 else "yaxis": axis})
+        if ticks is not None:
+            axis = f"xaxis{index + 1 if index else ''}" if drawing.name == "slice" else ("xaxis", "yaxis")[index]
+            figure.update_layout({axis: {"tickvals": ticks[0], "ticktext": ticks[1], "tickmode": "array"}})
 
 
 def _relabel_parallel(figure: Any, found: SearchResult, names: Sequence[str]) -> None:

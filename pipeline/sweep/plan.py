@@ -11,7 +11,7 @@ from typing import Any
 from pipeline.settings.params import Config, parse
 from pipeline.settings.sweep import Study, Value
 from pipeline.sweep.space import changes, configured, current, from_value, to_value
-from pipeline.training.result import training_key
+from pipeline.training.seed_key import training_key
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.yaml_files import read_yaml
 
@@ -96,25 +96,25 @@ def plans(params: str | Path, study: str, policy: Path) -> list[SearchPlan]:
     raw = read_yaml(params)
     config = parse(raw, str(params))
     where = f"{params}: sweep.studies"
-    if study not in config.sweep.studies:
-        raise UserError(f"{where}: {study!r} is not there; allowed: {', '.join(config.sweep.studies) or 'none'}")
+    _require(study, config.sweep.studies, where)
     search = config.sweep.studies[study]
     environment = search.environment or next(iter(config.environments))
-    if environment not in config.environments:
-        allowed = ", ".join(config.environments)
-        raise UserError(f"{where}.{study}.environment: {environment!r} is not there; allowed: {allowed}")
+    _require(environment, config.environments, f"{where}.{study}.environment")
     both = sorted({*config.sweep.seeds, *config.sweep.confirm_seeds} & set(config.seeds))
     if both:
         raise UserError(f"{params}: sweep: {both} are seeds of the comparison; a sweep needs seeds of its own")
     methods = list(config.methods) if search.methods == "all" else search.methods
-    unknown = [method for method in methods if method not in config.methods]
-    if unknown:
-        allowed = ", ".join(config.methods)
-        raise UserError(f"{where}.{study}.methods: {unknown[0]!r} is not there; allowed: {allowed}")
+    for method in methods:
+        _require(method, config.methods, f"{where}.{study}.methods")
     found = [SearchPlan(raw, config, study, method, environment, policy) for method in methods]
     for plan in found:
         _check(plan, where)
     return found
+
+
+def _require(name: str, there: Mapping[str, Any], where: str) -> None:
+    if name not in there:
+        raise UserError(f"{where}: {name!r} is not there; allowed: {', '.join(there) or 'none'}")
 
 
 def _check(plan: SearchPlan, where: str) -> None:

@@ -7,7 +7,6 @@ twice, and a study ends with exactly as many finished trials as were asked for.
 """
 
 import contextlib
-import os
 import socket
 import threading
 import time
@@ -17,7 +16,6 @@ from typing import Any
 
 import optuna
 import psutil
-from filelock import FileLock
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.storages.journal import JournalFileBackend
@@ -25,6 +23,7 @@ from optuna.storages.journal._file import BaseJournalFileLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from pipeline.workspace.errors import UserError
+from pipeline.workspace.files import drop_unfinished_line, lock
 
 SILENT_BEATS = 6
 """A worker elsewhere that misses so many heartbeats is taken for dead."""
@@ -70,42 +69,25 @@ class _Lock(BaseJournalFileLock):
     """
 
     def __init__(self, journal: Path) -> None:
-        self._journal, self._path = journal, journal.with_suffix(".lock")
-        self._held: FileLock | None = None
+        self._journal = journal
 
     def acquire(self) -> bool:
-        lock = FileLock(self._path)
-        lock.acquire()
-        try:
-            _drop_unfinished_line(self._journal)
-        except BaseException:
-            lock.release()
-            raise
-        self._held = lock
+        with contextlib.ExitStack() as held:
+            held.enter_context(lock(self._journal.with_suffix(".lock")))
+            with self._journal.open("r+b") as file:
+                drop_unfinished_line(file)
+            self._held = held.pop_all()
         return True
 
     def release(self) -> None:
-        assert self._held is not None
-        lock, self._held = self._held, None
-        lock.release()
-
-
-def _drop_unfinished_line(journal: Path) -> None:
-    with journal.open("r+b") as file:
-        size = file.seek(0, os.SEEK_END)
-        file.seek(max(0, size - 1))
-        if file.read(1) in (b"", b"\n"):
-            return
-        file.seek(0)
-        file.truncate(file.read().rfind(b"\n") + 1)
+        self._held.close()
 
 
 class Queue:
     """The trials of one study.
 
     Args:
-        study: Optuna's.
-        storage: that holds it.
+        study: Optuna's, in ``storage``.
         trials: finished trials asked for.
         fixed: settings that the first slots are tried at, as draws by key, with a name for each.
         retries: how often a killed trial is tried again with the same settings.

@@ -73,6 +73,7 @@ def trials_table(found: Sequence[SearchResult]) -> pd.DataFrame:
     """
     rows = []
     for search in found:
+        fewer = search.plan.config.sweep.fewer_tokens
         for trial in search.trials:
             last = max(trial.intermediate_values, default=None)
             values = trial.values or ([] if last is None else [trial.intermediate_values[last]])
@@ -83,7 +84,7 @@ def trials_table(found: Sequence[SearchResult]) -> pd.DataFrame:
                     "slot": trial.user_attrs["slot"],
                     "state": trial.state.name,
                     "score": values[0] if values else None,
-                    **({"tokens": values[1] if len(values) > 1 else None} if _two(search) else {}),
+                    **({"tokens": values[1] if len(values) > 1 else None} if fewer else {}),
                     "baseline": trial.user_attrs.get("baseline"),
                     "retry_of": trial.user_attrs.get("retry_of"),
                     "failure": trial.user_attrs.get("failure"),
@@ -115,7 +116,7 @@ def summary(found: SearchResult) -> dict[str, Any]:
         "baselines": {name: _point(trial) for name, trial in named.items()},
         "importance": importances(found),
     }
-    if _two(found):
+    if plan.config.sweep.fewer_tokens:
         result["front"] = [_point(trial) for trial in found.front]
     return result
 
@@ -234,7 +235,3 @@ def _written(values: Mapping[str, Any]) -> str:
         f"{names[key]} {value:.3g}" if isinstance(value, float) else f"{names[key]} {value}"
         for key, value in values.items()
     )
-
-
-def _two(found: SearchResult) -> bool:
-    return found.plan.config.sweep.fewer_tokens

@@ -5,7 +5,6 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from optuna.distributions import BaseDistribution, CategoricalDistribution, FloatDistribution, IntDistribution
 from optuna.trial import Trial
 
 from pipeline.settings.params import Config, parse
@@ -17,21 +16,6 @@ METHOD = "method."
 """Opens a key of the searched method's own section."""
 SEARCHABLE = (METHOD, "train.", "rollout.")
 """What keys may open with: everything else would change what trials are measured by, or the reference policy."""
-
-
-def distribution(space: Space) -> BaseDistribution:
-    """What Optuna draws from; of ``log_from_zero`` it is the uniform number u in [0, 1]."""
-    match space:
-        case Uniform():
-            return FloatDistribution(space.low, space.high)
-        case Logarithmic():
-            return FloatDistribution(space.low, space.high, log=True)
-        case LogarithmicFromZero():
-            return FloatDistribution(0.0, 1.0)
-        case Integer():
-            return IntDistribution(space.low, space.high)
-        case Choice():
-            return CategoricalDistribution(space.values)
 
 
 def to_value(space: Space, drawn: Any) -> Value:
@@ -68,18 +52,13 @@ def from_value(space: Space, value: Any) -> Any:
 
 def suggest(trial: Trial, spaces: Mapping[str, Space]) -> dict[str, Value]:
     """Draw every key of a space for a trial."""
-    return {key: to_value(space, _draw(trial, key, distribution(space))) for key, space in spaces.items()}
+    return {key: to_value(space, _draw(trial, key, space)) for key, space in spaces.items()}
 
 
 def changes(raw: Mapping[str, Any], method: str, values: Mapping[str, Value]) -> dict[str, Any]:
     """An overlay of params.yaml that gives a method these values.
 
     A slot that the method inherits from ``method_defaults`` is written out, because it is inherited whole or not at all.
-
-    Args:
-        raw: the params file as parsed YAML.
-        method: key in ``methods``.
-        values: setting by dotted key of a search space.
     """
     result: dict[str, Any] = {}
     for key, value in values.items():
@@ -126,13 +105,17 @@ def _path(key: str, method: str) -> Sequence[str]:
     return dotted.split(".")
 
 
-def _draw(trial: Trial, key: str, wanted: BaseDistribution) -> Any:
-    if isinstance(wanted, FloatDistribution):
-        return trial.suggest_float(key, wanted.low, wanted.high, log=wanted.log)
-    if isinstance(wanted, IntDistribution):
-        return trial.suggest_int(key, wanted.low, wanted.high)
-    assert isinstance(wanted, CategoricalDistribution)
-    return trial.suggest_categorical(key, wanted.choices)
+def _draw(trial: Trial, key: str, space: Space) -> Any:
+    """What Optuna draws; of ``log_from_zero`` it is the uniform number u in [0, 1]."""
+    match space:
+        case Uniform() | Logarithmic():
+            return trial.suggest_float(key, space.low, space.high, log=isinstance(space, Logarithmic))
+        case LogarithmicFromZero():
+            return trial.suggest_float(key, 0.0, 1.0)
+        case Integer():
+            return trial.suggest_int(key, space.low, space.high)
+        case Choice():
+            return trial.suggest_categorical(key, space.values)
 
 
 def _six(value: float) -> float:

@@ -9,11 +9,10 @@ from optuna.trial import FrozenTrial
 
 from pipeline.sweep.plan import SearchPlan
 from pipeline.sweep.result import SearchResult, settings, summary
-from pipeline.sweep.score import SeedCurves
-from pipeline.sweep.trial import Outcome
+from pipeline.sweep.trial import Outcome, SeedCurves
 from pipeline.sweep.workers import Observer
+from pipeline.tracking.parents import log_parent, log_trial
 from pipeline.tracking.store import study_run
-from pipeline.tracking.study import log_study, log_trial
 
 
 def observer(plan: SearchPlan, root: Path) -> Observer:
@@ -21,7 +20,7 @@ def observer(plan: SearchPlan, root: Path) -> Observer:
     run = study_run(plan.config, root, plan.environment, plan.name)
 
     def observe(trial: FrozenTrial, outcome: Outcome | None) -> None:
-        rows = scores(trial) if outcome is None else mean_curve(outcome.curves)
+        rows = _scores(trial) if outcome is None else mean_curve(outcome.curves)
         began = trial.datetime_start
         started = None if began is None else int(began.timestamp() * 1000)
         state: Any = trial.state.name
@@ -43,7 +42,7 @@ def log_search(found: SearchResult, root: Path, folder: Path) -> None:
     metrics |= {f"trials_{state.lower()}": count for state, count in outcome["trials"].items()}
     shown = [*sorted(folder.glob(f"{plan.method}-*.png")), folder / "trials.csv", folder / "best.yaml"]
     run = study_run(plan.config, root, plan.environment, plan.name)
-    log_study(run, metrics, files=[("sweep", file) for file in shown])
+    log_parent(run, metrics, files=[("sweep", file) for file in shown])
 
 
 def mean_curve(curves: SeedCurves) -> list[dict[str, float]]:
@@ -54,14 +53,12 @@ def mean_curve(curves: SeedCurves) -> list[dict[str, float]]:
     ]
 
 
-def scores(trial: FrozenTrial) -> list[dict[str, float]]:
+def _scores(trial: FrozenTrial) -> list[dict[str, float]]:
     """What is known of a trial whose curves are not: its scores at the iterations at which it could have been stopped."""
     return [{"iteration": step - 1, "score": value} for step, value in sorted(trial.intermediate_values.items())]
 
 
 def _tags(plan: SearchPlan, trial: FrozenTrial) -> Mapping[str, str]:
-    shown = {
-        key: trial.user_attrs[key] for key in ("slot", "baseline", "retry_of", "failure") if key in trial.user_attrs
-    }
+    shown = ("slot", "baseline", "retry_of", "failure")
     score = {} if trial.values is None else {"score": f"{trial.values[0]:.4f}"}
-    return {"method": plan.method, **score, **{key: str(value) for key, value in shown.items()}}
+    return {"method": plan.method, **score, **{k: str(v) for k, v in trial.user_attrs.items() if k in shown}}

@@ -1,24 +1,28 @@
-"""One trial: a training per seed, validated at the same iterations and stopped or kept together."""
+"""One trial: a training per seed, validated at the same iterations and stopped or kept together, and how it is judged."""
 
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Literal
 
+import numpy as np
 from optuna.exceptions import TrialPruned
 from optuna.trial import Trial
 
 from pipeline.settings.params import Train
-from pipeline.settings.sweep import Value
+from pipeline.settings.sweep import Constraints, Value
 from pipeline.sweep.plan import SearchPlan
-from pipeline.sweep.score import SeedCurves, success, tokens, violations
 from pipeline.sweep.space import suggest
 from pipeline.training.budget import progress
-from pipeline.training.result import training_task
 from pipeline.training.run import Curve, TrainingJob, train_until
+from pipeline.training.seed_key import training_task
 from pipeline.workspace.files import lock
 from pipeline.workspace.finite import NotFiniteError
 from pipeline.workspace.layout import Cache
 from pipeline.workspace.processes import Tell
+
+SeedCurves = Mapping[int, Sequence[Mapping[str, float]]]
+"""Seed -> one row of metrics per iteration."""
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,9 @@ class TrainingObjective:
             training_task(config, plan.environment, plan.method, seed, plan.policy, Cache().sweep) for seed in seeds
         ]
         curves: dict[int, Curve] = {seed: [] for seed in seeds}
-        for rung in self._rungs(config.train.iterations, config.train.validate_every):
+        iterations, every = config.train.iterations, config.train.validate_every
+        stops = () if sweep.pruner.kind == "none" else range(every, iterations, every)
+        for rung in [*stops, iterations]:
             for task in tasks:
                 others = [curve for seed, curve in curves.items() if seed != task.seed]
                 shifted = _shifted(report, others, config.train)
@@ -60,7 +66,7 @@ class TrainingObjective:
                     raise TrialPruned(str(error)) from None
             if not sweep.fewer_tokens:  # Optuna takes no intermediate values of two objectives
                 trial.report(success(curves, sweep.score), max(map(len, curves.values())))
-            if rung < config.train.iterations and trial.should_prune():
+            if rung < iterations and trial.should_prune():
                 for task in tasks:
                     with lock(task.cache / "lock"):  # another trial may have the same settings
                         (task.cache / "checkpoint.ckpt").unlink(missing_ok=True)
@@ -69,12 +75,6 @@ class TrainingObjective:
             shutil.rmtree(task.result / "policy", ignore_errors=True)
         values_found = (success(curves, sweep.score), *((tokens(curves),) if sweep.fewer_tokens else ()))
         return Outcome(values_found, violations(curves, sweep.constraints), curves)
-
-    def _rungs(self, iterations: int, every: int) -> list[int]:
-        """Iterations after which a trial may be stopped, and its last."""
-        if self.plan.config.sweep.pruner.kind == "none":
-            return [iterations]
-        return [*range(every, iterations, every), iterations]
 
 
 def _shifted(report: Tell, others: Sequence[Curve], train: Train) -> Tell:
@@ -95,3 +95,42 @@ def run_trial(trial: Trial, plan: SearchPlan, objective: Objective, report: Tell
     for name, excess in outcome.violations.items():
         trial.set_constraint(name, excess)
     return outcome
+
+
+def validation(curve: Sequence[Mapping[str, float]]) -> list[tuple[int, float]]:
+    """(iterations done, validation success) of every validation so far, the one before training first."""
+    before = [(0, row["validation_success_before"]) for row in curve if "validation_success_before" in row]
+    return before + [
+        (int(row["iteration"]) + 1, row["validation_success"]) for row in curve if "validation_success" in row
+    ]
+
+
+def success(curves: SeedCurves, score: Literal["final", "area"]) -> float:
+    """Mean over seeds of validation success, in [0, 1]. A sweep has too few seeds to leave any out.
+
+    Args:
+        curves: of all seeds, to the same iteration, which ends with a validation.
+        score: ``final`` takes the last validation, ``area`` the mean over training (trapezoids between validations).
+    """
+    return float(np.mean([validation(c)[-1][1] if score == "final" else _area(c) for c in curves.values()]))
+
+
+def tokens(curves: SeedCurves) -> float:
+    """Sampled tokens per episode of the last iteration, mean over seeds."""
+    return float(np.mean([curve[-1]["tokens_per_episode"] for curve in curves.values()]))
+
+
+def violations(curves: SeedCurves, constraints: Constraints) -> dict[str, float]:
+    """By how much each constraint that is not null is broken, at the ends of curves; zero or less where it is kept."""
+    found = {}
+    if constraints.kl is not None:
+        found["kl"] = float(np.mean([curve[-1]["kl_reference"] for curve in curves.values()])) - constraints.kl
+    if constraints.loss is not None:
+        lost = [validation(curve)[0][1] - validation(curve)[-1][1] for curve in curves.values()]
+        found["loss"] = max(lost) - constraints.loss
+    return found
+
+
+def _area(curve: Sequence[Mapping[str, float]]) -> float:
+    at, values = zip(*validation(curve), strict=True)
+    return float(np.trapezoid(values, at) / (at[-1] - at[0]))

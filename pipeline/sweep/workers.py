@@ -16,7 +16,6 @@ from optuna.exceptions import TrialPruned, UpdateFinishedTrialError
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from pipeline.progress.display import Display, still, tell
-from pipeline.settings.sweep import Sweep
 from pipeline.sweep.plan import SearchPlan
 from pipeline.sweep.queue import FINISHED, Queue, open_storage
 from pipeline.sweep.sampler import NumberedSampler
@@ -41,10 +40,6 @@ class SearchRun:
 
 def run_search(search: SearchRun, workers: int) -> list[FrozenTrial]:
     """Run a search until as many trials are finished as are asked for, or go on with one; returns all its trials.
-
-    Args:
-        search: what is run.
-        workers: processes on this machine.
 
     Raises:
         UserError: the storage cannot be used.
@@ -85,7 +80,7 @@ def study_trials(plan: SearchPlan) -> list[FrozenTrial]:
 
 
 def _open(plan: SearchPlan) -> tuple[optuna.Study, Queue]:
-    sweep: Sweep = plan.config.sweep
+    sweep = plan.config.sweep
     storage = open_storage(plan.storage, Cache().journal)
     pruner = (
         optuna.pruners.NopPruner()
@@ -176,13 +171,9 @@ def _follow(reading: Mapping[Connection, tuple[str, Any]], display: Display) -> 
                 del open_ends[receiver]
                 process.join()
                 if process.exitcode:
-                    print(
-                        f"{label} was killed (signal {-process.exitcode}); others go on with its trial"
-                        if process.exitcode < 0
-                        else f"{label} ended with exit code {process.exitcode}",
-                        file=sys.stderr,
-                        flush=True,
-                    )
+                    killed = f"was killed (signal {-process.exitcode}); others go on with its trial"
+                    how = killed if process.exitcode < 0 else f"ended with exit code {process.exitcode}"
+                    print(label, how, file=sys.stderr, flush=True)
                 else:
                     display.finish(label)
                 continue

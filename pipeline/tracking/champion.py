@@ -29,12 +29,8 @@ UPLOAD = Patience(600, 1)
 def register(client: MlflowClient, uri: str, run_id: str, record: Record) -> None:
     """Register a policy and make it the champion, unless the champion has these very files.
 
-    Args:
-        client: of the store.
-        uri: its tracking URI.
-        run_id: the comparison's run, which gets the model.
-        record: see the module's text. A directory that holds other files by now is left alone: a later comparison has a
-            record of its own.
+    The model goes to the comparison's run. A directory that holds other files by now is left alone: a later comparison has
+    a record of its own.
 
     Raises:
         MlflowException: the store refuses it, or MLflow cannot save this kind of model.

@@ -7,7 +7,7 @@ from typing import Any
 
 from pipeline.settings.params import Config
 from pipeline.tracking.datasets import dvc_digest
-from pipeline.tracking.snapshot import Snapshot, log_snapshot
+from pipeline.tracking.parents import ParentRun, log_parent
 from pipeline.tracking.spool import Record
 from pipeline.tracking.store import comparison_identity, provenance, quiet, resolved_params, store_of
 from pipeline.tracking.training import TABLE_TAG, episode_table
@@ -17,16 +17,12 @@ HEADLINES = ("success_mean", "difference_to_reference", "difference_to_uniform",
 """Numbers of a comparison's rows that become metrics, ``<name>/<method>/<temperature>``."""
 
 
-Episodes = Mapping[str, Mapping[str, list[dict[str, Any]]]]
-"""Environment -> method -> records of ``pipeline.trajectories.records``."""
-
-
 def log_comparison(
     config: Config,
     root: Path,
     comparison: Mapping[str, Any],
     curves: Mapping[tuple[str, str], Mapping[str, list[dict[str, float]]]],
-    episodes: Episodes,
+    episodes: Mapping[str, Mapping[str, list[dict[str, Any]]]],
     layout: Layout,
 ) -> None:
     """Bring the run of a comparison up to date, in each environment's experiment.
@@ -36,10 +32,10 @@ def log_comparison(
 
     Args:
         config: checked params.
-        root: the project's root.
+        root: of the project.
         comparison: what ``pipeline.analysis.comparison.compare`` returns.
         curves: (environment, method) -> seed -> one row per iteration.
-        episodes: the sample.
+        episodes: environment -> method -> the sample, records of ``pipeline.trajectories.records``.
         layout: of the run.
     """
     quiet()
@@ -54,22 +50,15 @@ def log_comparison(
             "episodes.json": episode_table(sample),
         }
         tags = {**provenance(config, root), **_elsewhere(config, trainings), **TABLE_TAG, "environment": environment}
-        snapshot = Snapshot(
-            experiment=environment,
-            name=config.comparison,
-            identity=comparison_identity(config),
-            tags=tags,
-            metrics={
-                f"{name}/{row['method']}/{row['temperature']:g}": row[name]
-                for row in rows
-                for name in HEADLINES
-                if row[name] is not None
-            },
-            texts=texts,
-            files=_files(environment, layout),
-            champion=None if best is None else _champion(config, environment, *best, trainings, layout),
-        )
-        log_snapshot(store_of(config, root), snapshot)
+        metrics = {
+            f"{name}/{row['method']}/{row['temperature']:g}": row[name]
+            for row in rows
+            for name in HEADLINES
+            if row[name] is not None
+        }
+        champion = None if best is None else _champion(config, environment, *best, trainings, layout)
+        run = ParentRun(store_of(config, root), environment, config.comparison, comparison_identity(config), tags)
+        log_parent(run, metrics, texts, _files(environment, layout), champion)
 
 
 def best_training(curves: Mapping[str, Mapping[str, list[dict[str, float]]]]) -> tuple[str, str, float] | None:

@@ -16,15 +16,10 @@ def dataset_inputs(paths: Mapping[str, Path], root: Path) -> list[dict[str, Any]
         root: the project's root.
     """
     return [
-        {"name": path.name, "digest": dvc_digest(path), "source": source(path, root), "context": context}
+        {"name": path.name, "digest": dvc_digest(path), "source": os.path.relpath(path, root), "context": context}
         for context, path in paths.items()
         if path.exists()
     ]
-
-
-def source(path: Path, root: Path) -> str:
-    """A path as seen from the project's root, so that it means the same on every machine."""
-    return os.path.relpath(path, root).replace(os.sep, "/")
 
 
 def dvc_digest(path: Path) -> str:
@@ -34,9 +29,8 @@ def dvc_digest(path: Path) -> str:
     """
     if path.is_file():
         return _md5(path)
-    files = sorted(file for file in path.rglob("*") if file.is_file())
-    listed = [{"md5": _md5(file), "relpath": file.relative_to(path).as_posix()} for file in files]
-    listed.sort(key=lambda entry: entry["relpath"])
+    files = {file.relative_to(path).as_posix(): file for file in path.rglob("*") if file.is_file()}
+    listed = [{"md5": _md5(file), "relpath": name} for name, file in sorted(files.items())]
     return hashlib.md5(json.dumps(listed, sort_keys=True).encode(), usedforsecurity=False).hexdigest() + ".dir"
 
 

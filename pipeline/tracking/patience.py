@@ -1,9 +1,19 @@
-"""How long to wait for a store that does not answer."""
+"""How long to wait for a store, and one that does not answer: one warning per command, and no further try for a while."""
 
 import os
+import re
+import sys
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.trajectories.prompting import plain_text
+from pipeline.workspace.layout import Cache
+
+RETRY_AFTER = 30.0
+"""Seconds for which a training leaves a store alone that did not answer it or another process."""
 
 
 @dataclass(frozen=True)
@@ -29,13 +39,57 @@ def patient(patience: Patience) -> Iterator[None]:
         "MLFLOW_HTTP_REQUEST_MAX_RETRIES": str(patience.retries),
         "MLFLOW_HTTP_REQUEST_BACKOFF_FACTOR": "1",
     }
-    before = {name: os.environ.get(name) for name in values}
+    before = {name: os.environ[name] for name in values if name in os.environ}
     os.environ.update(values)
     try:
         yield
     finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
+        for name in values:
+            del os.environ[name]
+        os.environ.update(before)
+
+
+class Away:
+    """What processes know of a store that does not answer: a file in the cache that is there as long as it does not."""
+
+    def __init__(self, cache: Path, uri: str) -> None:
+        self._file, self._uri = Cache(cache).tracking / "away", uri
+
+    @property
+    def recently(self) -> bool:
+        """Whether the store was tried in vain within the last ``RETRY_AFTER`` seconds."""
+        try:
+            return time.time() - self._file.stat().st_mtime < RETRY_AFTER
+        except FileNotFoundError:
+            return False
+
+    def note(self, reason: str) -> None:
+        """Note that a try failed, and warn if no process of this command has."""
+        self._file.parent.mkdir(parents=True, exist_ok=True)
+        command = str(os.getpgrp())
+        with open(self._file, "a+", encoding="utf-8") as file:
+            file.seek(0)
+            known = file.read() == command
+            file.truncate(0)
+            file.write(command)
+        if not known:
+            warn(self._uri, reason)
+
+    def over(self) -> None:
+        """Note that a try succeeded."""
+        self._file.unlink(missing_ok=True)
+
+
+def warn(uri: str, reason: str) -> None:
+    """Say on standard error that a store did not take what it was sent, and where that is."""
+    print(
+        f"warning: tracking: {readable(uri)} cannot be used now: {readable(reason)}\n"
+        "warning: tracking: runs are kept in .cache, and sent by a later stage or by `make sync`",
+        file=sys.stderr,
+        flush=True,
+    )
+
+
+def readable(text: str) -> str:
+    """One line of a store's words without control characters, and without the password in an address."""
+    return re.sub(r"//[^/@\s]*@", "//***@", plain_text(" ".join(text.split())))[:240]

@@ -17,7 +17,8 @@ Times are milliseconds since 1970.
 """
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -37,27 +38,40 @@ METRICS_AT_ONCE = 1000
 """MLflow's limit of metrics in a call; params and tags may be 100."""
 
 
+@dataclass(frozen=True)
 class RemoteRun:
     """One run in a store."""
 
-    def __init__(self, client: MlflowClient, uri: str, run_id: str, experiment: str) -> None:
-        self._client, self._uri, self.id, self._experiment = client, uri, run_id, experiment
-        self._writers: dict[str, Callable[[Record], None]] = {
-            "run": lambda record: None,
-            "tags": self._tags,
-            "params": self._params,
-            "inputs": self._inputs,
-            "metrics": lambda record: self.metrics([record]),
-            "text": lambda record: client.log_text(run_id, record["text"], record["path"]),
-            "file": self._file,
-            "trace": lambda record: log_trace(uri, experiment, run_id, record),
-            "champion": self._champion,
-            "end": lambda record: client.set_terminated(run_id, record["status"], record["time"]),
-        }
+    client: MlflowClient
+    uri: str
+    id: str
+    experiment: str
+    """Id of the run's experiment."""
 
     def write(self, record: Record) -> None:
-        """Send one record."""
-        self._writers[record["kind"]](record)
+        """Send one record of any kind but ``metrics``."""
+        match record["kind"]:
+            case "tags":
+                self._log("tags", [RunTag(key, value) for key, value in record["values"].items()], 100)
+            case "params":
+                self._log("params", [Param(key, str(value)) for key, value in record["values"].items()], 100)
+            case "inputs":
+                self.client.log_inputs(self.id, [_dataset(one) for one in record["datasets"]])
+            case "text":
+                self.client.log_text(self.id, record["text"], record["path"])
+            case "file":
+                if Path(record["source"]).exists():  # else a later run of the stage has replaced it
+                    self.client.log_artifact(self.id, record["source"], record["path"] or None)
+            case "trace":
+                log_trace(self.uri, self.experiment, self.id, record)
+            case "champion":
+                from pipeline.tracking.champion import register  # imports torch and transformers
+
+                register(self.client, self.uri, self.id, record)
+            case "end":
+                self.client.set_terminated(self.id, record["status"], record["time"])
+            case kind:
+                assert kind == "run", kind
 
     def metrics(self, records: list[Record]) -> None:
         """Send several records of metrics in as few calls as may be."""
@@ -66,35 +80,12 @@ class RemoteRun:
             for record in records
             for key, value in record["values"].items()
         ]
-        for part in _parts(metrics, METRICS_AT_ONCE):
-            self._client.log_batch(self.id, metrics=part)
+        self._log("metrics", metrics, METRICS_AT_ONCE)
 
-    def _tags(self, record: Record) -> None:
-        for part in _parts([RunTag(key, value) for key, value in record["values"].items()], 100):
-            self._client.log_batch(self.id, tags=part)
-
-    def _params(self, record: Record) -> None:
-        for part in _parts([Param(key, str(value)) for key, value in record["values"].items()], 100):
-            self._client.log_batch(self.id, params=part)
-
-    def _inputs(self, record: Record) -> None:
-        datasets = [
-            DatasetInput(
-                Dataset(one["name"], one["digest"], "local", json.dumps({"uri": one["source"]})),
-                [InputTag(MLFLOW_DATASET_CONTEXT, one["context"])],
-            )
-            for one in record["datasets"]
-        ]
-        self._client.log_inputs(self.id, datasets)
-
-    def _file(self, record: Record) -> None:
-        if Path(record["source"]).exists():  # else a later run of the stage has replaced it
-            self._client.log_artifact(self.id, record["source"], record["path"] or None)
-
-    def _champion(self, record: Record) -> None:
-        from pipeline.tracking.champion import register  # imports torch and transformers
-
-        register(self._client, self._uri, self.id, record)
+    def _log(self, kind: str, values: list[Any], at_once: int) -> None:
+        for start in range(0, len(values), at_once):
+            batch: dict[str, Any] = {kind: values[start : start + at_once]}
+            self.client.log_batch(self.id, **batch)
 
 
 def remote_run(uri: str, cache: Path, known: str | None, first: Record) -> RemoteRun:
@@ -111,10 +102,9 @@ def remote_run(uri: str, cache: Path, known: str | None, first: Record) -> Remot
     experiment = experiment_id(client, first["experiment"])
     if known is None or not _active(client, known):
         with lock(Cache(cache).tracking / "lock"):
-            tags = {}
-            if first["parent"] is not None:
-                tags[MLFLOW_PARENT_RUN_ID] = _find_or_create(client, experiment, **first["parent"])
-            known = _find_or_create(client, experiment, first["name"], first["identity"], tags, first["time"])
+            above = first["parent"]
+            parent = None if above is None else _find_or_create(client, experiment, above)
+            known = _find_or_create(client, experiment, first, parent)
     return RemoteRun(client, uri, known, experiment)
 
 
@@ -137,26 +127,15 @@ def experiment_id(client: MlflowClient, name: str) -> str:
     return str(found.experiment_id)
 
 
-def find_run(client: MlflowClient, experiment: str, identity: Mapping[str, str]) -> str | None:
+def _find_or_create(client: MlflowClient, experiment: str, run: Record, parent: str | None = None) -> str:
     """Id of the run that has all tags of ``identity``; the oldest, if two machines have made one each."""
-    wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in identity.items())
+    wanted = " and ".join(f"tags.`{key}` = '{value}'" for key, value in run["identity"].items())
     found = client.search_runs([experiment], wanted, ViewType.ACTIVE_ONLY, 1, ["attributes.start_time ASC"])
-    return str(found[0].info.run_id) if found else None
-
-
-def _find_or_create(
-    client: MlflowClient,
-    experiment: str,
-    name: str,
-    identity: Mapping[str, str],
-    tags: Mapping[str, str] | None = None,
-    start: int | None = None,
-) -> str:
-    found = find_run(client, experiment, identity)
-    if found is None:
-        created = client.create_run(experiment, start, {**identity, **(tags or {}), MLFLOW_RUN_NAME: name})
-        found = str(created.info.run_id)
-    return found
+    if found:
+        return str(found[0].info.run_id)
+    nested = {} if parent is None else {MLFLOW_PARENT_RUN_ID: parent}
+    tags = {**run["identity"], **nested, MLFLOW_RUN_NAME: run["name"]}
+    return str(client.create_run(experiment, run.get("time"), tags).info.run_id)
 
 
 def _active(client: MlflowClient, run_id: str) -> bool:
@@ -173,5 +152,6 @@ def _active(client: MlflowClient, run_id: str) -> bool:
         raise
 
 
-def _parts(values: list[Any], size: int) -> list[list[Any]]:
-    return [values[start : start + size] for start in range(0, len(values), size)]
+def _dataset(one: Mapping[str, str]) -> DatasetInput:
+    dataset = Dataset(one["name"], one["digest"], "local", json.dumps({"uri": one["source"]}))
+    return DatasetInput(dataset, [InputTag(MLFLOW_DATASET_CONTEXT, one["context"])])

@@ -7,11 +7,9 @@ from filelock import Timeout
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
-from pipeline.tracking.away import Away, warn
-from pipeline.tracking.patience import PATIENT, Patience, patient
+from pipeline.tracking.patience import PATIENT, Away, Patience, patient, warn
 from pipeline.tracking.remote import METRICS_AT_ONCE, RemoteRun, remote_run
 from pipeline.tracking.spool import Record, Spool, waiting
-from pipeline.workspace.layout import Cache
 
 
 class Sender:
@@ -25,7 +23,7 @@ class Sender:
 
     def __init__(self, spool: Spool, uri: str, cache: Path) -> None:
         self._spool, self._uri, self._cache = spool, uri, cache
-        self._away = Away(Cache(cache).tracking / "away", uri)
+        self._away = Away(cache, uri)
         self._run: RemoteRun | None = None
         self._refused = False
 
@@ -71,7 +69,7 @@ class Sender:
         if not unsent and not check:
             return
         if self._run is None or self._run.id != sent.run_id:
-            self._run = remote_run(self._uri, self._cache, sent.run_id, self._spool.first)
+            self._run = remote_run(self._uri, self._cache, sent.run_id, self._spool.records[0])
             if self._run.id != sent.run_id:  # a new run is sent everything, also if an earlier one was deleted
                 self._spool.mark(0, self._run.id)
                 unsent = self._spool.read()

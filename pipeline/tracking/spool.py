@@ -6,13 +6,13 @@ in the records, so that a record that is sent twice is the same one to the store
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.workspace.files import lock, replacing, write_json
+from pipeline.workspace.files import drop_unfinished_line, lock, replacing, write_json
 from pipeline.workspace.layout import Cache
 
 Record = dict[str, Any]
@@ -43,9 +43,7 @@ class Spool:
         """Add records at the end, after whatever a killed process has left there in one piece."""
         self.folder.mkdir(parents=True, exist_ok=True)
         with open(self._records, "ab+") as file:
-            whole = self._whole(file)
-            if whole < file.seek(0, 2):
-                file.truncate(whole)
+            drop_unfinished_line(file)
             file.write(_lines(records))
 
     def replace(self, records: Sequence[Record]) -> None:
@@ -69,22 +67,13 @@ class Spool:
 
     @property
     def records(self) -> list[Record]:
-        """All records."""
+        """All records; the first says which run this is."""
         return [record for _, record in self.read()]
-
-    @property
-    def first(self) -> Record:
-        """The record that says which run this is."""
-        with open(self._records, encoding="utf-8") as file:
-            record: Record = json.loads(file.readline())
-        return record
 
     @property
     def sent(self) -> Sent:
         """What the store has."""
-        if not self._sent.exists():
-            return Sent()
-        return Sent(**json.loads(self._sent.read_text(encoding="utf-8")))
+        return Sent(**json.loads(self._sent.read_text(encoding="utf-8"))) if self._sent.exists() else Sent()
 
     def mark(self, offset: int, run_id: str | None) -> None:
         """Note what the store has."""
@@ -93,38 +82,21 @@ class Spool:
     @property
     def waiting(self) -> bool:
         """Whether something has not been sent."""
-        offset = self.sent.offset
-        return self._records.exists() and self._records.stat().st_size > offset and bool(self.read(offset))
+        return bool(self.read(self.sent.offset))
 
-    @contextmanager
-    def locked(self, wait: bool = True) -> Iterator[None]:
+    def locked(self, wait: bool = True) -> AbstractContextManager[None]:
         """Keep other processes from sending these records at the same time.
 
         Raises:
             filelock.Timeout: another process has the lock, and ``wait`` is off.
         """
-        with lock(self.folder / "lock", wait):
-            yield
-
-    @staticmethod
-    def _whole(file: Any) -> int:
-        """Bytes up to the end of the last whole line."""
-        size = file.seek(0, 2)
-        file.seek(max(0, size - 1))
-        if size == 0 or file.read(1) == b"\n":
-            return int(size)
-        file.seek(0)
-        return int(file.read().rfind(b"\n")) + 1
+        return lock(self.folder / "lock", wait)
 
 
 def waiting(cache: Path) -> list[Spool]:
     """The spools under a cache folder that hold something unsent."""
-    files = sorted(
-        [
-            *Cache(cache).training("*").parent.glob("*/tracking/records.jsonl"),
-            *Cache(cache).tracking.glob("**/records.jsonl"),
-        ]
-    )
+    trainings = Cache(cache).training("*").parent.glob("*/tracking/records.jsonl")
+    files = sorted([*trainings, *Cache(cache).tracking.glob("**/records.jsonl")])
     return [spool for spool in (Spool(file.parent) for file in files) if spool.waiting]
 
 

@@ -13,14 +13,13 @@ from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.settings.params import Config
-from pipeline.tracking.away import Away, readable
 from pipeline.tracking.database import ready
 from pipeline.tracking.datasets import dataset_inputs
-from pipeline.tracking.patience import PATIENT, patient
+from pipeline.tracking.parents import ParentRun
+from pipeline.tracking.patience import PATIENT, Away, patient, readable
 from pipeline.tracking.remote import experiment_id
 from pipeline.tracking.send import refusal, send_waiting
 from pipeline.tracking.spool import waiting
-from pipeline.tracking.study import StudyRun
 from pipeline.tracking.training import RunSettings, Store, flatten
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.layout import Cache
@@ -53,7 +52,7 @@ def open_store(store: Store, experiment: str) -> tuple[int, int]:
     except (MlflowException, SQLAlchemyError, CommandError, OSError) as error:
         if refusal(error) or not store.uri.startswith("http"):
             raise UserError(f"tracking.uri: {readable(store.uri)}: cannot be used: {readable(str(error))}") from None
-        Away(Cache(store.cache).tracking / "away", store.uri).note(str(error))
+        Away(store.cache, store.uri).note(str(error))
         return 0, len(waiting(store.cache))
     return send_waiting(store.uri, store.cache)
 
@@ -67,15 +66,7 @@ def quiet() -> None:
 def run_settings(
     config: Config, root: Path, environment: str, method: str, datasets: dict[str, Path]
 ) -> dict[int, RunSettings]:
-    """What the runs of a method on an environment carry, by seed.
-
-    Args:
-        config: checked params.
-        root: the project's root.
-        environment: key in ``environments``.
-        method: key in ``methods``.
-        datasets: what the trainings are made from; see ``dataset_inputs``.
-    """
+    """What the runs of a method on an environment carry, by seed; the trainings are made from ``datasets``."""
     resolved = config.model_dump(mode="json")
     relevant = {key: resolved[key] for key in ("policy", "rollout", "train", "evaluation")}
     relevant |= {"environment": resolved["environments"][environment], "method": resolved["methods"][method]}
@@ -98,9 +89,10 @@ def run_settings(
     }
 
 
-def study_run(config: Config, root: Path, environment: str, name: str) -> StudyRun:
-    """The run of a study, to which ``log_trial`` and ``log_study`` write."""
-    return StudyRun(store_of(config, root), environment, name, {**provenance(config, root), "environment": environment})
+def study_run(config: Config, root: Path, environment: str, name: str) -> ParentRun:
+    """The run of a sweep's study, to which ``log_trial`` and ``log_parent`` write."""
+    tags = {**provenance(config, root), "environment": environment}
+    return ParentRun(store_of(config, root), environment, name, {"kind": "study", "study": name}, tags)
 
 
 def comparison_identity(config: Config) -> dict[str, str]:
@@ -113,8 +105,7 @@ def resolved_params(config: Config) -> str:
 
     Addresses of stores are left out: they may hold passwords, and decide no result.
     """
-    resolved = config.model_dump(mode="json", exclude={"tracking": {"uri"}, "sweep": {"storage"}})
-    return yaml_text(resolved)
+    return yaml_text(config.model_dump(mode="json", exclude={"tracking": {"uri"}, "sweep": {"storage"}}))
 
 
 def provenance(config: Config, root: Path) -> dict[str, str]:

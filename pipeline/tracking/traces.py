@@ -18,11 +18,7 @@ TURN_NS = 1_000_000
 def log_trace(uri: str, experiment: str, run_id: str, record: Record) -> None:
     """Send an episode as a trace of a run. Ids follow from run and episode, so that sending again replaces it.
 
-    Args:
-        uri: tracking URI.
-        experiment: its id.
-        run_id: the run that the trace belongs to.
-        record: ``episode`` (see ``pipeline.trajectories.records.episode_records``) and ``time`` in ms.
+    The record has ``episode`` (see ``pipeline.trajectories.records.episode_records``) and ``time`` in ms.
     """
     episode, start = record["episode"], record["time"]
     digest = hashlib.sha256(f"{run_id} {episode['id']}".encode()).digest()[:16]
@@ -30,13 +26,10 @@ def log_trace(uri: str, experiment: str, run_id: str, record: Record) -> None:
     inputs = {"state": episode["state"]}
     outputs = {key: episode[key] for key in ("return", "success", "end")}
     began = start * 1_000_000
-    spans = [
-        _span(digest, 0, episode["id"], began, len(turns), SpanType.AGENT, inputs, outputs, {}),
-        *(
-            _span(digest, number, f"turn {number}", began + (number - 1) * TURN_NS, 1, SpanType.LLM, *_turn(turn))
-            for number, turn in enumerate(turns, start=1)
-        ),
-    ]
+    root = _attributes(SpanType.AGENT, inputs, outputs)
+    spans = [_span(digest, 0, episode["id"], began, len(turns), root)]
+    for index, turn in enumerate(turns):
+        spans.append(_span(digest, index + 1, f"turn {index + 1}", began + index * TURN_NS, 1, _turn(turn)))
     client = TracingClient(uri)
     client.log_spans(experiment, spans)
     client.start_trace(
@@ -54,32 +47,21 @@ def log_trace(uri: str, experiment: str, run_id: str, record: Record) -> None:
     )
 
 
-def _turn(turn: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """Inputs, outputs and attributes of a turn's span; numbers of tokens are lists, in the order of ``text``."""
+def _turn(turn: dict[str, Any]) -> dict[str, Any]:
+    """Attributes of a turn's span; numbers of tokens are lists, in the order of ``text``."""
     tokens = {name: values for name, values in turn["tokens"].items() if any(value is not None for value in values)}
-    attributes = {key: turn[key] for key in ("action", "valid", "response", "ended", "reward")} | tokens
-    return {"shown": turn["shown"]}, {"response": "".join(turn["tokens"]["text"])}, attributes
+    own = {key: turn[key] for key in ("action", "valid", "response", "ended", "reward")}
+    outputs = {"response": "".join(turn["tokens"]["text"])}
+    return _attributes(SpanType.LLM, {"shown": turn["shown"]}, outputs) | own | tokens
 
 
-def _span(
-    trace: bytes,
-    number: int,
-    name: str,
-    start: int,
-    turns: int,
-    kind: str,
-    inputs: dict[str, Any],
-    outputs: dict[str, Any],
-    attributes: dict[str, Any],
-) -> Span:
+def _attributes(kind: str, inputs: dict[str, Any], outputs: dict[str, Any]) -> dict[str, Any]:
+    return {SpanAttributeKey.SPAN_TYPE: kind, SpanAttributeKey.INPUTS: inputs, SpanAttributeKey.OUTPUTS: outputs}
+
+
+def _span(trace: bytes, number: int, name: str, start: int, turns: int, attributes: dict[str, Any]) -> Span:
     """Span ``number`` of a trace; 0 is the root. ``start`` is in nanoseconds."""
-    values = {
-        SpanAttributeKey.REQUEST_ID: f"tr-{trace.hex()}",
-        SpanAttributeKey.SPAN_TYPE: kind,
-        SpanAttributeKey.INPUTS: inputs,
-        SpanAttributeKey.OUTPUTS: outputs,
-        **attributes,
-    }
+    attributes = {SpanAttributeKey.REQUEST_ID: f"tr-{trace.hex()}", **attributes}
     return Span.from_dict(
         {
             "trace_id": base64.b64encode(trace).decode(),
@@ -89,7 +71,7 @@ def _span(
             "start_time_unix_nano": start,
             "end_time_unix_nano": start + turns * TURN_NS,
             "status": {"code": "STATUS_CODE_OK", "message": ""},
-            "attributes": {key: json.dumps(value) for key, value in values.items()},
+            "attributes": {key: json.dumps(value) for key, value in attributes.items()},
             "events": [],
         }
     )

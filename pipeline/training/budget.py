@@ -13,10 +13,6 @@ def training_over(curve: Rows, train: Train) -> bool:
 
     With ``train.tokens`` that is the one whose end comes nearest to the budget: another one, as large as the last, would
     lead further away from it. ``train.iterations`` ends a training in any case.
-
-    Args:
-        curve: its rows, with the ``tokens`` that each iteration has sampled.
-        train: its settings.
     """
     if len(curve) >= train.iterations or train.tokens is None or not curve:
         return len(curve) >= train.iterations

@@ -96,9 +96,8 @@ class Log(Callback):
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         with pl_module.phases.phase("tracking"):
             row = dict(pl_module.curve[-1])
-            row |= {
-                f"{name}_total": sum(earlier[name] for earlier in pl_module.curve) for name in ("episodes", "tokens")
-            }
+            for name in ("episodes", "tokens"):
+                row[f"{name}_total"] = sum(earlier[name] for earlier in pl_module.curve)
             self._run.log(row, int(row.pop("iteration")))
 
 

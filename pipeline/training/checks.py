@@ -44,13 +44,10 @@ def recomputed(
     draws: np.random.Generator,
     everything: bool = False,
 ) -> Agreement:
-    """Score a few episodes again, and compare.
+    """Score a few episodes again, or ``everything``, and compare; of branches the tokens behind the split.
 
-    Args:
-        episodes: sampled by the policy as it is; of branches the tokens behind the split.
-        score: log-probability and entropy of every sampled token of some episodes at a temperature, under that policy.
-        draws: choose episodes.
-        everything: take all of them.
+    ``score`` gives log-probability and entropy of every sampled token of some episodes at a temperature, under the policy
+    as it is.
     """
     if not len(episodes):
         return Agreement(0.0, 0.0)
@@ -87,8 +84,7 @@ def require_recomputed(found: Agreement, dtype: torch.dtype, first: float | None
         found: see ``recomputed``.
         dtype: of the policy.
         first: error in the training's first iteration; None in that one.
-        everywhere: largest difference of a log-probability from the reference policy's, while this is the same policy,
-            times the temperature.
+        everywhere: largest difference from the reference policy's log-probabilities, which it still has, in logits.
 
     Raises:
         NumericsError: an error is above the precision's bound, or the temperature another one.

@@ -10,11 +10,11 @@ from pipeline.model.policy import Policy
 from pipeline.progress.display import span
 from pipeline.progress.timing import Phases
 from pipeline.rollout.branch_scores import blank_tokens, branch_scores
+from pipeline.rollout.branching import moved
 from pipeline.rollout.collector import play
 from pipeline.rollout.engine import RolloutEngine
 from pipeline.rollout.episode import Setup
 from pipeline.rollout.forest import Forest
-from pipeline.rollout.growths import moved
 from pipeline.rollout.specs import iteration_specs
 from pipeline.settings.branching import Branching, Independent, Positions
 from pipeline.settings.params import Config
@@ -120,12 +120,10 @@ class Collection:
         others = [e for e, own in enumerate(trajectories.episodes["temperature"]) if own != temperature]
         if not others:
             return trajectories
-        scored = self.now(trajectories.select(others))
         tokens = np.isin(trajectories.token_episode, others)
-        columns = [trajectories.logprob.copy(), trajectories.entropy.copy()]
-        for column, values in zip(columns, scored, strict=True):
-            column[tokens] = values
-        return replace(trajectories, logprob=columns[0], entropy=columns[1])
+        logprob, entropy = trajectories.logprob.copy(), trajectories.entropy.copy()
+        logprob[tokens], entropy[tokens] = self.now(trajectories.select(others))
+        return replace(trajectories, logprob=logprob, entropy=entropy)
 
     def now(self, trajectories: Trajectories, temperature: float | None = None) -> list[np.ndarray]:
         """Log-probability and entropy of every sampled token under the policy as it is, at ``rollout.temperature`` or
@@ -134,8 +132,7 @@ class Collection:
         self.policy.model.eval()
         try:
             with self.phases.phase("annotate"):
-                return score_trajectories(self.policy, trajectories, temperature, self.config.train.tokens_per_forward)[
-                    :2
-                ]
+                most = self.config.train.tokens_per_forward
+                return score_trajectories(self.policy, trajectories, temperature, most)[:2]
         finally:
             self.policy.model.train(was_training)

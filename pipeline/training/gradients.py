@@ -6,8 +6,8 @@ from torch import Tensor
 
 from pipeline.objective.methods import surrogate_loss
 from pipeline.training.tokens import TokenTable
-from pipeline.training.update import SHARES, Learner
-from pipeline.trajectories.trajectory import RESPONSE_ROLES
+from pipeline.training.update import Learner
+from pipeline.trajectories.trajectory import REPORTED_ROLES, RESPONSE_ROLES
 
 TRAJECTORIES, TOKENS_PER_ROLE = 4, 4
 """How many of a minibatch's trajectories are looked at, and how many tokens of each role in each of them."""
@@ -18,11 +18,6 @@ def gradient_share(learner: Learner, minibatch: TokenTable, draws: np.random.Gen
 
     The norm is over all of the policy's parameters. A role's sum is estimated as its number of tokens in the minibatch
     times the mean norm over its sampled tokens; a role without a token in the sample counts as 0.
-
-    Args:
-        learner: whose policy is measured.
-        minibatch: whose coefficients and plan hold.
-        draws: choose trajectories and tokens.
 
     Returns:
         ``measured_gradient_share_<role>``, adding up to 1 unless no token has a gradient.
@@ -44,7 +39,7 @@ def gradient_share(learner: Learner, minibatch: TokenTable, draws: np.random.Gen
     total = sum(sums.values()) or 1.0
     return {
         f"measured_gradient_share_{name}": sum(sums.get(int(role), 0.0) for role in roles) / total
-        for name, roles in SHARES.items()
+        for name, roles in REPORTED_ROLES.items()
     }
 
 

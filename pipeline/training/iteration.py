@@ -106,6 +106,22 @@ def run_iteration(collection: Collection, learner: Learner, optimizer: Any, memo
     return Iteration(episodes, table, minibatches, metrics, remembered)
 
 
+def update_columns(iteration: Iteration, learner: Learner) -> dict[str, np.ndarray]:
+    """What the updates have made of all tokens that an iteration has collected; of several passes the last c_t.
+
+    Returns:
+        ``advantage`` A_t, ``weight`` of the weight slot and ``coefficient`` c_t, after aggregation: float32 (N,), NaN where
+        nothing was trained (prompts, observations, forced tokens, episodes that the filter dropped).
+    """
+    names, count = ("advantage", "weight", "coefficient"), len(iteration.episodes.input_ids)
+    found = {name: np.full(count, np.nan, dtype=np.float32) for name in names}
+    for rows in iteration.minibatches:
+        minibatch = learner.with_coefficients(iteration.table.select(rows))
+        for name, column in found.items():
+            column[minibatch["place"].numpy()] = minibatch[name].float().numpy()
+    return found
+
+
 def shuffled(count: int, train: Train, seed: int, iteration: int, whole: bool = True) -> list[np.ndarray]:
     """Trajectories in the order of all passes, cut into minibatches; each pass is shuffled by a draw of its number.
 

@@ -26,11 +26,7 @@ class Masters(nn.Module):
 
     A bfloat16 weight of 0.02 moves by 6e-5 or not at all, and a step of Adam is about the learning rate. So weights below
     float32 are rounded from masters, which take the steps. Float32 parameters are masters themselves. Copies are in the
-    state dict, and so in a checkpoint.
-
-    Args:
-        parameters: what computes, and is written after every step.
-        rate: of their steps, if an optimizer makes them.
+    state dict, and so in a checkpoint. There is a ``rate`` if an optimizer makes the steps.
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], rate: Rate | None = None) -> None:
@@ -71,8 +67,8 @@ class Masters(nn.Module):
         for rounded, master in self._rounded:
             rounded.copy_(master)
 
-    def watch(self) -> Callable[[], tuple[Tensor, Tensor]]:
-        """What to call after a step: some of the numbers that it should move, before and after it.
+    def watch(self) -> Callable[[], Tensor]:
+        """What to call before a step and after it: it gives some of the numbers that should move.
 
         They have a gradient, and are not 0, from where the smallest step leads to another number.
         """
@@ -86,8 +82,7 @@ class Masters(nn.Module):
         def now() -> Tensor:
             return torch.cat([torch.zeros(0), *(w.detach().flatten()[some].cpu() for w, some in places)])
 
-        before = now()
-        return lambda: (before, now())
+        return now
 
 
 def take_step(step: Callable[..., object], trained: Sequence[Masters]) -> None:
@@ -99,15 +94,14 @@ def take_step(step: Callable[..., object], trained: Sequence[Masters]) -> None:
     Raises:
         UserError: less than half of the weights that should have moved did.
     """
-    watched = [(masters, masters.watch()) for masters in trained if not masters.tried]
+    watched = [(masters, now := masters.watch(), now()) for masters in trained if not masters.tried]
     step()
     for masters in trained:
         masters.write()
-    for masters, seen in watched:
-        before, after = seen()
+    for masters, now, before in watched:
         if len(before):
             masters.tried = True
-            share, least = float((after != before).float().mean()), float(before.abs().median()) * 2**-23
+            share, least = float((now() != before).float().mean()), float(before.abs().median()) * 2**-23
             if masters.rate is not None and not share >= LEAST_MOVED:
                 raise UserError(
                     f"{masters.rate.key}: a step of {masters.rate.value:g} moves {share:.0%} of the weights and is lost in "

@@ -17,9 +17,8 @@ from pipeline.settings.params import Config
 from pipeline.training.budget import progress, training_over
 from pipeline.training.checks import require_finite_training
 from pipeline.training.collection import Collection
-from pipeline.training.episodes import update_columns
 from pipeline.training.heads import Head, make_heads
-from pipeline.training.iteration import Memory, run_iteration
+from pipeline.training.iteration import Memory, run_iteration, update_columns
 from pipeline.training.masters import ADAM_EPS, Masters, Rate
 from pipeline.training.update import Learner
 from pipeline.trajectories.trajectory import Trajectories
@@ -27,15 +26,9 @@ from pipeline.workspace.finite import located
 
 
 class PolicyGradient(lightning.LightningModule):
-    """Trains a policy with one method.
+    """Trains a policy, in place, with one method.
 
-    Args:
-        config: params.yaml.
-        name: key in ``environments``.
-        method_name: key in ``methods``.
-        seed: of this training.
-        policy: trained in place.
-        first: annotated episodes of the first iteration, if already sampled.
+    ``first`` are the annotated episodes of the first iteration, if they have been sampled already.
     """
 
     def __init__(

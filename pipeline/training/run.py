@@ -3,6 +3,7 @@
 import logging
 import shutil
 import warnings
+from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -17,9 +18,9 @@ from pipeline.tracking.training import RunSettings, TrainingRun
 from pipeline.training.budget import progress, training_over
 from pipeline.training.callbacks import Checkpoint, Clock, End, Log, Progress, Validation
 from pipeline.training.module import PolicyGradient
-from pipeline.training.result import TrainingTask, publish, table_slice
+from pipeline.training.seed_key import TrainingTask, table_slice
 from pipeline.trajectories.table import read
-from pipeline.workspace.files import lock, read_json, write_json
+from pipeline.workspace.files import lock, read_json, replacing, write_json
 from pipeline.workspace.finite import located
 from pipeline.workspace.processes import Tell
 
@@ -50,11 +51,9 @@ def train_until(job: TrainingJob, iterations: int, report: Tell) -> Curve:
     It stops with a checkpoint; the result appears with the training's last iteration (see ``training_over``). Where another
     process does the same training, this one waits and goes on from there.
     """
-    if not job.task.finished:
-        waiting = partial(within, 0.0, "waiting for another command, which does this training", insist=True)
-        with lock(job.task.cache / "lock", waiting=waiting):
-            return _train_until(job, iterations, report)
-    return _train_until(job, iterations, report)
+    waiting = partial(within, 0.0, "waiting for another command, which does this training", insist=True)
+    with nullcontext() if job.task.finished else lock(job.task.cache / "lock", waiting=waiting):
+        return _train_until(job, iterations, report)
 
 
 def _train_until(job: TrainingJob, iterations: int, report: Tell) -> Curve:
@@ -78,14 +77,7 @@ def _train_until(job: TrainingJob, iterations: int, report: Tell) -> Curve:
     trainer = _trainer(
         task.cache,
         len(saved) if over else iterations,  # killed after its last iteration, it has none to make
-        [
-            Clock(),
-            Validation(),
-            Progress(report),
-            *([Log(run)] if run else []),
-            Checkpoint(task.cache),
-            End(),
-        ],
+        [Clock(), Validation(), Progress(report), *([Log(run)] if run else []), Checkpoint(task.cache), End()],
     )
     with located(f"{task.environment}-{task.method}, seed {task.seed}"):
         trainer.fit(module, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
@@ -96,7 +88,12 @@ def _train_until(job: TrainingJob, iterations: int, report: Tell) -> Curve:
 
 
 def _trainer(folder: Path, iterations: int, callbacks: list[Callback]) -> lightning.Trainer:
-    _quiet()
+    # Lightning's hints about hardware and loggers are not for this pipeline's users.
+    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
+    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", module="lightning")
+    # An iteration in which no group is kept has no optimizer step before the scheduler's; that is as it should be.
+    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step")
     return lightning.Trainer(
         accelerator="auto",
         devices=1,
@@ -113,27 +110,17 @@ def _trainer(folder: Path, iterations: int, callbacks: list[Callback]) -> lightn
 
 def _leave_result(task: TrainingTask, module: PolicyGradient, run: TrainingRun | None) -> None:
     """Write what a finished training leaves, and make it appear at once; the curve then has no times."""
-    partial, episodes = task.cache / "partial", task.cache / "episodes.parquet"
-    shutil.rmtree(partial, ignore_errors=True)
-    module.policy.save(partial / "policy")
+    episodes = task.cache / "episodes.parquet"
     timings = [
         {k: row.pop(k) for k in list(row) if k.startswith(("seconds", "tokens_per_second"))} for row in module.curve
     ]
-    write_json(partial / "curves.json", module.curve)
-    write_json(partial / "timings.json", timings)
-    shutil.copy2(episodes, partial)
-    if run is not None:
-        # Killed after its last iteration, a training has none in memory.
-        last = module.last_episodes or read(episodes)
-        write_json(partial / "runs.json", run.finish(module.policy.tokenizer, last))
-    publish(partial, task.result)
+    with replacing(task.result) as folder:
+        module.policy.save(folder / "policy")
+        write_json(folder / "curves.json", module.curve)
+        write_json(folder / "timings.json", timings)
+        shutil.copy2(episodes, folder)
+        if run is not None:
+            # Killed after its last iteration, a training has none in memory.
+            last = module.last_episodes or read(episodes)
+            write_json(folder / "runs.json", run.finish(module.policy.tokenizer, last))
     episodes.unlink(missing_ok=True)
-
-
-def _quiet() -> None:
-    """Lightning's hints about hardware and loggers are not for this pipeline's users."""
-    logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
-    logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
-    warnings.filterwarnings("ignore", module="lightning")
-    # An iteration in which no group is kept has no optimizer step before the scheduler's; that is as it should be.
-    warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step")

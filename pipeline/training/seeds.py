@@ -6,8 +6,8 @@ from pathlib import Path
 from pipeline.progress.display import doing
 from pipeline.settings.params import Config
 from pipeline.tracking.store import open_store, run_settings, store_of
-from pipeline.training.result import training_task
 from pipeline.training.run import TrainingJob, train_one
+from pipeline.training.seed_key import training_task
 from pipeline.workspace.files import read_json, write_json
 from pipeline.workspace.layout import Cache, Layout
 from pipeline.workspace.processes import in_own_process, run_in_processes
@@ -16,14 +16,8 @@ from pipeline.workspace.processes import in_own_process, run_in_processes
 def train_seeds(config: Config, environment: str, method: str, layout: Layout) -> tuple[Path, int]:
     """Train what has not been trained, in processes of their own, and copy all of it from .cache.
 
-    Args:
-        config: the params file, in whose root the process works.
-        environment: key in ``environments``.
-        method: key in ``methods``.
-        layout: of the run; the reference policy and the annotated table are there.
-
-    Returns:
-        The folder of the policies, and how many seeds have been trained now.
+    The process works in the root of the params file; returns the folder of the policies, and how many seeds have been
+    trained now.
     """
     policy, table = layout.policy, layout.annotated(environment)
     tasks = [training_task(config, environment, method, seed, policy, Cache().folder) for seed in config.seeds]

@@ -74,12 +74,10 @@ def token_table(
 
     Args:
         episodes: all that were collected.
-        kept: int64: those that passed the filter, in order.
-        batch: the tokens of these.
+        kept: int64: those that passed the filter, in order; all other arguments are of these.
         estimates: what each head said before the update; a column each.
         estimate: advantages, and the targets of the heads: columns ``<name>_target``, and ``<name>_mask`` where it has one.
         weight: token weights; each counts as often as ``estimate`` says.
-        terms: of the regulariser.
 
     Raises:
         NumericsError: a number of a trainable token is not finite.

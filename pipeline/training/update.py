@@ -23,17 +23,8 @@ from pipeline.settings.params import Config
 from pipeline.training.heads import Head, Scene
 from pipeline.training.masters import Masters, take_step
 from pipeline.training.tokens import TokenTable
-from pipeline.trajectories.trajectory import CUT_OFF, Role, Trajectories
+from pipeline.trajectories.trajectory import CUT_OFF, REPORTED_ROLES, Role, Trajectories
 from pipeline.workspace.finite import require_finite
-
-SHARES = {
-    "reasoning": (Role.REASONING,),
-    "action": (Role.ACTION,),
-    "tag": (Role.THINK_TAG, Role.ANSWER_TAG),
-    "other": (Role.OTHER,),
-}
-"""Roles that are reported together."""
-
 
 SUMMED = ("non_finite_losses", "skipped_steps")
 """Of these a training is told how many there were, of all other metrics the mean."""
@@ -143,12 +134,10 @@ class Learner:
         return scene, update_tokens(piece, scores.logprob, scores.entropy, soft), plan
 
     def loss(self, piece: TokenTable, whole: TokenTable, warming: bool) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
-        """A piece's part of its minibatch's loss, of policy and heads, and of what is measured in it.
+        """A planned piece's part of its minibatch's loss, of policy and heads, and of what is measured in it.
 
-        Args:
-            piece: planned trajectories.
-            whole: the minibatch; its means divide by all its tokens, or all that a head has a target for.
-            warming: only the heads learn, and a trunk that they share with the policy does not.
+        Means of the ``whole`` minibatch divide by all its tokens, or all that a head has a target for. While ``warming``,
+        only the heads learn, and a trunk that they share with the policy does not.
         """
         scene, tokens, plan = self.read(piece)
         parts = policy_loss(self.method, tokens, plan, int(whole.columns["trainable"].sum()))
@@ -184,12 +173,6 @@ def update(learner: Learner, optimizer: Any, minibatch: TokenTable, iteration: i
     It is left out where a loss or a gradient is not finite, and the policy's part of it where the policy has gone further
     than ``skip_above_kl``.
 
-    Args:
-        learner: what is trained.
-        optimizer: of its masters.
-        minibatch: to train on.
-        iteration: its number, from 0; a head may have to warm up.
-
     Returns:
         What is measured; of an update that is not finite only that it is none.
 
@@ -220,8 +203,7 @@ def update(learner: Learner, optimizer: Any, minibatch: TokenTable, iteration: i
 def _accumulate_gradients(learner: Learner, minibatch: TokenTable, iteration: int) -> dict[str, float]:
     """Backward passes over all pieces of a planned minibatch; returns the sums of what is measured in them."""
     warming = any(iteration < head.settings.warmup_iterations for head in learner.heads)
-    totals: dict[str, float] = {}
-    done = 0
+    totals, done = dict[str, float](), 0
     for piece in learner.pieces(minibatch):
         within(done / len(minibatch), f"{done} of {len(minibatch)} episodes of the next")
         done += len(piece)
@@ -240,7 +222,7 @@ def gradient_asked(minibatch: TokenTable) -> dict[str, float]:
     total = float(pull.sum()) or 1.0
     return {
         f"gradient_share_{name}": sum(float(pull[role == r].sum()) / total for r in roles)
-        for name, roles in SHARES.items()
+        for name, roles in REPORTED_ROLES.items()
     }
 
 

@@ -67,9 +67,7 @@ def token_roles(response: DecodedResponse, ended: bool = False) -> list[Role]:
     it; where a limit of tokens cuts the response, it is reasoning. A token across a border has the most consequential
     role it touches: action, then answer tag, think tag, reasoning, other.
 
-    Args:
-        response: what was written, an end-of-sequence token included.
-        ended: the policy has ended the response itself, by the stop text or its end-of-sequence token.
+    ``ended``: the policy has ended the response itself, by the stop text or its end-of-sequence token.
     """
     roles: list[Role] = [Role.OTHER] * len(response.text)
     followed = _PREFIX.match(response.text)

@@ -71,7 +71,6 @@ class Dialogue:
     message, or does not leave it at the beginning, the task stands in the first user message.
 
     Args:
-        tokenizer: a fast transformers tokenizer.
         layout: ``compact`` sends observations alone; ``published`` adds task, turn, limits and format.
         prefill: text that opens each response, not sampled.
         response_tokens: the limit that the published layout states.
@@ -116,14 +115,9 @@ class Dialogue:
     def following(
         self, turn: int, observation: str, reward: float, ended_by_eos: bool, actions_left: int | None = None
     ) -> list[int]:
-        """Token ids between a response and the next one (without the prefill).
+        """Token ids between a response and the next one (without the prefill), whose turn is numbered from 1.
 
-        Args:
-            turn: number of the coming turn, from 1.
-            observation: what the environment showed.
-            reward: the last turn's reward.
-            ended_by_eos: the policy has itself sampled an end-of-sequence token; the template's is then left out.
-            actions_left: stated by the published layout if the environment knows it.
+        Where the policy has itself sampled an end-of-sequence token, the template's is left out.
         """
         content = self._user(turn, observation, actions_left)
         if self.layout == "published":
@@ -161,14 +155,8 @@ class Dialogue:
 
     def _render(self, messages: list[dict[str, str]], opened: bool = True) -> str:
         """``opened``: up to where the next response begins."""
-        return str(
-            self.tokenizer.apply_chat_template(
-                messages,
-                chat_template=self.template,
-                tokenize=False,
-                add_generation_prompt=opened,
-            )
-        )
+        options = {"chat_template": self.template, "tokenize": False, "add_generation_prompt": opened}
+        return str(self.tokenizer.apply_chat_template(messages, **options))
 
     def _probe(self) -> tuple[_Probe, str]:
         """How the template renders a conversation, and why such a conversation cannot be led; empty if it can."""

@@ -20,10 +20,7 @@ def episode_records(
 ) -> list[dict[str, Any]]:
     """A JSON-ready record per episode; its texts are untrusted, but hold no control characters (see ``plain_text``).
 
-    Args:
-        trajectories: annotated or not.
-        tokenizer: what ``parsing.decode`` takes.
-        columns: further numbers of all tokens (N,), by their names in ``NUMBERS``; NaN where a token has none.
+    ``columns`` are further numbers of all tokens (N,), by their names in ``NUMBERS``; NaN where a token has none.
 
     Returns:
         Per episode ``id``, ``group``, ``parent`` and ``split`` (of a branch, else null: the episode that it branched from,
@@ -32,7 +29,8 @@ def episode_records(
         ``response`` (one of ``RESPONSES``), ``ended`` (how it did), ``reward`` and ``tokens``, the response as columns of
         equal length: ``text``, ``role``, ``sampled`` and ``NUMBERS``, with 5 significant digits, null where a token has none. Where several tokens wrote one character, the first has it.
     """
-    numbers = _numbers(trajectories) | dict(columns or {})
+    undefined = dict.fromkeys(NUMBERS, np.full(len(trajectories.input_ids), np.nan))
+    numbers = undefined | _numbers(trajectories) | dict(columns or {})
     return [_record(trajectories, tokenizer, numbers, episode) for episode in range(len(trajectories))]
 
 
@@ -46,21 +44,19 @@ def _numbers(trajectories: Trajectories) -> dict[str, np.ndarray]:
 def _record(
     trajectories: Trajectories, tokenizer: Any, numbers: Mapping[str, np.ndarray], episode: int
 ) -> dict[str, Any]:
-    columns, base, position = trajectories.episodes, int(trajectories.offsets[episode]), 0
-    turns = []
+    outcome = {name: column[episode] for name, column in trajectories.episodes.items()}
+    base, position, turns = int(trajectories.offsets[episode]), 0, []
     for turn in range(trajectories.turn_offsets[episode], trajectories.turn_offsets[episode + 1]):
         own = {name: column[turn] for name, column in trajectories.turns.items()}
         shown = trajectories.input_ids[base + position : base + own["start"]].tolist()
         span = slice(base + own["start"], base + own["end"])
         response = decode(tokenizer, trajectories.input_ids[span].tolist())
-        tokens: dict[str, list[Any]] = {
+        tokens = {
             "text": _texts(response.text, response.spans),
             "role": [Role(role).name.lower() for role in trajectories.role[span]],
             "sampled": trajectories.sampled[span].tolist(),
+            **{name: [rounded(value) for value in numbers[name][span]] for name in NUMBERS},
         }
-        for name in NUMBERS:
-            values = numbers.get(name)
-            tokens[name] = [None] * len(tokens["text"]) if values is None else [rounded(v) for v in values[span]]
         turns.append(
             {
                 "shown": plain_text(decode(tokenizer, shown).text),
@@ -75,16 +71,13 @@ def _record(
         )
         position = own["end"]
     return {
-        "id": columns["episode_id"][episode],
-        "group": columns["group_id"][episode],
-        "parent": columns["parent"][episode],
-        "split": columns["split"][episode],
-        "seed": columns["seed"][episode],
-        "iteration": columns["iteration"][episode],
-        "state": plain_text(columns["state_key"][episode]),
-        "return": rounded(columns["return"][episode]),
-        "success": bool(columns["success"][episode]),
-        "end": columns["end_reason"][episode],
+        "id": outcome["episode_id"],
+        "group": outcome["group_id"],
+        **{name: outcome[name] for name in ("parent", "split", "seed", "iteration")},
+        "state": plain_text(outcome["state_key"]),
+        "return": rounded(outcome["return"]),
+        "success": bool(outcome["success"]),
+        "end": outcome["end_reason"],
         "turns": turns,
     }
 

@@ -81,10 +81,7 @@ def from_table(table: pa.Table) -> Trajectories:
 def write(trajectories: Trajectories, path: str | Path, columns: Mapping[str, np.ndarray] | None = None) -> None:
     """Write as zstd Parquet; equal trajectories give equal bytes. An existing file is replaced at once.
 
-    Args:
-        trajectories: any.
-        path: of the file.
-        columns: further numbers of all tokens (N,); NaN becomes null.
+    ``columns`` are further numbers of all tokens (N,); NaN becomes null.
     """
     table, offsets = to_table(trajectories), pa.array(trajectories.offsets, type=pa.int32())
     for name, values in (columns or {}).items():

@@ -42,7 +42,6 @@ REPORTED_ROLES = {
 CUT_OFF = ("turns", "context")
 """Reasons why an episode ends that its environment has not ended: no turn is left, or no room in ``context_tokens``."""
 
-
 CUT = ("response_tokens", "context_tokens")
 """What a response may be cut by before it has ended itself: the limits of that name in params.yaml."""
 
@@ -195,13 +194,11 @@ class Trajectories:
         """
         rewards = np.zeros(len(self.input_ids))
         for turn, (first, last) in enumerate(self._responses()):
-            reward = self.turns["reward"][turn]
-            if reward == 0:
-                continue
-            chosen = np.flatnonzero(self.sampled[first:last])
-            if len(chosen) == 0:
-                raise TrajectoryError(f"turn {turn} has reward {reward} but no sampled token")
-            rewards[first + chosen[-1]] += reward
+            if (reward := self.turns["reward"][turn]) != 0:
+                chosen = np.flatnonzero(self.sampled[first:last])
+                if len(chosen) == 0:
+                    raise TrajectoryError(f"turn {turn} has reward {reward} but no sampled token")
+                rewards[first + chosen[-1]] += reward
         return rewards
 
     def token_turn(self) -> np.ndarray:
@@ -259,5 +256,4 @@ def offsets_of(lengths: np.ndarray) -> np.ndarray:
 
 
 def _ragged_take(offsets: np.ndarray, index: Sequence[int]) -> np.ndarray:
-    parts = [np.arange(offsets[i], offsets[i + 1]) for i in index]
-    return np.concatenate(parts) if parts else np.zeros(0, dtype=np.int64)
+    return np.concatenate([np.zeros(0, dtype=np.int64), *(np.arange(offsets[i], offsets[i + 1]) for i in index)])

@@ -1,11 +1,12 @@
 """Small output files with stable bytes, replaced at once, and locks on what several commands may write."""
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from filelock import FileLock, Timeout
 
@@ -14,21 +15,13 @@ from pipeline.workspace.finite import require_finite
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Sorted keys, one trailing newline; an existing file is replaced at once.
-
-    Raises:
-        NumericsError: a number is NaN or infinite; the file is left as it was.
-    """
+    """Sorted keys, one trailing newline; an existing file is replaced at once, or left as it was by a NumericsError."""
     _refuse_non_finite(str(path), value)
     write_text(path, json.dumps(value, indent=1, sort_keys=True, allow_nan=False) + "\n")
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file.
-
-    Raises:
-        UserError: it is missing or not JSON.
-    """
+    """Parse a JSON file; one that is missing or not JSON is a UserError."""
     try:
         return json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
@@ -57,6 +50,14 @@ def replacing(path: Path) -> Iterator[Path]:
     partial.replace(path)
 
 
+def drop_unfinished_line(file: BinaryIO) -> None:
+    """Remove what a killed process has left of a last line; the file is open for reading and writing."""
+    file.seek(max(0, file.seek(0, os.SEEK_END) - 1))
+    if file.read(1) not in (b"", b"\n"):
+        file.seek(0)
+        file.truncate(file.read().rfind(b"\n") + 1)
+
+
 def _refuse_non_finite(name: str, value: Any) -> None:
     if isinstance(value, float):
         require_finite(name, value)
@@ -69,10 +70,7 @@ def _refuse_non_finite(name: str, value: Any) -> None:
 def lock(path: Path, wait: bool = True, waiting: Callable[[], None] = lambda: None) -> Iterator[None]:
     """Hold a lock that other processes see; it ends with the process at the latest, and those it forks do not have it.
 
-    Args:
-        path: a file that is made for the lock, and stays.
-        wait: until whoever has the lock lets it go.
-        waiting: called once, if somebody has it.
+    ``path`` is a file that is made for the lock, and stays; ``waiting`` is called once, if somebody has it.
 
     Raises:
         filelock.Timeout: another process has it, and ``wait`` is off.

@@ -21,11 +21,7 @@ class NotFiniteError(NumericsError):
 
 
 def require_finite(name: str, values: Tensor | np.ndarray | float) -> None:
-    """Refuse NaN and infinity.
-
-    Raises:
-        NotFiniteError: a value is not finite.
-    """
+    """Refuse NaN and infinity with a NotFiniteError."""
     if isinstance(values, np.ndarray | float | int):
         wrong = np.asarray(values)[~np.isfinite(values)]
     else:

@@ -2,26 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 
-@dataclass(frozen=True)
 class Layout:
     """The paths of one run, a params file's: data/, models/, reports/ and sweeps/ in its folder ``out``."""
 
-    out: Path
-
-    @property
-    def sources(self) -> Path:
+    def __init__(self, out: Path) -> None:
+        self.out = out
+        self.sources = out / "data" / "sources"
         """Folder of fingerprints of what the params file only names."""
-        return self.out / "data" / "sources"
-
-    @property
-    def policy(self) -> Path:
+        self.policy = out / "models" / "policy"
         """Directory of the reference policy."""
-        return self.out / "models" / "policy"
+        self.all_runs = out / "data" / "runs"
+        """Folder of what MLflow calls the trainings."""
+        self.reports = out / "reports"
+        """Folder of the comparison and of all other reports."""
+        self.comparison = self.reports / "comparison.json"
+        """The comparison's numbers."""
 
     def trained(self, environment: str, method: str) -> Path:
         """Folder of a method's trained policies."""
@@ -55,24 +54,9 @@ class Layout:
         """Wall-clock of every iteration, by seed."""
         return self.out / "data" / "timings" / f"{environment}-{method}.json"
 
-    @property
-    def all_runs(self) -> Path:
-        """Folder of what MLflow calls the trainings."""
-        return self.out / "data" / "runs"
-
     def runs(self, environment: str, method: str) -> Path:
         """MLflow's runs of a method's trainings, by seed."""
         return self.all_runs / f"{environment}-{method}.json"
-
-    @property
-    def reports(self) -> Path:
-        """Folder of the comparison and of all other reports."""
-        return self.out / "reports"
-
-    @property
-    def comparison(self) -> Path:
-        """The comparison's numbers."""
-        return self.reports / "comparison.json"
 
     def bottleneck(self, environment: str) -> Path:
         """Folder of the Action Bottleneck's numbers and pictures."""
@@ -95,11 +79,21 @@ class Layout:
         return Layout(self.out / "sweeps" / f"confirm_{study}")
 
 
-@dataclass(frozen=True)
 class Cache:
     """What commands keep for later ones in the root's folder ``.cache``; it may be deleted."""
 
-    folder: Path = Path(".cache")
+    def __init__(self, folder: Path = Path(".cache")) -> None:
+        self.folder = folder
+        self.sweep = folder / "sweep"
+        """A cache of trials' trainings, so that one whose worker was killed goes on where it stopped."""
+        self.journal = self.sweep / "journal.log"
+        """The sweeps' storage where no database is given."""
+        self.tracking = folder / "tracking"
+        """Folder of runs that a tracking store does not have yet."""
+        self.hashes = folder / "sources.json"
+        """Hashes of large files, to be used again while these are untouched."""
+        self.home = folder / "home"
+        """The home of a user who has none."""
 
     def training(self, key: str) -> Path:
         """Folder of a training: checkpoint while it runs, result when it is finished."""
@@ -108,28 +102,3 @@ class Cache:
     def lock(self, name: str) -> Path:
         """The lock of whoever makes what has this name."""
         return self.folder / "locks" / quote(name, safe="")
-
-    @property
-    def sweep(self) -> Path:
-        """A cache of trials' trainings, so that one whose worker was killed goes on where it stopped."""
-        return self.folder / "sweep"
-
-    @property
-    def journal(self) -> Path:
-        """The sweeps' storage where no database is given."""
-        return self.sweep / "journal.log"
-
-    @property
-    def tracking(self) -> Path:
-        """Folder of runs that a tracking store does not have yet."""
-        return self.folder / "tracking"
-
-    @property
-    def hashes(self) -> Path:
-        """Hashes of large files, to be used again while these are untouched."""
-        return self.folder / "sources.json"
-
-    @property
-    def home(self) -> Path:
-        """The home of a user who has none."""
-        return self.folder / "home"

@@ -18,9 +18,6 @@ from pipeline.progress.display import Display, still, tell
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-SET_DEATH_SIGNAL = 1
-"""PR_SET_PDEATHSIG of Linux's prctl."""
-
 _reports: Any = None
 
 
@@ -51,17 +48,8 @@ def run_in_processes(
 ) -> dict[str, Result]:
     """Run ``function(task, report)`` for every task, at most ``workers`` at once.
 
-    Processes are forked, so what this one has imported is there already. A terminal shows a bar per task; elsewhere a
-    line is printed every 20 seconds (``Display``).
-
-    Args:
-        function: picklable; its result must be, too.
-        tasks: by label.
-        workers: processes.
-        title: what the tasks are.
-
-    Returns:
-        Results by label, in the order of ``tasks``.
+    Processes are forked, so what this one has imported is there already; results are pickled, and have the order of
+    ``tasks``. A terminal shows a bar per task; elsewhere a line is printed every 20 seconds (``Display``).
 
     Raises:
         Exception: whatever a task raised. The others are cancelled, and those that have begun are killed, as they are
@@ -117,11 +105,7 @@ def _ending(pool: ProcessPoolExecutor) -> Iterator[None]:
 
 
 def begin_worker(parent: int) -> None:
-    """To be called first in a forked process: it ends with its parent, which alone is told of Ctrl-C.
-
-    Args:
-        parent: id of the process that has forked this one.
-    """
+    """To be called first in a forked process: it ends with its parent, by its id, which alone is told of Ctrl-C."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     end_with_parent(signal.SIGKILL)
@@ -131,7 +115,7 @@ def begin_worker(parent: int) -> None:
 
 def end_with_parent(number: int) -> None:
     """Have this process sent a signal when the one that started it ends, in whatever way."""
-    if sys.platform == "linux" and ctypes.CDLL(None).prctl(SET_DEATH_SIGNAL, int(number)) == 0:
+    if sys.platform == "linux" and ctypes.CDLL(None).prctl(1, int(number)) == 0:  # PR_SET_PDEATHSIG
         return
     threading.Thread(target=_watch, args=(os.getppid(), number), daemon=True).start()
 

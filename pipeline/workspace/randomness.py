@@ -6,15 +6,9 @@ import numpy as np
 
 
 def generator(seed: int, stream: str, *counters: int | str) -> np.random.Generator:
-    """A counter-based generator that depends on nothing but its name.
+    """A counter-based generator (Philox): equal names give equal draws on every machine and in every process.
 
-    Args:
-        seed: the run's seed.
-        stream: what the draws are for, e.g. ``"tokens"``.
-        counters: e.g. iteration and episode.
-
-    Returns:
-        An independent Philox generator; equal names give equal draws on every machine and in every process.
+    A name is the run's seed, what the draws are for, e.g. ``"tokens"``, and e.g. iteration and episode.
     """
     return np.random.Generator(np.random.Philox(key=key(seed, stream, *counters)))
 

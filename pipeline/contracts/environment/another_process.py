@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from functools import lru_cache
 
 from pipeline.contracts.environment.suite import BOUNDS, Seen, Suite, parting, proceed
 from pipeline.settings.params import Environment
@@ -32,14 +33,9 @@ def imports(suite: Suite) -> Iterator[str]:
         yield f"importing {suite.module} imports {', '.join(loaded)}"
 
 
+@lru_cache(maxsize=1)
 def elsewhere(suite: Suite) -> Seen:
-    """What another process under another PYTHONHASHSEED sees; asked once for a suite."""
-    if suite.child is None:
-        suite.child = _asked(suite)
-    return suite.child
-
-
-def _asked(suite: Suite) -> Seen:
+    """What another process under another PYTHONHASHSEED sees."""
     played = [[seed, state, suite.actions(seed, state)] for state, seed in suite.states()]
     asked = {"module": suite.module, "section": suite.section.model_dump(), "episodes": played}
     changed = {

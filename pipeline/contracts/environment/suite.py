@@ -44,8 +44,6 @@ class Suite:
         self.draws = np.random.default_rng(0)
         self._texts: set[str] = set()
         self._pieces: dict[str, None] = {}
-        self.child: Seen | None = None
-        """What another process has seen."""
 
     def fresh(self) -> Any:
         """Another instance."""

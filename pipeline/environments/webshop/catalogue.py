@@ -77,12 +77,14 @@ class Shop:
         if not self.products:
             raise UserError(f"environments: {source}: no product can be used{self.counts()}")
         goals: dict[str, Goal] = {}
-        for asin, record in attributes:
-            self._describe(asin.lower(), record)
+        for name, record in attributes:
+            asin = name.lower()
+            if asin in self.products and isinstance(record, dict):
+                self.products[asin] = replace(self.products[asin], attributes=_texts(record.get("attributes")))
             if human is None:
-                self._collect(goals, asin.lower(), [record], goals_per_product)
-        for asin, entries in human or ():
-            self._collect(goals, asin.lower(), entries, None)
+                self._collect(goals, asin, [record], goals_per_product)
+        for name, entries in human or ():
+            self._collect(goals, name.lower(), entries, None)
         self.goals = list(goals.values())
         if not self.goals:
             raise UserError(f"environments: {source}: no goal can be used{self.counts()}")
@@ -123,30 +125,21 @@ class Shop:
         except _Malformed as error:
             self.skipped[str(error)] += 1
 
-    def _describe(self, asin: str, record: Any) -> None:
-        if asin in self.products and isinstance(record, dict):
-            known = replace(self.products[asin], attributes=_texts(record.get("attributes")))
-            self.products[asin] = known
-
     def _collect(self, goals: dict[str, Goal], asin: str, entries: Any, combinations: int | None) -> None:
         """Add the goals of a product's entries by their instructions; ``combinations`` is None for human ones."""
         for entry in entries if isinstance(entries, list) else [entries]:
             if isinstance(entry, dict) and entry.get("instruction") is None:
                 continue
             try:
-                for goal in self._goals_of(asin, entry, combinations):
+                if not isinstance(entry, dict):
+                    raise _Malformed("malformed instructions")
+                if asin not in self.products:
+                    raise _Malformed("instructions without product")
+                for goal in _goals(self.products[asin], entry, combinations):
                     if goals.setdefault(goal.instruction, goal) is not goal:
                         self.skipped["goals with an instruction met before"] += 1
             except _Malformed as error:
                 self.skipped[str(error)] += 1
-
-    def _goals_of(self, asin: str, entry: Any, combinations: int | None) -> Iterator[Goal]:
-        if not isinstance(entry, dict):
-            raise _Malformed("malformed instructions")
-        if asin not in self.products:
-            raise _Malformed("instructions without product")
-        product = self.products[asin]
-        return _human_goal(product, entry) if combinations is None else _synthetic_goals(product, entry, combinations)
 
 
 def load(products: str, attributes: str, human: str | None, goals_per_product: int, cache: str | None) -> Shop:
@@ -166,11 +159,11 @@ def generated(count: int, seed: int, goals_per_product: int) -> Shop:
     return Shop(products, attributes.items(), None, goals_per_product, None, "the generated catalogue")
 
 
-Stamp = tuple[str, int, int]
+FileStamp = tuple[str, int, int]
 """Path, size and time of change: an equal one is an unchanged file."""
 
 
-def _stamp(path: str) -> Stamp:
+def _stamp(path: str) -> FileStamp:
     try:
         found = Path(path).stat()
     except OSError as error:
@@ -179,7 +172,9 @@ def _stamp(path: str) -> Stamp:
 
 
 @lru_cache(maxsize=2)
-def _loaded(products: Stamp, attributes: Stamp, human: Stamp | None, goals_per_product: int, cache: str | None) -> Shop:
+def _loaded(
+    products: FileStamp, attributes: FileStamp, human: FileStamp | None, goals_per_product: int, cache: str | None
+) -> Shop:
     shop = Shop(
         (value for _, value in elements_of(products[0], "[")),
         elements_of(attributes[0], "{"),
@@ -272,15 +267,14 @@ def _options(given: Any, skipped: Counter[str]) -> dict[str, tuple[str, ...]]:
     return options
 
 
-def _human_goal(product: Product, entry: Mapping[str, Any]) -> Iterator[Goal]:
-    options = entry.get("instruction_options") or []
-    values = tuple(map(_name, options.values() if isinstance(options, dict) else options))
-    yield _goal(product, entry, _text(entry.get("instruction")).strip("."), values)
-
-
-def _synthetic_goals(product: Product, entry: Mapping[str, Any], most: int) -> Iterator[Goal]:
-    """Goals of one instruction, with combinations of all options of the product."""
+def _goals(product: Product, entry: Mapping[str, Any], most: int | None) -> Iterator[Goal]:
+    """The goal of a human's instruction or, up to ``most``, of a synthetic one with combinations of all options."""
     instruction, names = _text(entry.get("instruction")), sorted(product.options)
+    if most is None:
+        options = entry.get("instruction_options") or []
+        asked = tuple(map(_name, options.values() if isinstance(options, dict) else options))
+        yield _goal(product, entry, instruction.strip("."), asked)
+        return
     choices = [product.options[name] for name in names]
     total, draws = math.prod(map(len, choices)), _draws("options", product.asin)
     for number in range(total) if total <= most else sorted(draws.sample(range(total), most)):

@@ -10,8 +10,8 @@ from typing import Any
 import gymnasium
 import numpy as np
 
-from pipeline.environments.draws import one_of, spoken, state_draws, wording
-from pipeline.environments.limits import check_whole
+from pipeline.environments.draws import one_of, state_draws, wording
+from pipeline.environments.episodic import Episodic, Expert, check_whole
 from pipeline.environments.webshop import pages
 from pipeline.environments.webshop.catalogue import Shop, generated, load
 from pipeline.environments.webshop.generated import LEAST, MOST
@@ -25,7 +25,7 @@ LONGEST_QUERY = 200
 _ACTION = re.compile(r"(search|click)\s*\[(.*)\]", re.DOTALL)
 
 
-class WebShop(gymnasium.Env[str, str]):
+class WebShop(Episodic):
     """Buy what an instruction asks for. The reward is the purchase's score, in [0, 1]; success is a score of 1.
 
     Buying ends the episode; nothing else is rewarded. Leaving a product's page forgets the options chosen there.
@@ -50,6 +50,13 @@ class WebShop(gymnasium.Env[str, str]):
 
     observation_space = gymnasium.spaces.Text(max_length=100_000)
     action_space = gymnasium.spaces.Text(max_length=400)
+    allowed = "search[words] or a click[name] of the page"
+
+    query: str | None
+    found: list[Product]
+    product: Product | None
+    chosen: dict[str, str]
+    page: Page
 
     def __init__(
         self,
@@ -75,13 +82,10 @@ class WebShop(gymnasium.Env[str, str]):
         )
         if (products is None) != (attributes is None):
             raise ValueError("products and attributes must be given together: files of one release")
-        for name, given, useless in (
-            ("human_goals", human_goals, products is None),
-            ("cache", cache, products is None),
-            ("generated_products", generated_products, products is not None),
-            ("catalogue_seed", catalogue_seed, products is not None),
-        ):
-            if given is not None and useless:
+        of_files = {"human_goals": human_goals, "cache": cache}
+        of_generated = {"generated_products": generated_products, "catalogue_seed": catalogue_seed}
+        for name, given in (of_files if products is None else of_generated).items():
+            if given is not None:
                 raise ValueError(f"{name} has no effect {'without' if products is None else 'with'} products")
         self.page_size, self.page_characters, self.max_actions = page_size, page_characters, max_actions
         self.shop: Shop = (
@@ -89,46 +93,24 @@ class WebShop(gymnasium.Env[str, str]):
             if products is None or attributes is None
             else load(products, attributes, human_goals, goals_per_product, cache)
         )
-        self.query: str | None = None
-        self.found: list[Product] = []
-        self.product: Product | None = None
-        self.chosen: dict[str, str] = {}
-        self.number, self.subpage = 0, ""
-        self.actions_left, self.done, self.success, self.bought = 0, True, False, False
-        self.cut_characters, self.cut_actions = 0, 0
-
-    def reset(self, *, seed: int | None = None, options: dict[str, Any] | None = None) -> tuple[str, dict[str, Any]]:
-        """Start an episode: the goal comes from ``options["state_seed"]`` (or ``seed``); there is no noise."""
-        super().reset(seed=seed)
-        self.goal: Goal = one_of(self.shop.goals, state_draws(self.np_random, options))
-        self.cut_characters, self.cut_actions = 0, 0
+        self.bought, self.cut_characters, self.cut_actions = False, 0, 0
         self._return_to_search()
-        self.actions_left, self.done, self.success, self.bought = self.max_actions, False, False, False
-        self.page = self._show()
-        return self.page.text, self._cut()
 
-    def step(self, action: str) -> tuple[str, float, bool, bool, dict[str, Any]]:
-        """Search or click. ``action`` must be what ``parse_action`` returned.
+    def _begin(self, state_seed: int | None) -> str:
+        self.goal: Goal = one_of(self.shop.goals, state_draws(self.np_random, state_seed))
+        self.bought, self.cut_characters, self.cut_actions = False, 0, 0
+        self._return_to_search()
+        return self._show()
 
-        Raises:
-            RuntimeError: the episode is over.
-            ValueError: ``parse_action`` refuses the action.
-        """
-        if self.done:
-            raise RuntimeError("step called after the episode's end: call reset")
-        if self.parse_action(action) != action:
-            raise ValueError(f"action must be search[words] or a click[name] of the page, got {action!r}")
-        self.actions_left -= 1
-        name = action[action.index("[") + 1 : -1]
-        if action.startswith("click") and name == BUY:
+    def _act(self, action: str) -> tuple[str, float, bool]:
+        kind, _, name = action.removesuffix("]").partition("[")
+        if kind == "search":
+            self.query, self.found = name, self.shop.find(name)
+        elif name == BUY:
             return self._buy()
-        if action.startswith("search"):
-            self.query, self.found, self.number = name, self.shop.find(name), 0
         else:
             self._click(name)
-        self.page = self._show()
-        self.done = self.actions_left == 0
-        return self.page.text, 0.0, False, self.done, self._cut()
+        return self._show(), 0.0, False
 
     def parse_action(self, text: str) -> str | None:
         """``search[words]`` on the search page, ``click[name]`` of what the page shows, in any case and spacing; else None.
@@ -198,33 +180,31 @@ class WebShop(gymnasium.Env[str, str]):
         else:
             self.number -= 1
 
-    def _buy(self) -> tuple[str, float, bool, bool, dict[str, Any]]:
+    def _buy(self) -> tuple[str, float, bool]:
         assert self.product is not None
         parts, goal = score(self.product, self.goal, self.chosen), self.goal
-        self.done, self.bought, self.success = True, True, parts.total == 1.0
+        self.bought, self.success = True, parts.total == 1.0
         text = (
             f"bought {self.product.asin}, score {parts.total:.3g}: kind {parts.kind:g}, attributes {parts.attributes} of "
             f"{len(goal.attributes)}, options {parts.options} of {len(goal.options)}, price {int(parts.price)} of 1"
         )
-        return text, parts.total, True, False, self._cut()
+        return text, parts.total, True
 
-    def _show(self) -> Page:
-        page = self._page()
-        self.cut_characters += page.cut_characters
-        self.cut_actions += page.cut_actions
-        return page
-
-    def _page(self) -> Page:
+    def _show(self) -> str:
         said, limit = self.goal.instruction, self.page_characters
         if self.query is None:
-            return pages.search_page(said)
-        if self.product is None:
-            return pages.results_page(said, self.query, self.found, self.number, self.page_size, limit)
-        if self.subpage:
-            return pages.text_page(said, self.product, self.subpage, limit)
-        return pages.item_page(said, self.product, self.chosen, limit)
+            self.page = pages.search_page(said)
+        elif self.product is None:
+            self.page = pages.results_page(said, self.query, self.found, self.number, self.page_size, limit)
+        elif self.subpage:
+            self.page = pages.text_page(said, self.product, self.subpage, limit)
+        else:
+            self.page = pages.item_page(said, self.product, self.chosen, limit)
+        self.cut_characters += self.page.cut_characters
+        self.cut_actions += self.page.cut_actions
+        return self.page.text
 
-    def _cut(self) -> dict[str, Any]:
+    def _information(self) -> dict[str, Any]:
         """What the episode's pages have not shown so far."""
         return {"cut_characters": self.cut_characters, "cut_actions": self.cut_actions}
 
@@ -234,7 +214,7 @@ FILLING = frozenset(_FILLING.split())
 """Words of an instruction that the expert does not search for."""
 
 
-class WebShopExpert:
+class WebShopExpert(Expert):
     """Searches with the instruction's words, opens what fits best, chooses the options and buys.
 
     It knows the goal's parts and every product's best score, which the policy has to make out from the pages.
@@ -262,13 +242,6 @@ class WebShopExpert:
             return f"search[{_fitted([said[i] for i in kept])}]"
         clicks = [name for name in webshop.page.clicks if name == BUY or name not in BUTTONS] or [BACK]
         return f"click[{one_of(clicks, draws)}]"
-
-    def reason(self, webshop: WebShop, words: int, draws: np.random.Generator) -> str:
-        """Facts about the page in varied words and order, exactly ``words`` words; never an action.
-
-        Nor a word of the instruction: a small policy that has begun to copy from it would go on with the search.
-        """
-        return spoken(lambda: self._facts(webshop, draws), words, draws)
 
     def _query(self, webshop: WebShop) -> str:
         """The instruction's words or, where they do not find a product as good or find it later, the product's title."""
@@ -312,6 +285,7 @@ class WebShopExpert:
         return BUY
 
     def _facts(self, webshop: WebShop, draws: np.random.Generator) -> list[str]:
+        """No word of the instruction: a small policy that has begun to copy from it would go on with the search."""
         pick = wording(draws)
         goal, product = webshop.goal, webshop.product
         facts = [

@@ -2,14 +2,12 @@
 
 import itertools
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 
-@dataclass(frozen=True)
-class Category:
+class Category(NamedTuple):
     """What one part of the catalogue is made of. No two words of a list match each other by the published score."""
 
     name: str
@@ -76,14 +74,10 @@ SYLLABLES = tuple(consonant + vowel for consonant in _CONSONANTS for vowel in _V
 
 
 def generate(count: int, seed: int) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """``count`` products and, by asin, their attributes and instructions.
+    """``count`` products, ``LEAST`` to ``MOST``, and, by asin, their attributes and instructions.
 
     A product has three attributes, two of them in its title and one in its features alone, and some values of each option.
     Its instruction asks for two of the attributes, and for nothing that the product lacks.
-
-    Args:
-        count: ``LEAST`` to ``MOST``.
-        seed: another one, another catalogue.
     """
     draws = np.random.default_rng([seed, 5])
     products, instructions = [], {}

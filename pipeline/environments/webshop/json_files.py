@@ -1,13 +1,15 @@
 """JSON files of any size, an element at a time: the release's have gigabytes."""
 
 import json
+import re
 from collections.abc import Iterator
-from typing import Any
+from typing import Any, TextIO
 
 from pipeline.workspace.errors import UserError
 
 _BLOCK = 2**20
 """Characters read at once, at least."""
+_SOLID = re.compile(r"\S")
 
 
 def elements_of(path: str, opening: str) -> Iterator[tuple[str, Any]]:
@@ -18,7 +20,7 @@ def elements_of(path: str, opening: str) -> Iterator[tuple[str, Any]]:
     """
     try:
         with open(path, encoding="utf-8-sig") as file:
-            yield from _Stream(file, opening).elements()
+            yield from _Stream(file).elements(opening)
     except (OSError, ValueError) as error:
         raise UserError(f"environments: {path}: {' '.join(str(error).split())}") from None
 
@@ -26,38 +28,37 @@ def elements_of(path: str, opening: str) -> Iterator[tuple[str, Any]]:
 class _Stream:
     """JSON of which one element at a time is in memory."""
 
-    def __init__(self, file: Any, opening: str) -> None:
-        self.file, self.opening = file, opening
+    def __init__(self, file: TextIO) -> None:
+        self.file = file
         self.buffer, self.position, self.read = "", 0, 0
         self.decode = json.JSONDecoder().raw_decode
 
-    def elements(self) -> Iterator[tuple[str, Any]]:
-        kind, closing = ("list", "]") if self.opening == "[" else ("object", "}")
-        if self._next() != self.opening:
+    def elements(self, opening: str) -> Iterator[tuple[str, Any]]:
+        kind, closing = ("list", "]") if opening == "[" else ("object", "}")
+        if not self._passed(opening):
             raise ValueError(f"is no JSON {kind}")
-        self.position += 1
         while self._next() != closing:
-            name = ""
-            if kind == "object":
-                name = self._value()
-                if not isinstance(name, str) or self._next() != ":":
-                    raise ValueError(f"no JSON: a name and a colon are missing {self._place()}")
-                self.position += 1
+            name = "" if kind == "list" else self._value()
+            if kind == "object" and not (isinstance(name, str) and self._passed(":")):
+                raise ValueError(f"no JSON: a name and a colon are missing {self._place()}")
             yield name, self._value()
-            if self._next() == ",":
-                self.position += 1
-            elif self._next() != closing:
+            if not self._passed(",") and self._next() != closing:
                 raise ValueError(f"no JSON: a comma is missing {self._place()}")
+
+    def _passed(self, character: str) -> bool:
+        """Whether this one comes next, and is left behind."""
+        found = self._next() == character
+        self.position += found
+        return found
 
     def _next(self) -> str:
         """The next character that is no space, which is then at ``position``."""
-        while True:
-            while self.position < len(self.buffer):
-                if not self.buffer[self.position].isspace():
-                    return self.buffer[self.position]
-                self.position += 1
+        while not (found := _SOLID.search(self.buffer, self.position)):
+            self.position = len(self.buffer)
             if not self._more():
                 raise ValueError("ends too early")
+        self.position = found.start()
+        return found[0]
 
     def _value(self) -> Any:
         self._next()

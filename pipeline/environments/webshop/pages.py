@@ -6,9 +6,9 @@ between policies and continued. The limit in tokens is ``context_tokens``, where
 characters of English.
 """
 
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from pipeline.environments.webshop.score import Product
 
@@ -20,8 +20,7 @@ NOTICE = 60
 """Characters kept free for what a page says about what was cut."""
 
 
-@dataclass(frozen=True)
-class Piece:
+class Piece(NamedTuple):
     """A part of a page."""
 
     text: str
@@ -29,8 +28,7 @@ class Piece:
     """Text may be cut anywhere, an option's action is shown whole or not at all, the rest always is."""
 
 
-@dataclass(frozen=True)
-class Page:
+class Page(NamedTuple):
     """What is seen, and what can be done there beside searching."""
 
     text: str
@@ -40,9 +38,6 @@ class Page:
     """Of text that is not shown."""
     cut_actions: int
     """Options that are not shown, and cannot be chosen."""
-
-
-Line = Sequence[Piece]
 
 
 def search_page(instruction: str) -> Page:
@@ -55,56 +50,46 @@ def results_page(instruction: str, query: str, found: Sequence[Product], number:
     start, shown = number * size, found[number * size : (number + 1) * size]
     counted = f"{start + 1} to {start + len(shown)} of {len(found)}" if found else "nothing found"
     lines = [[Piece(instruction)], [Piece(f"results for {query}: {counted}")]]
-    lines += [[_click(one.asin), Piece(f" {one.title}", "text"), Piece(f" {_price(one)}")] for one in shown]
-    buttons = [BACK]
-    if start:
-        buttons.insert(0, PREVIOUS)
-    if start + size < len(found):
-        buttons.insert(0, NEXT)
-    return _page([*lines, _buttons(buttons)], [*(one.asin for one in shown), *buttons], limit)
+    lines += [[Piece(f"click[{one.asin}]"), Piece(f" {one.title}", "text"), _price(one)] for one in shown]
+    buttons = [NEXT] * (start + size < len(found)) + [PREVIOUS] * (start > 0) + [BACK]
+    return _page(lines, [one.asin for one in shown], buttons, limit)
 
 
 def item_page(instruction: str, product: Product, chosen: dict[str, str], limit: int) -> Page:
     """A product with its options; what is chosen stands behind the option's name."""
-    lines: list[Line] = [[Piece(instruction)], [Piece(product.title, "text"), Piece(f" {_price(product)}")]]
+    lines = [[Piece(instruction)], [Piece(product.title, "text"), _price(product)]]
     names = option_names(product)
     for option in product.options:
         said = f"{option} = {chosen[option]}" if option in chosen else option
         own = [name for name, (of, _) in names.items() if of == option]
         lines.append([Piece(f"{said}:", "text"), *(Piece(f" click[{name}]", "option") for name in own)])
-    buttons = [BUY, *SUBPAGES, PREVIOUS, BACK]
-    return _page([*lines, _buttons(buttons)], [*names, *buttons], limit)
+    return _page(lines, list(names), [BUY, *SUBPAGES, PREVIOUS, BACK], limit)
 
 
 def text_page(instruction: str, product: Product, subpage: str, limit: int) -> Page:
     """A product's description or features."""
     text = product.description if subpage == "description" else "\n".join(product.features)
     lines = [[Piece(instruction)], [Piece(f"{subpage}: "), Piece(text or "none", "text")]]
-    return _page([*lines, _buttons([PREVIOUS, BACK])], [PREVIOUS, BACK], limit)
+    return _page(lines, [], [PREVIOUS, BACK], limit)
 
 
 def option_names(product: Product) -> dict[str, tuple[str, str]]:
     """Option and value by what is clicked on: the value, with the option before it where that alone would be ambiguous."""
     pairs = [(option, value) for option, values in product.options.items() for value in values]
-    values = [value for _, value in pairs]
-    ambiguous = {value for value in values if values.count(value) > 1 or value in BUTTONS}
-    return {f"{option}: {value}" if value in ambiguous else value: (option, value) for option, value in pairs}
+    count = Counter([*BUTTONS, *(value for _, value in pairs)])
+    return {f"{option}: {value}" if count[value] > 1 else value: (option, value) for option, value in pairs}
 
 
-def _click(name: str) -> Piece:
-    return Piece(f"click[{name}]")
+def _price(product: Product) -> Piece:
+    return Piece(f" ${product.price:.15g}")
 
 
-def _buttons(names: Sequence[str]) -> Line:
-    return [Piece(" ".join(f"click[{name}]" for name in names))]
+def _page(lines: list[list[Piece]], names: list[str], buttons: list[str], limit: int) -> Page:
+    """Lay a page out within a limit of characters: first what is fixed, then options in order, then equal parts of texts.
 
-
-def _price(product: Product) -> str:
-    return f"${product.price:.15g}"
-
-
-def _page(lines: Sequence[Line], clicks: Sequence[str], limit: int) -> Page:
-    """Lay a page out within a limit of characters: first what is fixed, then options in order, then equal parts of texts."""
+    What can be clicked on are ``names``, which stand in the lines, and the buttons below them.
+    """
+    lines, clicks = [*lines, [Piece(" ".join(f"click[{button}]" for button in buttons))]], [*names, *buttons]
     pieces = [piece for line in lines for piece in line]
     if sum(len(piece.text) for piece in pieces) + len(lines) <= limit:
         return Page("\n".join("".join(piece.text for piece in line) for line in lines), tuple(clicks), 0, 0)

@@ -14,6 +14,7 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import lru_cache
+from typing import NamedTuple
 
 from rapidfuzz.fuzz import token_set_ratio
 from rapidfuzz.utils import default_process
@@ -78,8 +79,7 @@ class Goal:
     price_upper: float
 
 
-@dataclass(frozen=True)
-class Score:
+class Score(NamedTuple):
     """The parts of a purchase's score."""
 
     kind: float
@@ -116,8 +116,8 @@ def type_score(bought: Product, target: Product) -> float:
     title = title_score(nouns(bought.title), nouns(target.title))
     if title < 0.1:
         return 0.1 if title else 0.0
-    parts = _parts(bought.product_category) & _parts(target.product_category)
-    return 1.0 if title > 0.2 or bought.query == target.query or len(parts) >= 2 else 0.5
+    parts, others = ({*map(str.strip, one.product_category.split("›"))} for one in (bought, target))
+    return 1.0 if title > 0.2 or bought.query == target.query or len(parts & others) >= 2 else 0.5
 
 
 def title_score(bought: Sequence[str], target: Sequence[str]) -> float:
@@ -132,11 +132,8 @@ def nouns(title: str) -> tuple[str, ...]:
     These are words of two letters or more, without digits, that are no function words and do not end as adjectives and
     participles do (-able, -ible, -less, -ful, -ous, -ed).
     """
-    return tuple(
-        word
-        for word in words(title)
-        if len(word) > 1 and word not in _FUNCTION_WORDS and not _DESCRIBING.fullmatch(word)
-    )
+    found = [word for word in words(title) if len(word) > 1 and not _DESCRIBING.fullmatch(word)]
+    return tuple(word for word in found if word not in _FUNCTION_WORDS)
 
 
 def words(title: str) -> list[str]:
@@ -189,7 +186,3 @@ def _mentioned(bought: Product, text: str) -> bool:
 @lru_cache(maxsize=2**12)
 def _places(bought: Product) -> tuple[str, str, str]:
     return bought.title.lower(), " ".join(bought.features).lower(), bought.description.lower()
-
-
-def _parts(category: str) -> set[str]:
-    return {part.strip() for part in category.split("›")}

@@ -6,6 +6,7 @@ import shutil
 import tempfile
 from array import array
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -63,9 +64,10 @@ def _kept(texts: Iterable[str], cache: Path) -> Any:
     """The index of these texts from the cache; computed and put there if it is missing or cannot be read."""
     digest, count = _digest(texts)
     folder = cache / digest
-    index = _read(folder)
-    if index is not None and index.scores["num_docs"] == count:
-        return index
+    with suppress(Exception):  # numpy and JSON have many errors for what is missing or damaged
+        index = bm25s.BM25.load(folder, show_progress=False)
+        if index.scores["num_docs"] == count:
+            return index
     shutil.rmtree(folder, ignore_errors=True)
     index = _computed(texts)
     cache.mkdir(parents=True, exist_ok=True)
@@ -76,14 +78,6 @@ def _kept(texts: Iterable[str], cache: Path) -> Any:
     except OSError:  # another process was first
         shutil.rmtree(partial)
     return index
-
-
-def _read(folder: Path) -> Any:
-    """The index in a folder, or None: numpy and JSON have many errors for what is missing or damaged."""
-    try:
-        return bm25s.BM25.load(folder, show_progress=False)
-    except Exception:
-        return None
 
 
 def _digest(texts: Iterable[str]) -> tuple[str, int]:

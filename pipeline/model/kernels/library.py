@@ -130,7 +130,10 @@ def _load(name: str) -> ctypes.CDLL | None:
         target = folder / f"kernels-{name}-{key[:16]}.so"
         try:
             if not target.exists():
-                _compile(compiler, flags, target)
+                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+                partial = target.with_suffix(f".{os.getpid()}")  # of processes at once the last one wins, all are equal
+                subprocess.run([compiler, *flags, "-o", partial, SOURCE, "-lm"], capture_output=True, check=True)
+                partial.replace(target)
             loaded = ctypes.CDLL(str(target))
             for function, types in _SIGNATURES.items():
                 getattr(loaded, function).argtypes, getattr(loaded, function).restype = types, None
@@ -155,10 +158,3 @@ def _processor_flags() -> bytes:
         return next((line for line in lines if line.startswith((b"flags", b"Features"))), b"")
     except OSError:
         return platform.processor().encode()
-
-
-def _compile(compiler: str, flags: tuple[str, ...], target: Path) -> None:
-    target.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-    partial = target.with_suffix(f".{os.getpid()}")  # processes may compile at once; the last one wins, all are equal
-    subprocess.run([compiler, *flags, "-o", partial, SOURCE, "-lm"], capture_output=True, check=True)
-    partial.replace(target)

@@ -40,10 +40,8 @@ Rotation = tuple[Tensor, Tensor]
 def attends(x: Tensor, shortest: int = 0) -> bool:
     """Whether attention is to be computed here for (…, head size) tensors like this one on this machine.
 
-    Args:
-        x: queries, keys or values.
-        shortest: tokens of the shortest of the whole sequences that attend; 0 over a cache. PyTorch pads the others
-            to the longest, so it is better only where all are long.
+    The shortest of the whole sequences that attend has ``shortest`` tokens; 0 over a cache. PyTorch pads the others to the
+    longest, so it is better only where all are long.
     """
     size = x.shape[-1]
     if size not in HEAD_SIZES or not computes(x):
@@ -63,7 +61,7 @@ def scores(x: Tensor) -> bool:
 
 
 @dataclass(frozen=True)
-class Layout:
+class Packing:
     """Which tokens of a packed batch belong together, and which of them ask. All int64, contiguous."""
 
     offsets: Int[np.ndarray, " e1"]
@@ -74,12 +72,12 @@ class Layout:
     """Each query's place within its sequence, ascending."""
 
 
-def layout(lengths: Sequence[int] | np.ndarray, asking: Int[np.ndarray, " m"] | None = None) -> Layout:
+def layout(lengths: Sequence[int] | np.ndarray, asking: Int[np.ndarray, " m"] | None = None) -> Packing:
     """Sequences of these lengths; ``asking`` are the indices of the tokens that ask, None is all."""
     offsets = np.concatenate([[0], np.cumsum(lengths)]).astype(np.int64)
     asking = np.arange(offsets[-1]) if asking is None else asking
     starts = np.searchsorted(asking, offsets)
-    return Layout(offsets, starts, asking - np.repeat(offsets[:-1], np.diff(starts)))
+    return Packing(offsets, starts, asking - np.repeat(offsets[:-1], np.diff(starts)))
 
 
 def causal_attention(
@@ -87,7 +85,7 @@ def causal_attention(
     key: Float[Tensor, "n kv_heads size"],
     value: Float[Tensor, "n kv_heads size"],
     rotation: Rotation | None,
-    layout: Layout,
+    layout: Packing,
     scale: float,
 ) -> Float[Tensor, "m heads size"]:
     """Causal attention within sequences, for the tokens that ask; differentiable by query, key and value."""
@@ -102,7 +100,7 @@ class _CausalAttention(torch.autograd.Function):
         key: Tensor,
         value: Tensor,
         rotation: Rotation | None,
-        layout: Layout,
+        layout: Packing,
         scale: float,
     ) -> Tensor:
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
@@ -242,10 +240,10 @@ def sample(
     logits: Float[Tensor, "n vocabulary"], temperature: float, draws: Float[Tensor, " n"]
 ) -> tuple[Int[Tensor, " n"], Float[Tensor, " n"], Float[Tensor, " n"]]:
     """Token, log-probability and entropy: see ``transformers_engine.sample``."""
-    count = len(logits)
-    token, logprob, entropy = (torch.empty(count, dtype=kind) for kind in (torch.int64, torch.float32, torch.float32))
-    rows = (logits.contiguous(), draws.contiguous(), token, logprob, entropy)
-    _over_rows("sample_forward", rows, 1 / temperature)
+    kinds = (torch.int64, torch.float32, torch.float32)
+    token, logprob, entropy = (torch.empty(len(logits), dtype=kind) for kind in kinds)
+    columns = (logits.contiguous(), draws.contiguous(), token, logprob, entropy)
+    _over_rows("sample_forward", columns, 1 / temperature)
     return token, logprob, entropy
 
 
@@ -271,7 +269,7 @@ def _over_sequences(
     name: str,
     tensors: tuple[Tensor, ...],
     rotation: Rotation | None,
-    layout: Layout,
+    layout: Packing,
     scale: float,
     rest: tuple[Tensor, ...],
 ) -> None:

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -72,13 +71,6 @@ def training_key(config: Config, environment: str, method: str, seed: int, polic
         "code": of_code("pipeline.training.run", (*RESOLVED, *ASIDE)),
     }
     return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:24]
-
-
-def publish(partial: Path, result: Path) -> None:
-    """Make a finished result appear at once."""
-    if result.exists():
-        shutil.rmtree(result)
-    partial.rename(result)
 
 
 def table_slice(table: Trajectories, config: Config, environment: str, seed: int) -> Trajectories | None:

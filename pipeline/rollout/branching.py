@@ -19,9 +19,6 @@ from pipeline.settings.section import Section
 Growth = Iterator[list[Origin]]
 
 
-# ------------------------------------------------------------------------------------------------- ARPO and AEPO
-
-
 def entropy_rise(
     tree: Tree,
     *,
@@ -81,16 +78,9 @@ def opening_entropy(tree: Tree, episode: int, turn: int, tokens: int) -> float:
 def rises(rise: float, streak: int, draw: float, slope: float, threshold: float, penalty: float) -> bool:
     """AEPO's code: ``(draw + slope * dH) * max(0, 1 - penalty * l) >= threshold``, draw uniform in [0, 1).
 
-    ARPO's ``a + b * dH > tau`` is the same with a constant for the draw and no penalty. At dH = 0, threshold 0.5 and
-    penalty 0.05 the chance is ``1 - 0.5 / (1 - 0.05 l)``: 0.5, 0.33, 0.09 for l = 0, 5, 9.
-
-    Args:
-        rise: dH in nats.
-        streak: l, consecutive branchings before.
-        draw: uniform, or ARPO's a.
-        slope: of dH.
-        threshold: to be reached.
-        penalty: per consecutive branching.
+    dH is the ``rise`` in nats, l the ``streak`` of branchings before. ARPO's ``a + b * dH > tau`` is the same with a
+    constant for the draw and no penalty. At dH = 0, threshold 0.5 and penalty 0.05 the chance is
+    ``1 - 0.5 / (1 - 0.05 l)``: 0.5, 0.33, 0.09 for l = 0, 5, 9.
     """
     return (draw + slope * rise) * max(0.0, 1 - penalty * streak) >= threshold
 
@@ -98,20 +88,12 @@ def rises(rise: float, streak: int, draw: float, slope: float, threshold: float,
 def monitored_budget(root: float, tools: Sequence[float], budget: int, slope: float) -> int:
     """AEPO: how many episodes of a budget k begin at the initial state, the monitored one among them.
 
-    ``int(k * sigmoid(slope * (H_root - mean H_tool))) + 1``, within [1, k] (the released code; slope 0.5).
-
-    Args:
-        root: mean entropy at the beginning of the first response.
-        tools: those of the later ones; none: the difference is 0.
-        budget: k.
-        slope: b.
+    ``int(k * sigmoid(slope * (H_root - mean H_tool))) + 1``, within [1, k] (the released code; slope 0.5). H is the mean
+    entropy at the beginning of the first response, and of each later one; without these the difference is 0.
     """
     difference = root - float(np.mean(tools)) if len(tools) else 0.0
     sigmoid = (1 + math.tanh(slope * difference / 2)) / 2  # as this it cannot overflow
     return min(budget, int(budget * sigmoid) + 1)
-
-
-# ------------------------------------------------------------------------------------------- APPO, TLPO, signals
 
 
 def positions(
@@ -152,19 +134,14 @@ def ranked_positions(
 ) -> list[tuple[int, int]]:
     """Episode and split of all tokens with a finite score, highest first, then in order.
 
-    Args:
-        scores: of each episode's tokens.
-        sampled: positions of its sampled tokens.
-        side: sample the scored token again, or what comes after it; an episode's last has nothing after it.
+    ``scores`` and positions of ``sampled`` tokens are given by episode. The scored token is sampled again, or what comes
+    after it; an episode's last has nothing after it.
     """
     found = []
     for row, (own, places) in enumerate(zip(scores, sampled, strict=True)):
         pairs = zip(places, places, strict=True) if side == "before" else itertools.pairwise(places)
         found += [(-float(own[scored]), row, int(split)) for scored, split in pairs if math.isfinite(own[scored])]
     return [(row, split) for _, row, split in sorted(found)]
-
-
-# ------------------------------------------------------------------------------------------------------ SEEA-R1
 
 
 def tree_search(tree: Tree, *, width: int, exploration: float) -> Growth:
@@ -197,8 +174,7 @@ def expandable(tree: Tree, width: int, exploration: float) -> list[Origin] | Non
         children = list(dict.fromkeys(paths[episode][: len(node) + 1] for episode in deeper))
         if len(children) < width:
             first = deeper[0]
-            split = int(tree.sampled(first, len(node))[0])
-            place = ROOT if not node else Origin(first, split)
+            place = Origin(first, int(tree.sampled(first, len(node))[0])) if node else ROOT
             return [place] * (width - len(children))
 
         def bound(child: tuple[int, ...]) -> float:
@@ -220,9 +196,6 @@ def turn_path(tree: Tree, episode: int) -> tuple[int, ...]:
         return (episode,) * len(tree.turns(episode))
     shared = sum(bool(turn["end"] <= split) for turn in tree.turns(episode))
     return turn_path(tree, parent)[:shared] + (episode,) * (len(tree.turns(episode)) - shared)
-
-
-# ------------------------------------------------------------------------------------------ Arbitrary Entropy PO
 
 
 def temperature_switch(tree: Tree, *, initial: int, target: float, high: float, low: float) -> Growth:
