@@ -88,11 +88,18 @@ def batches(draw: st.DrawFn) -> TokenBatch:
         ref_entropy=values(1.0).abs(),
         noise=torch.from_numpy(numbers_of.random(n)),
         iteration=iteration,
-        parent=torch.full((trajectories,), -1),
-        split=torch.zeros(trajectories, dtype=torch.long),
-        regular=torch.ones(trajectories, dtype=torch.bool),
+        **unbranched(trajectories),
         advantage=values(1.0),
     )
+
+
+def unbranched(trajectories: int) -> dict[str, torch.Tensor]:
+    """Columns of trajectories of which none is a branch, all sampled at the usual temperature."""
+    return {
+        "parent": torch.full((trajectories,), -1),
+        "split": torch.zeros(trajectories, dtype=torch.long),
+        "regular": torch.ones(trajectories, dtype=torch.bool),
+    }
 
 
 def noise(batch: TokenBatch, seed: int = 0) -> torch.Tensor:

@@ -9,10 +9,16 @@ from typing import TYPE_CHECKING
 import pytest
 import torch
 from hypothesis import settings
+from jaxtyping import install_import_hook
 
 if TYPE_CHECKING:
     from pipeline.model.policy import Policy
 
+# Before anything of them is imported: a call must fit its annotations, shapes included; an int may be a float (PEP 484).
+# Not the trunk, its kernels and the engine, of which the functions run per layer and token: they would take twice as long.
+SHAPED = ("analysis", "contracts", "model.scoring", "objective", "training")
+CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+install_import_hook([f"pipeline.{name}" for name in SHAPED], CHECKER)
 torch.set_num_threads(1)
 # The same examples everywhere, and as long as they take: what fails on a slow machine fails on every other, too.
 settings.register_profile("repeatable", deadline=None, derandomize=True)

@@ -41,7 +41,7 @@ from pipeline.settings.params import parse
 from pipeline.trajectories.trajectory import Role
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.yaml_files import read_yaml
-from tests.batches import BRANCHES, CLOSE, batches, method, noise, population, properties, section
+from tests.batches import BRANCHES, CLOSE, batches, method, noise, population, properties, section, unbranched
 
 ROOT = Path(__file__).parents[1]
 KINDS = [kind for kind in methods.ADVANTAGES if kind != "custom"]
@@ -184,9 +184,7 @@ def small_batch(turns: list[list[int]], reward: list[list[float]], states: list[
         ref_logprob=zeros,
         ref_entropy=zeros,
         noise=zeros,
-        parent=torch.full((len(turns),), -1),
-        split=torch.zeros(len(turns), dtype=torch.long),
-        regular=torch.ones(len(turns), dtype=torch.bool),
+        **unbranched(len(turns)),
     )
 
 

@@ -34,7 +34,7 @@ from pipeline.objective.surrogates import UpdateTokens, dual_clip, ppo_clip
 from pipeline.settings.aggregation import ConstantNormaliser, SequenceMean, TokenMean, WeightSum
 from pipeline.settings.method import Method
 from pipeline.trajectories.trajectory import Role
-from tests.batches import method, section
+from tests.batches import method, section, unbranched
 
 CLOSE = {"rtol": 1e-7, "atol": 1e-9}
 """Both sides are float64. verl adds 1e-8 to the token counts that it divides by, a relative error of up to 1e-8."""
@@ -104,6 +104,7 @@ def batch() -> TokenBatch:
         ref_logprob=flat(given["ref_logprob"]),
         ref_entropy=flat(entropy),
         noise=flat(entropy),
+        **unbranched(len(lengths)),
     )
 
 
@@ -347,11 +348,11 @@ def test_aggregation_with_a_trajectory_without_sampled_tokens(mode: str) -> None
 @pytest.mark.parametrize("case", golden()["kl_penalty"], ids=lambda case: case["kind"])
 def test_kl_penalties(case: dict[str, Any]) -> None:
     given = golden()["batch"]
-    logprob = tensor(given["logprob"]).requires_grad_(True)
-    penalty = kl_penalty(logprob, tensor(given["ref_logprob"]), case["kind"])
+    logprob = tensor(given["logprob"]).flatten().requires_grad_(True)
+    penalty = kl_penalty(logprob, tensor(given["ref_logprob"]).flatten(), case["kind"])
     penalty.sum().backward()
-    torch.testing.assert_close(penalty.detach(), tensor(case["penalty"]), **CLOSE)
-    torch.testing.assert_close(logprob.grad, tensor(case["gradient"]), **CLOSE)
+    torch.testing.assert_close(penalty.detach(), tensor(case["penalty"]).flatten(), **CLOSE)
+    torch.testing.assert_close(logprob.grad, tensor(case["gradient"]).flatten(), **CLOSE)
 
 
 @pytest.mark.parametrize("case", golden()["value_loss"], ids=lambda case: f"clip {case['clip']:g}")

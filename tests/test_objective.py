@@ -13,7 +13,6 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.contracts.slot import made_up
 from pipeline.objective.batch import TokenBatch, token_batch
 from pipeline.objective.filters import group_deviation, reward_variance
 from pipeline.objective.gae import gae
@@ -35,7 +34,7 @@ from pipeline.settings.method import Method
 from pipeline.settings.weight import ActFocusWeight
 from pipeline.trajectories.builder import EpisodeBuilder, build
 from pipeline.trajectories.trajectory import Role
-from tests.batches import CLOSE, batches, method, noise, population, properties, section, sigmoid
+from tests.batches import CLOSE, batches, method, noise, population, properties, section, sigmoid, unbranched
 
 SIGNALS = ("reference_energy", "reference_entropy", "behaviour_nll", "logprob_shift")
 AGGREGATIONS: tuple[dict[str, Any], ...] = (
@@ -461,7 +460,7 @@ def test_a_group_of_equal_returns_neither_dilutes_the_surrogate_nor_leaves_the_k
 
 
 def flat_columns(trajectory: torch.Tensor, returns: Sequence[float], group: Sequence[int]) -> dict[str, torch.Tensor]:
-    """Columns of a float64 batch in which every token is trainable."""
+    """Columns of a float64 batch of one turn per trajectory in which every token is trainable."""
     zeros = torch.zeros(len(trajectory), dtype=torch.float64)
     return {
         "role": torch.full_like(trajectory, int(Role.ACTION)),
@@ -470,7 +469,11 @@ def flat_columns(trajectory: torch.Tensor, returns: Sequence[float], group: Sequ
         "group": torch.tensor(group),
         "success": torch.tensor(returns) > 0,
         "returns": torch.tensor(returns, dtype=torch.float64),
-        **dict.fromkeys(("reward", "logprob", "ref_logprob", "entropy", "noise"), zeros),
+        "turn": trajectory,
+        "turn_trajectory": torch.arange(len(returns)),
+        "turn_state": torch.arange(len(returns)),
+        **dict.fromkeys(("reward", "logprob", "ref_logprob", "entropy", "ref_entropy", "energy", "noise"), zeros),
+        **unbranched(len(returns)),
     }
 
 
@@ -714,7 +717,8 @@ def test_pieces_of_a_minibatch_add_up_to_it(batch: TokenBatch) -> None:
 
 def ended(returns: torch.Tensor, group: torch.Tensor) -> TokenBatch:
     """A batch of which a filter looks at the returns and the groups."""
-    return replace(made_up(0), returns=returns, group=group, success=returns > 0)
+    columns = flat_columns(torch.arange(len(group)), returns.tolist(), group.tolist())
+    return replace(golden_batch(), **columns | {"returns": returns})
 
 
 @properties
@@ -777,6 +781,7 @@ def golden_batch() -> TokenBatch:
         ref_logprob=zeros,
         ref_entropy=zeros,
         noise=zeros,
+        **unbranched(1),
     )
 
 

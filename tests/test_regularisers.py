@@ -19,7 +19,7 @@ from pipeline.objective.regularisers import EntropyTerms, entropy_band, entropy_
 from pipeline.settings.method import Method
 from pipeline.settings.regulariser import EntropyBand, EntropyTarget, FixedRegulariser
 from pipeline.trajectories.trajectory import Role
-from tests.batches import CLOSE, batches, method, noise, properties, section
+from tests.batches import CLOSE, batches, method, noise, properties, section, unbranched
 
 KINDS = [kind for kind in methods.REGULARISERS if kind != "custom"]
 PATHS = st.lists(batches(), min_size=3, max_size=4)
@@ -64,6 +64,7 @@ def four_trajectories(entropy: list[float], success: list[bool]) -> TokenBatch:
         ref_logprob=zeros,
         ref_entropy=zeros,
         noise=zeros,
+        **unbranched(4),
     )
 
 
@@ -75,7 +76,7 @@ def four_trajectories(entropy: list[float], success: list[bool]) -> TokenBatch:
 def test_fixed_is_the_same_bonus_everywhere_and_no_band(batch: TokenBatch, entropy: float) -> None:
     for terms, state in (
         fixed(batch, {}, section(FixedRegulariser, entropy=entropy)),
-        entropy_terms(row("fixed", entropy=entropy), batch, {"old": 1}),
+        entropy_terms(row("fixed", entropy=entropy), batch, {"old": 1.0}),
     ):
         n = len(batch.role)
         close(terms.bonus, [entropy] * n)

@@ -18,7 +18,7 @@ from pipeline.objective.methods import select_groups, shape_rewards
 from pipeline.settings.filter import AllGroups, RewardVariance
 from pipeline.settings.method import Method
 from pipeline.trajectories.trajectory import Role
-from tests.batches import CLOSE, batches, method, noise, properties, section
+from tests.batches import CLOSE, batches, method, noise, properties, section, unbranched
 
 KINDS = [kind for kind in methods.REWARDS if kind != "custom"]
 FACTORS = st.sampled_from([0.0, 0.5, 2.0])
@@ -154,6 +154,7 @@ def small_batch(tokens: list[int], entropy: list[float], success: list[bool], dt
         ref_logprob=zeros,
         ref_entropy=zeros,
         noise=zeros,
+        **unbranched(len(tokens)),
     )
 
 

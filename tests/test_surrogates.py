@@ -113,7 +113,7 @@ def few(
         coefficient=torch.ones(n, dtype=torch.float64),
         entropy_terms=torch.zeros(n, 4, dtype=torch.float64),
         noise=torch.tensor(draws or [0.5] * n, dtype=torch.float64),
-        trajectory=torch.tensor(trajectory or [0] * n),
+        trajectory=torch.tensor(trajectory or [0] * n, dtype=torch.long),
     )
 
 
@@ -784,9 +784,7 @@ def test_a_trajectory_with_two_dual_clipped_tokens_leaves_the_mean() -> None:
 
 
 def test_a_minibatch_without_a_trainable_token_has_no_loss() -> None:
-    tokens = few([], [], trajectory=[])
-    empty = replace(tokens, trajectory=torch.zeros(0, dtype=torch.long))
-    assert loss_and_slope(method(surrogate={"kind": "procedure_clip"}), empty) == ([], [], [])
+    assert loss_and_slope(method(surrogate={"kind": "procedure_clip"}), few([], [])) == ([], [], [])
 
 
 def test_nothing_is_left_if_every_trajectory_leaves_the_mean() -> None:

@@ -31,7 +31,7 @@ from pipeline.settings.weight import (
     TopEntropyWeight,
 )
 from pipeline.trajectories.trajectory import RESPONSE_ROLES, Role
-from tests.batches import CLOSE, batches, method, noise, population, properties, section, sigmoid
+from tests.batches import CLOSE, batches, method, noise, population, properties, section, sigmoid, unbranched
 
 ROWS: tuple[dict[str, Any], ...] = (
     {"kind": "uniform"},
@@ -98,6 +98,7 @@ def line(roles: list[Role], **columns: Any) -> TokenBatch:
         ref_logprob=zeros,
         ref_entropy=zeros,
         noise=column("noise"),
+        **unbranched(1),
         iteration=columns.get("iteration", 0),
         advantage=column("advantage"),
     )

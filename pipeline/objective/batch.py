@@ -16,7 +16,7 @@ SlotMemory = Mapping[str, float]
 MEASURED = ("returns", "logprob", "entropy", "energy", "ref_logprob", "ref_entropy")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class TokenBatch:
     """N tokens of E trajectories, prompts and observations included, in order; T turns."""
 
@@ -54,14 +54,14 @@ class TokenBatch:
     """A named uniform draw from [0, 1) per token, for slots that choose at random."""
     iteration: int = 0
     """Of the training, from 0."""
-    parent: Int[Tensor, " e"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    parent: Int[Tensor, " e"]
     """Index of the trajectory that each one branches from, -1 for none; always an earlier one."""
-    split: Int[Tensor, " e"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.long))
+    split: Int[Tensor, " e"]
     """Tokens shared with that; they are trainable there, or further up."""
-    regular: Bool[Tensor, " e"] = field(default_factory=lambda: torch.zeros(0, dtype=torch.bool))
+    regular: Bool[Tensor, " e"]
     """Sampled at ``rollout.temperature``."""
-    advantage: Float[Tensor, " n"] = field(default_factory=lambda: torch.zeros(0))
-    """A_t, once S3 has been asked."""
+    advantage: Float[Tensor, " n"] | Float[Tensor, "0"] = field(default_factory=lambda: torch.zeros(0))
+    """A_t, once S3 has been asked; empty before."""
 
     def of(self, *roles: Role) -> Bool[Tensor, " n"]:
         """Mask of the trainable tokens with one of these roles."""

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import numpy as np
 
@@ -49,6 +49,7 @@ Follow = Callable[[int, Continuation], Request | None]
 """Given a request's number and what was sampled for it, how the same episode goes on; None: it does not."""
 
 
+@runtime_checkable
 class RolloutEngine(Protocol):
     """Samples continuations of prefixes with named randomness.
 

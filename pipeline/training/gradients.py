@@ -24,7 +24,7 @@ def gradient_share(learner: Learner, minibatch: TokenTable, draws: np.random.Gen
     """
     minibatch = learner.planned(minibatch)
     norms: dict[int, list[float]] = {}
-    for index in sorted(draws.permutation(len(minibatch))[:TRAJECTORIES]):
+    for index in sorted(draws.permutation(len(minibatch))[:TRAJECTORIES].tolist()):
         trajectory = minibatch.select([index])
         if len(trajectory["role"]) == 0:
             continue

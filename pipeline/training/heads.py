@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import torch
 import torch.nn.functional as F
-from jaxtyping import Float, Int
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
@@ -23,6 +23,9 @@ from pipeline.objective.regularisers import value_loss
 from pipeline.objective.soft import soft_policy_loss, soft_state
 from pipeline.settings.heads import Critic, QFunction
 from pipeline.training.masters import Masters
+
+Columns = Mapping[str, Shaped[Tensor, "n ..."]]
+"""Of the wanted tokens, by name."""
 
 
 @dataclass(frozen=True)
@@ -69,7 +72,7 @@ class Head(nn.Module):
         """What S3 is told of the wanted tokens; called without gradient."""
         raise NotImplementedError
 
-    def loss(self, scene: Scene, columns: Mapping[str, Float[Tensor, " n"]], train_trunk: bool) -> Float[Tensor, " n"]:
+    def loss(self, scene: Scene, columns: Columns, train_trunk: bool) -> Float[Tensor, " n"]:
         """Loss per wanted token; ``columns`` holds ``<name>_target``, and what ``estimate`` gave before the update."""
         raise NotImplementedError
 
@@ -97,7 +100,7 @@ class ValueHead(Head):
     def estimate(self, scene: Scene) -> dict[str, Float[Tensor, " n"]]:
         return {self.name: self._values(self._read(scene))}
 
-    def loss(self, scene: Scene, columns: Mapping[str, Float[Tensor, " n"]], train_trunk: bool) -> Float[Tensor, " n"]:
+    def loss(self, scene: Scene, columns: Columns, train_trunk: bool) -> Float[Tensor, " n"]:
         values = self._values(self._read(scene, train_trunk))
         return value_loss(values, columns[self.name], columns[f"{self.name}_target"], self._clip)
 
@@ -135,7 +138,7 @@ class QHead(Head):
             "soft_value": _chunked(soft, len(policy.weight), scene.hidden, scene.reference_hidden, followed),
         }
 
-    def loss(self, scene: Scene, columns: Mapping[str, Float[Tensor, " n"]], train_trunk: bool) -> Float[Tensor, " n"]:
+    def loss(self, scene: Scene, columns: Columns, train_trunk: bool) -> Float[Tensor, " n"]:
         """Huber loss of ``y - Q(x, w)``."""
         taken, target = self._taken(self._read(scene, train_trunk), scene.tokens), columns[f"{self.name}_target"]
         return F.huber_loss(taken, target, reduction="none", delta=self.q.huber_delta)

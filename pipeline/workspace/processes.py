@@ -11,7 +11,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from pipeline.progress.display import Display, still, tell
 
@@ -21,6 +21,7 @@ Result = TypeVar("Result")
 _reports: Any = None
 
 
+@runtime_checkable
 class Tell(Protocol):
     """How a task says how far it is."""
 
