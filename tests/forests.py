@@ -17,7 +17,8 @@ from pipeline.settings.branching import EntropyRise, Positions, TemperatureSwitc
 from pipeline.settings.params import Config
 from pipeline.settings.section import Section
 from pipeline.trajectories.trajectory import Trajectories, concatenate
-from tests.test_collector import EOS, NAME, TOKENIZER, config, says
+from tests.scripted import EOS
+from tests.test_collector import NAME, TOKENIZER, config, says
 from tests.test_engine import one_by_one
 
 PHRASES = [

@@ -2,25 +2,16 @@
 
 from __future__ import annotations
 
-import copy
-import itertools
-import os
 import re
-import shutil
-import subprocess
-import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, get_args
 
-import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 from ruamel.yaml import YAML
 
 from pipeline.settings.method import Method
 from pipeline.settings.params import Config, load, parse
-from pipeline.settings.presets import overlay, preset_values, require_made, resolve_preset
 from pipeline.settings.section import Section, number
 from pipeline.settings.sweep import (
     Constraints,
@@ -33,16 +24,8 @@ from pipeline.settings.sweep import (
     Uniform,
 )
 from pipeline.workspace.errors import UserError
-from pipeline.workspace.files import write_text
 from pipeline.workspace.yaml_files import read_yaml, yaml_text
-from tests.commands import complaints
-
-ROOT = Path(__file__).parents[1]
-PRESETS = sorted(path.parent.name for path in (ROOT / "presets").glob("*/overlay.yaml"))
-FILES = {
-    "params.yaml": read_yaml(ROOT / "params.yaml"),
-    **{f"presets/{name}/params.yaml": preset_values(name, ROOT) for name in PRESETS},
-}
+from tests.config_cases import PRESETS, ROOT, put, sections
 
 
 @pytest.fixture
@@ -52,147 +35,10 @@ def raw() -> dict[str, Any]:
     return raw
 
 
-def put(raw: dict[str, Any], dotted: str, value: Any) -> dict[str, Any]:
-    """The params with one key changed or added."""
-    changed = copy.deepcopy(raw)
-    *path, last = dotted.split(".")
-    section: Any = changed
-    for part in path:
-        section = section[int(part)] if isinstance(section, list) else section.setdefault(part, {})
-    section[last] = value
-    return changed
-
-
 def mistakes(raw: Any) -> list[str]:
     with pytest.raises(UserError) as error:
         parse(raw)
     return str(error.value).split("\n")
-
-
-# ------------------------------------------------------------------------------------------- the files of the project
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_params_file_loads(file: str) -> None:
-    config = parse(FILES[file])
-    assert config.params_file == file
-    assert ((ROOT / file).parent / config.root).resolve() == ROOT.resolve()
-
-
-@pytest.mark.parametrize("file", FILES)
-def test_every_param_that_dvc_tracks_exists(file: str) -> None:
-    written, config = FILES[file], parse(FILES[file])
-    tracked = list(dvc_params(written))
-    assert len(tracked) > 30
-    for stage, source, dotted in tracked:
-        assert source == file
-        value, section = written, config
-        for part in dotted.split("."):
-            assert part in value, f"{stage}: {dotted} is not in {file}"
-            assert not isinstance(section, Section) or part in type(section).model_fields, f"{stage}: {dotted}"
-            value, section = value[part], section[part] if isinstance(section, dict) else getattr(section, part)
-
-
-def dvc_params(params: dict[str, Any]) -> Iterator[tuple[str, str, str]]:
-    """Stage, params file and dotted key of every ``params:`` entry of dvc.yaml, for all environments and methods."""
-    for stage, entry in read_yaml(ROOT / "dvc.yaml")["stages"].items():
-        axes: dict[str, list[str]] = {}
-        if "matrix" in entry:
-            axes = {f"item.{axis}": names(source, params) for axis, source in entry["matrix"].items()}
-        for values in itertools.product(*axes.values()):
-            fixed = dict(zip(axes, values, strict=True))
-            for group in entry.get("params", []):
-                for source, keys in group.items():
-                    for key in keys:
-                        yield stage, filled(source, fixed, params), filled(key, fixed, params)
-
-
-def names(reference: str, params: dict[str, Any]) -> list[str]:
-    return list(params[reference.removeprefix("${").removesuffix("}")])
-
-
-def filled(text: str, fixed: dict[str, str], params: dict[str, Any]) -> str:
-    return re.sub(r"\$\{([^}]+)\}", lambda match: fixed.get(match[1]) or str(params[match[1]]), text)
-
-
-def sections(section: type[Section] = Section) -> list[type[Section]]:
-    return [
-        s
-        for child in section.__subclasses__()
-        if child.__module__.startswith("pipeline.settings.") and child.__module__ != "pipeline.settings.sweep"
-        for s in [child, *sections(child)]
-    ]
-
-
-@pytest.mark.parametrize("section", sections(), ids=lambda section: section.__name__)
-def test_every_setting_is_documented(section: type[Section]) -> None:
-    """By its own docstring; for a section, and for the ``kind`` that chooses one, by that class's."""
-    assert section.__doc__
-    for name, field in section.model_fields.items():
-        is_section = isinstance(field.annotation, type) and issubclass(field.annotation, Section)
-        assert field.description or name == "kind" or is_section, f"{section.__name__}.{name}"
-
-
-# ------------------------------------------------------------------------------------------------------------ overlays
-
-
-def test_null_in_an_overlay_removes_a_key() -> None:
-    assert overlay({"a": 1, "b": {"c": 2, "d": 3}}, {"a": None, "b": {"c": None}, "gone": None}) == {"b": {"d": 3}}
-
-
-def test_overlay_merges_mappings_and_replaces_everything_else() -> None:
-    base = {"a": {"b": {"c": 1, "d": 2}}, "list": [1, 2], "kept": 0}
-    merged = overlay(base, {"a": {"b": {"c": 9}}, "list": [3], "new": {"x": 1}})
-    assert merged == {"a": {"b": {"c": 9, "d": 2}}, "list": [3], "kept": 0, "new": {"x": 1}}
-    assert base == {"a": {"b": {"c": 1, "d": 2}}, "list": [1, 2], "kept": 0}
-
-
-def test_another_kind_replaces_and_the_same_kind_merges() -> None:
-    base = {"policy": {"kind": "scratch", "layers": 2, "heads": 4}}
-    other = {"kind": "pretrained", "model": "m"}
-    assert overlay(base, {"policy": other}) == {"policy": other}
-    assert overlay(base, {"policy": {"kind": "scratch", "layers": 1}})["policy"] == {**base["policy"], "layers": 1}
-    assert overlay(base, {"policy": {"layers": 1}})["policy"] == {**base["policy"], "layers": 1}
-
-
-def test_preset_is_resolved_beside_its_overlay_and_left_alone_when_unchanged(tmp_path: Path) -> None:
-    folder = tmp_path / "presets" / "mine"
-    folder.mkdir(parents=True)
-    for name in ("params.yaml", "dvc.yaml"):
-        (tmp_path / name).write_text((ROOT / name).read_text(encoding="utf-8"), encoding="utf-8")
-    (folder / "overlay.yaml").write_text("train: {iterations: 3, passes: 5}\n", encoding="utf-8")
-    target = resolve_preset("mine", tmp_path)
-    config, written = load(target), target.stat().st_mtime_ns
-    assert (config.train.iterations, config.out, config.train.passes) == (3, "presets/mine", 5)
-    assert (folder / "dvc.yaml").read_text(encoding="utf-8") == (ROOT / "dvc.yaml").read_text(encoding="utf-8")
-    assert resolve_preset("mine", tmp_path).stat().st_mtime_ns == written
-    with pytest.raises(UserError, match="presets: 'mien' is not there; allowed: mine"):
-        resolve_preset("mien", tmp_path)
-
-
-@pytest.mark.parametrize("edited", ["params.yaml", "dvc.yaml", "presets/mine/overlay.yaml", "presets/mine/dvc.yaml"])
-def test_what_was_made_before_an_edit_is_refused(tmp_path: Path, edited: str) -> None:
-    for name in ("params.yaml", "dvc.yaml"):
-        shutil.copy2(ROOT / name, tmp_path)
-    write_text(tmp_path / "presets/mine/overlay.yaml", "train: {iterations: 3}\n")
-    made = resolve_preset("mine", tmp_path)
-    require_made(made, tmp_path)
-    require_made(tmp_path / "params.yaml", tmp_path)
-    (tmp_path / edited).write_text((tmp_path / edited).read_text().replace("iterations: ", "iterations: 1") + "# new\n")
-    with pytest.raises(
-        UserError, match=r"mine/\w+\.yaml: not what its overlay makes of it; run `make preset PRESET=mine`"
-    ):
-        require_made(made, tmp_path)
-
-
-def test_presets_in_git_are_overlays() -> None:
-    if not (ROOT / ".git").exists():
-        pytest.skip("not a git repository")
-    tracked = subprocess.run(["git", "ls-files", "presets"], cwd=ROOT, capture_output=True, text=True, check=True)
-    assert tracked.stdout.split() == [f"presets/{name}/overlay.yaml" for name in PRESETS]
-
-
-# ------------------------------------------------------------------------------------------------------------ mistakes
 
 
 @pytest.mark.parametrize(
@@ -517,121 +363,3 @@ def test_a_config_is_frozen_and_survives_a_round_trip() -> None:
     with pytest.raises(ValueError, match="frozen"):
         config.workers = 3
     assert Config.model_validate(config.model_dump(mode="json")) == config
-
-
-# ------------------------------------------------------------------------------------------------ mistakes in a stage
-
-
-@pytest.fixture
-def project(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """A folder with params.yaml and with outputs of an earlier run."""
-    (tmp_path / "params.yaml").write_bytes((ROOT / "params.yaml").read_bytes())
-    for output in (
-        "models/policy/config.json",
-        "data/trajectories/frozen_lake.parquet",
-        "data/annotated/frozen_lake.parquet",
-    ):
-        (tmp_path / output).parent.mkdir(parents=True)
-        (tmp_path / output).write_bytes(b"of an earlier run")
-    monkeypatch.chdir(tmp_path)
-    return tmp_path
-
-
-def contents(folder: Path) -> dict[str, bytes]:
-    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-
-
-def write_params(folder: Path, name: str, raw: dict[str, Any]) -> None:
-    with (folder / name).open("w", encoding="utf-8") as file:
-        YAML(typ="safe").dump(raw, file)
-
-
-def test_a_stage_prints_one_line_per_mistake_and_exits_with_2(project: Path, raw: dict[str, Any]) -> None:
-    write_params(project, "bad.yaml", put(put(raw, "rollout.groups", 0), "method_defaults.learning_rate", -1))
-    before = contents(project)
-    command = [sys.executable, "-m", "stages.rollout", "--params", "bad.yaml", "--environment", "frozen_lake"]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run(command, cwd=project, env=environment, capture_output=True, text=True, check=False)
-    assert done.returncode == 2
-    assert done.stdout == ""
-    assert done.stderr.splitlines() == [
-        "bad.yaml: rollout.groups: input should be greater than or equal to 1, got 0",
-        "bad.yaml: method_defaults.learning_rate: input should be greater than 0, got -1",
-    ]
-    assert contents(project) == before
-
-
-def refusal(
-    project: Path,
-    capfd: pytest.CaptureFixture[str],
-    monkeypatch: pytest.MonkeyPatch,
-    main: Callable[[], str],
-    *options: str,
-) -> str:
-    """The one line with which a stage, run in this process, refuses; nothing in the project has changed."""
-    from pipeline.commands.cli import run
-
-    monkeypatch.setattr(sys, "argv", ["stage", *options])
-    before = contents(project)
-    with pytest.raises(SystemExit) as end:
-        run(main)
-    assert end.value.code == 2
-    (line,) = complaints(capfd.readouterr().err)
-    assert contents(project) == before
-    return line
-
-
-def test_an_unknown_method_or_environment_is_one_line(
-    project: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from stages.train import main
-
-    line = refusal(project, capfd, monkeypatch, main, "--environment", "frozen_lake", "--method", "gpro")
-    assert line.startswith("params.yaml: methods: 'gpro' is not there; allowed: ppo, grpo,")
-    line = refusal(project, capfd, monkeypatch, main, "--environment", "lake", "--method", "grpo")
-    assert line == "params.yaml: environments: 'lake' is not there; allowed: frozen_lake"
-
-
-def test_a_missing_model_is_one_line(
-    project: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, raw: dict[str, Any]
-) -> None:
-    from stages.policy import main
-
-    for model in (str(project / "nowhere"), "./nowhere"):
-        write_params(project, "params.yaml", put(raw, "policy", {"kind": "pretrained", "model": model}))
-        assert refusal(project, capfd, monkeypatch, main) == f"policy: {model}: no such model directory"
-
-
-def test_a_policy_that_was_not_made_yet_is_not_looked_for_on_the_hub(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    from pipeline.model.loading import load_trained
-
-    config = load(ROOT / "params.yaml")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(UserError, match="models/policy: no such policy; run `make repro` first"):
-        load_trained(Path("models/policy"), config)
-
-
-@pytest.mark.parametrize("damage", ["garbage", "truncated", "foreign", "missing"])
-@pytest.mark.parametrize("stage", ["annotate", "train"])
-def test_a_corrupt_table_is_one_line(
-    project: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, stage: str, damage: str
-) -> None:
-    import importlib
-
-    folder = "trajectories" if stage == "annotate" else "annotated"
-    table = project / "data" / folder / "frozen_lake.parquet"
-    if damage in ("truncated", "foreign"):
-        pq.write_table(pa.table({"x": list(range(1000))}), table)
-    if damage == "truncated":
-        table.write_bytes(table.read_bytes()[:-20])
-    if damage == "missing":
-        table.unlink()
-    options = ["--environment", "frozen_lake", *(["--method", "grpo"] if stage == "train" else [])]
-    line = refusal(project, capfd, monkeypatch, importlib.import_module(f"stages.{stage}").main, *options)
-    expected = {
-        "foreign": "another version of this code wrote it, `dvc repro` makes it again: trajectory schema none found, 3 expected",
-        "missing": "no such file",
-    }
-    assert line.startswith(f"data/{folder}/frozen_lake.parquet: {expected.get(damage, 'not a readable Parquet file')}")

@@ -14,24 +14,22 @@ from hypothesis import strategies as st
 from pipeline.objective.batch import TokenBatch
 from pipeline.objective.methods import WEIGHTS, coefficients, token_weights
 from pipeline.objective.weights import (
-    actfocus_weights,
     attenuated,
     pivots,
     role_ramp,
-    signal_values,
     spurious_mask,
     top_entropy,
 )
 from pipeline.settings.weight import (
-    ActFocusWeight,
     AttenuatedWeight,
     PivotWeight,
     RoleRampWeight,
     SpuriousMaskWeight,
     TopEntropyWeight,
 )
-from pipeline.trajectories.trajectory import RESPONSE_ROLES, Role
-from tests.batches import CLOSE, batches, method, noise, population, properties, section, sigmoid, unbranched
+from pipeline.trajectories.trajectory import Role
+from tests.batches import batches, method, properties, section
+from tests.weight_cases import assert_weights, line, trainable_tokens
 
 ROWS: tuple[dict[str, Any], ...] = (
     {"kind": "uniform"},
@@ -45,6 +43,8 @@ ROWS: tuple[dict[str, Any], ...] = (
     {"kind": "attenuated"},
     {"kind": "pivots"},
 )
+
+
 SHARES = (0.0, 0.25, 0.5, 0.8, 1.0)
 
 
@@ -63,47 +63,6 @@ def own_tokens(batch: TokenBatch, trajectory: int) -> list[int]:
     return [t for t in range(len(owner)) if owner[t] == trajectory and trainable[t]]
 
 
-def trainable_tokens(batch: TokenBatch) -> list[int]:
-    return [t for t, chosen in enumerate(batch.trainable.tolist()) if chosen]
-
-
-def assert_weights(actual: torch.Tensor, expected: dict[int, float]) -> None:
-    """Equal to a reference that names the tokens it does not leave at 0."""
-    row = [expected.get(t, 0.0) for t in range(len(actual))]
-    torch.testing.assert_close(actual, torch.tensor(row, dtype=torch.float64), **CLOSE)
-
-
-def line(roles: list[Role], **columns: Any) -> TokenBatch:
-    """One trajectory of one response, after a prompt; columns are of the response's tokens."""
-    n = len(roles)
-    zeros = torch.zeros(n + 1, dtype=torch.float64)
-
-    def column(name: str) -> torch.Tensor:
-        return torch.tensor([0.0, *columns[name]], dtype=torch.float64) if name in columns else zeros.clone()
-
-    return TokenBatch(
-        role=torch.tensor([int(Role.PROMPT), *map(int, roles)]),
-        trainable=torch.tensor([False] + [True] * n),
-        trajectory=torch.zeros(n + 1, dtype=torch.long),
-        turn=torch.tensor([-1] + [0] * n),
-        turn_trajectory=torch.tensor([0]),
-        turn_state=torch.tensor([0]),
-        group=torch.tensor([0]),
-        success=torch.tensor([columns.get("success", True)]),
-        returns=torch.ones(1, dtype=torch.float64),
-        reward=zeros,
-        logprob=column("logprob"),
-        entropy=column("entropy"),
-        energy=column("energy"),
-        ref_logprob=zeros,
-        ref_entropy=zeros,
-        noise=column("noise"),
-        **unbranched(1),
-        iteration=columns.get("iteration", 0),
-        advantage=column("advantage"),
-    )
-
-
 def highest(batch: TokenBatch, share: float) -> torch.Tensor:
     return top_entropy(batch, section(TopEntropyWeight, share=share))
 
@@ -118,10 +77,6 @@ def dimmed(batch: TokenBatch, quantile: float, weight: float) -> torch.Tensor:
 
 def raised(batch: TokenBatch, buckets: int, quantile: float, strength: float) -> torch.Tensor:
     return pivots(batch, section(PivotWeight, buckets=buckets, quantile=quantile, strength=strength))
-
-
-def focused(batch: TokenBatch, **settings: Any) -> torch.Tensor:
-    return actfocus_weights(batch, section(ActFocusWeight, **settings))
 
 
 # ------------------------------------------------------------------------------------------------ all of the table
@@ -159,6 +114,7 @@ def test_a_batch_without_a_response_has_no_weight(row: dict[str, Any]) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------- role_ramp
+
 
 RAMP = {"tag": 1.0, "action": 1.2, "reasoning_start": 0.6, "reasoning_growth": 0.002, "reasoning_end": 1.0}
 
@@ -330,105 +286,3 @@ def test_pivots_are_relative_to_their_part_of_the_trajectory() -> None:
     assert raised(batch, 2, 1.0, 1.0).tolist() == [0, 1, 2, 1, 1, 2, 1]
     assert raised(batch, 1, 1.0, 1.0).tolist() == [0, 1, 2, 1, 1, 1, 1]
     assert raised(batch, 6, 1.0, 0.5).tolist() == [0] + [1.5] * 6
-
-
-# ------------------------------------------------------------------------------------------- controls of ActFocus
-
-DEFAULTS: dict[str, Any] = {
-    "reasoning_downweight": 0.1,
-    "redistribution_strength": 0.5,
-    "redistribution_temperature": 2.0,
-    "signal": "reference_energy",
-}
-
-
-@pytest.mark.parametrize("form", ["sigmoid", "softmax"])
-@given(batches())
-@properties
-def test_focus_on_reasoning_is_the_mirror_image(form: str, batch: TokenBatch) -> None:
-    """Where actions and reasoning change places, it gives what the method gives."""
-    swapped = {Role.ACTION: Role.REASONING, Role.REASONING: Role.ACTION}
-    mirrored = replace(batch, role=torch.tensor([int(swapped.get(Role(r), r)) for r in batch.role.tolist()]))
-    actual = focused(batch, **DEFAULTS, form=form, focus="reasoning")
-    assert torch.equal(actual, focused(mirrored, **DEFAULTS, form=form))
-
-
-@properties
-@given(batches())
-def test_focus_on_reasoning_equals_reference(batch: TokenBatch) -> None:
-    energy = {t: float(batch.energy[t]) for t in trainable_tokens(batch) if int(batch.role[t]) == Role.REASONING}
-    mean, variance = population(list(energy.values())) if energy else (0.0, 0.0)
-    expected = {}
-    for t in trainable_tokens(batch):
-        role = int(batch.role[t])
-        if role == Role.REASONING:
-            expected[t] = 1 + 0.5 * sigmoid((energy[t] - mean) / math.sqrt(variance + 1e-8) / 2)
-        else:
-            expected[t] = 1.0 if role == Role.ANSWER_TAG else 0.1
-    slot = {"kind": "actfocus", "redistribution_temperature": 2.0, "focus": "reasoning"}
-    assert_weights(token_weights(method(weight=slot), batch), expected)
-
-
-@properties
-@given(batches(), st.sampled_from([Role.ACTION, Role.REASONING]))
-def test_shuffled_energy_is_a_reproducible_permutation(batch: TokenBatch, role: Role) -> None:
-    """The k-th token of the focus has the energy of the one whose noise is the k-th smallest."""
-    focus = batch.of(role)
-    actual = signal_values(batch, "shuffled_energy", focus)
-    own = [t for t in trainable_tokens(batch) if int(batch.role[t]) == role]
-    energy, draws = batch.energy.tolist(), batch.noise.tolist()
-    sources = sorted(own, key=lambda t: draws[t])
-    assert [float(actual[t]) for t in own] == [energy[t] for t in sources]
-    assert sorted(actual[focus].tolist()) == sorted(energy[t] for t in own)
-    assert torch.equal(actual[~focus], batch.energy[~focus])
-    assert torch.equal(actual, signal_values(batch, "shuffled_energy", focus))
-    reversed_order = signal_values(replace(batch, noise=1 - batch.noise), "shuffled_energy", focus)
-    assert [float(reversed_order[t]) for t in own] == [energy[t] for t in reversed(sources)]
-
-
-@properties
-@given(batches())
-def test_weights_by_shuffled_energy_are_the_methods_on_other_tokens(batch: TokenBatch) -> None:
-    """The control keeps the weights' distribution; with the noise in the energies' order it is no shuffle at all."""
-    action = batch.of(Role.ACTION)
-    plain = focused(batch, **DEFAULTS, form="sigmoid")
-    shuffled = focused(batch, **DEFAULTS | {"signal": "shuffled_energy"}, form="sigmoid")
-    assert sorted(shuffled[action].tolist()) == pytest.approx(sorted(plain[action].tolist()), abs=1e-9)
-    torch.testing.assert_close(shuffled[~action], plain[~action])
-    in_order = replace(batch, noise=torch.arange(len(batch.role)) / len(batch.role))
-    unmoved = focused(in_order, **DEFAULTS | {"signal": "shuffled_energy"}, form="sigmoid")
-    torch.testing.assert_close(unmoved, plain)
-
-
-def test_another_noise_is_another_shuffle() -> None:
-    batch = line([Role.ACTION] * 8, energy=[float(e) for e in range(8)])
-    orders = set()
-    for seed in range(5):
-        noisy = replace(batch, noise=noise(batch, seed))
-        orders.add(tuple(signal_values(noisy, "shuffled_energy", noisy.of(Role.ACTION)).tolist()))
-    assert len(orders) == 5
-
-
-# ---------------------------------------------------------------------------------------------------- aggregation
-
-
-@properties
-@given(batches(), st.sampled_from([1.0, 12.5, 192.0]))
-def test_the_constant_normaliser_divides_by_trajectories_and_a_constant(batch: TokenBatch, tokens: float) -> None:
-    """However many tokens were sampled, and whatever they weigh."""
-    weights = torch.where(batch.trainable, noise(batch).abs(), 0.0)
-    row = method(aggregation={"kind": "constant", "tokens": tokens})
-    owners = []
-    for owner, chosen in zip(batch.trajectory.tolist(), batch.trainable.tolist(), strict=True):
-        if chosen and owner not in owners:
-            owners.append(owner)
-    expected = {t: float(weights[t]) / (len(owners) * tokens) for t in trainable_tokens(batch)}
-    assert_weights(coefficients(row, weights, batch.trainable, batch.trajectory), expected)
-
-
-def test_the_constant_normaliser_does_not_blame_long_responses_less() -> None:
-    row = method(aggregation={"kind": "constant", "tokens": 10.0})
-    for count in (1, 4, 9):
-        batch = line([RESPONSE_ROLES[t % 5] for t in range(count)])
-        factors = coefficients(row, batch.trainable.double(), batch.trainable, batch.trajectory)
-        assert factors.tolist() == pytest.approx([0.0] + [0.1] * count)
