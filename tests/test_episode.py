@@ -9,13 +9,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from pipeline.environments import initial_states, make
 from pipeline.environments.frozen_lake import MOVES, FrozenLakeExpert
 from pipeline.evaluation.evaluate import episode_results, summary
-from pipeline.model.policy import Policy
 from pipeline.objective.batch import token_batch
 from pipeline.objective.weights import actfocus_weights
 from pipeline.report.episode import show
@@ -326,20 +323,3 @@ def test_context_limit_ends_the_episode_and_is_never_exceeded(prefill: str) -> N
             whole = unlimited.input_ids[unlimited.offsets[episode] :]
             np.testing.assert_array_equal(made.input_ids[start:end], whole[: end - start])
             assert made.sampled[end - 1]
-
-
-@pytest.fixture(scope="module")
-def policy() -> Policy:
-    torch.manual_seed(0)
-    shape = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.2}
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=len(TOKENIZER),
-            hidden_size=16,
-            intermediate_size=32,
-            eos_token_id=TOKENIZER.eos_token_id,
-            tie_word_embeddings=True,
-            **shape,
-        )
-    )
-    return Policy(model.eval(), TOKENIZER)

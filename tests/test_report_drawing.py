@@ -20,13 +20,6 @@ pytestmark = pytest.mark.xdist_group("browser")
 
 
 @pytest.fixture(scope="module")
-def written(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    path = tmp_path_factory.mktemp("report") / "index.html"
-    path.write_text(page_of(configuration()), encoding="utf-8")
-    return path
-
-
-@pytest.fixture(scope="module")
 def branching(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Its last method has a forest of five episodes, of which four can be opened; the last one's parent is gone."""
     tokens = tokenizer().backend_tokenizer.encode("abcdefghijklmnopqrstuvwxyz").ids

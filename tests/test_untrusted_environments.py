@@ -8,14 +8,11 @@ from typing import Any
 import gymnasium
 import numpy as np
 import pytest
-import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from pipeline.bootstrap.supervision import _encode, demonstrate
 from pipeline.environments import make, split_of
 from pipeline.environments.frozen_lake import MOVES, FrozenLakeExpert
 from pipeline.environments.splits import SPLITS
-from pipeline.model.policy import Policy
 from pipeline.rollout.specs import EpisodeSpec, group_specs, iteration_specs
 from pipeline.settings.params import Config, Phase
 from pipeline.trajectories.prompting import Dialogue
@@ -23,24 +20,6 @@ from pipeline.trajectories.table import read, write
 from pipeline.trajectories.trajectory import RESPONSE_ROLES, Role, Trajectories
 from pipeline.workspace.errors import UserError
 from tests.scripted import EOS, NAME, TOKENIZER, always, config, episode_turns, play, says
-
-
-@pytest.fixture(scope="module")
-def policy() -> Policy:
-    torch.manual_seed(0)
-    shape = {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2, "initializer_range": 0.2}
-    model = Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=len(TOKENIZER),
-            hidden_size=16,
-            intermediate_size=32,
-            eos_token_id=TOKENIZER.eos_token_id,
-            tie_word_embeddings=True,
-            **shape,
-        )
-    )
-    return Policy(model.eval(), TOKENIZER)
-
 
 # --------------------------------------------------------------------------------- environments that are not to be trusted
 
