@@ -46,7 +46,7 @@ def estimates(batch: TokenBatch) -> dict[str, torch.Tensor]:
 
 
 def dense(batch: TokenBatch, seed: int = 20) -> TokenBatch:
-    """The batch with a reward on every trainable token, as S7 may leave it."""
+    """The batch with a reward on every trainable token, as the reward slot may leave it."""
     return replace(batch, reward=torch.where(batch.trainable, noise(batch, seed), 0.0))
 
 

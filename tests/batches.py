@@ -133,7 +133,7 @@ BRANCHES: dict[str, dict[str, Any]] = {
     "siblings": {"kind": "tree_search"},
     "reinforced": {"kind": "temperature_switch"},
 }
-"""A choice of S1 for each advantage that needs one."""
+"""A branching for each advantage that needs one."""
 
 
 def population(values: list[float]) -> tuple[float, float]:

@@ -1,4 +1,4 @@
-"""Slot S3: every advantage against its definition, written out over lists."""
+"""Every advantage against its definition, written out over lists."""
 
 from __future__ import annotations
 

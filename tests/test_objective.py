@@ -29,7 +29,7 @@ from pipeline.trajectories.trajectory import Role
 from tests.batches import CLOSE, batches, method, noise, population, properties, section
 from tests.objective_cases import actfocus, flat_columns, golden_batch, update_tokens
 
-# ---------------------------------------------------------------------------------------------- S3: advantages
+# ---------------------------------------------------------------------------------------------- advantages
 
 
 @properties
@@ -133,7 +133,7 @@ def test_gae_without_values_is_refused() -> None:
         token_advantages(method(advantage={"kind": "gae"}), batch, {})
 
 
-# ------------------------------------------------------------------------------------------------- S2: filters
+# ------------------------------------------------------------------------------------------------- filters
 
 
 def ended(returns: torch.Tensor, group: torch.Tensor) -> TokenBatch:

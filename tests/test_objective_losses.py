@@ -1,4 +1,4 @@
-"""Slots S5 and S6 against slow references: losses of tokens, penalties, and a method's whole loss."""
+"""Surrogates and regularisers against slow references: losses of tokens, penalties, and a method's whole loss."""
 
 from __future__ import annotations
 

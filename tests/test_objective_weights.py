@@ -1,4 +1,4 @@
-"""Slot S4 against slow references: token weights, and the factors that aggregation makes of them."""
+"""Against slow references: token weights, and the factors that aggregation makes of them."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ AGGREGATIONS: tuple[dict[str, Any], ...] = (
 )
 
 
-# ------------------------------------------------------------------------------------------------- S4: weights
+# ------------------------------------------------------------------------------------------------- weights
 
 
 def reference_signal(batch: TokenBatch, token: int, signal: str) -> float:
@@ -215,7 +215,7 @@ def test_nothing_outside_trainable_tokens_has_advantage_or_weight(batch: TokenBa
     assert uniform_weights(batch)[others].abs().sum() == 0
 
 
-# --------------------------------------------------------------------------------------------- S4: aggregation
+# --------------------------------------------------------------------------------------------- aggregation
 
 
 @properties

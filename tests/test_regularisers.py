@@ -1,4 +1,4 @@
-"""Slot S6: the entropy terms of every token over several iterations, and their loss with its gradient."""
+"""The entropy terms of every token over several iterations, and their loss with its gradient."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Slots S7 and S2: rewards reshaped, and which groups remain, against loops over lists."""
+"""Rewards reshaped, and which groups remain, against loops over lists."""
 
 from __future__ import annotations
 

@@ -32,7 +32,7 @@ PRESETS: dict[str, dict[str, int]] = {
 }
 """Whose rows are looked at, and the budget of an iteration at toy size."""
 LARGEST = {"initial": 4, "width": 2}
-"""Of S1 within that budget."""
+"""Of branching within that budget."""
 
 # What a setting is changed to, where half of it, another choice or the opposite would not do.
 CHANGED: dict[str, Any] = {

@@ -1,4 +1,4 @@
-"""Slot S4, second half: what divides the weighted sum of token losses.
+"""Aggregation: what divides the weighted sum of token losses.
 
 Each function gives the factors c_t with which a minibatch's loss is ``sum_t c_t * loss_t``. Arguments: the token weights of
 one minibatch, 0 where not trainable; which tokens are trainable; the index of each token's trajectory; the section.

@@ -61,7 +61,7 @@ class TokenBatch:
     regular: Bool[Tensor, " e"]
     """Sampled at ``rollout.temperature``."""
     advantage: Float[Tensor, " n"] | Float[Tensor, "0"] = field(default_factory=lambda: torch.zeros(0))
-    """A_t, once S3 has been asked; empty before."""
+    """A_t, once the advantage slot has been asked; empty before."""
 
     def of(self, *roles: Role) -> Bool[Tensor, " n"]:
         """Mask of the trainable tokens with one of these roles."""

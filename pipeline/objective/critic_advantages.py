@@ -1,4 +1,4 @@
-"""Slot S3: advantages that are learned values' surprise: GAE over tokens or turns, and soft Q."""
+"""Advantages that are learned values' surprise: GAE over tokens or turns, and soft Q."""
 
 import torch
 from jaxtyping import Bool, Float

@@ -86,12 +86,12 @@ def find(section: Custom) -> Callable[..., Any]:
 
 
 def reward(batch: TokenBatch, section: Custom) -> Float[Tensor, " n"]:
-    """S7: the new reward of each token."""
+    """The new reward of each token."""
     return _of_tokens(section, _called(section, batch), batch)
 
 
 def keep(batch: TokenBatch, section: Custom) -> Bool[Tensor, " e"]:
-    """S2: which trajectories are trained on; a branch only with the one that it branches from."""
+    """Which trajectories are trained on; a branch only with the one that it branches from."""
     kept = _shaped(section, _called(section, batch), batch.success)
     if bool(((batch.parent >= 0) & kept & ~kept[batch.parent.clamp_min(0)]).any()):
         _refuse(section, "a branch without its parent", "both or neither")
@@ -99,12 +99,12 @@ def keep(batch: TokenBatch, section: Custom) -> Bool[Tensor, " e"]:
 
 
 def advantage(batch: TokenBatch, estimates: Estimates, state: SlotMemory, section: Custom) -> AdvantageEstimate:
-    """S3: A_t of each token."""
+    """A_t of each token."""
     return AdvantageEstimate(_of_tokens(section, _called(section, batch), batch), {}, {})
 
 
 def weight(batch: TokenBatch, section: CustomWeight) -> Float[Tensor, " n"]:
-    """S4: w_t of each token; as a control, those of each role's tokens in a random order."""
+    """W_t of each token; as a control, those of each role's tokens in a random order."""
     given = _of_tokens(section, _called(section, batch), batch)
     if bool((given < 0).any()):
         _refuse(section, f"the weight {float(given.min()):g}", "at least 0")
@@ -116,7 +116,7 @@ def weight(batch: TokenBatch, section: CustomWeight) -> Float[Tensor, " n"]:
 def aggregation(
     weight: Float[Tensor, " n"], trainable: Bool[Tensor, " n"], trajectory: Int[Tensor, " n"], section: Custom
 ) -> Float[Tensor, " n"]:
-    """S4: c_t of each token of a minibatch, 0 where its weight is."""
+    """C_t of each token of a minibatch, 0 where its weight is."""
     given = _shaped(section, _called(section, weight, trainable, trajectory), weight)
     if bool((given[weight == 0] != 0).any()):
         _refuse(section, "a factor of a token that has no weight", "0 there")
@@ -124,7 +124,7 @@ def aggregation(
 
 
 def surrogate(tokens: UpdateTokens, plan: MinibatchPlan | None, section: Custom) -> SurrogateLoss:
-    """S5: the loss of each token. A loss that is not finite is the training's to count: weights may have led there."""
+    """The loss of each token. A loss that is not finite is the training's to count: weights may have led there."""
     given = _called(section, tokens)
     nowhere = torch.zeros_like(tokens.advantage, dtype=torch.bool)
     loss, clipped = given if isinstance(given, tuple) and len(given) == 2 else (given, nowhere)
@@ -135,7 +135,7 @@ def surrogate(tokens: UpdateTokens, plan: MinibatchPlan | None, section: Custom)
 
 
 def regulariser(batch: TokenBatch, state: SlotMemory, section: Custom) -> tuple[EntropyTerms, dict[str, float]]:
-    """S6: the entropy terms of each token; it remembers nothing."""
+    """The entropy terms of each token; it remembers nothing."""
     given = _called(section, batch)
     if not isinstance(given, EntropyTerms):
         return without_band(_shaped(section, given, batch.entropy)), {}

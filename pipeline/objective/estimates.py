@@ -22,7 +22,7 @@ class HeadTarget(NamedTuple):
 
 
 class AdvantageEstimate(NamedTuple):
-    """What S3 gives."""
+    """What the advantage slot gives."""
 
     advantage: Float[Tensor, " n"]
     """0 where not trainable."""

@@ -1,4 +1,4 @@
-"""Slot S2: which groups of trajectories are trained on."""
+"""Which groups of trajectories are trained on."""
 
 import math
 

@@ -1,4 +1,4 @@
-"""Slot S3: advantages that compare within groups."""
+"""Advantages that compare within groups."""
 
 import torch
 from jaxtyping import Bool, Float, Int

@@ -104,12 +104,12 @@ REGULARISERS: dict[str, Callable[..., tuple[EntropyTerms, dict[str, float]]]] = 
 
 
 def select_groups(method: Method, batch: TokenBatch) -> Bool[Tensor, " e"]:
-    """S2: which trajectories the iteration trains on."""
+    """Which trajectories the iteration trains on."""
     return FILTERS[method.filter.kind](batch, method.filter)
 
 
 def shape_rewards(method: Method, batch: TokenBatch) -> TokenBatch:
-    """S7: the batch with reshaped rewards and their returns."""
+    """The batch with reshaped rewards and their returns."""
     reward = REWARDS[method.reward.kind](batch, method.reward)
     return batch if reward is batch.reward else replace(batch, reward=reward, returns=batch.per_trajectory(reward))
 
@@ -117,7 +117,7 @@ def shape_rewards(method: Method, batch: TokenBatch) -> TokenBatch:
 def token_advantages(
     method: Method, batch: TokenBatch, estimates: Estimates, state: SlotMemory | None = None
 ) -> AdvantageEstimate:
-    """S3: advantages of all tokens, the targets of the method's heads, and what an adaptive advantage will remember.
+    """Advantages of all tokens, the targets of the method's heads, and what an adaptive advantage will remember.
 
     With ``entropy_scale`` ``A_t * (1 + entropy_scale * z(H_t))`` over the batch's trainable tokens (AEPO, arXiv 2510.14545).
 
@@ -141,7 +141,7 @@ def token_advantages(
 
 
 def token_weights(method: Method, batch: TokenBatch) -> Float[Tensor, " n"]:
-    """S4: weights of all tokens; the batch knows its advantages."""
+    """Weights of all tokens; the batch knows its advantages."""
     return WEIGHTS[method.weight.kind](batch, method.weight)
 
 
@@ -152,7 +152,7 @@ def coefficients(
     trajectory: Int[Tensor, " n"],
     advantage: Float[Tensor, " n"] | None = None,
 ) -> Float[Tensor, " n"]:
-    """S4: the factors c_t of a whole minibatch, whose token weights are 0 where not trainable.
+    """The factors c_t of a whole minibatch, whose token weights are 0 where not trainable.
 
     With ``count`` ``with_advantage`` tokens whose advantage is 0 have factor 0 and are not counted.
 
@@ -169,7 +169,7 @@ def coefficients(
 
 
 def surrogate_plan(method: Method) -> Callable[[UpdateTokens], MinibatchPlan] | None:
-    """S5: what the surrogate must know of a whole minibatch before its loss; None if nothing."""
+    """What the surrogate must know of a whole minibatch before its loss; None if nothing."""
     section = method.surrogate
     plan = PLANS.get(section.kind)
     return None if plan is None else lambda tokens: plan(tokens, section)
@@ -178,12 +178,12 @@ def surrogate_plan(method: Method) -> Callable[[UpdateTokens], MinibatchPlan] | 
 def entropy_terms(
     method: Method, batch: TokenBatch, state: SlotMemory | None = None
 ) -> tuple[EntropyTerms, dict[str, float]]:
-    """S6: entropy terms of all tokens, and what an adaptive regulariser will remember."""
+    """Entropy terms of all tokens, and what an adaptive regulariser will remember."""
     return REGULARISERS[method.regulariser.kind](batch, state or {}, method.regulariser)
 
 
 def surrogate_loss(method: Method, tokens: UpdateTokens, plan: MinibatchPlan | None) -> SurrogateLoss:
-    """S5: the loss of each token; ``plan`` holds their rows of the surrogate's plan, if it has one."""
+    """The loss of each token; ``plan`` holds their rows of the surrogate's plan, if it has one."""
     return SURROGATES[method.surrogate.kind](tokens, plan, method.surrogate)
 
 
@@ -200,7 +200,7 @@ class PolicyLoss(NamedTuple):
 
 
 def policy_loss(method: Method, tokens: UpdateTokens, plan: MinibatchPlan | None, count: int) -> PolicyLoss:
-    """S5 and S6: ``sum_t c_t * surrogate_t + mean entropy loss + c_KL * mean KL``.
+    """``sum_t c_t * surrogate_t + mean entropy loss + c_KL * mean KL``.
 
     The means are over tokens whatever the token weights are, as ActFocus's paper leaves these terms untouched: over the
     ``count`` trainable tokens of the whole minibatch, of which ``tokens`` may be a piece, and ``plan`` their rows.

@@ -1,4 +1,4 @@
-"""Slot S6: terms added to the loss.
+"""Terms added to the loss.
 
 A choice gives every token its entropy terms, once per iteration and from what it has kept of earlier ones; the loss of these
 terms is the same for all.

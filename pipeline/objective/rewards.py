@@ -1,4 +1,4 @@
-"""Slot S7: rewards reshaped before advantages are taken. Each function gives the new reward of every token."""
+"""Rewards reshaped before advantages are taken. Each function gives the new reward of every token."""
 
 import torch
 from jaxtyping import Float

@@ -1,4 +1,4 @@
-"""Slot S5: ratio and advantage to a per-token loss.
+"""Ratio and advantage to a per-token loss.
 
 A choice is a function of the update's tokens. Where it needs to know the whole minibatch (which tokens have the highest
 covariance, how far bounds must move), a second function plans that before the minibatch is cut into pieces, from all its

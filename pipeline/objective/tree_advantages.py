@@ -1,4 +1,4 @@
-"""Slot S3: advantages of episodes that branch from one another."""
+"""Advantages of episodes that branch from one another."""
 
 import torch
 

@@ -1,4 +1,4 @@
-"""Slot S4: the token weight w_t. Each function gives the weight of every token, 0 where not trainable."""
+"""The token weight w_t. Each function gives the weight of every token, 0 where not trainable."""
 
 import math
 

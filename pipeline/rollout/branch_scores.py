@@ -1,4 +1,4 @@
-"""How good a place to branch each token is: the signals of slot S1."""
+"""How good a place to branch each token is: the signals of ``branching``."""
 
 from collections.abc import Iterator
 from typing import Any

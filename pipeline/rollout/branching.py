@@ -1,4 +1,4 @@
-"""Slot S1: where the episodes of a tree begin, a budget of them per initial state.
+"""Where the episodes of a tree begin, a budget of them per initial state.
 
 A choice is a generator over one initial state's tree, written as the sources write their loops: it yields where the next
 episodes begin, and is resumed when they have been played. It never sees the engine; ``Forest`` plays all trees of an

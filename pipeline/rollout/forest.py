@@ -18,7 +18,7 @@ from pipeline.workspace.randomness import generator
 
 
 class Forest:
-    """The trees of an iteration while they grow, by a section of S1; a group's budget is as many episodes as it has specs.
+    """The trees of an iteration while they grow, by a choice of branching; a group's budget is as many episodes as it has specs.
 
     What the engine has computed must still hold.
     """

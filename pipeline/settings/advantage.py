@@ -1,4 +1,4 @@
-"""Slot S3: the advantage A_t."""
+"""The advantage A_t."""
 
 from typing import Annotated, Literal, Union
 
@@ -10,7 +10,7 @@ from pipeline.settings.section import Epsilon, Float, NonNegative, Positive, Pro
 
 
 class AdvantageSection(Section):
-    """What every choice of S3 has."""
+    """What every advantage has."""
 
     entropy_scale: NonNegative = 0.0
     """``A_t * (1 + entropy_scale * z(H_t))`` with the behaviour policy's entropy, z-scored over the batch's trainable
@@ -41,13 +41,13 @@ class StandardisedAdvantage(AdvantageSection):
 
 
 class GroupAdvantage(StandardisedAdvantage):
-    """S3: GRPO, the return standardised within its group (arXiv 2402.03300)."""
+    """GRPO, the return standardised within its group (arXiv 2402.03300)."""
 
     kind: Literal["group"]
 
 
 class TokenGroupAdvantage(AdvantageSection):
-    """S3: each token's own reward standardised over all tokens of its group (GTPO, arXiv 2508.04349)."""
+    """Each token's own reward standardised over all tokens of its group (GTPO, arXiv 2508.04349)."""
 
     kind: Literal["token_group"]
     ddof: Literal[0, 1] = 1
@@ -57,7 +57,7 @@ class TokenGroupAdvantage(AdvantageSection):
 
 
 class StepGroupAdvantage(AdvantageSection):
-    """S3: the episode's advantage plus that of each turn among the group's visits of its state (GiGPO, arXiv 2505.10978)."""
+    """The episode's advantage plus that of each turn among the group's visits of its state (GiGPO, arXiv 2505.10978)."""
 
     kind: Literal["step_group"]
     step_weight: NonNegative = 1.0
@@ -76,7 +76,7 @@ class StepGroupAdvantage(AdvantageSection):
 
 
 class GAE(CriticAdvantage):
-    """S3: token-level generalised advantage estimation over sampled tokens only (arXiv 1506.02438)."""
+    """Token-level generalised advantage estimation over sampled tokens only (arXiv 1506.02438)."""
 
     kind: Literal["gae"]
     gamma: Probability = 1.0
@@ -95,7 +95,7 @@ class GAE(CriticAdvantage):
 
 
 class TurnGAE(CriticAdvantage):
-    """S3: GAE over turns; a response's tokens share its advantage (turn-level PPO). The value is that of its first token."""
+    """GAE over turns; a response's tokens share its advantage (turn-level PPO). The value is that of its first token."""
 
     kind: Literal["turn_gae"]
     gamma: Probability = 0.95
@@ -108,7 +108,7 @@ class TurnGAE(CriticAdvantage):
 
 
 class BilevelGAE(CriticAdvantage):
-    """S3: GAE over turns, then over the tokens within a turn (bi-level GAE, arXiv 2510.16907)."""
+    """GAE over turns, then over the tokens within a turn (bi-level GAE, arXiv 2510.16907)."""
 
     kind: Literal["bilevel_gae"]
     turn_gamma: Probability = 0.95
@@ -125,7 +125,7 @@ class BilevelGAE(CriticAdvantage):
 
 
 class EntropyGAE(CriticAdvantage):
-    """S3: separate values of reward and entropy; entropy counts while it is below its budget (after TECRL, 2511.11592)."""
+    """Separate values of reward and entropy; entropy counts while it is below its budget (after TECRL, 2511.11592)."""
 
     kind: Literal["entropy_gae"]
     gamma: Probability = 1.0
@@ -149,7 +149,7 @@ class EntropyGAE(CriticAdvantage):
 
 
 class SoftQ(CriticAdvantage):
-    """S3: token-level soft Bellman targets of Q over the vocabulary (ETPO, arXiv 2402.06700); goes with surrogate soft_q."""
+    """Token-level soft Bellman targets of Q over the vocabulary (ETPO, arXiv 2402.06700); goes with surrogate soft_q."""
 
     kind: Literal["soft_q"]
     gamma: Probability = 0.99
@@ -165,7 +165,7 @@ class TreeAdvantage(StandardisedAdvantage):
 
 
 class SharedPrefixAdvantage(TreeAdvantage):
-    """S3: the return standardised within its group; a token that branches share has their mean (ARPO, arXiv 2507.19849)."""
+    """The return standardised within its group; a token that branches share has their mean (ARPO, arXiv 2507.19849)."""
 
     kind: Literal["shared_prefix"]
     credit: Literal["hard", "soft"] = "soft"
@@ -174,7 +174,7 @@ class SharedPrefixAdvantage(TreeAdvantage):
 
 
 class PrefixCreditAdvantage(TreeAdvantage):
-    """S3: initial episodes and branches are groups of their own; branches only credit prefixes (APPO, arXiv 2606.12384).
+    """Initial episodes and branches are groups of their own; branches only credit prefixes (APPO, arXiv 2606.12384).
 
     A token of an initial episode has its episode's advantage, and the mean advantage of the branches from behind it.
     """
@@ -187,7 +187,7 @@ class PrefixCreditAdvantage(TreeAdvantage):
 
 
 class SiblingAdvantage(TreeAdvantage):
-    """S3: each stretch between two branchings against those that begin at the same place (after SEEA-R1 and TLPO).
+    """Each stretch between two branchings against those that begin at the same place (after SEEA-R1 and TLPO).
 
     A stretch is worth the mean return of the episodes through it.
     """
@@ -198,7 +198,7 @@ class SiblingAdvantage(TreeAdvantage):
 
 
 class ReinforcedAdvantage(TreeAdvantage):
-    """S3: GRPO over the initial episodes, REINFORCE on the others that succeeded (Arbitrary Entropy PO, 2510.08141)."""
+    """GRPO over the initial episodes, REINFORCE on the others that succeeded (Arbitrary Entropy PO, 2510.08141)."""
 
     kind: Literal["reinforced"]
     coefficient: Positive = 0.5
@@ -206,7 +206,7 @@ class ReinforcedAdvantage(TreeAdvantage):
 
 
 class CustomAdvantage(AdvantageSection, Custom, slot="advantage"):
-    """S3: a function of one's own, without a critic; it may go by branches (``parent`` and ``split`` of the batch)."""
+    """A function of one's own, without a critic; it may go by branches (``parent`` and ``split`` of the batch)."""
 
 
 Advantage = Annotated[

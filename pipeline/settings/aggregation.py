@@ -1,4 +1,4 @@
-"""Slot S4, second half: what divides the weighted sum. What each choice does is in pipeline/objective/aggregation.py."""
+"""Aggregation: what divides the weighted sum. What each choice does is in pipeline/objective/aggregation.py."""
 
 from typing import Annotated, Literal, Union
 
@@ -17,25 +17,25 @@ class AggregationSection(Section):
 
 
 class WeightSum(AggregationSection):
-    """S4: divide by the minibatch's total weight (ActFocus; with uniform weights the token mean)."""
+    """Divide by the minibatch's total weight (ActFocus; with uniform weights the token mean)."""
 
     kind: Literal["weight_sum"]
 
 
 class TokenMean(AggregationSection):
-    """S4: divide by the minibatch's number of trainable tokens."""
+    """Divide by the minibatch's number of trainable tokens."""
 
     kind: Literal["token_mean"]
 
 
 class SequenceMean(AggregationSection):
-    """S4: each trajectory's weighted mean, then the mean over trajectories (GRPO, arXiv 2402.03300)."""
+    """Each trajectory's weighted mean, then the mean over trajectories (GRPO, arXiv 2402.03300)."""
 
     kind: Literal["sequence_mean"]
 
 
 class ConstantNormaliser(AggregationSection):
-    """S4: divide by a constant per trajectory (Dr. GRPO, arXiv 2503.20783)."""
+    """Divide by a constant per trajectory (Dr. GRPO, arXiv 2503.20783)."""
 
     kind: Literal["constant"]
     tokens: Positive
@@ -43,7 +43,7 @@ class ConstantNormaliser(AggregationSection):
 
 
 class CustomAggregation(AggregationSection, Custom, slot="aggregation", given=("weight", "trainable", "trajectory")):
-    """S4: a function of one's own."""
+    """A function of one's own."""
 
 
 Aggregation = Annotated[

@@ -1,4 +1,4 @@
-"""Slot S1: where episodes come from. What each choice does is in pipeline/rollout/branching.py.
+"""Where episodes come from. What each choice does is in pipeline/rollout/branching.py.
 
 The budget, ``rollout.group_size`` episodes per initial state, is the same for all.
 """
@@ -19,13 +19,13 @@ from pipeline.settings.section import (
 
 
 class Independent(Section):
-    """S1: every episode begins at the initial state."""
+    """Every episode begins at the initial state."""
 
     kind: Literal["none"] = "none"
 
 
 class EntropyRise(Section):
-    """S1: branch where an observation has raised the entropy (ARPO, arXiv 2507.19849; AEPO, arXiv 2510.14545).
+    """Branch where an observation has raised the entropy (ARPO, arXiv 2507.19849; AEPO, arXiv 2510.14545).
 
     At the beginning of each response but the first, ``width`` more episodes begin if
     ``(draw + slope * dH) * max(0, 1 - penalty * l) >= threshold``. Budget that is left begins at the initial state.
@@ -62,7 +62,7 @@ class EntropyRise(Section):
 
 
 class Positions(Section):
-    """S1: branch at the tokens of highest score (APPO, arXiv 2606.12384; after TLPO, arXiv 2604.26553).
+    """Branch at the tokens of highest score (APPO, arXiv 2606.12384; after TLPO, arXiv 2604.26553).
 
     The budget beyond ``initial`` goes to branches, ``width`` at each position, best first.
     """
@@ -96,7 +96,7 @@ class Positions(Section):
 
 
 class TreeSearch(Section):
-    """S1: Monte-Carlo tree search over turns, with whole episodes as simulations (after SEEA-R1, arXiv 2506.21669)."""
+    """Monte-Carlo tree search over turns, with whole episodes as simulations (after SEEA-R1, arXiv 2506.21669)."""
 
     kind: Literal["tree_search"]
     width: Annotated[Int, Field(ge=2, le=1_000_000)] = 4
@@ -106,7 +106,7 @@ class TreeSearch(Section):
 
 
 class TemperatureSwitch(Section):
-    """S1: episodes at another temperature, switched on entropy (Arbitrary Entropy PO, arXiv 2510.08141)."""
+    """Episodes at another temperature, switched on entropy (Arbitrary Entropy PO, arXiv 2510.08141)."""
 
     kind: Literal["temperature_switch"]
     initial: Count = 8

@@ -1,4 +1,4 @@
-"""Slot S2: which groups are trained on. What each choice does is in pipeline/objective/filters.py."""
+"""Which groups are trained on. What each choice does is in pipeline/objective/filters.py."""
 
 from typing import Annotated, Literal, Union
 
@@ -9,13 +9,13 @@ from pipeline.settings.section import Section, Share
 
 
 class AllGroups(Section):
-    """S2: train on every group."""
+    """Train on every group."""
 
     kind: Literal["all"]
 
 
 class RewardVariance(Section):
-    """S2: keep the groups whose returns vary most; groups of equal returns are always dropped (StarPO-S, DAPO)."""
+    """Keep the groups whose returns vary most; groups of equal returns are always dropped (StarPO-S, DAPO)."""
 
     kind: Literal["reward_variance"]
     keep: Share = 1.0
@@ -23,7 +23,7 @@ class RewardVariance(Section):
 
 
 class CustomFilter(Custom, slot="filter"):
-    """S2: a function of one's own; it may also drop single trajectories."""
+    """A function of one's own; it may also drop single trajectories."""
 
 
 Filter = Annotated[Union[AllGroups, RewardVariance, CustomFilter], Field(discriminator="kind")]

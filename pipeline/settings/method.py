@@ -23,21 +23,21 @@ class Method(Section):
     status: Status = "ours"
     """``faithful`` to its source, ``after`` it where only the idea is known, or ``ours``; decides nothing."""
     branching: Branching = Independent()
-    """S1: where do episodes come from?"""
+    """Where do episodes come from?"""
     reward: Reward
-    """S7: is the reward reshaped?"""
+    """Is the reward reshaped?"""
     filter: Filter
-    """S2: which groups are trained on."""
+    """Which groups are trained on."""
     advantage: Advantage
-    """S3: what is A_t."""
+    """What is A_t."""
     weight: Weight
-    """S4: the token weight w_t."""
+    """The token weight w_t."""
     aggregation: Aggregation
-    """S4: what divides the weighted sum."""
+    """What divides the weighted sum."""
     surrogate: Surrogate
-    """S5: how ratio and advantage become a per-token loss."""
+    """How ratio and advantage become a per-token loss."""
     regulariser: Regulariser
-    """S6: entropy and KL terms."""
+    """Entropy and KL terms."""
     learning_rate: LearningRate
     """Adam's learning rate of the policy."""
 

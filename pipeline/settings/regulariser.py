@@ -1,4 +1,4 @@
-"""Slot S6: entropy and KL terms of the loss. What each choice does is in pipeline/objective/regularisers.py."""
+"""Entropy and KL terms of the loss. What each choice does is in pipeline/objective/regularisers.py."""
 
 from typing import Annotated, Literal, Union
 
@@ -9,7 +9,7 @@ from pipeline.settings.section import NonNegative, Positive, Section
 
 
 class RegulariserSection(Section):
-    """What every choice of S6 has: terms added to the loss as plain token means, whatever the token weights are."""
+    """What every regulariser has: terms added to the loss as plain token means, whatever the token weights are."""
 
     entropy: NonNegative = 0.0
     """Coefficient of the entropy bonus."""
@@ -27,13 +27,13 @@ class RegulariserSection(Section):
 
 
 class FixedRegulariser(RegulariserSection):
-    """S6: fixed coefficients."""
+    """Fixed coefficients."""
 
     kind: Literal["fixed"]
 
 
 class EntropyBand(RegulariserSection):
-    """S6: a penalty where a token's entropy leaves a band around its turn's history (EPO, arXiv 2509.22576).
+    """A penalty where a token's entropy leaves a band around its turn's history (EPO, arXiv 2509.22576).
 
     The penalty is the distance from the band, so that it has a gradient; the released one is constant and has none.
     """
@@ -53,7 +53,7 @@ class EntropyBand(RegulariserSection):
 
 
 class EntropyTarget(RegulariserSection):
-    """S6: the entropy bonus adapts to a target below the initial entropy, larger on hard groups (AER, arXiv 2510.10959).
+    """The entropy bonus adapts to a target below the initial entropy, larger on hard groups (AER, arXiv 2510.10959).
 
     ``entropy`` is the coefficient of the first iteration.
     """
@@ -70,7 +70,7 @@ class EntropyTarget(RegulariserSection):
 
 
 class CustomRegulariser(RegulariserSection, Custom, slot="regulariser"):
-    """S6: a function of one's own gives each token's entropy terms; the KL terms are as in every choice."""
+    """A function of one's own gives each token's entropy terms; the KL terms are as in every choice."""
 
     def check(self) -> None:
         super().check()

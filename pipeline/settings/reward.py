@@ -1,4 +1,4 @@
-"""Slot S7: how rewards are reshaped. What each choice does is in pipeline/objective/rewards.py."""
+"""How rewards are reshaped. What each choice does is in pipeline/objective/rewards.py."""
 
 from typing import Annotated, Literal, Union
 
@@ -9,13 +9,13 @@ from pipeline.settings.section import NonNegative, Positive, Section
 
 
 class PlainReward(Section):
-    """S7: the environment's reward."""
+    """The environment's reward."""
 
     kind: Literal["none"]
 
 
 class TokenEntropyReward(Section):
-    """S7: successful trajectories share reward by token entropy (GTPO, arXiv 2508.04349)."""
+    """Successful trajectories share reward by token entropy (GTPO, arXiv 2508.04349)."""
 
     kind: Literal["token_entropy"]
     base: NonNegative = 1.0
@@ -25,7 +25,7 @@ class TokenEntropyReward(Section):
 
 
 class SequenceEntropyReward(Section):
-    """S7: successful trajectories share reward by their mean entropy (GRPO-S, arXiv 2508.04349)."""
+    """Successful trajectories share reward by their mean entropy (GRPO-S, arXiv 2508.04349)."""
 
     kind: Literal["sequence_entropy"]
     base: NonNegative = 1.0
@@ -35,7 +35,7 @@ class SequenceEntropyReward(Section):
 
 
 class EntropyRateReward(Section):
-    """S7: the trajectory's entropy rate is taken from its reward (after PARL)."""
+    """The trajectory's entropy rate is taken from its reward (after PARL)."""
 
     kind: Literal["entropy_rate"]
     coefficient: Positive = 0.1
@@ -43,7 +43,7 @@ class EntropyRateReward(Section):
 
 
 class ReferenceKLReward(Section):
-    """S7: a penalty on each token's log-probability ratio to the reference policy (k1 in the reward, arXiv 2203.02155)."""
+    """A penalty on each token's log-probability ratio to the reference policy (k1 in the reward, arXiv 2203.02155)."""
 
     kind: Literal["reference_kl"]
     coefficient: Positive = 0.001
@@ -51,7 +51,7 @@ class ReferenceKLReward(Section):
 
 
 class CustomReward(Custom, slot="reward"):
-    """S7: a function of one's own."""
+    """A function of one's own."""
 
 
 Reward = Annotated[

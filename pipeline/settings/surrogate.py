@@ -1,4 +1,4 @@
-"""Slot S5: how ratio and advantage become a per-token loss. What each choice does is in pipeline/objective/surrogates.py."""
+"""How ratio and advantage become a per-token loss. What each choice does is in pipeline/objective/surrogates.py."""
 
 from typing import Annotated, Literal, Union
 
@@ -12,7 +12,7 @@ Dual = Annotated[Float, Field(gt=1.0, le=MOST)]
 
 
 class PPOClip(Section):
-    """S5: the clipped surrogate with two bounds (arXiv 1707.06347, arXiv 2503.14476)."""
+    """The clipped surrogate with two bounds (arXiv 1707.06347, arXiv 2503.14476)."""
 
     kind: Literal["ppo_clip"]
     low: Low = 0.2
@@ -25,7 +25,7 @@ class PPOClip(Section):
 
 
 class SequenceClip(Section):
-    """S5: the ratio of a trajectory is the geometric mean of its tokens' (GSPO, arXiv 2507.18071)."""
+    """The ratio of a trajectory is the geometric mean of its tokens' (GSPO, arXiv 2507.18071)."""
 
     kind: Literal["sequence_clip"]
     low: Low = 3e-4
@@ -35,7 +35,7 @@ class SequenceClip(Section):
 
 
 class DetachedClip(Section):
-    """S5: ``-sg(clip(r)) A log pi``: no token loses its gradient (CISPO, arXiv 2506.13585)."""
+    """``-sg(clip(r)) A log pi``: no token loses its gradient (CISPO, arXiv 2506.13585)."""
 
     kind: Literal["detached_clip"]
     low: Annotated[Float, Field(gt=0.0, le=1.0)] = 1.0
@@ -45,7 +45,7 @@ class DetachedClip(Section):
 
 
 class StraightThroughClip(Section):
-    """S5: above the upper bound the value is clipped and the gradient kept (AEPO, arXiv 2510.14545)."""
+    """Above the upper bound the value is clipped and the gradient kept (AEPO, arXiv 2510.14545)."""
 
     kind: Literal["straight_through_clip"]
     low: Low = 0.2
@@ -57,7 +57,7 @@ class StraightThroughClip(Section):
 
 
 class CovarianceClip(Section):
-    """S5: PPO's clip, and no loss on random tokens of high covariance (Clip-Cov, arXiv 2505.22617)."""
+    """PPO's clip, and no loss on random tokens of high covariance (Clip-Cov, arXiv 2505.22617)."""
 
     kind: Literal["covariance_clip"]
     low: Annotated[Float, Field(gt=0.0, le=1.0)] = 1.0
@@ -75,7 +75,7 @@ class CovarianceClip(Section):
 
 
 class CovarianceKL(Section):
-    """S5: the plain ratio, and a penalty on tokens of highest covariance (KL-Cov, arXiv 2505.22617)."""
+    """The plain ratio, and a penalty on tokens of highest covariance (KL-Cov, arXiv 2505.22617)."""
 
     kind: Literal["covariance_kl"]
     share: Share = 2e-4
@@ -85,7 +85,7 @@ class CovarianceKL(Section):
 
 
 class BalancedClip(Section):
-    """S5: bounds of the ratio move until positive advantages carry their share of the loss (BAPO, arXiv 2510.18927)."""
+    """Bounds of the ratio move until positive advantages carry their share of the loss (BAPO, arXiv 2510.18927)."""
 
     kind: Literal["balanced_clip"]
     low: tuple[Positive, Positive] = (0.6, 0.9)
@@ -107,7 +107,7 @@ class BalancedClip(Section):
 
 
 class ProcedureClip(Section):
-    """S5: PPO's clip with a dual bound, scaled by where each token leads (APPO, arXiv 2606.12384).
+    """PPO's clip with a dual bound, scaled by where each token leads (APPO, arXiv 2606.12384).
 
     The loss of a token is multiplied by ``1 + strength * f_t`` (raw) or ``1 + strength * (f_t - 1)`` (centred), with
     ``f_t = clip(exp(FutureKL_t), ...)`` under a stop-gradient.
@@ -136,13 +136,13 @@ class ProcedureClip(Section):
 
 
 class SoftQSurrogate(Section):
-    """S5: ``sum_v pi(v) (b log(pi(v) / ref(v)) - Q(v))`` over the vocabulary (ETPO, arXiv 2402.06700)."""
+    """``sum_v pi(v) (b log(pi(v) / ref(v)) - Q(v))`` over the vocabulary (ETPO, arXiv 2402.06700)."""
 
     kind: Literal["soft_q"]
 
 
 class CustomSurrogate(Custom, slot="surrogate", given=("tokens",)):
-    """S5: a function of one's own. Whether it has a rule on the ratio is not known, so one update is allowed."""
+    """A function of one's own. Whether it has a rule on the ratio is not known, so one update is allowed."""
 
 
 Surrogate = Annotated[

@@ -1,4 +1,4 @@
-"""Slot S4: the token weight w_t. What each choice does is in pipeline/objective/weights.py."""
+"""The token weight w_t. What each choice does is in pipeline/objective/weights.py."""
 
 from typing import Annotated, Literal, Union
 
@@ -9,7 +9,7 @@ from pipeline.settings.section import Int, NonNegative, Probability, Section, Sh
 
 
 class UniformWeight(Section):
-    """S4: every response token weighs 1."""
+    """Every response token weighs 1."""
 
     kind: Literal["uniform"]
 
@@ -18,7 +18,7 @@ Signal = Literal["reference_energy", "reference_entropy", "behaviour_nll", "logp
 
 
 class ActFocusWeight(Section):
-    """S4: ActFocus (arXiv 2605.14558)."""
+    """ActFocus (arXiv 2605.14558)."""
 
     kind: Literal["actfocus"]
     reasoning_downweight: NonNegative = 0.1
@@ -49,7 +49,7 @@ class ActFocusWeight(Section):
 
 
 class RoleRampWeight(Section):
-    """S4: weights by role, reasoning's growing over training, then mean 1 per trajectory (ResT, arXiv 2509.21826).
+    """Weights by role, reasoning's growing over training, then mean 1 per trajectory (ResT, arXiv 2509.21826).
 
     Our roles do not tell an action's name from its arguments: action tokens weigh as the published tool name.
     """
@@ -68,7 +68,7 @@ class RoleRampWeight(Section):
 
 
 class TopEntropyWeight(Section):
-    """S4: only the tokens of highest entropy are trained on (80/20, arXiv 2506.01939)."""
+    """Only the tokens of highest entropy are trained on (80/20, arXiv 2506.01939)."""
 
     kind: Literal["top_entropy"]
     share: Share = 0.2
@@ -76,7 +76,7 @@ class TopEntropyWeight(Section):
 
 
 class SpuriousMaskWeight(Section):
-    """S4: rewarded tokens that were unlikely though the policy was sure are left out (STAPO, arXiv 2602.15620)."""
+    """Rewarded tokens that were unlikely though the policy was sure are left out (STAPO, arXiv 2602.15620)."""
 
     kind: Literal["spurious_mask"]
     probability: Share = 0.002
@@ -86,7 +86,7 @@ class SpuriousMaskWeight(Section):
 
 
 class AttenuatedWeight(Section):
-    """S4: tokens of low entropy are attenuated (EGSPO, arXiv 2602.03309)."""
+    """Tokens of low entropy are attenuated (EGSPO, arXiv 2602.03309)."""
 
     kind: Literal["attenuated"]
     quantile: Probability = 0.5
@@ -100,7 +100,7 @@ class AttenuatedWeight(Section):
 
 
 class PivotWeight(Section):
-    """S4: more weight on tokens whose entropy stands out within their part of the trajectory (after ERPO, 2603.28204)."""
+    """More weight on tokens whose entropy stands out within their part of the trajectory (after ERPO, 2603.28204)."""
 
     kind: Literal["pivots"]
     buckets: Annotated[Int, Field(ge=1, le=1000)] = 4
@@ -116,7 +116,7 @@ class PivotWeight(Section):
 
 
 class CustomWeight(Custom, slot="weight"):
-    """S4: a function of one's own."""
+    """A function of one's own."""
 
     shuffle: bool = False
     """A control: each role's tokens have the function's weights in a random order."""

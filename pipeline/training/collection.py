@@ -35,7 +35,7 @@ class Collection:
     """Key in ``environments``."""
     seed: int
     branching: Branching
-    """S1."""
+    """Where episodes come from."""
     engine: RolloutEngine
     policy: Policy
     """What the engine samples from."""

@@ -69,7 +69,7 @@ class Head(nn.Module):
         self.trunk = copy.deepcopy(reference.backbone).requires_grad_(True) if settings.kind == "model" else None
 
     def estimate(self, scene: Scene) -> dict[str, Float[Tensor, " n"]]:
-        """What S3 is told of the wanted tokens; called without gradient."""
+        """What the advantage is told of the wanted tokens; called without gradient."""
         raise NotImplementedError
 
     def loss(self, scene: Scene, columns: Columns, train_trunk: bool) -> Float[Tensor, " n"]:
