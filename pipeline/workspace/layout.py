@@ -2,25 +2,41 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
 
+@dataclass(frozen=True)
 class Layout:
     """The paths of one run, a params file's: data/, models/, reports/ and sweeps/ in its folder ``out``."""
 
-    def __init__(self, out: Path) -> None:
-        self.out = out
-        self.sources = out / "data" / "sources"
+    out: Path
+
+    @property
+    def sources(self) -> Path:
         """Folder of fingerprints of what the params file only names."""
-        self.policy = out / "models" / "policy"
+        return self.out / "data" / "sources"
+
+    @property
+    def policy(self) -> Path:
         """Directory of the reference policy."""
-        self.all_runs = out / "data" / "runs"
+        return self.out / "models" / "policy"
+
+    @property
+    def all_runs(self) -> Path:
         """Folder of what MLflow calls the trainings."""
-        self.reports = out / "reports"
+        return self.out / "data" / "runs"
+
+    @property
+    def reports(self) -> Path:
         """Folder of the comparison and of all other reports."""
-        self.comparison = self.reports / "comparison.json"
+        return self.out / "reports"
+
+    @property
+    def comparison(self) -> Path:
         """The comparison's numbers."""
+        return self.reports / "comparison.json"
 
     def trained(self, environment: str, method: str) -> Path:
         """Folder of a method's trained policies."""
@@ -79,21 +95,36 @@ class Layout:
         return Layout(self.out / "sweeps" / f"confirm_{study}")
 
 
+@dataclass(frozen=True)
 class Cache:
     """What commands keep for later ones in the root's folder ``.cache``; it may be deleted."""
 
-    def __init__(self, folder: Path = Path(".cache")) -> None:
-        self.folder = folder
-        self.sweep = folder / "sweep"
+    folder: Path = Path(".cache")
+
+    @property
+    def sweep(self) -> Path:
         """A cache of trials' trainings, so that one whose worker was killed goes on where it stopped."""
-        self.journal = self.sweep / "journal.log"
+        return self.folder / "sweep"
+
+    @property
+    def journal(self) -> Path:
         """The sweeps' storage where no database is given."""
-        self.tracking = folder / "tracking"
+        return self.sweep / "journal.log"
+
+    @property
+    def tracking(self) -> Path:
         """Folder of runs that a tracking store does not have yet."""
-        self.hashes = folder / "sources.json"
+        return self.folder / "tracking"
+
+    @property
+    def hashes(self) -> Path:
         """Hashes of large files, to be used again while these are untouched."""
-        self.home = folder / "home"
+        return self.folder / "sources.json"
+
+    @property
+    def home(self) -> Path:
         """The home of a user who has none."""
+        return self.folder / "home"
 
     def training(self, key: str) -> Path:
         """Folder of a training: checkpoint while it runs, result when it is finished."""
