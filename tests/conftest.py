@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 # Before anything of them is imported: a call must fit its annotations, shapes included; an int may be a float (PEP 484).
 # Not the trunk, its kernels and the engine, of which the functions run per layer and token: they would take twice as long.
-SHAPED = ("analysis", "contracts", "model.scoring", "objective", "training")
+# Nor the contracts, which look whether anybody draws from the global generators: beartype does.
+SHAPED = ("analysis", "model.scoring", "objective", "training")
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 install_import_hook([f"pipeline.{name}" for name in SHAPED], CHECKER)
 torch.set_num_threads(1)

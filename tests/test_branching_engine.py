@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+import gymnasium
 import numpy as np
 import pytest
 
@@ -41,6 +42,7 @@ from tests.forests import (
 from tests.test_collector import NAME, TOKENIZER, config, says
 from tests.test_contracts_kept import EXAMPLES, SOUND
 from tests.test_engine import random_policy
+from tests.walks import Walk
 
 # ---------------------------------------------------------------------------- environments: copied, or led there again
 
@@ -92,6 +94,18 @@ def answers(environment: Any, turns: Sequence[dict[str, Any]]) -> list[Any]:
             if shown[2]:
                 return seen
     return seen
+
+
+class Forgetful(Walk):
+    """Its noise is drawn from a generator that no seed resets."""
+
+    noise = np.random.default_rng(0)
+
+    def slips(self) -> bool:
+        return bool(self.noise.random() < 0.5)
+
+
+gymnasium.register(id="Forgetful-v0", entry_point=Forgetful, disable_env_checker=True)
 
 
 def test_an_environment_that_cannot_be_led_there_again_is_named_in_one_line() -> None:

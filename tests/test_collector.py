@@ -81,7 +81,7 @@ def test_text_is_what_the_dialogue_renders() -> None:
     lake = lake_at(settings.environments[NAME], state)
     expected = ""
     for turn in range(4):
-        expected += f"<|user|>{lake._observe(first=False)}<|assistant|>{says('Up')}"
+        expected += f"<|user|>{lake._observe()}<|assistant|>{says('Up')}"
         if turn < 3:
             lake.step("Up")
         if lake.done:
@@ -254,7 +254,7 @@ def test_prompt_is_the_dialogues_opening() -> None:
     dialogue = Dialogue(TOKENIZER, "published", "", section.response_tokens)
     for episode, spec in enumerate(iteration_specs(settings, NAME, 0, 0)):
         lake = lake_at(section, spec.state_seed)
-        expected = dialogue.opening(lake.instructions, lake._observe(first=True), lake.max_actions)
+        expected = dialogue.opening(lake.instructions, lake._observe(), lake.max_actions)
         span = made.role[made.offsets[episode] : made.offsets[episode + 1]] == Role.PROMPT
         ids = made.input_ids[made.offsets[episode] : made.offsets[episode + 1]]
         assert ids[span].tolist() == expected

@@ -255,7 +255,7 @@ def rollout_and_scores(path: str) -> None:
 def test_the_pipeline_says_the_same_without_kernels(tmp_path: Path) -> None:
     rollout_and_scores(str(tmp_path / "with.npz"))
     for name, variables in (("off", {"ACTFOCUS_KERNELS": "off"}), ("broken", {"CC": "false"})):
-        code = f"import test_kernels; test_kernels.rollout_and_scores({str(tmp_path / name)!r} + '.npz')"
+        code = f"import test_kernel_builds; test_kernel_builds.rollout_and_scores({str(tmp_path / name)!r} + '.npz')"
         environment = {**os.environ, **variables, "PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
         done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd=ROOT)
         assert done.returncode == 0, done.stderr

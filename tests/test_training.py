@@ -22,17 +22,9 @@ from pipeline.training.module import PolicyGradient
 from pipeline.training.tokens import TokenTable
 from pipeline.training.update import Learner, averages
 from pipeline.trajectories.trajectory import Role
+from tests.letters import LETTER
 from tests.training_cases import prepared, token_number
 from tests.trainings import LAKE, configured, fit, same, standing, supervised, unmoved, updated, weights
-
-LETTER = {
-    "id": "actfocus_test/Letter-v0",
-    "max_turns": 1,
-    "response_tokens": 12,
-    "context_tokens": 64,
-    "format_penalty": 0.0,
-}
-
 
 # ------------------------------------------------------------------------------------------------------------ bootstrap
 

@@ -58,6 +58,7 @@ class OddExpert:
         return " ".join(["so"] * words)
 
 
+gymnasium.register(id="Odd-v0", entry_point=Odd, disable_env_checker=True)
 ODD = f"{__name__}:Odd-v0"
 
 
@@ -79,7 +80,7 @@ def raises(*_: Any, **__: Any) -> Any:
     raise KeyError("no\nsuch door")
 
 
-STEP, RAISED = "step('open')", r"KeyError: 'no\nsuch door' (test_collector.py, line "
+STEP, RAISED = "step('open')", r"KeyError: 'no\nsuch door' (test_untrusted_environments.py, line "
 
 
 @pytest.mark.parametrize(
