@@ -70,11 +70,11 @@ def sleep_at_one(task: int, report: Tell) -> None:
 
 
 def test_a_tasks_exception_does_not_wait_for_those_that_have_begun() -> None:
-    began = time.monotonic()
+    began, earlier = time.monotonic(), set(multiprocessing.active_children())
     with pytest.raises(UserError):
         run_in_processes(sleep_at_one, {"one": 1, "zero": 0}, 2, "fail")
     assert time.monotonic() - began < 50
-    assert not multiprocessing.active_children()
+    assert set(multiprocessing.active_children()) <= earlier
 
 
 def test_a_worker_whose_parent_was_gone_before_it_began_ends() -> None:
