@@ -74,7 +74,9 @@ def test_a_tasks_exception_does_not_wait_for_those_that_have_begun() -> None:
     with pytest.raises(UserError):
         run_in_processes(sleep_at_one, {"one": 1, "zero": 0}, 2, "fail")
     assert time.monotonic() - began < 50
-    assert set(multiprocessing.active_children()) <= earlier
+    while set(multiprocessing.active_children()) - earlier:  # the pool's thread may be about to note that one has ended
+        assert time.monotonic() - began < 50
+        time.sleep(0.1)
 
 
 def test_a_worker_whose_parent_was_gone_before_it_began_ends() -> None:
