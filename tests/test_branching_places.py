@@ -20,7 +20,8 @@ from pipeline.rollout.branching import (
     turn_path,
 )
 from pipeline.rollout.tree import ROOT, Origin, Tree
-from tests.batches import properties
+from pipeline.settings.branching import Positions, TemperatureSwitch
+from tests.batches import properties, section
 from tests.made_up_trees import add, asked, at, plant
 
 
@@ -141,7 +142,7 @@ def test_a_place_belongs_to_the_oldest_episode_that_has_sampled_the_token_before
 def test_temperature_rises_where_the_initial_episodes_are_below_the_target(target: float, chosen: float) -> None:
     """Their sampled tokens' mean entropy is 0.5 (of each episode: 0.2 over 3 tokens, 0.8 over 3)."""
     tree = plant(5)
-    growth = temperature_switch(tree, initial=2, target=target, high=1.5, low=0.7)
+    growth = temperature_switch(tree, section(TemperatureSwitch, initial=2, target=target, high=1.5, low=0.7))
     entropies = itertools.count()
     places = asked(tree, growth, lambda origin: [[(0.25, 0.75)[next(entropies) % 2]] * 4])
     assert places == [[ROOT, ROOT], [Origin(temperature=chosen)] * 3]
@@ -181,7 +182,7 @@ def test_branches_begin_at_the_best_positions(changes: dict[str, Any], expected:
         "discount": 0,
         "bounds": (),
     }
-    growth = positions(tree, **{**given_settings, **changes})  # type: ignore[arg-type]
+    growth = positions(tree, section(Positions, **{**given_settings, **changes}))
     assert next(growth) == [ROOT, ROOT]
     assert next(growth) == at(*expected)
 
@@ -198,11 +199,11 @@ def test_few_positions_are_gone_through_again_and_none_gives_none() -> None:
         "discount": 0,
         "bounds": (),
     }
-    growth = positions(few, **settings_of)  # type: ignore[arg-type]
+    growth = positions(few, section(Positions, **settings_of))
     next(growth)
     assert next(growth) == at((0, 7), (0, 4), (0, 7), (0, 4), (0, 7))
     none = scored_tree([[-inf] * 4], [False], 6)
-    growth = positions(none, **settings_of)  # type: ignore[arg-type]
+    growth = positions(none, section(Positions, **settings_of))
     next(growth)
     assert next(growth, None) is None
 

@@ -15,6 +15,8 @@ from pipeline.rollout.branching import (
     rises,
 )
 from pipeline.rollout.tree import ROOT, Origin
+from pipeline.settings.branching import EntropyRise
+from tests.batches import section
 from tests.made_up_trees import asked, at, plant
 
 
@@ -32,14 +34,14 @@ PLAIN = {"monitor_slope": 0.5, "slope": 0.0, "tokens": 2, "width": 1, "threshold
 def test_a_penalty_counts_the_branchings_in_a_row_of_a_path() -> None:
     """At 0.55 against 0.5 a penalty of 0.1 forbids two in a row: 0.55 * 0.9 < 0.5."""
     tree = plant(20)
-    places = asked(tree, entropy_rise(tree, initial=2, penalty_per="path", **PLAIN), FLAT)
+    places = asked(tree, entropy_rise(tree, section(EntropyRise, initial=2, penalty_per="path", **PLAIN)), FLAT)
     assert places == [[ROOT, ROOT], at((0, 8), (1, 8)), [], at((0, 18), (1, 18), (2, 18), (3, 18))]
 
 
 def test_a_penalty_counts_the_rounds_in_a_row_in_which_a_prompt_branches() -> None:
     """All decisions of a round go by the same count: both paths branch, then none of four may, then all of them again."""
     tree = plant(20)
-    places = asked(tree, entropy_rise(tree, initial=2, penalty_per="prompt", **PLAIN), FLAT)
+    places = asked(tree, entropy_rise(tree, section(EntropyRise, initial=2, penalty_per="prompt", **PLAIN)), FLAT)
     assert places == [[ROOT, ROOT], at((0, 8), (1, 8)), [], at((0, 18), (1, 18), (2, 18), (3, 18))]
 
 
@@ -57,8 +59,12 @@ def test_a_prompts_rounds_are_those_of_a_loop(
     """AEPO's code: l stands still while a round is decided, path after path, and then moves once; 0.5 is to be reached."""
     openings = [1.0, 1.5, 0.5, 2.0, 1.2, 0.9]
     tree, draws = plant(60, seed), np.random.default_rng(seed)
-    section = {**PLAIN, "base": None, "penalty": penalty, "slope": slope, "width": width}
-    places = asked(tree, entropy_rise(tree, initial=initial, penalty_per="prompt", **section), turns_left(openings))
+    given = {**PLAIN, "base": None, "penalty": penalty, "slope": slope, "width": width}
+    places = asked(
+        tree,
+        entropy_rise(tree, section(EntropyRise, initial=initial, penalty_per="prompt", **given)),
+        turns_left(openings),
+    )
     expected, paths, in_a_row = [[ROOT] * initial], initial, 0
     for turn in range(1, len(openings)):
         branching = [
@@ -77,7 +83,7 @@ def test_a_prompts_rounds_are_those_of_a_loop(
 def test_a_branch_takes_its_paths_branchings_along() -> None:
     """At 0.6 two in a row are allowed and a third is not: 0.6 * 0.8 < 0.5, for the branches of both too."""
     tree = plant(20)
-    growth = entropy_rise(tree, initial=1, penalty_per="path", **{**PLAIN, "base": 0.6})
+    growth = entropy_rise(tree, section(EntropyRise, initial=1, penalty_per="path", **{**PLAIN, "base": 0.6}))
     assert asked(tree, growth, FLAT) == [[ROOT], at((0, 8)), at((0, 13), (1, 13)), []]
 
 
@@ -85,7 +91,7 @@ def test_episodes_branch_where_the_first_tokens_are_more_uncertain_than_the_firs
     """At slope 1 from 0 the threshold of 0.5 asks for half a nat; the third token of a response does not count."""
     tree = plant(9)
     rising = {**PLAIN, "base": 0.0, "slope": 1.0, "penalty": 0.0, "width": 2}
-    growth = entropy_rise(tree, initial=1, penalty_per="path", **rising)
+    growth = entropy_rise(tree, section(EntropyRise, initial=1, penalty_per="path", **rising))
     places = asked(tree, growth, turns_left([1.0, 1.5, 1.25, 2.0]))
     assert places == [[ROOT], at((0, 8), (0, 8)), [], at((0, 18), (0, 18), (1, 18), (1, 18), (2, 18), (2, 18))]
 
@@ -93,7 +99,9 @@ def test_episodes_branch_where_the_first_tokens_are_more_uncertain_than_the_firs
 @pytest.mark.parametrize("seed", range(5))
 def test_without_a_base_every_decision_has_a_draw_of_its_own(seed: int) -> None:
     tree, draws = plant(40, seed), np.random.default_rng(seed)
-    growth = entropy_rise(tree, initial=3, penalty_per="path", **{**PLAIN, "base": None, "penalty": 0.0})
+    growth = entropy_rise(
+        tree, section(EntropyRise, initial=3, penalty_per="path", **{**PLAIN, "base": None, "penalty": 0.0})
+    )
     places = asked(tree, growth, FLAT)
     paths = 3
     for turn, origins in enumerate(places[1:], start=1):
@@ -147,6 +155,6 @@ def test_a_monitored_tree_begins_with_as_many_episodes_as_its_first_ones_entropi
     """Of 16: the root's 1 nat against 3 over the later turns."""
     tree = plant(16)
     monitored = {**PLAIN, "base": 0.0, "slope": 0.0}
-    growth = entropy_rise(tree, initial="monitored", penalty_per="path", **monitored)
+    growth = entropy_rise(tree, section(EntropyRise, initial="monitored", penalty_per="path", **monitored))
     places = asked(tree, growth, turns_left([1.0, 2.0, 4.0]))
     assert places == [[ROOT], [ROOT] * 4, [], []]

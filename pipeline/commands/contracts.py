@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from pipeline.commands.cli import ParamsFile, configured
+from pipeline.workspace.errors import UserError
 
 
 def json_object(text: str) -> dict[str, Any]:
@@ -29,6 +30,12 @@ def main(
     settings: Annotated[dict[str, Any], Settings] = "{}",  # type: ignore[assignment]
     solved: Annotated[float, typer.Option(min=0, max=1, metavar="SHARE", help="Least that an expert solves.")] = 1.0,
 ) -> str:
+    if bool(slot) != bool(function):
+        raise UserError("--slot, --function: one is given without the other; allowed: both or neither")
+    if settings and not (slot or id):
+        raise UserError(
+            "--settings: nobody is there to be given them; allowed: with --id, or with --slot and --function"
+        )
     if slot:
         from pipeline.contracts.slot import check_slot
 

@@ -13,25 +13,12 @@ from typing import Literal
 import numpy as np
 
 from pipeline.rollout.tree import ROOT, Origin, Tree
-from pipeline.settings.branching import EntropyRise, Independent, Positions, TemperatureSwitch, TreeSearch
-from pipeline.settings.section import Section
+from pipeline.settings.branching import Branching, EntropyRise, Independent, Positions, TemperatureSwitch, TreeSearch
 
 Growth = Iterator[list[Origin]]
 
 
-def entropy_rise(
-    tree: Tree,
-    *,
-    initial: int | Literal["monitored"],
-    monitor_slope: float,
-    base: float | None,
-    slope: float,
-    threshold: float,
-    penalty: float,
-    penalty_per: Literal["path", "prompt"],
-    tokens: int,
-    width: int,
-) -> Growth:
+def entropy_rise(tree: Tree, section: EntropyRise) -> Growth:
     """ARPO (arXiv 2507.19849) and AEPO (arXiv 2510.14545): branch where an observation has raised the entropy.
 
     At the beginning of each response but the first, dH is the mean entropy of its first ``tokens`` tokens less that of the
@@ -39,12 +26,12 @@ def entropy_rise(
     ``width`` more episodes begin there. A turn is a round of decisions: l of the prompt is the same for all of it, and then
     one more if anything has branched, else 0 (AEPO's code).
     """
-    if initial == "monitored":
+    if section.initial == "monitored":
         yield [ROOT]
-        root, *tools = [opening_entropy(tree, 0, turn, tokens) for turn in range(len(tree.turns(0)))]
-        yield [ROOT] * (monitored_budget(root, tools, len(tree.specs), monitor_slope) - 1)
+        root, *tools = [opening_entropy(tree, 0, turn, section.tokens) for turn in range(len(tree.turns(0)))]
+        yield [ROOT] * (monitored_budget(root, tools, len(tree.specs), section.monitor_slope) - 1)
     else:
-        yield [ROOT] * initial
+        yield [ROOT] * section.initial
     streak: dict[int, int] = {}  # l of each path
     rounds = 0  # l of the prompt: rounds of decisions in a row in which anything has branched
     for turn in itertools.count(1):
@@ -55,13 +42,13 @@ def entropy_rise(
             own = tree.turns(path)
             if len(own) <= turn or len(positions := tree.sampled(path, turn)) == 0:
                 continue
-            length = streak.get(path, 0) if penalty_per == "path" else rounds
-            rise = opening_entropy(tree, path, turn, tokens) - opening_entropy(tree, path, 0, tokens)
-            draw = float(tree.draws.random()) if base is None else base
-            branching = rises(rise, length, draw, slope, threshold, penalty)
+            length = streak.get(path, 0) if section.penalty_per == "path" else rounds
+            rise = opening_entropy(tree, path, turn, section.tokens) - opening_entropy(tree, path, 0, section.tokens)
+            draw = float(tree.draws.random()) if section.base is None else section.base
+            branching = rises(rise, length, draw, section.slope, section.threshold, section.penalty)
             streak[path] = length + 1 if branching else 0
             if branching:
-                grown += [Origin(path, int(positions[0]))] * width
+                grown += [Origin(path, int(positions[0]))] * section.width
         rounds, before = rounds + 1 if grown else 0, len(tree.episodes)
         yield grown
         for child in range(before, len(tree.episodes)):  # a branch takes its path's streak along
@@ -96,35 +83,27 @@ def monitored_budget(root: float, tools: Sequence[float], budget: int, slope: fl
     return min(budget, int(budget * sigmoid) + 1)
 
 
-def positions(
-    tree: Tree,
-    *,
-    initial: int,
-    signal: str,
-    side: Literal["before", "after"],
-    among: Literal["all", "failed"],
-    width: int,
-    discount: float,
-    bounds: tuple[float, float],
-) -> Growth:
+def positions(tree: Tree, section: Positions) -> Growth:
     """APPO (arXiv 2606.12384) and TLPO (arXiv 2604.26553): branch at the tokens of highest score.
 
     The initial episodes come first; ``tree.scores`` then has a score per token (see ``branch_scores``), -inf where none may be.
     ``width`` episodes begin at each of as many positions as the budget asks for, best first; where there are fewer
     positions, they are gone through again.
     """
-    yield [ROOT] * initial
+    yield [ROOT] * section.initial
     failed = [not episode.builder.outcome["success"] for episode in tree.episodes]
     chosen = list(range(len(tree.episodes)))
-    if among == "failed" and any(failed):
+    if section.among == "failed" and any(failed):
         chosen = [path for path in chosen if failed[path]]
-    ranked = ranked_positions([tree.scores[path] for path in chosen], [tree.sampled(path) for path in chosen], side)
+    ranked = ranked_positions(
+        [tree.scores[path] for path in chosen], [tree.sampled(path) for path in chosen], section.side
+    )
     if ranked:
-        wanted = [ranked[i % len(ranked)] for i in range(-(-tree.room // width))]
-        yield [Origin(chosen[row], split) for row, split in wanted for _ in range(width)]
+        wanted = [ranked[i % len(ranked)] for i in range(-(-tree.room // section.width))]
+        yield [Origin(chosen[row], split) for row, split in wanted for _ in range(section.width)]
 
 
-def moved(section: Section) -> bool:
+def moved(section: Branching) -> bool:
     """Whether branches are placed by how the policy has moved: it is updated on the initial episodes first."""
     return isinstance(section, Positions) and section.signal == "branching_score"
 
@@ -144,15 +123,15 @@ def ranked_positions(
     return [(row, split) for _, row, split in sorted(found)]
 
 
-def tree_search(tree: Tree, *, width: int, exploration: float) -> Growth:
+def tree_search(tree: Tree, section: TreeSearch) -> Growth:
     """After SEEA-R1 (arXiv 2506.21669): Monte-Carlo tree search over turns, with whole episodes as simulations.
 
     From the initial state the child of highest ``Q + exploration * sqrt(ln N / n)`` is followed down to the first state
     with fewer than ``width`` children, and episodes begin there until it has as many. Q is the mean return beneath, scaled
     to [0, 1] over the tree.
     """
-    yield [ROOT] * width
-    while (found := expandable(tree, width, exploration)) is not None:
+    yield [ROOT] * section.width
+    while (found := expandable(tree, section.width, section.exploration)) is not None:
         yield found
 
 
@@ -198,26 +177,27 @@ def turn_path(tree: Tree, episode: int) -> tuple[int, ...]:
     return turn_path(tree, parent)[:shared] + (episode,) * (len(tree.turns(episode)) - shared)
 
 
-def temperature_switch(tree: Tree, *, initial: int, target: float, high: float, low: float) -> Growth:
+def temperature_switch(tree: Tree, section: TemperatureSwitch) -> Growth:
     """Arbitrary Entropy Policy Optimization (arXiv 2510.08141): the rest of the budget at another temperature.
 
     ``high`` where the mean entropy of the initial episodes' tokens is below ``target``, else ``low``.
     """
-    yield [ROOT] * initial
+    yield [ROOT] * section.initial
     entropies = [tree.column(path, "entropy")[tree.sampled(path)] for path in range(len(tree.episodes))]
-    below = float(np.concatenate(entropies).mean()) < target
-    yield [Origin(temperature=high if below else low)] * tree.room
+    below = float(np.concatenate(entropies).mean()) < section.target
+    yield [Origin(temperature=section.high if below else section.low)] * tree.room
 
 
-def independent(tree: Tree) -> Growth:
+def independent(tree: Tree, section: Independent) -> Growth:
     """No branches."""
     yield [ROOT] * tree.room
 
 
-GROWTHS: dict[type[Section], Callable[..., Growth]] = {
-    Independent: independent,
-    EntropyRise: entropy_rise,
-    Positions: positions,
-    TreeSearch: tree_search,
-    TemperatureSwitch: temperature_switch,
+GROWTHS: dict[str, Callable[..., Growth]] = {
+    "none": independent,
+    "entropy_rise": entropy_rise,
+    "positions": positions,
+    "tree_search": tree_search,
+    "temperature_switch": temperature_switch,
 }
+"""From a choice's ``kind`` to its generator."""

@@ -11,7 +11,7 @@ from pipeline.rollout.engine import RolloutEngine
 from pipeline.rollout.episode import Episode, Setup
 from pipeline.rollout.specs import EpisodeSpec
 from pipeline.rollout.tree import ROOT, Origin, Tree
-from pipeline.settings.section import Section
+from pipeline.settings.branching import Branching
 from pipeline.trajectories.builder import build
 from pipeline.trajectories.trajectory import REPORTED_ROLES, Trajectories
 from pipeline.workspace.randomness import generator
@@ -24,15 +24,14 @@ class Forest:
     """
 
     def __init__(
-        self, engine: RolloutEngine, setup: Setup, specs: Sequence[EpisodeSpec], section: Section, temperature: float
+        self, engine: RolloutEngine, setup: Setup, specs: Sequence[EpisodeSpec], section: Branching, temperature: float
     ) -> None:
         self.engine, self.setup, self.temperature = engine, setup, temperature
         groups: dict[str, list[EpisodeSpec]] = {}
         for spec in specs:
             groups.setdefault(spec.group_id, []).append(spec)
         self.trees = [Tree(own, generator(own[0].seed, "branches", group)) for group, own in groups.items()]
-        settings = {name: value for name, value in section if name != "kind"}
-        self._growths = [GROWTHS[type(section)](tree, **settings) for tree in self.trees]
+        self._growths = [GROWTHS[section.kind](tree, section) for tree in self.trees]
 
     def wave(self) -> Trajectories | None:
         """Play what every tree asks for next; returns these episodes tree by tree, or None if all budgets are spent.

@@ -11,14 +11,13 @@ from pipeline.progress.display import span
 from pipeline.progress.timing import Phases
 from pipeline.rollout.branch_scores import blank_tokens, branch_scores
 from pipeline.rollout.branching import moved
-from pipeline.rollout.collector import play
+from pipeline.rollout.collector import collect
 from pipeline.rollout.engine import RolloutEngine
 from pipeline.rollout.episode import Setup
 from pipeline.rollout.forest import Forest
 from pipeline.rollout.specs import iteration_specs
 from pipeline.settings.branching import Branching, Independent, Positions
 from pipeline.settings.params import Config
-from pipeline.trajectories.builder import build
 from pipeline.trajectories.trajectory import Trajectories, concatenate
 from pipeline.workspace.randomness import generator
 
@@ -64,13 +63,13 @@ class Collection:
             return
         with self.phases.phase("reset"):  # states are drawn by resetting
             specs = iteration_specs(self.config, self.name, self.seed, number)
-        temperature = self.config.rollout.temperature
-        setup = Setup(self.policy.tokenizer, self.config, self.name, self.phases, self.closing)
+        temperature, shared = self.config.rollout.temperature, (self.policy.tokenizer, self.config, self.name)
         if alone:
             with self.phases.phase("collect"), span("sampling", *SAMPLING):
-                episodes = play(self.engine, map(setup.begin, specs), temperature, count=len(specs))
-            yield [build([episode.builder for episode in episodes])]
+                sampled = collect(self.engine, *shared, specs, temperature, self.phases, self.closing)
+            yield [sampled]
         else:
+            setup = Setup(*shared, self.phases, self.closing)
             yield from self._grow(Forest(self.engine, setup, specs, self.branching, temperature))
 
     def _grow(self, forest: Forest) -> Iterator[list[Trajectories]]:
