@@ -1,4 +1,4 @@
-"""What the tests of group_advantages, critic_advantages, advantages share."""
+"""Batches and definitions written out over lists, for tests of advantages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of forest, branching_engine, branching share."""
+"""Params, policies and trees for tests of branching."""
 
 from __future__ import annotations
 

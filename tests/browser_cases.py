@@ -1,4 +1,4 @@
-"""What the tests of report_browser, report_drawing, report_looks share."""
+"""Reports and what looks at them in a real browser."""
 
 from __future__ import annotations
 

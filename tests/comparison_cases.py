@@ -1,4 +1,4 @@
-"""What the tests of comparison, comparison_warnings, comparison_page share."""
+"""Made-up evaluations and curves for tests of the comparison."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of presets, config, config_in_stages share."""
+"""Params files and how a stage is called on them, for tests of mistakes."""
 
 from __future__ import annotations
 

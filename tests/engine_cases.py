@@ -1,4 +1,4 @@
-"""What the tests of engine, engine_store, engine_ends share."""
+"""Policies of several families and a slow engine, for tests of the engine."""
 
 from __future__ import annotations
 

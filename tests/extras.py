@@ -1,4 +1,4 @@
-"""What the tests of optional packages share."""
+"""Params and players for tests of optional environments."""
 
 from __future__ import annotations
 

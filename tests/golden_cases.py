@@ -1,4 +1,4 @@
-"""What the tests of golden, golden_losses share."""
+"""Golden values of other projects' code, and what is compared with them."""
 
 from __future__ import annotations
 

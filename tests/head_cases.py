@@ -1,4 +1,4 @@
-"""What the tests of heads, heads_in_training share."""
+"""Policies and scenes for tests of heads."""
 
 from __future__ import annotations
 

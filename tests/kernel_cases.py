@@ -1,4 +1,4 @@
-"""What the tests of attention_kernels, kernels, kernel_builds share."""
+"""Tensors and instruction sets for tests of the kernels."""
 
 from __future__ import annotations
 

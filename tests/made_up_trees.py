@@ -1,4 +1,4 @@
-"""What the tests of entropy_branching, branching_places, branch_scores share."""
+"""Episodes of made-up entropies in trees, for tests of branching."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of objective, objective_weights, objective_losses share."""
+"""Drawn values and slow references for tests of the objective."""
 
 from __future__ import annotations
 

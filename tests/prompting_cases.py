@@ -1,4 +1,4 @@
-"""What the tests of parsing, prompting share."""
+"""Tokenizers and texts for tests of prompts and parsing."""
 
 from __future__ import annotations
 

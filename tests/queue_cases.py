@@ -1,4 +1,4 @@
-"""What the tests of sweep_queue, sweep_machines share."""
+"""A toy objective and its storages, for tests of searches."""
 
 from __future__ import annotations
 

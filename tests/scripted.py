@@ -1,4 +1,4 @@
-"""What the tests of collector, episode, untrusted_environments share."""
+"""An engine that says what a script tells it, and lakes to play with it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of surrogates, surrogate_plans, soft_q share."""
+"""Surrogates written out over lists, for their tests."""
 
 from __future__ import annotations
 

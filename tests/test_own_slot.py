@@ -8,6 +8,8 @@ import shutil
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+import pyarrow.parquet as pq
 import pytest
 from ruamel.yaml import YAML
 
@@ -64,6 +66,19 @@ def test_one_block_gives_a_comparison_with_its_uniform_counterpart_and_its_shuff
         text = (project / "reports" / file).read_text(encoding="utf-8")
         assert "weight unsure:weight (strength 0.5)" in text
         assert "weight unsure:weight (strength 0.5), shuffled" in text
+
+
+def test_the_update_is_given_its_weights_and_its_control_the_same_ones_on_other_tokens(project: Path) -> None:
+    weights = {}
+    for name in METHODS:
+        column = pq.read_table(project / "data" / "episodes" / f"bandit-{name}.parquet")["weight"].combine_chunks()
+        weights[name] = np.array(column.flatten().drop_null())
+    plain, own, shuffled = weights.values()
+    assert set(plain) == {1.0}
+    assert own.min() >= 1.0
+    assert own.max() > own.min()
+    np.testing.assert_array_equal(np.sort(own), np.sort(shuffled))
+    assert (own != shuffled).any()
 
 
 def test_its_settings_are_searched(project: Path) -> None:

@@ -1,4 +1,4 @@
-"""What the tests of iteration, training, pretrained share."""
+"""Params and toy methods for tests of training."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the tests of trajectory, trajectory_files share."""
+"""Drawn trajectories for tests of their files and columns."""
 
 from __future__ import annotations
 

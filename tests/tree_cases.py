@@ -1,4 +1,4 @@
-"""What the tests of trees, trees_by_hand share."""
+"""Random forests and a tree written out, for tests of trees."""
 
 from __future__ import annotations
 

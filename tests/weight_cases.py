@@ -1,4 +1,4 @@
-"""What the tests of weights, weight_controls share."""
+"""Settings and references for tests of token weights."""
 
 from __future__ import annotations
 
