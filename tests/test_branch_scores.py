@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from pipeline.rollout.branch_scores import action_starts, blank_tokens, branch_scores, omega, standardised
 from pipeline.rollout.specs import iteration_specs
-from pipeline.settings.branching import Independent
+from pipeline.settings.branching import Independent, Positions
 from pipeline.trajectories.builder import EpisodeBuilder, build
 from pipeline.trajectories.trajectory import Role, Trajectories
 from tests.forests import lake, planted, rows
@@ -23,6 +23,14 @@ from tests.test_collector import NAME, TOKENIZER
 def independent_table(seed: int = 0) -> Trajectories:
     changed = lake()
     return planted(changed, Independent(), specs=iteration_specs(changed, NAME, seed, 0))
+
+
+OWN_MOVE = Positions(kind="positions", discount=0.0)
+"""APPO's score, in which a token's own move is all that counts."""
+
+
+def by(signal: str) -> Positions:
+    return Positions.model_validate({"kind": "positions", "signal": signal})
 
 
 @settings(max_examples=20)
@@ -36,10 +44,11 @@ def test_appos_score_is_that_of_loops(seed: int, discount: float, bounds: tuple[
         for i, t in enumerate(chosen):
             total = sum(discount**k * moved[later] for k, later in enumerate(chosen[i:]))
             leads[t] = min(max(math.exp(total), bounds[0]), bounds[1])
-    np.testing.assert_allclose(omega(table, moved, discount, bounds), leads, rtol=1e-9)
+    appo = Positions(kind="positions", discount=discount, bounds=bounds)
+    np.testing.assert_allclose(omega(table, moved, appo), leads, rtol=1e-9)
 
     blank = np.random.default_rng(seed).random(len(moved)) < 0.2
-    scores = branch_scores("branching_score", table, np.random.default_rng(0), moved, discount, bounds, blank)
+    scores = branch_scores(appo, table, np.random.default_rng(0), moved, blank)
     strict: dict[int, float] = {}
     rest: dict[int, float] = {}
     for episode in range(len(table)):
@@ -67,12 +76,12 @@ def test_where_too_few_tokens_qualify_the_next_best_products_follow() -> None:
     """Only the last is high in both; the first has a larger product, of two low ones, and comes behind it."""
     made = build([lone_episode([0.0, 1.0, 3.0, 4.0])])
     shift = np.array([0, 0, 0, -0.19, 0.02, -0.04, 0.05])
-    scores = branch_scores("branching_score", made, np.random.default_rng(0), shift, 0.0)
+    scores = branch_scores(OWN_MOVE, made, np.random.default_rng(0), shift)
     product = standardised(np.array([0.0, 1.0, 3.0, 4.0])) * standardised(np.exp(shift[3:]))
     assert product[0] > product[3] > 0 > product[1]
     assert scores[6] == pytest.approx(product[3])
     assert np.argsort(-scores, kind="stable")[:4].tolist() == [6, 3, 5, 4]
-    still = branch_scores("branching_score", made, np.random.default_rng(0), np.zeros(7))
+    still = branch_scores(by("branching_score"), made, np.random.default_rng(0), np.zeros(7))
     assert np.isfinite(still).sum() == 4
     assert len(set(still[3:])) == 1
 
@@ -81,14 +90,9 @@ def test_scores_are_each_episodes_own() -> None:
     """An episode of tenfold entropies, and one whose policy has moved ten times as far, change no score of another's."""
     one, other = [0.0, 1.0, 3.0, 4.0], [40.0, 10.0, 30.0, 20.0]
     shift = np.array([0, 0, 0, -0.1, 0.02, -0.04, 0.1])
-    both = branch_scores(
-        "branching_score",
-        build([lone_episode(one), lone_episode(other)]),
-        np.random.default_rng(0),
-        np.r_[shift, shift],
-        0.0,
-    )
-    alone = branch_scores("branching_score", build([lone_episode(one)]), np.random.default_rng(0), shift, 0.0)
+    pair, single = build([lone_episode(one), lone_episode(other)]), build([lone_episode(one)])
+    both = branch_scores(OWN_MOVE, pair, np.random.default_rng(0), np.r_[shift, shift])
+    alone = branch_scores(OWN_MOVE, single, np.random.default_rng(0), shift)
     assert both[6] == alone[6]
 
 
@@ -101,8 +105,8 @@ def test_whitespace_is_no_place_to_branch() -> None:
     made = build([lone_episode([4.0, 1.0, 3.0, 0.0])])
     shift = np.array([0, 0, 0, 0.1, -0.02, 0.04, -0.1])
     blank = np.array([False, False, False, True, False, False, False])
-    scores = branch_scores("branching_score", made, np.random.default_rng(0), shift, 0.0, blank=blank)
-    plain = branch_scores("branching_score", made, np.random.default_rng(0), shift, 0.0)
+    scores = branch_scores(OWN_MOVE, made, np.random.default_rng(0), shift, blank)
+    plain = branch_scores(OWN_MOVE, made, np.random.default_rng(0), shift)
     assert int(np.argmax(plain)) == 3
     assert int(np.argmax(scores)) == 5
     assert not np.isfinite(scores[3])
@@ -120,14 +124,14 @@ def lone_episode(entropies: Sequence[float]) -> EpisodeBuilder:
 def test_signals_score_sampled_tokens_alone() -> None:
     table = independent_table()
     draws = lambda: np.random.default_rng(5)  # noqa: E731
-    entropy = branch_scores("entropy", table, draws())
+    entropy = branch_scores(by("entropy"), table, draws())
     np.testing.assert_array_equal(entropy, np.where(table.sampled, table.entropy.astype(np.float64), -np.inf))
-    anywhere = branch_scores("random", table, draws())
+    anywhere = branch_scores(by("random"), table, draws())
     np.testing.assert_array_equal(np.isfinite(anywhere), table.sampled)
-    acting = branch_scores("action_random", table, draws())
+    acting = branch_scores(by("action_random"), table, draws())
     action = table.sampled & (table.role == Role.ACTION)
     np.testing.assert_array_equal(acting, np.where(action, draws().random(len(action)), -np.inf))
-    starts = branch_scores("action_start", table, draws())
+    starts = branch_scores(by("action_start"), table, draws())
     np.testing.assert_array_equal(np.isfinite(starts), action_starts(table))
     expected = []
     for row, base in zip(rows(table), table.offsets, strict=False):
@@ -137,6 +141,6 @@ def test_signals_score_sampled_tokens_alone() -> None:
     assert np.flatnonzero(action_starts(table)).tolist() == expected
     assert expected
     with pytest.raises(ValueError, match="not annotated"):
-        branch_scores("reference_energy", table, draws())
+        branch_scores(by("reference_energy"), table, draws())
     with pytest.raises(ValueError, match="policy that has moved"):
-        branch_scores("branching_score", table, draws())
+        branch_scores(by("branching_score"), table, draws())

@@ -19,6 +19,7 @@ from pipeline.progress.timing import Phases
 from pipeline.rollout.branch_scores import omega
 from pipeline.rollout.forest import Forest
 from pipeline.rollout.transformers_engine import TransformersEngine
+from pipeline.settings.branching import Positions
 from pipeline.settings.params import Config
 from pipeline.training.collection import Collection
 from pipeline.training.module import PolicyGradient
@@ -91,7 +92,7 @@ def test_appos_omega_is_one_before_an_update_and_another_after_it(policy: Policy
 
     def leads() -> np.ndarray:
         now = score_trajectories(policy, table, 1.0, 4096)[0]
-        return omega(table, now - table.logprob, 0.99, (0.8, 1.2))
+        return omega(table, now - table.logprob, Positions(kind="positions", discount=0.99))
 
     policy.model.eval()
     np.testing.assert_allclose(leads(), 1, atol=1e-5)

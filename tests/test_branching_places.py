@@ -179,8 +179,6 @@ def test_branches_begin_at_the_best_positions(changes: dict[str, Any], expected:
         "side": "after",
         "among": "all",
         "width": 1,
-        "discount": 0,
-        "bounds": (),
     }
     growth = positions(tree, section(Positions, **{**given_settings, **changes}))
     assert next(growth) == [ROOT, ROOT]
@@ -196,8 +194,6 @@ def test_few_positions_are_gone_through_again_and_none_gives_none() -> None:
         "side": "before",
         "among": "all",
         "width": 1,
-        "discount": 0,
-        "bounds": (),
     }
     growth = positions(few, section(Positions, **settings_of))
     next(growth)

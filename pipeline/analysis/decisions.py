@@ -129,9 +129,10 @@ def _measure(task: SeedTask, report: Tell) -> list[Position]:
         table = annotate(build([episode.builder for episode in episodes]), reference, temperature, budget)
     shift = score_trajectories(moved, table, temperature, budget)[0] - table.logprob
     blank = blank_tokens(reference.tokenizer, table.input_ids)
+    sections = [Positions.model_validate({"kind": "positions", "signal": signal}) for signal in SIGNALS]
     scores = {
-        signal: branch_scores(signal, table, generator(task.seed, "decisions", signal), shift, blank=blank)
-        for signal in SIGNALS
+        section.signal: branch_scores(section, table, generator(task.seed, "decisions", section.signal), shift, blank)
+        for section in sections
     }
     rows = [table.tokens(e) for e in range(len(table))]
     result = []

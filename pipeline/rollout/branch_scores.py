@@ -5,22 +5,21 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.settings.branching import Positions
 from pipeline.trajectories.trajectory import Role, Trajectories
 
 
 def branch_scores(
-    signal: str,
+    section: Positions,
     trajectories: Trajectories,
     draws: np.random.Generator,
     moved: np.ndarray | None = None,
-    discount: float = 1.0,
-    bounds: tuple[float, float] = (0.8, 1.2),
     blank: np.ndarray | None = None,
 ) -> np.ndarray:
-    """A score per token of annotated trajectories by a signal's name (``settings.branching.Positions.signal``).
+    """A score per token of annotated trajectories, by the section's signal.
 
-    Some signals draw. The branching score is of ``moved``, ``discount`` and ``bounds`` (see ``omega``), and puts none of
-    the ``blank`` tokens forward, bool (N,).
+    Some signals draw. The branching score is of ``moved`` (see ``omega``), and puts none of the ``blank`` tokens forward,
+    bool (N,).
 
     Returns:
         float64 (N,): the higher the better; -inf where nothing may branch.
@@ -28,7 +27,7 @@ def branch_scores(
     Raises:
         ValueError: the branching score without a policy that has moved, or the energy without annotation.
     """
-    sampled = trajectories.sampled
+    signal, sampled = section.signal, trajectories.sampled
     if signal == "action_start":
         sampled = action_starts(trajectories)
     elif signal in ("action_energy", "action_random"):
@@ -37,7 +36,7 @@ def branch_scores(
         if moved is None:
             raise ValueError("branching_score needs log-probabilities under a policy that has moved")
         places = sampled if blank is None else sampled & ~blank
-        return _branching_scores(trajectories, omega(trajectories, moved, discount, bounds), places)
+        return _branching_scores(trajectories, omega(trajectories, moved, section), places)
     if signal in ("reference_energy", "action_energy"):
         if trajectories.energy is None:
             raise ValueError("trajectories are not annotated")
@@ -49,11 +48,11 @@ def branch_scores(
     return np.where(sampled, values, -np.inf)
 
 
-def omega(trajectories: Trajectories, moved: np.ndarray, discount: float, bounds: tuple[float, float]) -> np.ndarray:
+def omega(trajectories: Trajectories, moved: np.ndarray, section: Positions) -> np.ndarray:
     """APPO (arXiv 2606.12384): ``Omega_t = clip(exp(sum_{k >= t} gamma^(k-t) (log pi_k - log pi_old_k)))``.
 
     The sum runs over the later sampled tokens of the same episode, whose ``moved``, (N,), is ``log pi - log pi_old``; gamma
-    is the ``discount`` per sampled token. Before any update Omega is 1 up to rounding.
+    is the section's ``discount`` per sampled token, and its ``bounds`` are those of the clip. Before any update Omega is 1 up to rounding.
 
     Returns:
         float64 (N,), 1 where not sampled.
@@ -62,9 +61,9 @@ def omega(trajectories: Trajectories, moved: np.ndarray, discount: float, bounds
     for chosen in _sampled_places(trajectories):
         following = 0.0
         for token in chosen[::-1]:
-            following = float(moved[token]) + discount * following
+            following = float(moved[token]) + section.discount * following
             result[token] = np.exp(following)
-    return np.asarray(np.clip(result, *bounds))
+    return np.asarray(np.clip(result, *section.bounds))
 
 
 def _branching_scores(trajectories: Trajectories, leads: np.ndarray, places: np.ndarray) -> np.ndarray:

@@ -103,8 +103,8 @@ def positions(tree: Tree, section: Positions) -> Growth:
         yield [Origin(chosen[row], split) for row, split in wanted for _ in range(section.width)]
 
 
-def moved(section: Branching) -> bool:
-    """Whether branches are placed by how the policy has moved: it is updated on the initial episodes first."""
+def updates_first(section: Branching) -> bool:
+    """Whether the policy is updated on the initial episodes first, because branches are placed by how that moves it."""
     return isinstance(section, Positions) and section.signal == "branching_score"
 
 

@@ -10,7 +10,7 @@ from pipeline.model.policy import Policy
 from pipeline.progress.display import span
 from pipeline.progress.timing import Phases
 from pipeline.rollout.branch_scores import blank_tokens, branch_scores
-from pipeline.rollout.branching import moved
+from pipeline.rollout.branching import updates_first
 from pipeline.rollout.collector import collect
 from pipeline.rollout.engine import RolloutEngine
 from pipeline.rollout.episode import Setup
@@ -78,7 +78,7 @@ class Collection:
             waves.append(wave)
             if isinstance(self.branching, Positions) and len(waves) == 1:
                 waves = [self.annotate(waves)]
-                if moved(self.branching):
+                if updates_first(self.branching):
                     yield waves
                     self.engine.forget()  # the policy is another one now
                 forest.score(waves[0], self._scores(self.branching, waves[0]))
@@ -102,14 +102,13 @@ class Collection:
         return grown.select(np.argsort(grown.groups, kind="stable"))
 
     def _scores(self, section: Positions, initial: Trajectories) -> np.ndarray:
-        shift = self.now(initial)[0] - initial.logprob if moved(section) else np.zeros(len(initial.input_ids))
+        shift = self.now(initial)[0] - initial.logprob if updates_first(section) else np.zeros(len(initial.input_ids))
         scores, blank = np.zeros(len(initial.input_ids)), blank_tokens(self.policy.tokenizer, initial.input_ids)
         for group in dict.fromkeys(initial.episodes["group_id"]):  # each with draws of its own
             rows = [row for row, own in enumerate(initial.episodes["group_id"]) if own == group]
             tokens = np.isin(initial.token_episode, rows)
             draws = generator(self.seed, "branch scores", group)
-            omega = shift[tokens], section.discount, section.bounds, blank[tokens]
-            scores[tokens] = branch_scores(section.signal, initial.select(rows), draws, *omega)
+            scores[tokens] = branch_scores(section, initial.select(rows), draws, shift[tokens], blank[tokens])
         return scores
 
     def at_temperature(self, trajectories: Trajectories) -> Trajectories:
