@@ -63,7 +63,7 @@ def test_every_option_says_what_it_is(
         (["replay", "--signal", "x"], "--signal: 'x' is not allowed; allowed: reference_energy,"),
         (["contracts", "--function", "mine:weight"], "--slot, --function: one is given without the other"),
         (["contracts", "--settings", "{}", "--slot", "weight"], "--slot, --function: one is given without the other"),
-        (["contracts", "--settings", '{"a": 1}'], "--settings: nobody is there to be given them"),
+        (["contracts", "--settings", '{"a": 1}'], "--settings: there is nothing to give them to"),
         (["contracts", "--settings", "3"], "Invalid value for '--settings': Value error, no JSON object"),
         (["contracts", "--params", "nothing.yaml"], "nothing.yaml: no such file"),
         (["preset", "--name", "x"], "presets: 'x' is not there; allowed: bandit,"),

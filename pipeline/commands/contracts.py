@@ -34,7 +34,7 @@ def main(
         raise UserError("--slot, --function: one is given without the other; allowed: both or neither")
     if settings and not (slot or id):
         raise UserError(
-            "--settings: nobody is there to be given them; allowed: with --id, or with --slot and --function"
+            "--settings: there is nothing to give them to; allowed: with --id, or with --slot and --function"
         )
     if slot:
         from pipeline.contracts.slot import check_slot

@@ -39,7 +39,7 @@ def file_hash(path: Path) -> str:
 
 
 class Stamp(NamedTuple):
-    """What changes when a file is written, even by who sets its time back: then its inode's has changed."""
+    """Size, times and inode of a file. A write changes one of them: whoever sets ``modified`` back moves ``changed``."""
 
     size: int
     modified: int

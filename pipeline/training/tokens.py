@@ -27,8 +27,8 @@ class TokenTable:
     lengths: Int[Tensor, " e"]
     """Tokens of each trajectory, prompts and observations included."""
     columns: Mapping[str, Shaped[Tensor, "n ..."]]
-    """``ids``, ``trainable`` (the policy chose this token), and ``place`` among all tokens that were collected; all others
-    have arbitrary values where not trainable."""
+    """By name, a value per token. ``ids``, ``trainable`` (the policy chose this token) and ``place`` (among all tokens that
+    were collected) are right for every token; any other column is right for the trainable ones alone."""
 
     def __len__(self) -> int:
         return len(self.lengths)
