@@ -19,7 +19,7 @@ PIPELINE = $(if $(PRESET),presets/$(PRESET)/dvc.yaml,dvc.yaml)
 PARAMS = $(if $(PRESET),presets/$(PRESET)/params.yaml,params.yaml)
 OUT = $(if $(PRESET),presets/$(PRESET),.)
 
-.PHONY: help install repro sweep sweep-confirm smoke test play compare ui preset sync match replay decisions bench screenshots publish results clean
+.PHONY: help install repro sweep sweep-confirm smoke test play compare ui preset sync replay decisions bench screenshots publish simulate results clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -41,11 +41,10 @@ preset: install ## resolve PRESET=<name> into its params file
 	@$(if $(PRESET),actfocus preset --name $(PRESET),true)
 
 repro: preset ## the whole pipeline: policy, rollouts, energies, training, evaluation, comparison
-	dvc repro $(PIPELINE)
-	@cat $(OUT)/reports/comparison.txt
+	@actfocus repro --params $(PARAMS)
 
 export STUDY ?= $(if $(filter all,$(METHODS)),learning_rates,actfocus)
-export METHOD TO SEED TEMPERATURE EPISODE A B
+export METHOD SEED TEMPERATURE EPISODE A B
 SWEEPS = $(if $(PRESET),presets/$(PRESET)/sweeps,sweeps)
 
 sweep: preset ## search settings on validation states (STUDY=actfocus, METHODS=all for every method's learning rate)
@@ -77,9 +76,6 @@ compare: preset ## two revisions beside each other (A=<commit, tag or DVC experi
 sync: preset ## send to MLflow what was kept in .cache while its server was away
 	@actfocus sync --params $(PARAMS)
 
-match: preset ## find the learning rate of METHOD=grpo_lr_matched that moves action tokens as TO=grpo_actfocus does
-	@actfocus match --params $(PARAMS) --method "$$METHOD" --to "$$TO"
-
 replay: preset ## what would reweighting change? (ARGS="--groups 256 --alpha 0.1 --alpha 1")
 	@dvc repro --quiet $(PIPELINE):annotate
 	@actfocus replay --params $(PARAMS) $(ARGS)
@@ -103,6 +99,9 @@ screenshots: preset ## pictures of the report and of MLflow's comparison for doc
 
 publish: install ## put the latest comparison into README.md and docs/
 	actfocus publish
+
+simulate: install ## what intervals and verdicts keep of what they promise, into docs/statistics.md (minutes; needs no run)
+	actfocus simulate
 
 results: ## make the default comparison, its replay and its controls, and put them into README.md and docs/
 	@$(MAKE) --no-print-directory repro

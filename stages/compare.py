@@ -9,10 +9,15 @@ def main(params: ParamsFile = "params.yaml") -> str:
     config, layout, _ = configured(params)
     from pipeline.analysis.comparison import compare, read_inputs
     from pipeline.analysis.examples import read_all_played
+    from pipeline.analysis.interventions import read_interventions
     from pipeline.analysis.metrics import write_metrics
+    from pipeline.analysis.timings import training_minutes
     from pipeline.progress.display import doing
+    from pipeline.report.answer_figures import write_answer_figure
+    from pipeline.report.checklist import checklist_tables, policy_size
     from pipeline.report.comparison_figures import write_comparison_figures
     from pipeline.report.comparison_tables import comparison_markdown, comparison_text
+    from pipeline.report.declared import registration_warning
     from pipeline.report.html import report_html
     from pipeline.report.sweep import read_sweeps
     from pipeline.report.viewer import SavedTokenizer, viewer_data
@@ -30,24 +35,32 @@ def main(params: ParamsFile = "params.yaml") -> str:
         comparison = compare(config, inputs)
     except ValueError as error:
         raise UserError(f"{layout.out / 'data' / 'evaluations'}: {error}; `dvc repro` brings it up to date") from None
-    comparison["warnings"] = comparison_warnings(config, inputs.curves, comparison)
+    registered = layout.registration  # not there where no stage before this one has run
+    comparison["registration"] = read_json(registered) if registered.exists() else None
+    if intervened := read_interventions(config, layout):
+        comparison["interventions"] = intervened
+    unlike = registration_warning(comparison["registration"])
+    comparison["warnings"] = comparison_warnings(config, inputs.curves, comparison) + ([unlike] if unlike else [])
+    parameters = policy_size(layout.policy)
     doing("drawing figures")
+    write_answer_figure(comparison, reports / "figures")
     write_comparison_figures(comparison, inputs, reports / "figures")
     first = next(iter(config.environments))
     write_json(reports / "bottleneck.json", {**bottleneck[first], "schema": 1, "environments": bottleneck})
     write_json(layout.comparison, comparison)
     write_metrics(comparison, inputs.curves, reports)
-    write_text(reports / "comparison.md", comparison_markdown(comparison))
-    text = comparison_text(comparison)
-    write_text(reports / "comparison.txt", text)
+    checklist = checklist_tables(config, comparison, inputs, parameters, timed=False)
+    write_text(reports / "comparison.md", comparison_markdown(comparison, checklist))
+    write_text(reports / "comparison.txt", comparison_text(comparison))
     doing("writing the report")
     annotated = {name: read(layout.annotated(name)) for name in config.environments}
     played = read_all_played(config, layout, annotated)
     episodes = viewer_data(config, SavedTokenizer.load(layout.policy), played)
-    page = report_html(config, comparison, inputs, bottleneck, annotated, episodes, read_sweeps(layout))
+    page = report_html(config, comparison, inputs, bottleneck, annotated, episodes, read_sweeps(layout), parameters)
     write_text(reports / "index.html", page)
     doing("logging to MLflow")
     log_comparison(config, Path("."), comparison, inputs.curves, episodes, layout)
+    text = comparison_text(comparison, training_minutes(inputs.timings))
     return f"{text}\n{reports / 'index.html'}: the report. Next: open it, or `make ui` for the runs"
 
 

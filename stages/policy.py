@@ -7,7 +7,8 @@ def main(params: ParamsFile = "params.yaml") -> str:
     config, layout, params = configured(params)
     import torch
 
-    from pipeline.bootstrap.supervision import bootstrap, expert_of
+    from pipeline.bootstrap.demonstrations import expert_of
+    from pipeline.bootstrap.supervision import bootstrap
     from pipeline.environments import make
     from pipeline.environments.playing import reset
     from pipeline.model.loading import load_policy, longest_context
@@ -21,7 +22,7 @@ def main(params: ParamsFile = "params.yaml") -> str:
         environment = make(section)
         reset(environment, 0, 0)
         if settings.kind == "scratch":
-            expert_of(environment)
+            expert_of(environment, settings.demonstrations.reasoning)
     if settings.kind == "pretrained":
         doing(f"loading {settings.model}")
         policy = load_policy(

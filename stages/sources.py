@@ -4,30 +4,44 @@ DVC runs this first and always: every other stage depends on what it writes, and
 """
 
 import os
+from datetime import UTC, datetime
 
 from pipeline.commands.cli import ParamsFile, configured, next_command, run
 
 
 def main(params: ParamsFile = "params.yaml") -> str:
     config, layout, params = configured(os.path.normpath(params))
+    from pipeline.analysis.registration import journal, register
     from pipeline.sources.checks import check_named
-    from pipeline.sources.fingerprints import of_environment, of_machine, of_method, of_policy
+    from pipeline.sources.fingerprints import of_environment, of_machine, of_policy, of_row
     from pipeline.workspace.files import write_json
 
     check_named(config, params)
     folder = layout.sources
+    registration = register(config, layout.hypotheses)
     found = {
         **{f"environments/{name}": of_environment(section) for name, section in config.environments.items()},
-        **{f"methods/{name}": of_method(method) for name, method in config.methods.items()},
+        **{f"methods/{name}": of_row(config, name) for name in config.methods},
         "policy": of_policy(config.policy),
         "machine": of_machine(),
+        "seeds": list(config.seeds),
+        "registration": registration,
     }
     for name, fingerprint in found.items():
         write_json(folder / f"{name}.json", fingerprint)
     for file in folder.rglob("*.json"):
         if file.relative_to(folder).with_suffix("").as_posix() not in found:
             file.unlink()
-    return f"{folder}: what params.yaml only names. {next_command(params, 'python -m stages.policy')}"
+    now = datetime.now(UTC).isoformat(timespec="seconds")
+    opened = any(layout.evaluations("", "").parent.glob("*.parquet"))
+    write_json(layout.registered, journal(registration, layout.registered, opened, now))
+    rule = config.seeds_until
+    more = (
+        ""
+        if rule is None
+        else f"{len(config.seeds)} of at most {rule.at_most} seeds are in effect: `make repro` adds more. "
+    )
+    return f"{folder}: what params.yaml only names. {more}{next_command(params, 'python -m stages.policy')}"
 
 
 if __name__ == "__main__":

@@ -22,10 +22,17 @@ def main(environment: EnvironmentName, method: MethodName, params: ParamsFile = 
     with lock(Cache().lock(f"{config.out}/train/{name}"), waiting=waiting):
         from pipeline.training.seeds import train_seeds  # takes seconds
 
-        target, trained = train_seeds(config, environment, method, layout)
+        done = train_seeds(config, environment, method, layout)
+    found = done.matching
     return (
-        f"{target}: {len(config.seeds)} seeds ({trained} trained now, {len(config.seeds) - trained} kept). "
-        f"{next_command(params, 'python -m stages.evaluate', environment=environment, method=method)}"
+        f"{done.target}: {len(config.seeds)} seeds ({done.now} trained now, {len(config.seeds) - done.now} kept). "
+        + (
+            f"Learning rate {found['learning_rate']:g}: KL of an update on action tokens {found['found']:.3g}, "
+            f"{found['off']:.1%} off that of {found['matched_to']}. "
+            if found
+            else ""
+        )
+        + f"{next_command(params, 'python -m stages.evaluate', environment=environment, method=method)}"
     )
 
 

@@ -19,7 +19,7 @@ from pipeline.report.viewer import viewer_data
 from pipeline.settings.params import Config
 from pipeline.trajectories.builder import EpisodeBuilder, build
 from pipeline.trajectories.trajectory import Role, Trajectories
-from tests.test_comparison import compared, inputs
+from tests.comparison_cases import compared, inputs
 from tests.test_diagnostics import make, variance_in_actions
 
 LAKE = "SFFF/FHFF/FFFG/FFFF@0,0"

@@ -42,7 +42,6 @@ def configuration(**changes: Any) -> Config:
             "compare": {
                 "uniform": {"grpo_actfocus": "grpo"},
                 "control": {"grpo_actfocus": "grpo_lr_matched"},
-                "resamples": 200,
             },
         }
         | changes
@@ -93,7 +92,7 @@ def curve(seed: int, rate: float, kl: float) -> list[dict[str, float]]:
             "clip_fraction": 0.02 + 0.05 * rate * done,
             "gradient_norm": 1 + noise.random(),
             "gradient_share_action": rate / 2,
-            "kl_iteration_action": kl * (1.0 + number),
+            "kl_update_action": kl * (1.0 + number),
             "non_finite_losses": 0.0,
             "episodes": 128.0,
             "tokens": 4000.0 + 10 * seed,
@@ -108,7 +107,7 @@ def curve(seed: int, rate: float, kl: float) -> list[dict[str, float]]:
     return rows
 
 
-def inputs(config: Config, control_kl: float = 0.011) -> Inputs:
+def inputs(config: Config, control_kl: float = 0.0105) -> Inputs:
     kl = {"grpo": 0.002, "grpo_actfocus": 0.01, "grpo_lr_matched": control_kl}
     rates = {method: RATES.get(method, 0.6) for method in config.methods}
     curves = {

@@ -106,7 +106,6 @@ def project(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     raw |= {
         "policy": {"kind": "pretrained", "model": "given"},
         "methods": {"grpo": {}, "grpo_actfocus": {"weight": {"kind": "actfocus"}}},
-        "compare": {"resamples": 100},
         "bottleneck": {"groups": 8, "resamples": 100},
         "seeds": [0, 1],
         "workers": 2,
@@ -128,6 +127,7 @@ for method in ("grpo", "grpo_actfocus"):
     elsewhere("train", *lake, "--method", method)
 for method in ("grpo", "grpo_actfocus", "reference"):
     elsewhere("evaluate", *lake, "--method", method)
+elsewhere("intervene", *lake)
 elsewhere("compare")
 elsewhere("replay", *lake, "--groups", "8", "--alpha", "1", "--beta", "0")
 elsewhere("decisions", *lake, "--seed", "300", "--positions", "1", "--candidates", "2", "--continuations", "2")
@@ -193,6 +193,7 @@ def test_stages_work_in_the_params_files_root_wherever_they_are_called(project: 
         f"data/annotated/{LAKE}.parquet",
         f"models/trained/{LAKE}-grpo/seed-1/model.safetensors",
         f"data/evaluations/{LAKE}-reference.parquet",
+        f"data/interventions/{LAKE}.json",
         "reports/index.html",
         f"reports/replay/{LAKE}/replay.json",
         f"reports/decisions/{LAKE}/decisions.json",

@@ -12,9 +12,7 @@ import pytest
 
 from pipeline.analysis.comparison import REFERENCE, SPENT, Inputs, read_inputs
 from pipeline.analysis.metrics import headline_metrics
-from pipeline.report.comparison_tables import (
-    result_table,
-)
+from pipeline.report.comparison_tables import comparison_markdown, result_table
 from pipeline.settings.params import Config
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.files import write_json
@@ -22,12 +20,12 @@ from pipeline.workspace.layout import Layout
 from tests.comparison_cases import ITERATIONS, compared, configuration, inputs, row_of
 
 KEYS = """environment method temperature headline seeds states episodes success_mean success_iqm success_ci_low
-    success_ci_high t_ci_low t_ci_high reference_success reference_ci_low reference_ci_high difference_to_reference
+    success_ci_high reference_success reference_ci_low reference_ci_high difference_to_reference
     difference_to_reference_ci_low difference_to_reference_ci_high uniform difference_to_uniform
     difference_to_uniform_ci_low difference_to_uniform_ci_high probability_of_improvement
     difference_to_reference_by_seed difference_to_uniform_by_seed difference_to_control_by_seed control difference_to_control
     difference_to_control_ci_low difference_to_control_ci_high return_mean action_token_share valid_action_rate
-    disallowed_rate malformed_rate cut_rate truncated_rate iterations kl_iteration_action_first3 learning_rate regulariser collapsed_seeds non_finite_losses
+    disallowed_rate malformed_rate cut_rate truncated_rate iterations kl_update_action_first3 learning_rate matched regulariser collapsed_seeds non_finite_losses
     gradient_share_action status source training_episodes training_tokens paths_per_state"""
 
 
@@ -67,17 +65,43 @@ def test_rows_hold_what_can_be_worked_out_by_hand() -> None:
     assert row["probability_of_improvement"] == (1 + 1 + 1 + 0.5) / 4  # 1, 0.5 against 0.25, 0.5
     assert (row["control"], row["difference_to_control"]) == ("grpo_lr_matched", 0.375)
     assert (row["action_token_share"], row["valid_action_rate"]) == (0.1, 0.75)
-    assert row["kl_iteration_action_first3"] == pytest.approx(0.02)  # 0.01 * (1 + 2 + 3) / 3
+    assert row["kl_update_action_first3"] == pytest.approx(0.02)  # 0.01 * (1 + 2 + 3) / 3
     assert (row["iterations"], row["collapsed_seeds"], row["non_finite_losses"]) == (ITERATIONS, 0, 0)
     assert row_of(found, "grpo")["collapsed_seeds"] == 1  # seed 0 has 0.25, below 0.5
     assert row_of(found, "grpo_lr_matched")["learning_rate"] == 3e-7
-    assert (row["t_ci_low"], row["t_ci_high"]) == (0.0, 1.0)  # cut off at the ends of a rate
+    assert (row["success_ci_low"], row["success_ci_high"]) == (0.0, 1.0)  # cut off at the ends of a rate
+
+
+MATCHING = {
+    "matched_to": "grpo_actfocus",
+    "seeds": [0, 1],
+    "learning_rate": 7e-4,
+    "wanted": 0.01,
+    "found": 0.0112,
+    "off": 0.12,
+    "tries": [{"learning_rate": 7e-4, "kl_update_action": 0.0112}],
+}
+
+
+def test_a_row_says_how_its_learning_rate_was_found_and_a_warning_that_it_is_off() -> None:
+    config = configuration()
+    made = replace(inputs(config), matchings={("lake", "grpo_lr_matched"): MATCHING})
+    found = compared(config, made)
+    row = row_of(found, "grpo_lr_matched")
+    assert (row["matched"], row["learning_rate"]) == (MATCHING, 7e-4)
+    assert (row_of(found, "grpo")["matched"], row_of(found, "reference")["matched"]) == (None, None)
+    assert "| 0.0007 (matched to grpo_actfocus: 12.0% off) |" in comparison_markdown(found)
+    said = "lake: grpo_lr_matched: at no learning rate that was tried does an update move action tokens as one of grpo_actfocus"
+    (warning,) = [warning for warning in found["warnings"] if warning.startswith(said)]
+    assert warning.endswith("KL 0.0112 at 0.0007, 12% off 0.01")
+    close = replace(made, matchings={("lake", "grpo_lr_matched"): {**MATCHING, "off": 0.1}})
+    assert not any(warning.startswith(said) for warning in compared(config, close)["warnings"])
 
 
 def test_every_row_has_every_key_and_the_reference_has_rows_of_its_own() -> None:
     config = configuration()
     found = compared(config, inputs(config))
-    assert (found["schema"], found["comparison"]) == (2, "toy")
+    assert (found["schema"], found["comparison"]) == (3, "toy")
     assert len(found["rows"]) == 2 * 4
     assert all(set(KEYS.split()) <= set(row) for row in found["rows"])
     assert len({tuple(row) for row in found["rows"]}) == 1

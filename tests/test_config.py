@@ -114,6 +114,14 @@ def test_a_misspelt_key_is_named_with_its_nearest_neighbour(raw: dict[str, Any],
         ("policy.demonstrations.phases.0.reasoning_words", [0, True], "reasoning_words.1: input should be a number"),
         ("evaluation.temperatures", [0.5, 0.5], "evaluation: temperatures must differ in their first six digits"),
         ("compare.control", {"grpo": "grpo"}, "compare.control: grpo is compared with itself; name another method"),
+        (
+            "compare.primary",
+            "grpo_actfocsu",
+            "compare.primary: 'grpo_actfocsu' is not a method of compare.uniform or compare.control; did you mean "
+            "'grpo_actfocus'?",
+        ),
+        ("compare.smallest_effect", 0.0, "compare.smallest_effect: input should be greater than 0, got 0.0"),
+        ("compare.family", "bonferroni", "compare.family: "),
         ("sweep.seeds", [100, 100], "sweep: seeds must be distinct, got [100, 100]"),
         ("sweep.confirm_seeds", [100], "sweep: confirm_seeds must be fresh, [100] are among seeds too"),
         ("sweep.seed", 2**33, "sweep.seed: input should be less than or equal to 4294967295"),
@@ -201,9 +209,9 @@ def test_a_slot_misspelt_in_method_defaults_is_not_reported_as_missing_in_every_
 
 
 def test_a_methods_own_mistake_is_reported_beside_the_same_one_in_method_defaults(raw: dict[str, Any]) -> None:
-    spoilt = put(put(raw, "method_defaults.learning_rate", -1), "methods.grpo_lr_matched.learning_rate", -2)
+    spoilt = put(put(raw, "method_defaults.learning_rate", -1), "methods.grpo.learning_rate", -2)
     found = [line.split(": ")[1] for line in mistakes(spoilt)]
-    assert found == ["method_defaults.learning_rate", "methods.grpo_lr_matched.learning_rate"]
+    assert found == ["method_defaults.learning_rate", "methods.grpo.learning_rate"]
 
 
 @pytest.mark.parametrize(

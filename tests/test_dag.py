@@ -100,7 +100,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
     with ThreadPoolExecutor(1) as pool:
         other = pool.submit(stage_by_stage, two)
         call(one, sys.executable, "-m", "pipeline.commands.app", "preset", "--name", "smoke")
-        assert len(repro(one)) == 5 + 2 * len(METHODS) + 1
+        assert len(repro(one)) == 6 + 2 * len(METHODS) + 1
         other.result()
     return one, two
 
@@ -114,6 +114,7 @@ def stage_by_stage(folder: Path) -> None:
         *([stage, *played] for stage in ("rollout", "annotate", "bottleneck")),
         *(["train", *played, "--method", method] for method in METHODS),
         *(["evaluate", *played, "--method", method] for method in (*METHODS, "reference")),
+        ["intervene", *played],
         ["compare", "--params", PARAMS],
     ]
     for done in forked_stages(folder, environment(), *commands):

@@ -16,7 +16,7 @@ import numpy as np
 import pytest
 from gymnasium.envs.toy_text.frozen_lake import DOWN, LEFT, RIGHT, UP, FrozenLakeEnv
 
-from pipeline.bootstrap.supervision import expert_of
+from pipeline.bootstrap.demonstrations import expert_of
 from pipeline.bootstrap.tokenizer import train_tokenizer
 from pipeline.environments import initial_states, make, split_of
 from pipeline.environments.frozen_lake import MOVES, FrozenLake, FrozenLakeExpert

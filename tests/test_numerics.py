@@ -224,7 +224,7 @@ def test_a_training_stops_in_the_iteration_in_which_a_number_is_not_finite_and_g
 def test_a_metric_that_is_not_finite_ends_a_training(
     directory: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("pipeline.training.iteration.moved", lambda *_: {"distance": float("nan")})
+    monkeypatch.setattr("pipeline.training.iteration.UpdateKL.after_update", lambda *_: {"distance": float("nan")})
     with pytest.raises(NumericsError, match="iteration 0: distance is nan"):
         train_until(job(directory, tmp_path, "grpo"), 1, quiet)
 

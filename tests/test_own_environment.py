@@ -125,6 +125,7 @@ SCRATCH = {
     "heads": 2,
     "vocabulary": 320,
     "demonstrations": {
+        "reasoning": "facts",
         "phases": [{"steps": 60, "reasoning_words": [0, 1], "action_noise": 0.2}],
         "episodes": 60,
         "batch_episodes": 8,
@@ -135,7 +136,7 @@ SCRATCH = {
 def write_params(folder: Path, name: str, environments: dict[str, Any], policy: dict[str, Any]) -> None:
     """The project's params.yaml at toy size, with other environments and another policy."""
     raw = overlay(read_yaml(ROOT / "params.yaml"), {**TOY, "methods": None, "compare": None})
-    raw |= {"methods": TOY["methods"], "compare": {"resamples": 100}, "environments": environments, "policy": policy}
+    raw |= {"methods": TOY["methods"], "compare": {}, "environments": environments, "policy": policy}
     with (folder / name).open("w", encoding="utf-8") as file:
         YAML(typ="safe").dump(raw, file)
 
@@ -371,7 +372,7 @@ def test_dvc_has_a_stage_for_every_environment_and_method(tmp_path: Path) -> Non
     listed = subprocess.run([*dvc, "stage", "list", "--name-only"], cwd=tmp_path, capture_output=True, text=True)
     assert {
         f"{part}@{name}"
-        for part in ("rollout", "annotate", "bottleneck", "evaluate_reference")
+        for part in ("rollout", "annotate", "bottleneck", "evaluate_reference", "intervene")
         for name in ("coin", "other")
     } | {f"{part}@{name}-grpo" for part in ("train", "evaluate") for name in ("coin", "other")} | {
         "sources@params",

@@ -28,7 +28,7 @@ METHODS = ("grpo", "unsure", "unsure_shuffled")
 def write_params(folder: Path, name: str, changes: dict[str, Any]) -> None:
     """The project's params.yaml at toy size, under the handbook's block."""
     raw = read_yaml(ROOT / "params.yaml") | {"environments": {"bandit": BANDIT}, "policy": SCRATCH, "methods": {}}
-    raw |= {"compare": {"resamples": 100}, "sweep": {"trials": 2, "seeds": [100], "constraints": {}}}
+    raw |= {"compare": {}, "sweep": {"trials": 2, "seeds": [100], "constraints": {}}}
     for change in (TOY, block_of("unsure"), changes):
         raw = overlay(raw, change)
     with (folder / name).open("w", encoding="utf-8") as file:

@@ -13,12 +13,13 @@ from typing import Any
 import pytest
 
 from pipeline.analysis.comparison import REFERENCE
+from pipeline.report.html import report_html
 from pipeline.report.screenshots import chromium, shoot_report
 from pipeline.settings.params import Environment
 from pipeline.workspace.errors import UserError
 from tests.browser_cases import HOSTILE, Visit, annotated, page_of
+from tests.comparison_cases import compared, configuration, inputs
 from tests.test_collector import TOKENIZER
-from tests.test_comparison import configuration
 from tests.test_webshop import hostile_purchase
 
 pytestmark = pytest.mark.xdist_group("browser")
@@ -50,8 +51,9 @@ def test_the_page_is_one_small_file_that_opens_without_errors(written: Path, bro
         assert visit.wrong == []
         assert visit.count("figure.chart") == visit.count("figure.chart figcaption")
         captions = visit.page.locator("figure.chart figcaption").all_inner_texts()
+        assert captions[0].startswith("The declared differences in success.")
         assert all(
-            "Run: lake (actfocus/FrozenLake-v1)" in caption for caption in captions[:-1]
+            "Run: lake (actfocus/FrozenLake-v1)" in caption for caption in captions[1:-1]
         )  # the last is a sweep's
     with capsys.disabled():
         print(f"\n{written.stat().st_size / MEGABYTE:.2f} MB, opened in {visit.seconds:.2f} s")
@@ -85,7 +87,7 @@ def test_views_of_a_chart_change_by_mouse_and_keyboard(written: Path, browser: A
 
 
 def test_many_methods_can_be_brought_out_one_by_one(tmp_path: Path, browser: Any) -> None:
-    config = configuration(methods={f"method_{letter}": {} for letter in "abcdefghij"}, compare={"resamples": 100})
+    config = configuration(methods={f"method_{letter}": {} for letter in "abcdefghij"}, compare={})
     path = tmp_path / "index.html"
     path.write_text(page_of(config), encoding="utf-8")
     with Visit(browser, path) as visit:
@@ -187,7 +189,7 @@ def test_hostile_texts_stay_texts(written: Path, browser: Any) -> None:
             page.locator("#viewer select.method").select_option(method)
         assert page.evaluate("window.hacked") is None
         assert visit.count("#viewer img, #viewer a, #viewer script, #viewer b") == 0
-        assert visit.count("main a, main b, main img:not(.plot img)") == 0
+        assert visit.count("main a:not(nav a), main b, main img:not(.plot img)") == 0
         assert page.evaluate("[...document.querySelectorAll('.plot a')].length") == 0
         assert visit.count("script") == 2 + 4 + 1 + 1  # data, code, plotly as it lies there and as it runs
         assert visit.wrong == []
@@ -220,10 +222,32 @@ def test_hostile_products_of_a_shop_stay_texts(tmp_path: Path, browser: Any) -> 
 
 @pytest.mark.parametrize("width", [390, 1280])
 def test_nothing_is_wider_than_the_screen(written: Path, browser: Any, width: int) -> None:
+    """Nor when everything that is folded has been opened; and the short tables have nothing to scroll to."""
     with Visit(browser, written, width) as visit:
         visit.draw_all()
         visit.page.locator("#viewer-beside").click()
         assert visit.page.evaluate("document.documentElement.scrollWidth") == width
+        visit.page.evaluate("document.querySelectorAll('details').forEach((one) => { one.open = true; })")
+        assert visit.page.evaluate("document.documentElement.scrollWidth") == width
+        fits = "[...document.querySelectorAll('.fits')].every((one) => one.scrollWidth <= one.clientWidth)"
+        assert visit.page.evaluate(fits)
+        assert visit.wrong == []
+
+
+@pytest.mark.parametrize(("width", "height"), [(390, 844), (1280, 800)])
+def test_the_first_screen_is_the_answer(tmp_path: Path, browser: Any, width: int, height: int) -> None:
+    """Verdicts, picture, who won and at what cost are seen without scrolling, and every table comes after."""
+    config = configuration(seeds=list(range(10)))
+    made = inputs(config)
+    path = tmp_path / "index.html"
+    path.write_text(report_html(config, compared(config, made), made), encoding="utf-8")
+    with Visit(browser, path, width) as visit:
+        visit.page.set_viewport_size({"width": width, "height": height})
+        visit.page.locator("figure.chart .main-svg").first.wait_for()
+        end = "(name) => document.querySelector(name).getBoundingClientRect().bottom"
+        for name in (".answer", ".answers figure .main-svg", ".answers .leader", ".answers .cost"):
+            assert visit.page.evaluate(end, name) <= height, name
+        assert visit.page.evaluate(end, ".answers") < visit.page.evaluate(end, "table")
         assert visit.wrong == []
 
 

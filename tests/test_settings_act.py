@@ -123,7 +123,8 @@ def base(preset: str) -> Config:
         "params_file": "params.yaml",
     }
     raw = overlay(preset_values(preset, ROOT), changes)
-    raw["methods"] = {name: {**row, "learning_rate": 3e-3} for name, row in raw["methods"].items()}
+    given = {"learning_rate": 3e-3, "matched_to": None}
+    raw["methods"] = {name: {**row, **given} for name, row in raw["methods"].items()}
     for row in raw["methods"].values():
         own = row.get("branching", {})
         own |= {key: min(own[key], most) for key, most in LARGEST.items() if isinstance(own.get(key), int)}

@@ -36,7 +36,7 @@ FILES = {
 CHANGES: dict[str, Any] = {
     "environments": {"coin": COIN},
     "policy": {"kind": "pretrained", "model": "model"},
-    "methods": {**dict.fromkeys(("ppo", "ppo_actfocus", "grpo_lr_matched")), "grpo_actfocus": {"weight": WEIGHT}},
+    "methods": {**dict.fromkeys(("ppo", "ppo_actfocus", "ppo_matched")), "grpo_actfocus": {"weight": WEIGHT}},
     "compare": {"uniform": None, "control": None},
     "sweep": {"studies": None},
 }
@@ -78,9 +78,11 @@ def stale(folder: Path) -> set[str]:
         return set(repo.status()) - {"sources@params"}
 
 
-TRAINED = {f"{stage}@coin-{method}" for stage in ("train", "evaluate") for method in ("grpo", "grpo_actfocus")}
-OWN = {f"train@{environment}-grpo_actfocus" for environment in ("coin", "frozen_lake")}
-PLAYED = {"policy", "compare", "rollout@coin", "evaluate_reference@coin", *TRAINED}
+METHODS = ("grpo", "grpo_actfocus", "grpo_matched")
+TRAINED = {f"{stage}@coin-{method}" for stage in ("train", "evaluate") for method in METHODS}
+OWN = {f"train@{place}-{method}" for place in ("coin", "frozen_lake") for method in ("grpo_actfocus", "grpo_matched")}
+"""Of the method that has the function, and of the one that is matched to it."""
+PLAYED = {"policy", "compare", "rollout@coin", "evaluate_reference@coin", "intervene@coin", *TRAINED}
 
 
 @pytest.mark.parametrize(
@@ -102,3 +104,23 @@ def test_an_edit_makes_the_stages_run_again_whose_results_it_decides(project: Pa
     write_text(project / file, f"{text}\n# an edit")
     assert stale(project) == found
     write_text(project / file, text)
+
+
+@pytest.mark.parametrize(
+    ("method", "methods"), [("grpo_actfocus", ("grpo_actfocus", "grpo_matched")), ("grpo", ("grpo",))]
+)
+def test_a_method_that_is_matched_is_trained_again_after_an_edit_of_what_it_is_matched_to(
+    project: Path, method: str, methods: tuple[str, ...]
+) -> None:
+    text = (project / "params.yaml").read_text()
+    write_text(
+        project / "params.yaml", yaml_text(overlay(read_yaml(project / "params.yaml"), {"methods": {method: FASTER}}))
+    )
+    assert stale(project) == {
+        "compare",
+        *(f"train@{place}-{name}" for place in ("coin", "frozen_lake") for name in methods),
+    }
+    write_text(project / "params.yaml", text)
+
+
+FASTER = {"learning_rate": 1e-3}

@@ -232,6 +232,7 @@ UNKEYED = {
     "pipeline.progress": UNDECIDING["pipeline.progress"],
     "pipeline.tracking": UNDECIDING["pipeline.tracking"],
     "pipeline.sources": "makes the key",
+    "pipeline.training.matching": "finds a learning rate, which is in the key",
     "pipeline.training.seeds": "puts finished trainings where the next stages look for them",
     "pipeline.settings": "what it makes of params.yaml is in the key",
     "pipeline.workspace.yaml_files": "what it reads of params.yaml is in the key",

@@ -246,7 +246,8 @@ def test_a_confirmation_compares_the_best_with_the_baselines_on_fresh_seeds(plan
     for name, point in {**plan.baselines, "best": BEST}.items():
         assert config.methods[name] == plan.configured(point).methods[plan.method]
     assert config.compare.control == {"best": "uniform"}
-    assert config.compare.uniform == {"paper": "uniform", "best": "paper"}
+    assert config.compare.uniform == {"best": "paper"}
+    assert (config.compare.primary, config.compare.family) == ("best", "holm")
     assert (config.evaluation, config.train, config.rollout, config.environments, config.policy) == (
         before.evaluation,
         before.train,
@@ -295,11 +296,13 @@ def test_settings_outside_methods_are_confirmed_if_they_are_all_the_same(tmp_pat
 
 
 def row(method: str, kind: str | None, difference: tuple[float, float, float], **more: Any) -> dict[str, Any]:
-    """A row of a comparison of six seeds, with a difference to its control."""
+    """A row of a comparison of eight seeds, with a difference to its control."""
     names = ("difference_to_control", "difference_to_control_ci_low", "difference_to_control_ci_high")
+    tested = ("_p", "_p_adjusted", "_verdict")
     return {
-        **{f"difference_to_uniform{part}": None for part in ("", "_ci_low", "_ci_high", "_by_seed")},
-        "difference_to_control_by_seed": [difference[0]] * 6,
+        **{f"difference_to_uniform{part}": None for part in ("", "_ci_low", "_ci_high", "_by_seed", *tested)},
+        **{f"difference_to_control{part}": None for part in tested},
+        "difference_to_control_by_seed": [difference[0]] * 8,
         "environment": "lake",
         "method": method,
         "temperature": 0.5,
@@ -316,30 +319,31 @@ def row(method: str, kind: str | None, difference: tuple[float, float, float], *
 @pytest.mark.parametrize(
     ("difference", "told"),
     [
-        ((0.05, 0.01, 0.09), "higher"),
-        ((0.05, -0.01, 0.09), "not told apart"),
-        ((-0.05, -0.09, -0.01), "lower"),
+        ((0.05, 0.01, 0.09), "better"),
+        ((0.05, -0.01, 0.09), "undecided"),
+        ((-0.05, -0.09, -0.01), "worse"),
     ],
 )
-def test_a_verdict_says_whether_the_best_is_told_apart(difference: tuple[float, float, float], told: str) -> None:
+def test_a_verdict_says_whether_the_best_is_better(difference: tuple[float, float, float], told: str) -> None:
+    judged = {"difference_to_control_p_adjusted": 0.0123, "difference_to_control_verdict": told}
     rows = [
         row("uniform", None, (0.0, 0.0, 0.0)),
-        row("best", "uniform", difference),
+        row("best", "uniform", difference, **judged),
         row("best", "uniform", (9.0, 9.0, 9.0), temperature=1.0, headline=False),
     ]
     value, low, high = difference
-    assert confirmation_text({"rows": rows}) == (
-        "lake: best (0.600) − uniform, 6 fresh seeds and 64 test states at temperature 0.5: "
-        f"{value:+.3f} [{low:+.3f}, {high:+.3f}]: {told}"
+    assert confirmation_text({"rows": rows, "family": {"size": 2}}) == (
+        "lake: best (0.600) − uniform, 8 fresh seeds and 64 test states at temperature 0.5: "
+        f"{value:+.3f} [{low:+.3f}, {high:+.3f}] p_adj 0.012: {told}"
     )
 
 
-def test_below_six_fresh_seeds_there_is_no_verdict_and_the_key_to_one_is_named() -> None:
-    few = {"difference_to_control_ci_low": None, "difference_to_control_ci_high": None}
-    rows = [row("best", "uniform", (0.05, 0.0, 0.0), **few, difference_to_control_by_seed=[0.02, 0.03, 0.05, 0.1])]
-    assert confirmation_text({"rows": rows}) == (
-        "lake: best (0.600) − uniform, 4 fresh seeds and 64 test states at temperature 0.5: +0.050 (4 seeds, +0.020 to "
-        "+0.100); no verdict below 6 paired seeds, give `sweep.confirm_seeds` 6 or more"
+def test_where_too_few_fresh_seeds_give_no_verdict_the_key_to_one_is_named() -> None:
+    few = {"difference_to_control_p_adjusted": 0.25, "difference_to_control_by_seed": [0.02, 0.03, 0.05, 0.1]}
+    rows = [row("best", "uniform", (0.05, 0.01, 0.09), **few)]
+    assert confirmation_text({"rows": rows, "family": {"size": 2}}) == (
+        "lake: best (0.600) − uniform, 4 fresh seeds and 64 test states at temperature 0.5: +0.050 [+0.010, +0.090] p_adj "
+        "0.250; no verdict below 7 paired seeds: give `sweep.confirm_seeds` 7 or more"
     )
 
 

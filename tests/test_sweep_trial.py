@@ -133,7 +133,7 @@ def test_a_trial_whose_training_diverges_is_stopped_and_the_search_goes_on(
     tmp_path: Path, policy: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     plan, study = plan_of(tmp_path, policy), optuna.create_study(direction="maximize")
-    monkeypatch.setattr("pipeline.training.iteration.moved", lambda *_: {"distance": float("nan")})
+    monkeypatch.setattr("pipeline.training.iteration.UpdateKL.after_update", lambda *_: {"distance": float("nan")})
     with pytest.raises(TrialPruned, match="iteration 0: distance is nan"):
         ran(plan, study.ask(), plan.baselines["paper"])
     study.tell(0, None, TrialState.PRUNED)

@@ -175,8 +175,14 @@ def comparison_of(config: Config, success: float) -> dict[str, Any]:
 def test_a_comparison_has_one_run_that_is_brought_up_to_date(directory: Path, store: Store, root: Path) -> None:
     config = configured(
         {
-            "methods": {"ppo": None, "ppo_actfocus": None, "grpo_actfocus": None, "grpo_lr_matched": None},
-            "compare": {"uniform": {"ppo_actfocus": None, "grpo_actfocus": None}, "control": {"grpo_actfocus": None}},
+            "methods": {
+                "ppo": None,
+                "ppo_actfocus": None,
+                "ppo_matched": None,
+                "grpo_actfocus": None,
+                "grpo_matched": None,
+            },
+            "compare": {"uniform": {"ppo_actfocus": None, "grpo_actfocus": None}, "control": None},
             "seeds": [0, 1],
         }
     )

@@ -9,7 +9,8 @@ import gymnasium
 import numpy as np
 import pytest
 
-from pipeline.bootstrap.supervision import _encode, demonstrate
+from pipeline.bootstrap.demonstrations import demonstrate
+from pipeline.bootstrap.supervision import _encode
 from pipeline.environments import make, split_of
 from pipeline.environments.frozen_lake import MOVES, FrozenLakeExpert
 from pipeline.environments.splits import SPLITS

@@ -33,6 +33,7 @@ TINY = {
         "heads": 2,
         "vocabulary": 320,
         "demonstrations": {
+            "reasoning": "facts",
             "phases": [{"steps": 60, "reasoning_words": [0, 2], "action_noise": 0.2}],
             "episodes": 100,
             "batch_episodes": 8,
@@ -100,8 +101,8 @@ def unmoved(
         instead: what to do in place of an update.
     """
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("gradient_share", "moved"):
-            patch.setattr(iteration, name, lambda *_: {})
+        patch.setattr(iteration, "gradient_share", lambda *_: {})
+        patch.setattr(iteration, "measures_update_kl", lambda *_: False)
         patch.setattr(iteration, "update", instead)
         if estimate is not None:
             patch.setattr(Learner, "estimate", lambda _, sequences, wanted: estimate(sequences, wanted))

@@ -13,7 +13,7 @@ import numpy as np
 from jaxtyping import Bool, Float
 from scipy import stats
 
-from pipeline.analysis.statistics import significant
+from pipeline.analysis.scores import significant
 from pipeline.trajectories.trajectory import REPORTED_ROLES, RESPONSE_ROLES, Role, Trajectories, TrajectoryError
 from pipeline.workspace.randomness import generator
 

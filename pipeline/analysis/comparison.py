@@ -1,8 +1,7 @@
 """The comparison of all methods: one row per environment, method and temperature."""
 
-import math
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import product
 from statistics import mean
 from typing import Any
@@ -12,15 +11,27 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
-from pipeline.analysis import statistics
-from pipeline.analysis.statistics import Difference, Interval
+from pipeline.analysis import efficiency, hypotheses
+from pipeline.analysis.curves import Curves
+from pipeline.analysis.hypotheses import ESTIMAND, Hypothesis
+from pipeline.analysis.intervals import LEVEL, Interval, interval
+from pipeline.analysis.looks import look_entry, looks_of
+from pipeline.analysis.scores import (
+    Scores,
+    balanced_scores,
+    interquartile_mean,
+    paired_grid,
+    probability_of_improvement,
+    rounded,
+    significant,
+)
+from pipeline.analysis.verdicts import Difference, measure
 from pipeline.settings.custom import custom_sections
 from pipeline.settings.params import Config
 from pipeline.trajectories.trajectory import CUT_OFF, RESPONSES
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.files import read_json
 from pipeline.workspace.layout import Layout
-from pipeline.workspace.randomness import generator
 
 REFERENCE = "reference"
 """What the reference policy is called where methods have their names."""
@@ -30,9 +41,6 @@ SHARE = "measured_gradient_share_action"
 """Metric of the curves: the action tokens' share of the gradient, from per-token gradients."""
 
 Row = Mapping[str, Any]
-
-Curves = Mapping[str, list[dict[str, float]]]
-"""Seed -> one row per iteration."""
 
 
 @dataclass(frozen=True)
@@ -44,6 +52,8 @@ class Inputs:
     curves: Mapping[tuple[str, str], Curves]
     timings: Mapping[tuple[str, str], Curves]
     """Wall-clock: cumulative ``seconds``; a method may be absent."""
+    matchings: Mapping[tuple[str, str], Mapping[str, Any]] = field(default_factory=dict)
+    """How the learning rate was found (see ``pipeline.training.matching.matched``), of methods that are matched."""
 
 
 def read_inputs(config: Config, layout: Layout) -> Inputs:
@@ -57,10 +67,12 @@ def read_inputs(config: Config, layout: Layout) -> Inputs:
     needed = [layout.evaluations(*key) for key in played] + [layout.curves(*key) for key in trained]
     if missing := [file for file in needed if not file.exists()]:
         raise UserError("\n".join(f"{file}: no such file; `dvc repro` makes it" for file in missing))
+    read = {key: read_json(layout.curves(*key)) for key in trained}
     return Inputs(
         {key: pq.read_table(layout.evaluations(*key)) for key in played},
-        {key: read_json(layout.curves(*key))["seeds"] for key in trained},
+        {key: found["seeds"] for key, found in read.items()},
         read_timings(config, layout),
+        {key: found["matching"] for key, found in read.items() if "matching" in found},
     )
 
 
@@ -77,22 +89,39 @@ def read_timings(config: Config, layout: Layout) -> dict[tuple[str, str], Curves
 def compare(config: Config, inputs: Inputs) -> dict[str, Any]:
     """All rows, ready to be written as JSON: no NaN, and the same for the same inputs.
 
-    Rates are in [0, 1]. Measured numbers are rounded to 6 digits (KL per iteration: 6 significant ones), settings are as
-    in params.yaml, and what does not apply is null. ``difference_to_*`` is paired over common seeds and states, and has an
-    interval (``_ci_low``, ``_ci_high``) from ``VERDICT_SEEDS`` paired seeds on, which is its verdict.
-    ``probability_of_improvement`` is over the uniform counterpart. The reference policy has rows of its own. ``tokens`` is
-    the budget of every training, if there is one; ``iterations`` and ``SPENT`` are what it took.
+    Rates are in [0, 1]. Measured numbers are rounded to 6 digits (p and KL: 6 significant ones), settings are as in
+    params.yaml, and what does not apply is null. ``hypotheses`` are the declared comparisons, judged as one ``family``;
+    ``difference_to_*`` of a row is paired over common seeds and states, has an interval from two seeds on, and of what is
+    declared also the adjusted p and verdict. ``probability_of_improvement`` is over the uniform counterpart. The reference
+    policy has rows of its own. ``tokens`` is the budget of every training, if there is one; ``iterations`` and ``SPENT``
+    are what it took. ``look`` is there where seeds are added until it is decided: where that stands.
 
     Raises:
         ValueError: an evaluation is unbalanced or lacks a temperature, or two of them share no seed or state.
     """
+    headline_temperature = config.evaluation.temperatures[0]
+    scores = {
+        (environment, method, temperature): balanced_scores(inputs.episodes[environment, method], temperature)
+        for environment, temperature in product(config.environments, config.evaluation.temperatures)
+        for method in (*config.methods, REFERENCE)
+    }
+    finals = {(e, m): found for (e, m, temperature), found in scores.items() if temperature == headline_temperature}
+    looks = [] if config.seeds_until is None else looks_of(config, finals)
+    judged = looks[-1].differences if looks else hypotheses.judged(config, finals)
+    of_row = {(one.environment, one.method, str(one.kind)): found for one, found in judged.items()}
     grid = product(config.environments, config.evaluation.temperatures)
     return {
-        "schema": 2,
+        "schema": 3,
         "comparison": config.comparison,
-        "resamples": config.compare.resamples,
         "tokens": config.train.tokens,
-        "rows": [row for place in grid for row in _rows(config, inputs, *place)],
+        "estimand": ESTIMAND,
+        "family": hypotheses.family_entry(config.compare, len(judged)),
+        "smallest_effect": config.compare.smallest_effect,
+        "level": LEVEL,
+        "exclusions": [one.model_dump(mode="json") for one in config.compare.exclusions],
+        **({"look": look_entry(config.seeds_until, looks)} if config.seeds_until is not None else {}),
+        "hypotheses": _hypotheses(config, inputs, judged),
+        "rows": [row for place in grid for row in _rows(config, inputs, scores, of_row, *place)],
     }
 
 
@@ -123,60 +152,97 @@ def headline(comparison: Mapping[str, Any]) -> dict[str, dict[str, Row]]:
 def difference_of(row: Mapping[str, Any], other: str) -> Difference | None:
     """The difference of a comparison's row to ``reference``, ``uniform`` or ``control``, None if it has none."""
     name = f"difference_to_{other}"
-    value, low, high = (row[f"{name}{part}"] for part in ("", "_ci_low", "_ci_high"))
-    if value is None:
+    if row[name] is None:
         return None
-    return Difference(value, None if low is None else Interval(low, high), tuple(row[f"{name}_by_seed"]))
+    low = row[f"{name}_ci_low"]
+    return Difference(
+        row[name],
+        None if low is None else Interval(low, row[f"{name}_ci_high"]),
+        tuple(row[f"{name}_by_seed"]),
+        **{part: row[f"{name}_{part}"] for part in ("p", "p_adjusted", "verdict")},
+    )
 
 
-def _rows(config: Config, inputs: Inputs, environment: str, temperature: float) -> list[dict[str, Any]]:
+def _hypotheses(config: Config, inputs: Inputs, judged: Mapping[Hypothesis, Difference]) -> list[dict[str, Any]]:
+    """The declared comparisons, each with its sample efficiency."""
+    thresholds = {
+        environment: efficiency.threshold_of([inputs.curves[environment, method] for method in config.methods])
+        for environment in config.environments
+    }
+    left_out = {(one.environment, one.method, str(one.seed)) for one in config.compare.exclusions}
+    curves = {
+        key: {seed: rows for seed, rows in seeds.items() if (*key, seed) not in left_out}
+        for key, seeds in inputs.curves.items()
+    }
+    return [
+        hypotheses.entry(
+            one,
+            difference,
+            config.compare.smallest_effect,
+            efficiency.compared(
+                curves[one.environment, one.method],
+                curves[one.environment, one.against],
+                thresholds[one.environment],
+            ),
+        )
+        for one, difference in judged.items()
+    ]
+
+
+def _rows(
+    config: Config,
+    inputs: Inputs,
+    all_scores: Mapping[tuple[str, str, float], Scores],
+    judged: Mapping[tuple[str, str, str], Difference],
+    environment: str,
+    temperature: float,
+) -> list[dict[str, Any]]:
     methods = [*config.methods, REFERENCE]
-    tables = {method: inputs.episodes[environment, method] for method in methods}
-    scores = {method: statistics.balanced_scores(table, temperature) for method, table in tables.items()}
-
-    def draws() -> np.random.Generator:
-        # The same draws for every method: differences between intervals are not differences between resamples.
-        return generator(0, "compare", environment, f"{temperature:g}")
-
-    resamples = config.compare.resamples
-    reference = statistics.bootstrap_interval(scores[REFERENCE].success, resamples, draws())
+    scores = {method: all_scores[environment, method, temperature] for method in methods}
+    paired = hypotheses.without_excluded(config, {(environment, method): one for method, one in scores.items()})
+    headlined = temperature == config.evaluation.temperatures[0]
+    reference = _rate_interval(scores[REFERENCE])
     rows = []
     for method in methods:
-        own = scores[method]
+        own, table = scores[method], inputs.episodes[environment, method]
         uniform, control = config.compare.uniform.get(method), config.compare.control.get(method)
         others = {"uniform": uniform, "control": control, "reference": None if method == REFERENCE else REFERENCE}
-        differences = {k: statistics.paired_difference(own, scores[other]) for k, other in others.items() if other}
-        improvement = None if uniform is None else statistics.probability_of_improvement(own, scores[uniform])
+        differences = {
+            kind: (judged.get((environment, method, kind)) if headlined else None)
+            or measure(paired_grid(paired[environment, method], paired[environment, other]))
+            for kind, other in others.items()
+            if other
+        }
+        improvement = None if uniform is None else probability_of_improvement(own, scores[uniform])
         seed_means = own.success.mean(axis=(1, 2))
-        t_interval = statistics.t_interval(own.success)
-        # It knows nothing of a rate's range: the part outside [0, 1] is cut off.
-        within = None if t_interval is None else Interval(*np.clip(t_interval, 0.0, 1.0))
+        collapsed = None if method == REFERENCE or reference is None else int((seed_means < reference.low).sum())
         rows.append(
             {
                 "environment": environment,
                 "method": method,
                 "temperature": temperature,
-                "headline": temperature == config.evaluation.temperatures[0],
+                "headline": headlined,
                 "seeds": len(own.seeds),
                 "states": len(own.states),
                 "episodes": own.success.size,
-                "success_mean": _round(own.success.mean()),
-                "success_iqm": _round(statistics.interquartile_mean(own.success)),
-                **_bounds("success_ci", statistics.bootstrap_interval(own.success, resamples, draws())),
-                **_bounds("t_ci", within),
-                "seed_success": [_round(mean) for mean in seed_means],
-                "reference_success": _round(scores[REFERENCE].success.mean()),
+                "success_mean": rounded(own.success.mean()),
+                "success_iqm": rounded(interquartile_mean(own.success)),
+                **_bounds("success_ci", _rate_interval(own)),
+                "seed_success": [rounded(mean) for mean in seed_means],
+                "reference_success": rounded(scores[REFERENCE].success.mean()),
                 **_bounds("reference_ci", reference),
                 "uniform": uniform,
                 "control": control,
                 **{key: value for k in others for key, value in _compared(k, differences.get(k)).items()},
-                "probability_of_improvement": _round(improvement),
-                "collapsed_seeds": None if method == REFERENCE else int((seed_means < reference.low).sum()),
+                "probability_of_improvement": rounded(improvement),
+                "collapsed_seeds": collapsed,
                 **_behaviour(
-                    tables[method].filter(pc.equal(tables[method]["temperature"], temperature)),
+                    table.filter(pc.equal(table["temperature"], temperature)),
                     config.environments[environment].format_penalty,
                 ),
                 **_training(config, method, inputs.curves.get((environment, method))),
+                **_matching(inputs.matchings.get((environment, method))),
+                **_matching(inputs.matchings.get((environment, method))),
             }
         )
     return rows
@@ -191,27 +257,29 @@ def _behaviour(episodes: pa.Table, format_penalty: float) -> dict[str, Any]:
     def rate(kind: str) -> float | None:
         """Share of the turns; None for an evaluation that was made when this was not counted."""
         column = f"{kind}_turns"
-        return _round(total(column) / max(1.0, total("turns"))) if column in episodes.column_names else None
+        return rounded(total(column) / max(1.0, total("turns"))) if column in episodes.column_names else None
 
     ends = episodes["end_reason"].to_pylist()
     penalties = format_penalty * (total("turns") - total("valid_turns"))
     return {
-        "return_mean": _round(total("return") / len(episodes)),
-        "score_mean": _round((total("return") - penalties) / len(episodes)),
-        "ends": {reason: _round(ends.count(reason) / len(ends)) for reason in sorted(set(ends))},
-        "action_token_share": _round(total("action_tokens") / max(1.0, total("tokens"))),
+        "return_mean": rounded(total("return") / len(episodes)),
+        "score_mean": rounded((total("return") - penalties) / len(episodes)),
+        "ends": {reason: rounded(ends.count(reason) / len(ends)) for reason in sorted(set(ends))},
+        "action_token_share": rounded(total("action_tokens") / max(1.0, total("tokens"))),
         "valid_action_rate": rate("valid"),
         **{f"{kind}_rate": rate(kind) for kind in RESPONSES if kind != "valid"},
-        "truncated_rate": _round(sum(map(ends.count, CUT_OFF)) / len(ends)),
+        "truncated_rate": rounded(sum(map(ends.count, CUT_OFF)) / len(ends)),
     }
 
 
 def _training(config: Config, method: str, curves: Curves | None) -> dict[str, Any]:
     """How the method was trained: settings from params.yaml, the rest from its learning curves; all null without them."""
     if curves is None:
-        keys = ("iterations", "kl_iteration_action_first3", "gradient_share_action", "learning_rate", "regulariser")
+        keys = ("iterations", "kl_update_action_first3", "gradient_share_action", "learning_rate", "regulariser")
         return dict.fromkeys((*keys, "non_finite_losses", "status", "source", *SPENT))
-    first = [row["kl_iteration_action"] for rows in curves.values() for row in rows[:3] if "kl_iteration_action" in row]
+    # It is measured in the first iterations in which the policy learns, and in some later ones.
+    measured = ([row["kl_update_action"] for row in rows if "kl_update_action" in row] for rows in curves.values())
+    first = [kl for values in measured for kl in values[:3]]
     shares = [r[SHARE] for rows in curves.values() for r in rows if SHARE in r]
     settings = config.methods[method]
     own = {slot: section.model_dump(mode="json") for slot, section in custom_sections(settings).items()}
@@ -223,8 +291,8 @@ def _training(config: Config, method: str, curves: Curves | None) -> dict[str, A
     given = (episodes, tokens, episodes / (config.rollout.groups * iterations))
     return {
         "iterations": iterations,
-        "kl_iteration_action_first3": statistics.significant(float(np.mean(first))) if first else None,
-        "gradient_share_action": _round(float(np.mean(shares))) if shares else None,
+        "kl_update_action_first3": significant(float(np.mean(first))) if first else None,
+        "gradient_share_action": rounded(float(np.mean(shares))) if shares else None,
         "learning_rate": settings.learning_rate,
         "regulariser": settings.regulariser.model_dump(mode="json"),
         "non_finite_losses": int(sum(row.get("non_finite_losses", 0) for rows in curves.values() for row in rows)),
@@ -235,25 +303,33 @@ def _training(config: Config, method: str, curves: Curves | None) -> dict[str, A
     }
 
 
+def _rate_interval(scores: Scores) -> Interval | None:
+    """Interval of one method's success. It knows nothing of a rate's range: the part outside [0, 1] is cut off."""
+    found = interval(scores.grid)
+    return None if found is None else Interval(*map(float, np.clip(found, 0.0, 1.0)))
+
+
+def _matching(found: Mapping[str, Any] | None) -> dict[str, Any]:
+    """How a method's learning rate was found, and in place of params.yaml's the rate; null where it is params.yaml's own."""
+    return {"matched": None} if found is None else {"matched": dict(found), "learning_rate": found["learning_rate"]}
+
+
 def _compared(kind: str, difference: Difference | None) -> dict[str, Any]:
     name = f"difference_to_{kind}"
     if difference is None:
-        return dict.fromkeys(f"{name}{part}" for part in ("", "_ci_low", "_ci_high", "_seeds", "_by_seed"))
+        parts = ("", "_ci_low", "_ci_high", "_seeds", "_by_seed", "_p", "_p_adjusted", "_verdict")
+        return dict.fromkeys(f"{name}{part}" for part in parts)
     return {
-        name: _round(difference.value),
+        name: rounded(difference.value),
         **_bounds(f"{name}_ci", difference.interval),
         f"{name}_seeds": len(difference.by_seed),
-        f"{name}_by_seed": [_round(value) for value in difference.by_seed],
+        f"{name}_by_seed": [rounded(value) for value in difference.by_seed],
+        f"{name}_p": significant(difference.p),
+        f"{name}_p_adjusted": significant(difference.p_adjusted),
+        f"{name}_verdict": difference.verdict,
     }
 
 
-def _bounds(name: str, interval: Interval | None) -> dict[str, float | None]:
-    low, high = interval or (None, None)
-    return {f"{name}_low": _round(low), f"{name}_high": _round(high)}
-
-
-def _round(value: float | None) -> float | None:
-    """To six digits; None stays, and is what has no finite value."""
-    if value is None or not math.isfinite(value):
-        return None
-    return round(float(value), 6) + 0.0  # + 0.0 makes -0.0 a zero
+def _bounds(name: str, bounds: Interval | None) -> dict[str, float | None]:
+    low, high = bounds or (None, None)
+    return {f"{name}_low": rounded(low), f"{name}_high": rounded(high)}

@@ -1,8 +1,11 @@
 """Learning curves as arrays: what was measured, at what cost, and its mean and range over seeds."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
-from pipeline.analysis.comparison import Curves
+Curves = Mapping[str, list[dict[str, float]]]
+"""Seed -> one row per iteration."""
 
 SMOOTHING = 5
 """Iterations of the centred moving mean over training success."""

@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.analysis.comparison import Curves, headline
+from pipeline.analysis.comparison import headline
+from pipeline.analysis.curves import Curves
 from pipeline.workspace.files import write_json, write_text
 
 RATES = ("valid_action_rate", "disallowed_rate", "malformed_rate", "cut_rate")
@@ -22,7 +23,7 @@ METRICS = (
 
 CURVES = (
     "success", "validation_success", "return", *RATES, "entropy_action", "entropy_reasoning", "kl_reference",
-    "kl_iteration_action", "gradient_norm", "clip_fraction", "gradient_share_action", "tokens",
+    "kl_update_action", "gradient_norm", "clip_fraction", "gradient_share_action", "tokens",
 )  # fmt: skip
 """Columns of the table of learning curves: keys of the curves, as means over seeds."""
 

@@ -6,8 +6,10 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.analysis import statistics
 from pipeline.analysis.comparison import headline
+from pipeline.analysis.intervals import Grid
+from pipeline.analysis.scores import balanced_scores, paired_grid
+from pipeline.analysis.verdicts import Difference, judge
 
 
 @dataclass(frozen=True)
@@ -29,29 +31,44 @@ class Change:
     """Success in B minus success in A, of one method."""
 
     value: float
-    paired: statistics.Difference | None = None
+    paired: Difference | None = None
     """Over the seeds in common; None where the two could not be paired."""
     states: int = 0
     """Initial states in common; 0 if not paired."""
 
 
-def change(a: Revision, b: Revision, environment: str, method: str) -> Change:
-    """B minus A at the headline temperature: paired over common seeds and states if both revisions' episodes are there.
+def changes(a: Revision, b: Revision) -> dict[tuple[str, str], Change]:
+    """(environment, method) -> B minus A at the headline temperature, of all methods that both revisions have.
 
-    Not paired, it is the difference of the two means, without a verdict: without the episodes, or if the revisions have
-    another headline temperature, no common seed, or no common initial state.
+    Paired over common seeds and states if both revisions' episodes are there, and then judged together, as one family:
+    whoever lays two revisions beside each other looks at all of them. What counts as equal is B's ``smallest_effect``.
+    Not paired, a change is the difference of the two means, without a verdict: without the episodes, or if the revisions
+    have another headline temperature, no common seed, or no common initial state.
     """
+    old, new = (headline(revision.comparison) for revision in (a, b))
+    shared = [(place, method) for place in old for method in old[place] if method in new.get(place, {})]
+    grids = {key: grid for key in shared if (grid := _paired(a, b, *key)) is not None}
+    settings = {"smallest_effect": b.comparison["smallest_effect"]} if "smallest_effect" in b.comparison else {}
+    judged = dict(zip(grids, judge(list(grids.values()), **settings), strict=True))
+    return {
+        (place, method): Change(judged[place, method].value, judged[place, method], grids[place, method].shape[1])
+        if (place, method) in judged
+        else Change(new[place][method]["success_mean"] - old[place][method]["success_mean"])
+        for place, method in shared
+    }
+
+
+def _paired(a: Revision, b: Revision, environment: str, method: str) -> Grid | None:
+    """B minus A, by seed and state; None where the two cannot be paired."""
     old, new = (headline(revision.comparison)[environment][method] for revision in (a, b))
-    means = Change(new["success_mean"] - old["success_mean"])
     tables = [r.episodes[environment, method] for r in (a, b) if (environment, method) in r.episodes]
     if old["temperature"] != new["temperature"] or len(tables) < 2:
-        return means
+        return None
     try:
-        x, y = (statistics.balanced_scores(table, old["temperature"]) for table in tables)
-        paired = statistics.paired_difference(y, x)
+        x, y = (balanced_scores(table, old["temperature"]) for table in tables)
+        return paired_grid(y, x)
     except ValueError:
-        return means
-    return Change(paired.value, paired, len({*x.states} & {*y.states}))
+        return None
 
 
 def changed_settings(a: Mapping[str, Any], b: Mapping[str, Any]) -> list[tuple[str, str, str]]:

@@ -1,8 +1,10 @@
 """Where the time of a training goes, and how much of a rollout is the environment's."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
-from pipeline.analysis.comparison import Curves
+from pipeline.analysis.curves import Curves
 
 PREFIX = "seconds_"
 """Opens the name of a phase in timings; ``seconds`` alone is cumulative wall-clock."""
@@ -26,3 +28,9 @@ def environment_shares(curves: Curves) -> dict[str, float]:
     phases = phase_seconds(curves)
     rollout = sum(phases.get(phase, 0.0) for phase in ("collect", "reset", "step"))
     return {phase: phases.get(phase, 0.0) / rollout if rollout else float("nan") for phase in ("reset", "step")}
+
+
+def training_minutes(timings: Mapping[tuple[str, str], Curves]) -> dict[tuple[str, str], float]:
+    """(environment, method) -> mean minutes of a training over seeds; wall-clock, each training has one thread of its own."""
+    ends = {key: [rows[-1]["seconds"] for rows in curves.values() if rows] for key, curves in timings.items()}
+    return {key: float(np.mean(seconds)) / 60 for key, seconds in ends.items() if seconds}

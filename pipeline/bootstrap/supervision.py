@@ -3,53 +3,25 @@
 It ends up knowing the task and playing it badly, which is where reinforcement learning starts.
 """
 
-import copy
-import importlib
 import math
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
+from pipeline.bootstrap.demonstrations import Demonstration, demonstrations_of
 from pipeline.bootstrap.tokenizer import train_tokenizer
-from pipeline.environments import initial_states, make
-from pipeline.environments.playing import actions_left_of, parse_action, reset, step, text_of
-from pipeline.environments.text_environment import id_of
 from pipeline.model.policy import Policy
 from pipeline.model.scoring import predicting_hidden, score_tokens
 from pipeline.progress.display import span, within
-from pipeline.settings.params import Environment, Phase, ScratchPolicy
+from pipeline.settings.params import Environment, ScratchPolicy
 from pipeline.trajectories.builder import EpisodeBuilder
-from pipeline.trajectories.prompting import Dialogue, plain_text, user_message
+from pipeline.trajectories.prompting import Dialogue, user_message
 from pipeline.trajectories.trajectory import Role
-from pipeline.workspace.errors import UserError
 from pipeline.workspace.finite import require_finite
-from pipeline.workspace.randomness import generator, key
-
-
-@dataclass(frozen=True)
-class Turn:
-    """A demonstrated turn: what the policy will be shown, and what it is to answer."""
-
-    observation: str
-    reward: float
-    """Of the turn before, as the observation comes with it; 0 in the first turn."""
-    actions_left: int | None
-    """None if the environment does not know it."""
-    reasoning: str
-    action: str
-    """Several are joined by ``||``."""
-
-
-@dataclass(frozen=True)
-class Demonstration:
-    """One episode of the expert."""
-
-    instructions: str
-    turns: list[Turn]
+from pipeline.workspace.randomness import key
 
 
 def bootstrap(
@@ -60,13 +32,13 @@ def bootstrap(
     ``report`` is called with step, number of steps and loss. Returns the reference policy, in evaluation mode.
 
     Raises:
-        UserError: an environment has no expert, or does not keep to what ``playing.step`` asks of it.
+        UserError: an environment has no expert, or one that does not plan where it must, or does not keep to what ``playing.step`` asks of it.
     """
     plan = settings.demonstrations
     phases = []
     for index, phase in enumerate(plan.phases):
         with span(f"demonstrations of phase {index + 1} of {len(plan.phases)}", 0.0, 0.0):
-            phases.append(_demonstrations(environments, settings, phase, index))
+            phases.append(demonstrations_of(environments, settings, phase, index))
     sample = ((environments[name], demonstration) for demos in phases for name, demonstration in demos[:300])
     texts = (text for section, demonstration in sample for text in _texts(section, demonstration))
     tokenizer = train_tokenizer(texts, settings.vocabulary)
@@ -84,69 +56,6 @@ def _texts(section: Environment, demonstration: Demonstration) -> Iterator[str]:
     for number, turn in enumerate(demonstration.turns, start=1):
         yield user_message(section.layout, number, turn.observation, turn.actions_left, section.response_tokens)
         yield from (turn.reasoning, turn.action)
-
-
-def expert_of(environment: Any) -> Any:
-    """The scripted expert beside an environment.
-
-    Raises:
-        UserError: its module has no ``expert``.
-    """
-    name = type(environment).__module__
-    module = importlib.import_module(name)
-    if not hasattr(module, "expert"):
-        raise UserError(
-            f"policy.kind: scratch learns from an expert, and {id_of(environment)!r} has none; set policy to "
-            f"{{kind: pretrained, model: ...}}, or write `expert` in module {name} (docs/environments.md)"
-        )
-    return module.expert()
-
-
-def demonstrate(
-    environment: Any, expert: Any, state_seed: int, phase: Phase, draws: np.random.Generator, section: Environment
-) -> Demonstration:
-    """One episode of the expert, its actions replaced by random ones with probability ``phase.action_noise``.
-
-    It is cut off after ``section.max_turns`` turns. A turn has up to ``section.actions_per_turn`` actions. Each is chosen
-    in the state that the one before has led to, which the policy will not have seen: where there is noise, the expert
-    knows more than can be learnt. The collector refuses a turn with an action that is not allowed at its beginning, so a
-    turn ends before such an action.
-    """
-    observation = reset(environment, int(draws.integers(2**31)), state_seed)
-    demonstration = Demonstration(plain_text(text_of(environment, "instructions")), [])
-    reward, over = 0.0, False
-    while not over and len(demonstration.turns) < section.max_turns:
-        words = int(draws.integers(phase.reasoning_words[0], phase.reasoning_words[1] + 1))
-        reasoning = expert.reason(environment, words, draws)
-        shown = (plain_text(observation), reward, actions_left_of(environment), plain_text(reasoning))
-        beginning = copy.deepcopy(environment) if section.actions_per_turn > 1 else environment
-        actions, reward = list[str](), 0.0
-        while not over and len(actions) < section.actions_per_turn:
-            action = expert.act(environment, draws)
-            if draws.random() < phase.action_noise:
-                action = expert.random_action(environment, draws)
-            if actions and parse_action(beginning, action) is None:
-                break
-            observation, earned, over = step(environment, action)
-            actions, reward = [*actions, action], reward + earned
-        demonstration.turns.append(Turn(*shown, plain_text(" || ".join(actions))))
-    return demonstration
-
-
-def _demonstrations(
-    environments: dict[str, Environment], settings: ScratchPolicy, phase: Phase, index: int
-) -> list[tuple[str, Demonstration]]:
-    plan, found = settings.demonstrations, list[tuple[str, Demonstration]]()
-    for name, section in environments.items():
-        environment = make(section)
-        expert = expert_of(environment)
-        draws = generator(settings.seed, "demonstrations", name, index)
-        states = initial_states(environment, "demonstrations", plan.episodes, draws)
-        for number, state in enumerate(states):
-            within(0.0, f"in {name}: {number} of {len(states)} episodes")
-            found.append((name, demonstrate(environment, expert, state, phase, draws, section)))
-    order = generator(settings.seed, "demonstration order", index).permutation(len(found))
-    return [found[i] for i in order]
 
 
 def _new_model(settings: ScratchPolicy, tokenizer: Any, context: int) -> Any:

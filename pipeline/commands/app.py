@@ -8,8 +8,9 @@ from pipeline.commands.cli import run
 
 COMMANDS = (
     *("check", "methods", "contracts", "preset"),  # before a run
-    *("play", "compare", "replay", "decisions", "match", "confirm"),  # of one
-    *("sync", "publish", "screenshots"),  # after it
+    "repro",
+    *("play", "compare", "replay", "decisions", "confirm"),  # of one
+    *("sync", "publish", "simulate", "screenshots"),  # after it
 )
 
 

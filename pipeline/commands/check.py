@@ -12,6 +12,7 @@ from pipeline.commands.cli import ParamsFile, configured
 def main(params: ParamsFile = "params.yaml") -> str:
     config, _, params = configured(params)
     from pipeline.environments import make
+    from pipeline.settings.params import every_seed
     from pipeline.sources.checks import check_named
     from pipeline.workspace.yaml_files import read_yaml
 
@@ -26,8 +27,10 @@ def main(params: ParamsFile = "params.yaml") -> str:
     counted = ", ".join(f"{name} {math.prod(lengths)}" for name, lengths in runs.items())
     sizes = {name: getattr(config, name) for name in ("environments", "methods", "seeds")}
     trainings = " x ".join(f"{len(values)} {name}" for name, values in sizes.items())
+    most = len(every_seed(config))
+    more = f", with up to {most} seeds until it is decided" if most > len(config.seeds) else ""
     return (
-        f"{params}: right. {trainings} = {math.prod(map(len, sizes.values()))} trainings\n"
+        f"{params}: right. {trainings} = {math.prod(map(len, sizes.values()))} trainings{more}\n"
         f"environments: {', '.join(config.environments)}\nmethods: {', '.join(config.methods)}\n"
         f"runs of each stage: {counted or f'{dag}: no such file'}\nNext: dvc repro {dag}"
     )

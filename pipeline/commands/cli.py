@@ -8,10 +8,12 @@ import itertools
 import os
 import shlex
 import signal
+import subprocess
 import sys
 import time
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -43,12 +45,14 @@ NAMES = ("--environment", "--method", "--study", "--name")
 def configured(params: str, environment: str | None = None, method: str | None = None) -> tuple[Config, Layout, str]:
     """The checked params file, which knows the environment and the method; its run's paths; its own, as ``go_to_root``.
 
-    The run's are full paths where the command was called from another folder than the root.
+    The run's are full paths where the command was called from another folder than the root. Of seeds that are added until
+    it is decided, the configuration has those in effect.
 
     Raises:
         UserError: the file is wrong, or does not have that environment or method.
     """
     from pipeline.settings.params import load  # takes half a second, and helps nobody who asks for --help
+    from pipeline.sources.seeds_in_effect import with_seeds_in_effect
 
     config, here = load(params), Path.cwd()
     for section, name, extra in (("environments", environment, ()), ("methods", method, ("reference",))):
@@ -56,7 +60,8 @@ def configured(params: str, environment: str | None = None, method: str | None =
         if name is not None and name not in allowed:
             raise UserError(f"{params}: {section}: {name!r} is not there; allowed: {', '.join(allowed)}")
     params = go_to_root(params, config.root)
-    return config, Layout(Path(config.out) if Path.cwd() == here else Path.cwd() / config.out), params
+    layout = Layout(Path(config.out) if Path.cwd() == here else Path.cwd() / config.out)
+    return with_seeds_in_effect(config, layout.seeds_in_effect), layout, params
 
 
 def go_to_root(params: str, root: str | None = None) -> str:
@@ -81,6 +86,16 @@ def go_to_root(params: str, root: str | None = None) -> str:
     if "HOME" not in os.environ and os.path.expanduser("~") == "~":
         os.environ["HOME"] = str(folder / Cache().home)
     return params
+
+
+def reproduce(pipeline: Path) -> None:
+    """``dvc repro`` of a dvc.yaml, with what it prints; if it fails, this process ends with its exit code."""
+    from pipeline.progress.display import still
+
+    with still():  # the stages speak for themselves
+        done = subprocess.run(["dvc", "repro", str(pipeline)], preexec_fn=partial(end_with_parent, signal.SIGKILL))
+    if done.returncode:
+        sys.exit(done.returncode)
 
 
 def next_command(params: str, command: str, **options: str) -> str:

@@ -4,24 +4,18 @@ Trains them, and plays test states.
 """
 
 import os
-import signal
-import subprocess
-import sys
-from functools import partial
 from pathlib import Path
 
-from pipeline.commands.cli import ParamsFile, StudyName, configured
+from pipeline.commands.cli import ParamsFile, StudyName, configured, reproduce
 
 
 def main(study: StudyName, params: ParamsFile = "params.yaml") -> str:
     config, layout, params = configured(params)
-    from pipeline.progress.display import still
     from pipeline.sweep.confirm import confirmation, confirmation_text
     from pipeline.sweep.plan import plans
     from pipeline.workspace.errors import UserError
     from pipeline.workspace.files import read_json, write_text
     from pipeline.workspace.layout import Layout
-    from pipeline.workspace.processes import end_with_parent
     from pipeline.workspace.yaml_files import yaml_text
 
     run = Layout(Path(config.out))  # seen from the root
@@ -35,10 +29,7 @@ def main(study: StudyName, params: ParamsFile = "params.yaml") -> str:
     write_text(folder / "params.yaml", f"# Made by `make sweep-confirm STUDY={study}`.\n{yaml_text(raw)}")
     pipeline = folder / "dvc.yaml"
     write_text(pipeline, Path("dvc.yaml").read_text(encoding="utf-8"))
-    with still():  # the stages speak for themselves
-        done = subprocess.run(["dvc", "repro", str(pipeline)], preexec_fn=partial(end_with_parent, signal.SIGKILL))
-    if done.returncode:
-        sys.exit(done.returncode)
+    reproduce(pipeline)
     text = confirmation_text(read_json(confirmed.comparison))
     write_text(reports / "verdict.txt", text + "\n")
     shown = layout.confirmation(study).reports

@@ -89,7 +89,7 @@ class Bandit(Episodic):
 
 
 class BanditExpert(Expert):
-    """Chooses the high arm, and describes the arms in words that never name one."""
+    """Chooses the high arm, and describes the arms in words that never name one; a plan does."""
 
     def act(self, bandit: Bandit, draws: np.random.Generator) -> str:
         """The high arm's name; nothing is left to ``draws``."""
@@ -98,6 +98,10 @@ class BanditExpert(Expert):
     def random_action(self, bandit: Bandit, draws: np.random.Generator) -> str:
         """Either arm."""
         return one_of(bandit.arms, draws)
+
+    def plan(self, bandit: Bandit, action: str, draws: np.random.Generator) -> str:
+        """Which arm to take for the high one."""
+        return f"the bold one is {action}"
 
     def _facts(self, bandit: Bandit, draws: np.random.Generator) -> list[str]:
         pick = wording(draws)

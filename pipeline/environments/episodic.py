@@ -65,7 +65,7 @@ class Episodic(gymnasium.Env[str, str], ABC):
 
 
 class Expert(ABC):
-    """Describes a state in words that never hold the next action."""
+    """Describes a state in words that never hold the next action; some plan as well, in words that do."""
 
     def reason(self, environment: Any, words: int, draws: np.random.Generator) -> str:
         """Facts about the state in varied words and order, exactly ``words`` words."""

@@ -146,8 +146,14 @@ def _transitions(lake: str, success_rate: float) -> list[dict[str, list[tuple[fl
     return [dict(zip(MOVES, outcomes.values(), strict=True)) for outcomes in table.values()]
 
 
+def _towards(lake: FrozenLake, cell: Cell, move: str) -> Cell:
+    """Where a move leads to if it goes as intended: the same cell at the lake's side."""
+    row, column = (min(max(at + step, 0), lake.size - 1) for at, step in zip(cell, MOVES[move], strict=True))
+    return row, column
+
+
 class FrozenLakeExpert(Expert):
-    """Walks a shortest path, and describes the state in words that never name the move."""
+    """Walks a shortest path, and describes the state in words that never name the move; a plan does."""
 
     def act(self, lake: FrozenLake, draws: np.random.Generator) -> str:
         """A move on a shortest path; ties are broken by ``draws``.
@@ -161,6 +167,14 @@ class FrozenLakeExpert(Expert):
     def random_action(self, lake: FrozenLake, draws: np.random.Generator) -> str:
         """Any move."""
         return one_of(list(MOVES), draws)
+
+    def plan(self, lake: FrozenLake, action: str, draws: np.random.Generator) -> str:
+        """A way to the goal that begins with the action, as far as the ice carries; shortest behind it."""
+        distance, cell, way = lake.distances(), _towards(lake, lake.player, action), [action]
+        while distance.get(cell, 0) > 0:
+            way.append(min(MOVES, key=lambda name: distance.get(_towards(lake, cell, name), inf)))
+            cell = _towards(lake, cell, way[-1])
+        return f"way {' '.join(way)}"
 
     def _facts(self, lake: FrozenLake, draws: np.random.Generator) -> list[str]:
         pick = wording(draws)

@@ -301,7 +301,7 @@ def _inside(size: int) -> NDArray[np.int64]:
 
 
 class SokobanExpert(Expert):
-    """Follows a shortest solution, and describes the state in words that never name the move."""
+    """Follows a shortest solution, and describes the state in words that never name the move; a plan does."""
 
     def __init__(self) -> None:
         self._room: Room | None = None
@@ -312,14 +312,28 @@ class SokobanExpert(Expert):
 
         Where no solution exists, or ``NODES`` states were not enough to find it, any move.
         """
-        state = (sokoban.player, sokoban.boxes)
-        if sokoban.room != self._room or state not in self._plan:
-            self._room, self._plan = sokoban.room, solve(sokoban.room, state) or {}
-        return self._plan.get(state) or self.random_action(sokoban, draws)
+        return self._solution(sokoban).get((sokoban.player, sokoban.boxes)) or self.random_action(sokoban, draws)
 
     def random_action(self, sokoban: Sokoban, draws: np.random.Generator) -> str:
         """Any move."""
         return one_of(list(MOVES), draws)
+
+    def plan(self, sokoban: Sokoban, action: str, draws: np.random.Generator) -> str:
+        """The next push of a shortest solution, the cell to make it from, and the move."""
+        ahead, push = False, "no push"
+        for state, move in self._solution(sokoban).items():
+            ahead = ahead or state == (sokoban.player, sokoban.boxes)
+            if ahead and sokoban.room.after(state, sokoban.steps[move])[1] != state[1]:
+                push = f"push {move.lower()} from {_places(sokoban.size, [state[0]])}"
+                break
+        return f"{push} so {action}"
+
+    def _solution(self, sokoban: Sokoban) -> dict[State, str]:
+        """See ``act``; empty where there is none."""
+        state = (sokoban.player, sokoban.boxes)
+        if sokoban.room != self._room or state not in self._plan:
+            self._room, self._plan = sokoban.room, solve(sokoban.room, state) or {}
+        return self._plan
 
     def _facts(self, sokoban: Sokoban, draws: np.random.Generator) -> list[str]:
         pick = wording(draws)

@@ -186,7 +186,7 @@ def _grids() -> NDArray[np.int64]:
 
 
 class SudokuExpert(Expert):
-    """Fills the cells in which least is possible, and describes the board in words that never name a move."""
+    """Fills the cells in which least is possible, and describes the board in words that never name a move; a plan does."""
 
     def act(self, sudoku: Sudoku, draws: np.random.Generator) -> str:
         """A move towards the solution.
@@ -216,6 +216,12 @@ class SudokuExpert(Expert):
         legal = [(cell, digit) for cell in CELLS if not sudoku.board[cell] for digit in sudoku.legal_digits(cell)]
         choices = legal or [(cell, digit) for cell in CELLS for digit in DIGITS]
         return _placing(*one_of(choices, draws))
+
+    def plan(self, sudoku: Sudoku, action: str, draws: np.random.Generator) -> str:
+        """The cell, what its row, column and box leave for it, and the digit."""
+        row, column, digit = map(int, action.split(","))
+        legal = sudoku.legal_digits(SIDE * (row - 1) + column - 1)
+        return f"at {row} {column} fits {' '.join(map(str, legal)) or 'nothing'} so {digit}"
 
     def _facts(self, sudoku: Sudoku, draws: np.random.Generator) -> list[str]:
         pick = wording(draws)

@@ -13,7 +13,8 @@ from typing import Any, NamedTuple
 import plotly.graph_objects as go
 
 from pipeline.analysis.comparison import REFERENCE, Row, difference_of, places, rows_at
-from pipeline.analysis.statistics import VERDICT_SEEDS, Interval
+from pipeline.analysis.intervals import Interval
+from pipeline.report.answers import percent
 from pipeline.report.comparison_tables import success_text
 from pipeline.report.differences import difference_text
 from pipeline.report.style import BLUE, GREY, VERMILLION, looks
@@ -111,10 +112,10 @@ def success_chart(config: Config, comparison: Mapping[str, Any], environment: st
     return Chart(
         f"{environment}-success",
         "Success after training",
-        "Success on held-out initial states after the last iteration. Marker: mean over seeds; thick line: 95 % "
-        "bootstrap interval over seeds and initial states together; thin line: 95 % t-interval over seed means; small "
-        "dots: single seeds. Grey band and dashed line: the reference policy, with its bootstrap interval. Which methods "
-        "can be told apart is said by the paired differences. " + evaluated_on(config, environment),
+        f"Success on held-out initial states after the last iteration. Marker: mean over seeds; line: "
+        f"{percent(comparison['level'])} interval over new seeds and initial states; small dots: single seeds. Grey band and "
+        "dashed line: the reference policy, with its interval. Which methods can be told apart is said by the paired "
+        "differences. " + evaluated_on(config, environment),
         _by_temperature(comparison, environment, _success),
         "Temperature",
     )
@@ -127,9 +128,9 @@ def difference_charts(config: Config, comparison: Mapping[str, Any], environment
         f"{environment}-differences",
         "Paired differences in success",
         "Success of a method minus that of its matched control, its uniform counterpart and the reference policy, "
-        "paired over common seeds and initial states. Small dots: single seeds. Line: 95 % t-interval over paired seed "
-        f"means, from {VERDICT_SEEDS} seeds on; two methods whose line crosses zero are not told apart, and below "
-        f"{VERDICT_SEEDS} seeds there is no verdict. Not corrected for the number of differences. " + run,
+        f"paired over common seeds and initial states. Small dots: single seeds. Line: {percent(comparison['level'])} "
+        "interval over new seeds and states, not corrected for the number of differences; the p value and the verdict of a "
+        "declared difference are. Differences to the reference policy are not declared and have no verdict. " + run,
         _by_temperature(comparison, environment, _differences),
         "Temperature",
     )
@@ -175,19 +176,18 @@ class ChartRow(NamedTuple):
 def _success(rows: Sequence[Row]) -> dict[str, Any]:
     reference, trained = rows[0], [row for row in rows if row["method"] != REFERENCE]
     figure = go.Figure()
-    figure.add_vrect(
-        x0=reference["reference_ci_low"], x1=reference["reference_ci_high"], fillcolor=GREY, opacity=0.25, line_width=0
-    )
+    if reference["reference_ci_low"] is not None:
+        band = {"x0": reference["reference_ci_low"], "x1": reference["reference_ci_high"]}
+        figure.add_vrect(**band, fillcolor=GREY, opacity=0.25, line_width=0)
     figure.add_vline(x=reference["reference_success"], line={"color": GREY, "dash": "dash", "width": 1.5})
     found = []
     for row, (colour, _, symbol) in zip(trained, looks(plotly=True), strict=False):
         label, said = f"{row['method']} (n = {row['seeds']})", f"{row['method']}: {success_text(row)}"
-        bootstrap = Interval(row["success_ci_low"], row["success_ci_high"])
-        over_seeds = None if row["t_ci_low"] is None else Interval(row["t_ci_low"], row["t_ci_high"])
-        intervals = {7: bootstrap, 1.5: over_seeds}
+        low, high = row["success_ci_low"], row["success_ci_high"]
+        intervals: dict[float, Interval | None] = {7.0: None if low is None else Interval(low, high)}
         found.append(ChartRow(label, row["success_mean"], said, colour, intervals, row["seed_success"], symbol))
     figure.update_xaxes(title_text="success", range=[-0.01, 1.01])
-    return _with_rows(figure, found)
+    return with_rows(figure, found)
 
 
 def _differences(rows: Sequence[Row]) -> dict[str, Any]:
@@ -202,8 +202,8 @@ def _differences(rows: Sequence[Row]) -> dict[str, Any]:
                 drawn.append(ChartRow(label, found.value, said, colour, {6.0: found.interval}, found.by_seed))
     ends = [0.0, *chain(*((row.value, *row.seeds, *(row.intervals[6.0] or ())) for row in drawn))]
     margin = 0.05 * (max(ends) - min(ends)) or 0.05
-    figure = _against(0.0, "difference in success", min(ends) - margin, max(ends) + margin)
-    return _with_rows(figure, drawn)
+    figure = against_line(0.0, "difference in success", min(ends) - margin, max(ends) + margin)
+    return with_rows(figure, drawn)
 
 
 def _improvements(rows: Sequence[Row]) -> dict[str, Any]:
@@ -212,17 +212,17 @@ def _improvements(rows: Sequence[Row]) -> dict[str, Any]:
         value, label = row["probability_of_improvement"], f"{row['method']} over {row['uniform']}"
         if value is not None:
             drawn.append(ChartRow(label, value, f"{label}: {value:.3f}", BLUE, {}))
-    return _with_rows(_against(0.5, "probability of improvement", -0.01, 1.01), drawn)
+    return with_rows(against_line(0.5, "probability of improvement", -0.01, 1.01), drawn)
 
 
-def _against(nothing: float, title: str, low: float, high: float) -> go.Figure:
+def against_line(nothing: float, title: str, low: float, high: float) -> go.Figure:
     """An empty figure with a line where there is no difference."""
     figure = go.Figure()
     figure.add_vline(x=nothing, line={"color": GREY, "dash": "dash", "width": 1.5})
     return figure.update_xaxes(title_text=title, range=[low, high])
 
 
-def _with_rows(figure: go.Figure, rows: Sequence[ChartRow]) -> dict[str, Any]:
+def with_rows(figure: go.Figure, rows: Sequence[ChartRow]) -> dict[str, Any]:
     """A row per value with its intervals, and single seeds below it."""
     for place, row in enumerate(rows):
         for width, interval in row.intervals.items():

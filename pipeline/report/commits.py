@@ -58,6 +58,13 @@ def last_changed(document: Path, first: int, last: int) -> str:
     return f"{made.removesuffix('.')}, in which this table last changed."
 
 
+def committed(file: Path) -> str:
+    """Date of the commit in which a file got what it holds now; empty if it is in none, or has been edited since."""
+    if _git(file.parent, "status", "--porcelain", "--", file.name):
+        return ""
+    return _git(file.parent, "log", "-1", "--format=%cs", "--", file.name)
+
+
 def _git(folder: Path, *arguments: str) -> str:
     try:
         done = subprocess.run(["git", *arguments], cwd=folder, capture_output=True, text=True, check=True)

@@ -12,8 +12,9 @@ from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import EngFormatter, MaxNLocator
 
-from pipeline.analysis.comparison import REFERENCE, Curves, Inputs, places, rows_at
-from pipeline.analysis.curves import costs, over_seeds, series_of, smoothed, spent, validations
+from pipeline.analysis.comparison import REFERENCE, Inputs, places, rows_at
+from pipeline.analysis.curves import Curves, costs, over_seeds, series_of, smoothed, spent, validations
+from pipeline.report.answers import percent
 from pipeline.report.style import COSTS, CROWD, FAINT, HEALTH, METHOD_COLOURS, QUIET, STYLE, WIDTH, looks, save
 
 
@@ -42,10 +43,9 @@ def success_figure(comparison: Mapping[str, Any], environment: str) -> Figure:
         panels[0].set_ylim(len(methods) - 0.5, -0.5)
         signs: dict[str, dict[str, Any]] = {
             "mean over seeds": {"marker": "o", "ls": "", "ms": 7},
-            "95 % bootstrap, seeds × states": {"lw": 4, "alpha": 0.55},
-            "95 % t-interval, seeds": {"lw": 1},
+            f"{percent(comparison['level'])} interval, seeds × states": {"lw": 4, "alpha": 0.55},
             "single seeds": {"marker": ".", "ls": "", "ms": 4},
-            "reference (band: bootstrap)": {"lw": 1, "ls": "--"},
+            "reference (band: its interval)": {"lw": 1, "ls": "--"},
         }
         figure.legend(
             handles=[Line2D([], [], color=QUIET, label=label, **look) for label, look in signs.items()],
@@ -141,14 +141,14 @@ def _figures(comparison: Mapping[str, Any], inputs: Inputs, environment: str) ->
 
 def _success_panel(axes: Axes, rows: Sequence[Mapping[str, Any]], temperature: float) -> None:
     reference = rows[0]
-    axes.axvspan(reference["reference_ci_low"], reference["reference_ci_high"], color=FAINT, lw=0, zorder=0)
+    if reference["reference_ci_low"] is not None:
+        axes.axvspan(reference["reference_ci_low"], reference["reference_ci_high"], color=FAINT, lw=0, zorder=0)
     axes.axvline(reference["reference_success"], color=QUIET, lw=1, ls="--")
     trained = [row for row in rows if row["method"] != REFERENCE]
     for place, (row, (colour, _, marker)) in enumerate(zip(trained, looks(), strict=False)):
-        if row["t_ci_low"] is not None:
-            axes.plot([row["t_ci_low"], row["t_ci_high"]], [place] * 2, color=colour, lw=1, zorder=2)
-        bootstrap = [row["success_ci_low"], row["success_ci_high"]]
-        axes.plot(bootstrap, [place] * 2, color=colour, lw=4, alpha=0.55, zorder=2)
+        if row["success_ci_low"] is not None:
+            bounds = [row["success_ci_low"], row["success_ci_high"]]
+            axes.plot(bounds, [place] * 2, color=colour, lw=4, alpha=0.55, zorder=2)
         seeds = row["seed_success"]
         axes.plot(seeds, [place + 0.24] * len(seeds), ".", color=QUIET, ms=4, mec="none", alpha=0.8, zorder=3)
         axes.plot(row["success_mean"], place, marker, color=colour, ms=7, mec="white", mew=0.8, zorder=4)

@@ -1,33 +1,38 @@
 """The comparison as tables that people read: cells for the report, Markdown, and text for a terminal."""
 
 from collections.abc import Mapping, Sequence
+from textwrap import fill
 from typing import Any
 
-from pipeline.analysis.comparison import REFERENCE, Curves, Row, difference_of, places, rows_at
-from pipeline.analysis.statistics import VERDICT_SEEDS
+from pipeline.analysis.comparison import REFERENCE, Row, difference_of, places, rows_at
+from pipeline.analysis.curves import Curves
 from pipeline.analysis.timings import environment_shares, phase_seconds
+from pipeline.report.answers import efficiency_texts, notes, opening
+from pipeline.report.declared import declared_lines
 from pipeline.report.differences import difference_text
 from pipeline.report.tables import Table, aligned, markdown
 from pipeline.trajectories.trajectory import CUT_OFF, RESPONSES
 
 READING = (
-    "Success on held-out initial states at the final step, as mean [95 % interval]: bootstrap over seeds and initial "
-    "states together. The t-interval is over seed means alone and treats the states as fixed. IQM is the mean of the "
-    "middle half of the successes of single seeds on single states. Differences are paired over common seeds and states, "
-    "as mean [95 % t-interval over paired seed means]: a method is called higher or lower if that interval excludes "
-    f"zero, else not told apart. Below {VERDICT_SEEDS} paired seeds there is neither interval nor verdict, and the range "
-    "over the seeds is given. P(> uniform) is the share of pairs of trainings in which the method scores above its "
-    "uniform counterpart. No interval is corrected for the number of comparisons. Of all turns, valid ones did what their "
-    "response says; a disallowed one names an action that may not be done; a malformed one holds no action to be read; a "
-    "cut one was ended by response_tokens or context_tokens."
+    "Success on held-out initial states at the final step, as mean [95 % interval], over new seeds and new initial states: "
+    "a two-way t-interval with Satterthwaite's degrees of freedom (docs/statistics.md). IQM is the mean of the middle half "
+    "of the successes of single seeds on single states. Differences are paired over common seeds and states and have the "
+    "same interval. Declared ones (compare.uniform and compare.control, at the headline temperature) also have p_adj, the "
+    "greater one of the exact sign-flip test over seeds and the t test, adjusted for all that were declared, and a verdict: "
+    "better, worse, equivalent (smaller than compare.smallest_effect) or undecided. P(> uniform) is the share of pairs of "
+    "trainings in which the method scores above its uniform counterpart. Intervals are not corrected for the number of "
+    "comparisons. Of all turns, valid ones did what their response says; a disallowed one names an action that may not be "
+    "done; a malformed one holds no action to be read; a cut one was ended by response_tokens or context_tokens."
 )
 """How to read the results, for the head of a report."""
 
 BRACKETS = (
-    "success [95 % bootstrap interval over seeds and initial states]; differences [95 % t-interval over paired seeds], "
-    f"below {VERDICT_SEEDS} seeds (range over them)"
+    "[95 % interval over new seeds and initial states]; p_adj: of no difference, adjusted for all declared comparisons"
 )
 """What stands in brackets, for a terminal."""
+
+LINE = 120
+"""Columns of a text for a terminal."""
 
 ENDS = {"goal", "failed", *CUT_OFF}
 """How episodes end unless their environment has outcomes of its own."""
@@ -47,7 +52,7 @@ def result_table(comparison: Mapping[str, Any], environment: str, temperature: f
     return Table(
         f"{environment}, temperature {temperature:g}{headline}",
         [
-            "method", "seeds × states × episodes", "success", "t-interval", "IQM", "− reference", "− uniform",
+            "method", "seeds × states × episodes", "success", "IQM", "− reference", "− uniform",
             "P(> uniform)", "− control", "return", *(["score", *outcomes] if outcomes else []), "valid actions",
             *UNDONE, "action tokens", "truncated", "collapsed seeds",
         ],
@@ -56,7 +61,6 @@ def result_table(comparison: Mapping[str, Any], environment: str, temperature: f
                 row["method"],
                 _size(row),
                 success_text(row),
-                _bounds(row, "t_ci"),
                 _number(row["success_iqm"]),
                 _difference(row, "reference"),
                 _difference(row, "uniform"),
@@ -88,7 +92,7 @@ def training_table(comparison: Mapping[str, Any], environment: str) -> Table:
         f"{environment}, training" + (f" to {comparison['tokens']} sampled tokens" if comparison["tokens"] else ""),
         ["method", *(["status", "source"] if sourced else []), "iterations", "episodes per training",
          "sampled tokens per training", "paths per initial state", "learning rate",
-         "KL per iteration on action tokens, first 3 iterations", "action tokens' share of the gradient, measured",
+         "KL per update on action tokens, first 3 iterations", "action tokens' share of the gradient, measured",
          "skipped non-finite updates", *(["entropy and KL terms"] if differ else []), *(["own functions"] if custom else [])],
         [
             [
@@ -98,8 +102,8 @@ def training_table(comparison: Mapping[str, Any], environment: str) -> Table:
                 f"{row['training_episodes']:.0f}",
                 f"{row['training_tokens']:.0f}",
                 f"{row['paths_per_state']:g}",
-                f"{row['learning_rate']:g}",
-                "–" if row["kl_iteration_action_first3"] is None else f"{row['kl_iteration_action_first3']:.3g}",
+                _rate(row),
+                "–" if row["kl_update_action_first3"] is None else f"{row['kl_update_action_first3']:.3g}",
                 "–" if row["gradient_share_action"] is None else f"{row['gradient_share_action']:.2f}",
                 str(row["non_finite_losses"]),
                 *([_terms(row["regulariser"])] if differ else []),
@@ -151,41 +155,85 @@ def common_terms(comparison: Mapping[str, Any]) -> str:
     return "The methods differ in their entropy and KL terms; the tables of their training list them."
 
 
-def comparison_markdown(comparison: Mapping[str, Any]) -> str:
-    """The whole comparison as Markdown: warnings, then a table per environment and temperature, and how it was trained."""
-    parts = [f"# Comparison `{comparison['comparison']}`", READING, common_terms(comparison)]
+def short_table(comparison: Mapping[str, Any], environment: str) -> Table:
+    """What most readers want of an environment, at the headline temperature: success, and the declared differences.
+
+    Against whom is said by the answers above it and by the whole table.
+    """
+    rows = rows_at(comparison, environment, places(comparison)[environment][0])
+    kinds = [kind for kind in ("uniform", "control") if any(difference_of(row, kind) for row in rows)] or [REFERENCE]
+    return Table(
+        f"{environment}, temperature {rows[0]['temperature']:g}",
+        ["method", "success", *(f"− {kind}" for kind in kinds)],
+        [[row["method"], success_text(row), *(_difference(row, kind, named=False) for kind in kinds)] for row in rows],
+    )
+
+
+def comparison_markdown(comparison: Mapping[str, Any], checklist: Sequence[Table] = ()) -> str:
+    """The whole comparison as Markdown: answers, a short table per environment, warnings, all numbers, the checklist."""
+    parts = [f"# Comparison `{comparison['comparison']}`", _listed([*opening(comparison), *declared_lines(comparison)])]
+    for environment in places(comparison):
+        table = short_table(comparison, environment)
+        parts += [f"## {table.title}", markdown(table)]
     if comparison["warnings"]:
-        parts += ["**Warnings**", "\n".join(f"- {warning}" for warning in comparison["warnings"])]
+        parts += ["**Warnings**", _listed(comparison["warnings"])]
+    if efficient := efficiency_texts(comparison):
+        parts += ["## Sample efficiency", _listed(efficient)]
+    parts += ["## How to read the numbers", *notes(comparison), READING, common_terms(comparison)]
     for environment, temperatures in places(comparison).items():
         tables = [result_table(comparison, environment, temperature) for temperature in temperatures]
         for table in [*tables, training_table(comparison, environment)]:
             parts += [f"## {table.title}", markdown(table)]
+    for table in checklist:
+        parts += [f"## {table.title}", markdown(table)]
     return "\n\n".join(parts) + "\n"
 
 
-def comparison_text(comparison: Mapping[str, Any]) -> str:
-    """The headline results for a terminal: success, differences and warnings."""
-    shown = ["method", "seeds × states × episodes", "success", "− reference", "− uniform", "− control"]
-    parts = []
+def _listed(lines: Sequence[str]) -> str:
+    """Lines as a list; those that are points already are points of the one before."""
+    return "\n".join(f"  {line}" if line.startswith("- ") else f"- {line}" for line in lines)
+
+
+def comparison_text(comparison: Mapping[str, Any], minutes: Mapping[tuple[str, str], float] | None = None) -> str:
+    """The comparison for a terminal: answers, a short table per environment with how much was played, and warnings.
+
+    Args:
+        minutes: see ``costs_text``; a file that is to be equal for equal runs has none.
+    """
+    parts = [
+        wrapped(line) for line in (*opening(comparison, minutes), *declared_lines(comparison), *notes(comparison))
+    ] + [""]
     for environment, temperatures in places(comparison).items():
-        table = result_table(comparison, environment, temperatures[0])
-        keep = [table.header.index(name) for name in shown]
-        cells = [[row[i] for i in keep] for row in (table.header, *table.rows)]
-        statuses = {row["method"]: row["status"] for row in rows_at(comparison, environment, temperatures[0])}
+        table = short_table(comparison, environment)
+        rows = {row["method"]: row for row in rows_at(comparison, environment, temperatures[0])}
+        cells, title = [table.header, *table.rows], table.title
+        sizes = [_size(row) for row in rows.values()]
+        if len(set(sizes)) == 1:
+            title = f"{title}, {sizes[0]} seeds × states × episodes"
+        else:
+            more = ["seeds × states × episodes", *sizes]
+            cells = [[*line, size] for line, size in zip(cells, more, strict=True)]
         if any(row["source"] for row in comparison["rows"]):
-            cells = [[line[0], statuses.get(line[0], "status") or "–", *line[1:]] for line in cells]
-        parts += [table.title, aligned(cells), ""]
-    warnings = [f"warning: {warning}" for warning in comparison["warnings"]]
+            statuses = {"method": "status", **{name: row["status"] or "–" for name, row in rows.items()}}
+            cells = [[line[0], statuses[line[0]], *line[1:]] for line in cells]
+        parts += [title, aligned(cells), ""]
+    warnings = [wrapped(f"warning: {warning}") for warning in comparison["warnings"]]
     return "\n".join([*parts, BRACKETS, "", *warnings]).rstrip() + "\n"
+
+
+def wrapped(line: str) -> str:
+    """A sentence for a terminal, in lines that fit it."""
+    return fill(line, LINE, subsequent_indent="  ", break_long_words=False, break_on_hyphens=False)
 
 
 def _size(row: Row) -> str:
     return f"{row['seeds']} × {row['states']} × {row['episodes'] // (row['seeds'] * row['states'])}"
 
 
-def _difference(row: Row, other: str) -> str:
+def _difference(row: Row, other: str, named: bool = True) -> str:
     found = difference_of(row, other)
-    return "–" if found is None else difference_text(found, "" if other == REFERENCE else f" vs {row[other]}")
+    against = f" vs {row[other]}" if named and other != REFERENCE else ""
+    return "–" if found is None else difference_text(found, against)
 
 
 def success_text(row: Row | None) -> str:
@@ -210,6 +258,14 @@ def _functions(custom: Mapping[str, Mapping[str, Any]]) -> str:
         shuffled = ", shuffled" if section.get("shuffle") else ""
         parts.append(f"{slot} {section['function']}" + (f" ({settings})" if settings else "") + shuffled)
     return "; ".join(parts) or "–"
+
+
+def _rate(row: Row) -> str:
+    """The learning rate, and how far the KL of an update is from that of the method that it was matched to."""
+    found = row.get("matched")
+    return f"{row['learning_rate']:g}" + (
+        f" (matched to {found['matched_to']}: {found['off']:.1%} off)" if found else ""
+    )
 
 
 def _terms(regulariser: Mapping[str, Any]) -> str:

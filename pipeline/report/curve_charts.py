@@ -6,9 +6,19 @@ from typing import Any
 import numpy as np
 import plotly.graph_objects as go
 
-from pipeline.analysis.comparison import Curves, Inputs
-from pipeline.analysis.curves import SMOOTHING, costs, over_seeds, series_of, smoothed, spent, uneven, validations
-from pipeline.analysis.statistics import significant
+from pipeline.analysis.comparison import Inputs
+from pipeline.analysis.curves import (
+    SMOOTHING,
+    Curves,
+    costs,
+    over_seeds,
+    series_of,
+    smoothed,
+    spent,
+    uneven,
+    validations,
+)
+from pipeline.analysis.scores import significant
 from pipeline.report.charts import Chart, rowed, trained_on, view
 from pipeline.report.style import COSTS, CROWD, HEALTH, ROLE_COLOURS, ROLE_PATTERNS, looks
 from pipeline.settings.params import Config

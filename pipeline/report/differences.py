@@ -1,20 +1,31 @@
 """Differences between methods in words: what every table, text, page and figure writes of one."""
 
-from pipeline.analysis.statistics import VERDICT_SEEDS, Difference
-
-NO_VERDICT = f"no verdict below {VERDICT_SEEDS} paired seeds"
-"""Why a difference is not put in words."""
+from pipeline.analysis.power import least_seeds
+from pipeline.analysis.verdicts import ALPHA, Difference
+from pipeline.settings.params import Family
 
 
 def difference_text(difference: Difference, against: str = "") -> str:
-    """The value with its interval and verdict; without one, with its range over the paired seeds.
+    """The value with its interval, p and verdict, as far as it has them; of a single seed the value alone.
 
     ``against`` are words after the numbers.
     """
-    seeds, words = difference.by_seed, difference.verdict
-    if words is not None and difference.interval is not None:
-        low, high = difference.interval
-        return f"{difference.value:+.3f} [{low:+.3f}, {high:+.3f}]{against}: {words}"
-    if len(seeds) == 1:
-        return f"{difference.value:+.3f} (1 seed){against}"
-    return f"{difference.value:+.3f} ({len(seeds)} seeds, {min(seeds):+.3f} to {max(seeds):+.3f}){against}"
+    if difference.interval is None:
+        return f"{difference.value:+.3f} ({len(difference.by_seed)} seed{'s' * (len(difference.by_seed) > 1)}){against}"
+    low, high = difference.interval
+    text = f"{difference.value:+.3f} [{low:+.3f}, {high:+.3f}]{against}"
+    if difference.p_adjusted is None:
+        return text
+    text += f" p_adj {p_text(difference.p_adjusted)}"
+    return text if difference.verdict is None else f"{text}: {difference.verdict}"
+
+
+def p_text(p: float) -> str:
+    """A p value with three digits."""
+    return "<0.001" if p < 0.001 else f"{p:.3f}"
+
+
+def seeds_advice(size: int, family: Family = "holm", key: str = "seeds") -> str:
+    """Why differences are not put in words, and what to do about it, in a family of that size."""
+    least = least_seeds(size, ALPHA, family)
+    return f"no verdict below {least} paired seeds: give `{key}` {least} or more"

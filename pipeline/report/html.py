@@ -17,15 +17,37 @@ from plotly.offline import get_plotlyjs
 
 from pipeline.analysis.bottleneck import token_counts
 from pipeline.analysis.comparison import Inputs, places
+from pipeline.analysis.timings import training_minutes
+from pipeline.report.answer_figures import answer_chart
+from pipeline.report.answers import (
+    NOTHING_DECLARED,
+    answers,
+    costs_text,
+    efficiency_texts,
+    leader_text,
+    notes,
+    reasoning_texts,
+)
 from pipeline.report.charts import Chart, difference_charts, plain, success_chart
-from pipeline.report.comparison_tables import READING, common_terms, result_table, time_table, training_table
+from pipeline.report.checklist import checklist_tables
+from pipeline.report.comparison_tables import (
+    READING,
+    common_terms,
+    result_table,
+    short_table,
+    time_table,
+    training_table,
+)
 from pipeline.report.curve_charts import training_charts
+from pipeline.report.declared import declared_lines
 from pipeline.report.style import PAGE_COLOURS
 from pipeline.report.token_charts import token_charts
 from pipeline.settings.params import Config
 from pipeline.trajectories.trajectory import Trajectories
 
 FOLDER = Path(__file__).parent
+SHOWN_ANSWERS, SHOWN_WARNINGS = 4, 2
+"""Answers and warnings of the first screen; further ones are folded."""
 
 
 def report_html(
@@ -36,8 +58,9 @@ def report_html(
     annotated: Mapping[str, Trajectories] | None = None,
     episodes: Mapping[str, Any] | None = None,
     sweeps: Sequence[Mapping[str, Any]] = (),
+    parameters: int | None = None,
 ) -> str:
-    """Tables, warnings, charts and the trajectory viewer of a comparison as a self-contained page.
+    """Answers, warnings, tables, charts and the trajectory viewer of a comparison as a self-contained page.
 
     Args:
         inputs: what the comparison was made from.
@@ -45,12 +68,14 @@ def report_html(
         annotated: environment -> the episodes that were diagnosed.
         episodes: what ``viewer_data`` gave; without it there is no viewer.
         sweeps: what ``read_sweeps`` gave.
+        parameters: of the policy, see ``policy_size``.
     """
     sections = [
         _section(config, comparison, inputs, name, (bottleneck or {}).get(name), (annotated or {}).get(name))
         for name in places(comparison)
     ]
     studies = [{**study, "charts": _swept(number, study)} for number, study in enumerate(sweeps)]
+    answer = answer_chart(comparison)
     charts = [chart for part in (*sections, *studies) for chart in (*part["charts"], *part.get("token_charts", ()))]
     branching = [name for name, method in config.methods.items() if method.branching.kind != "none"]
     scripts = [_file(f"{name}.js") for name in ("page", "forest", "viewer", "charts")]
@@ -61,6 +86,9 @@ def report_html(
     ).get_template("report.html.j2")  # fmt: skip
     return page.render(
         comparison=comparison,
+        **_first_screen(comparison, inputs),
+        answer_chart=answer,
+        checklist=checklist_tables(config, comparison, inputs, parameters, timed=True),
         reading=READING,
         terms=common_terms(comparison),
         sections=sections,
@@ -70,11 +98,26 @@ def report_html(
         scripts=scripts,
         plotly=plotly,
         script_hashes=" ".join(_hash(script) for script in (*scripts, plotly)),
-        charts_data=embedded({chart.name: {"views": chart.views} for chart in charts}),
+        charts_data=embedded({c.name: {"views": c.views} for c in (*charts, *([answer] if answer else []))}),
         viewer_data=embedded(episodes) if episodes else "",
         viewer_caption=viewer_caption(config),
         viewer_method=[*branching, *config.compare.uniform, *config.methods][0],
     )
+
+
+def _first_screen(comparison: Mapping[str, Any], inputs: Inputs) -> dict[str, Any]:
+    """What the page begins with."""
+    return {
+        "answers": answers(comparison),
+        "shown_answers": SHOWN_ANSWERS,
+        "nothing_declared": NOTHING_DECLARED,
+        "leaders": [leader_text(comparison, name) for name in places(comparison)],
+        "costs": [costs_text(comparison, name, training_minutes(inputs.timings)) for name in places(comparison)],
+        "reasoning": reasoning_texts(comparison),
+        "declared": declared_lines(comparison),
+        "notes": [*notes(comparison), *efficiency_texts(comparison)],
+        "shown_warnings": SHOWN_WARNINGS,
+    }
 
 
 def _section(
@@ -90,6 +133,7 @@ def _section(
     bottleneck = () if diagnosed is None or annotated is None else token_charts(config, name, annotated, diagnosed)
     return {
         "name": name,
+        "short": short_table(comparison, name),
         "tables": [result_table(comparison, name, temperature) for temperature in places(comparison)[name]],
         "training": training_table(comparison, name),
         "time": time_table(name, inputs.timings),

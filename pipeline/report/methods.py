@@ -21,7 +21,9 @@ def method_table(methods: Mapping[str, Method], defaults: Method) -> str:
         lines.append(f"{name}  [{method.status}]  {method.source}".rstrip())
         own = {slot: text for slot, text in described(method).items() if text != usual[slot]}
         lines += [f"    {slot:<12}{text}" for slot, text in own.items()] or ["    the defaults"]
-        lines.append(f"    {'step':<12}learning_rate {method.learning_rate:g}")
+        found = f"found, KL per update on action tokens as {method.matched_to}"
+        rate = f"{method.learning_rate:g}" if method.matched_to is None else found
+        lines.append(f"    {'step':<12}learning_rate {rate}")
     lines += ["defaults", *(f"    {slot:<12}{text}" for slot, text in usual.items())]
     return "\n".join(lines)
 

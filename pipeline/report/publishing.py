@@ -164,13 +164,13 @@ def blocks_of(text: str) -> dict[str, str]:
     return {found["name"]: found["content"] for found in re.finditer(pattern, text, flags=re.S)}
 
 
-def replace_block(document: Path, name: str, content: str) -> None:
+def replace_block(document: Path, name: str, content: str, marks: tuple[str, str] = MARKS) -> None:
     """Put text between a document's marks of that name.
 
     Raises:
         ValueError: the document has no such marks, and the text would be lost.
     """
-    start, end = (mark.format(name) for mark in MARKS)
+    start, end = (mark.format(name) for mark in marks)
     text = document.read_text(encoding="utf-8")
     if start not in text or end not in text:
         raise ValueError(f"{document}: no block {name!r}")

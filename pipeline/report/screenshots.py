@@ -52,7 +52,7 @@ def chromium() -> Iterator[Any]:
 
 
 def shoot_report(browser: Any, report: Path, results: Path, viewer: Path) -> None:
-    """Write two PNGs: the first results and charts, and, if the report has any, a tree, or two episodes beside each other.
+    """Write two PNGs: the first screen, and, if the report has any, a tree, or two episodes beside each other.
 
     Raises:
         UserError: there is no report.
@@ -61,7 +61,6 @@ def shoot_report(browser: Any, report: Path, results: Path, viewer: Path) -> Non
         raise UserError(f"{report}: no such file; `make repro` makes it")
     with _page(browser, offline=True) as page:
         page.goto(report.resolve().as_uri())
-        page.locator("main > h2").first.evaluate("(heading) => heading.scrollIntoView()")
         page.locator("figure.chart .main-svg").first.wait_for()  # charts are drawn when they come into view
         page.wait_for_timeout(500)
         page.screenshot(path=results)

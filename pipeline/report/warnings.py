@@ -3,14 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.analysis.comparison import Curves, Row, headline
-from pipeline.analysis.statistics import VERDICT_SEEDS
-from pipeline.report.differences import NO_VERDICT
+from pipeline.analysis.comparison import Row, headline
+from pipeline.analysis.curves import Curves
+from pipeline.report.differences import seeds_advice
 from pipeline.settings.params import Config
 
-KL_DRIFT = 0.2
-"""Largest relative difference of a control's KL per iteration from its method's that passes without a warning. It is
-KL(behaviour || policy) on action tokens, after all of an iteration's updates, on its last minibatch."""
+KL_DRIFT = 0.1
+"""Largest relative difference of a control's KL per update on action tokens from its method's that passes without a
+warning."""
 SHORTFALL = 0.05
 """Largest share of ``train.tokens`` that may be left at a training's end without a warning."""
 
@@ -22,12 +22,14 @@ def comparison_warnings(
     found = []
     for environment in config.environments:
         own = headline(comparison)[environment]
-        few = [name for name in config.methods if own[name]["seeds"] < VERDICT_SEEDS]
+        few = [one for one in comparison["hypotheses"] if one["environment"] == environment and one["verdict"] is None]
         if few:
-            least = min(own[name]["seeds"] for name in few)
+            least = min(one["seeds"] for one in few)
+            named = ", ".join(dict.fromkeys(one["method"] for one in few))
             found.append(
-                f"{environment}: {', '.join(few)}: as few as {least} seed{'s' * (least > 1)}: {NO_VERDICT}; "
-                f"give `seeds` {VERDICT_SEEDS} or more (of a sweep's confirmation: `sweep.confirm_seeds`)"
+                f"{environment}: {named}: as few as {least} paired seed{'s' * (least > 1)}: "
+                f"{seeds_advice(comparison['family']['size'], comparison['family']['kind'])} "
+                "(of a sweep's confirmation: `sweep.confirm_seeds`)"
             )
         for name in config.methods:
             texts = _method_warnings(config, own, name) + _length_warnings(config, curves[environment, name])
@@ -65,17 +67,23 @@ def _method_warnings(config: Config, rows: Mapping[str, Row], method: str) -> li
     for kind in ("reference", "uniform", "control"):
         paired = row[f"difference_to_{kind}_seeds"]
         if paired is not None and paired < row["seeds"]:
-            unpaired = f"only {paired} of {row['seeds']} seeds are paired with {row.get(kind, kind)}"
-            found.append(unpaired + (f": {NO_VERDICT}" if paired < VERDICT_SEEDS <= row["seeds"] else ""))
+            found.append(f"only {paired} of {row['seeds']} seeds are paired with {row.get(kind, kind)}")
+    matched = row.get("matched")
+    if matched and matched["off"] > KL_DRIFT:
+        found.append(
+            f"at no learning rate that was tried does an update move action tokens as one of {matched['matched_to']} does: "
+            f"KL {matched['found']:.3g} at {matched['learning_rate']:g}, {matched['off']:.0%} off {matched['wanted']:.3g}"
+        )
     if control:
-        mine, theirs = (rows[name]["kl_iteration_action_first3"] for name in (method, control))
+        mine, theirs = (rows[name]["kl_update_action_first3"] for name in (method, control))
         if mine is None or theirs is None:
-            found.append(f"KL per iteration on action tokens is not known for it and its control {control}")
+            found.append(f"KL per update on action tokens is not known for it and its control {control}")
         elif abs(theirs - mine) > KL_DRIFT * mine:
-            alike = config.methods[method].learning_rate == config.methods[control].learning_rate
-            advice = "a difference may be one of step size" if alike else f"adjust methods.{control}.learning_rate"
+            advice = "a difference may be one of step size"
+            if config.methods[control].matched_to is None:
+                advice += f"; a control with `matched_to: {method}` has a learning rate that is found"
             found.append(
-                f"KL per iteration on action tokens over the first 3 iterations is {mine:.3g}, its control's {theirs:.3g} "
+                f"KL per update on action tokens over the first 3 iterations is {mine:.3g}, its control's {theirs:.3g} "
                 f"({control}, off by more than {KL_DRIFT:.0%}): {advice}"
             )
     return found

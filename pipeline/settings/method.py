@@ -8,7 +8,7 @@ from pipeline.settings.branching import Branching, Independent
 from pipeline.settings.filter import Filter
 from pipeline.settings.regulariser import Regulariser
 from pipeline.settings.reward import Reward
-from pipeline.settings.section import LearningRate, Section
+from pipeline.settings.section import LearningRate, Name, Section
 from pipeline.settings.surrogate import Surrogate
 from pipeline.settings.weight import Weight
 
@@ -39,7 +39,9 @@ class Method(Section):
     regulariser: Regulariser
     """Entropy and KL terms."""
     learning_rate: LearningRate
-    """Adam's learning rate of the policy."""
+    """Adam's learning rate of the policy; of a method that is matched, where the search for it starts."""
+    matched_to: Name | None = None
+    """Another method: the learning rate is found at which an update moves action tokens as far, in KL, as that one's do."""
 
     def check(self) -> None:
         if (self.advantage.kind == "soft_q") != (self.surrogate.kind == "soft_q"):

@@ -2,7 +2,10 @@
 
 import difflib
 import re
-from typing import Any, get_args
+from typing import Any, Union, get_args
+
+from pydantic import AliasChoices
+from pydantic.fields import FieldInfo
 
 from pipeline.settings.section import PATTERNS, Section
 
@@ -74,8 +77,8 @@ def _sections(annotation: Any) -> list[type[Section]]:
 
 def _descend(section: Any, part: Any) -> Any:
     if isinstance(section, type) and issubclass(section, Section):
-        field = section.model_fields.get(str(part))
-        return field.annotation if field else None
+        found = [field.annotation for name, field in section.model_fields.items() if str(part) in _written(name, field)]
+        return Union[tuple(found)] if found else None
     arguments = get_args(section)
     return arguments[-1] if arguments else None
 
@@ -84,4 +87,11 @@ def _fields_at(schema: type[Section], location: tuple[Any, ...]) -> list[str]:
     section: Any = schema
     for part in location:
         section = _member(section, part) or _descend(section, part)
-    return [name for option in _sections(section) for name in option.model_fields]
+    fields = [item for option in _sections(section) for item in option.model_fields.items()]
+    return [_written(name, field)[0] for name, field in fields]
+
+
+def _written(name: str, field: FieldInfo) -> list[str]:
+    """The keys under which a field is written, its own name first if that is one of them."""
+    alias = field.validation_alias
+    return [str(key) for key in alias.choices] if isinstance(alias, AliasChoices) else [str(alias or name)]

@@ -6,9 +6,9 @@ reported at once, one line each, with the dotted key, the value and what is allo
 
 import math
 from pathlib import Path
-from typing import Annotated, Any, Literal, Union
+from typing import Annotated, Any, Literal, Self, Union
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import AliasChoices, BeforeValidator, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
 from pipeline.settings.method import Method
 from pipeline.settings.mistakes import explain, nearest
@@ -27,12 +27,16 @@ from pipeline.settings.section import (
     Seed,
     Temperature,
 )
+from pipeline.settings.seeds import SeedsUntil, first_seeds, only_a_mapping
 from pipeline.settings.sweep import Sweep
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.yaml_files import read_yaml
 
 Words = Annotated[Int, Field(ge=0, le=1000)]
+UNMATCHED = ("source", "status", "learning_rate", "matched_to")
+"""Of a method what does not make it another one than what it is matched to."""
 Decay = Annotated[Float, Field(ge=0.0, lt=1.0)]
+Family = Literal["holm", "screening"]
 
 
 class Environment(Section):
@@ -56,15 +60,21 @@ class Environment(Section):
     """Reward of a turn without a parsable, allowed action."""
 
 
+Reasoning = Literal["facts", "plan", "misleading"]
+
+
 class Phase(Section):
     """One stage of supervision."""
 
     steps: Count
     """Optimizer steps."""
     reasoning_words: tuple[Words, Words]
-    """Least and greatest number of words in a turn's reasoning."""
+    """Least and greatest number of words in a turn's reasoning, of facts alone: a plan comes behind them."""
     action_noise: Probability
     """Share of the expert's actions that are replaced by random ones (its ``random_action``)."""
+    plan_noise: Probability = 0.0
+    """Share of plans that are made for a random action, which then follows: what goes wrong does so in the reasoning. Only
+    with ``reasoning: plan``."""
 
     def check(self) -> None:
         if not 0 <= self.reasoning_words[0] <= self.reasoning_words[1]:
@@ -74,6 +84,10 @@ class Phase(Section):
 class Demonstrations(Section):
     """Supervision that makes a from-scratch policy know the task, and play it badly."""
 
+    reasoning: Reasoning = "facts"
+    """What stands between the think tags. ``facts``: true words about the state that never decide the action. ``plan``: the
+    expert's ``plan``, which ends in the action; a policy that learns from it decides there, and copies the action.
+    ``misleading``: the plan of another action than the one that follows, which is to be ignored."""
     phases: list[Phase] = Field(min_length=1)
     """Stages of supervision, in order: a first one with short reasoning and little noise makes acting learnable."""
     action_weight: Positive = 12.0
@@ -84,6 +98,12 @@ class Demonstrations(Section):
     """Episodes per supervised step."""
     learning_rate: LearningRate = 3e-3
     """Peak learning rate of the supervision (AdamW, linear warm-up then cosine to zero over all phases)."""
+
+    def check(self) -> None:
+        if self.reasoning != "plan":
+            for index, phase in enumerate(self.phases):
+                if phase.plan_noise:
+                    raise ValueError(f"phases.{index}.plan_noise has no effect while reasoning is {self.reasoning}")
 
 
 class ScratchPolicy(Section):
@@ -191,15 +211,32 @@ class Evaluation(Section):
             raise ValueError(f"temperatures must differ in their first six digits, got {self.temperatures}")
 
 
+class Exclusion(Section):
+    """A training that is left out of comparisons, for a reason that was there before its result was known."""
+
+    environment: Name
+    method: Name
+    seed: Seed
+    reason: Annotated[str, Field(min_length=1, max_length=500)]
+    """In words, for the report."""
+
+
 class Compare(Section):
     """The statistical comparison."""
 
     uniform: dict[str, str] = Field(default={})
-    """Method -> its uniform counterpart, for paired differences."""
+    """Method -> its uniform counterpart. These and the next are the declared comparisons: of each there is a verdict."""
     control: dict[str, str] = Field(default={})
-    """Method -> its matched control, for paired differences."""
-    resamples: Annotated[Int, Field(ge=100, le=1_000_000)] = 5000
-    """Bootstrap resamples of the intervals of each method's success."""
+    """Method -> its matched control."""
+    primary: str | None = None
+    """Method of ``uniform`` or ``control`` whose comparisons are named first; null: the first one there."""
+    smallest_effect: Annotated[Float, Field(gt=0.0, lt=1.0)] = 0.05
+    """Difference in success below which two methods are as good as equal."""
+    family: Family = "holm"
+    """How verdicts are adjusted for the number of declared comparisons: ``holm`` bounds the chance of any wrong one,
+    ``screening`` (Benjamini-Hochberg) the share of wrong ones, for dozens of rows."""
+    exclusions: list[Exclusion] = Field(default=[])
+    """Trainings that are left out of declared comparisons; still trained, played and shown."""
 
 
 class Report(Section):
@@ -233,8 +270,13 @@ class Config(Section):
     """This file, relative to the root."""
     comparison: Name
     """Name that groups the comparison's runs in MLflow."""
-    seeds: list[Seed] = Field(min_length=1)
-    """Training seeds; every method is trained once per seed."""
+    seeds: Annotated[list[Seed], BeforeValidator(first_seeds)] = Field(min_length=1)
+    """Training seeds; every method is trained once per seed. Written as ``{from: 0, at_least: 6, at_most: 30, batch: 4,
+    until: decided}`` they are those in effect so far: at first the least (``pipeline/settings/seeds.py``)."""
+    seeds_until: Annotated[SeedsUntil | None, BeforeValidator(only_a_mapping)] = Field(
+        default=None, validation_alias=AliasChoices("seeds_until", "seeds")
+    )
+    """The rule by which seeds are added: ``seeds``, where it is written as a mapping; null where it is a list."""
     environments: dict[Name, Environment] = Field(min_length=1)
     """What is compared on."""
     policy: Annotated[Union[ScratchPolicy, PretrainedPolicy], Field(discriminator="kind")]
@@ -254,20 +296,29 @@ class Config(Section):
     workers: Count = 2
     """Single-threaded processes that sample, train and evaluate."""
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def _inherit_slots(cls, raw: Any) -> Any:
+    def _inherit_slots(cls, raw: Any, made: ModelWrapValidatorHandler[Self]) -> Self:
         """Fill each method's missing slots from ``method_defaults``; a slot is inherited whole, never merged."""
         if not isinstance(raw, dict) or not isinstance(raw.get("methods"), dict):
-            return raw
+            return made(raw)
         defaults = raw.get("method_defaults")
         if not isinstance(defaults, dict):
-            return raw
+            return made(raw)
         methods = {name: {**defaults, **own} if isinstance(own, dict) else own for name, own in raw["methods"].items()}
-        return {**raw, "methods": methods}
+        found = made({**raw, "methods": methods})
+        for name, own in raw["methods"].items():
+            own_rate = isinstance(own, dict) and own.get("learning_rate", defaults.get("learning_rate"))
+            if found.methods[name].matched_to is not None and own_rate != defaults.get("learning_rate"):
+                raise ValueError(
+                    f"methods.{name}.learning_rate: found by matching it to {own['matched_to']}; leave one of the two out"
+                )
+        return found
 
     def check(self) -> None:
         self.refuse_repeated("seeds")
+        if self.seeds != every_seed(self)[: len(self.seeds)]:
+            raise ValueError(f"seeds: {self.seeds} are not the first ones of seeds_until")
         if self.bottleneck.groups % self.rollout.groups:
             raise ValueError(
                 f"bottleneck.groups ({self.bottleneck.groups}) must be a multiple of rollout.groups ({self.rollout.groups})"
@@ -282,11 +333,48 @@ class Config(Section):
                 for name in (method, baseline):
                     if name not in self.methods:
                         raise ValueError(f"compare.{field}: unknown method {name!r}{nearest(name, self.methods)}")
+        declared = {*self.compare.uniform, *self.compare.control}
+        if declared and self.compare.primary not in (None, *declared):
+            raise ValueError(
+                f"compare.primary: {self.compare.primary!r} is not a method of compare.uniform or compare.control"
+                f"{nearest(str(self.compare.primary), declared)}"
+            )
+        for place, one in enumerate(self.compare.exclusions):
+            for key, value, there in (
+                ("environment", one.environment, self.environments),
+                ("method", one.method, self.methods),
+                ("seed", one.seed, every_seed(self)),
+            ):
+                if value not in there:
+                    raise ValueError(
+                        f"compare.exclusions.{place}.{key}: {value!r} is not there{nearest(str(value), there)}"
+                    )
         if "reference" in self.methods:
             raise ValueError("methods: 'reference' is the reference policy's own name; choose another")
         for name, method in self.methods.items():
             self._branches(name, method)
             self._updates_twice(name, method)
+        self._matched()
+
+    def _matched(self) -> None:
+        """What a method is matched to must have a learning rate of its own, and be another method."""
+        if self.method_defaults.matched_to is not None:
+            raise ValueError("method_defaults.matched_to: of single methods only")
+        for name, method in self.methods.items():
+            to, where = method.matched_to, f"methods.{name}.matched_to"
+            if to is None:
+                continue
+            if to not in self.methods:
+                raise ValueError(f"{where}: unknown method {to!r}{nearest(to, self.methods)}")
+            if to == name:
+                raise ValueError(f"{where}: {name} is matched to itself; name another method")
+            if self.methods[to].matched_to is not None:
+                raise ValueError(f"{where}: {to} is matched itself; name the method that it is matched to")
+            one, other = (m.model_dump(exclude=set(UNMATCHED)) for m in (method, self.methods[to]))
+            if one == other:
+                raise ValueError(
+                    f"{where}: {to} has the same slots, so that there is nothing to match; change one of them"
+                )
 
     def _updates_twice(self, name: str, method: Method) -> None:
         """Rules on the ratio do nothing in the first update after a rollout: there must be another one."""
@@ -318,6 +406,12 @@ class Config(Section):
         for key in ("high", "low"):
             if getattr(section, key, None) == self.rollout.temperature:
                 raise ValueError(f"{where}.{key}: {self.rollout.temperature} is rollout.temperature; choose another")
+
+
+def every_seed(config: Config) -> list[int]:
+    """All seeds that a comparison may ever have, in the order in which they are used."""
+    rule = config.seeds_until
+    return list(config.seeds) if rule is None else rule.seeds(rule.at_most)
 
 
 def load(path: str | Path = "params.yaml") -> Config:

@@ -123,8 +123,8 @@ class Sweep(Section):
     """Finished trials (complete or stopped early) of each method."""
     seeds: list[Seed] = Field(default=[100, 101], min_length=1)
     """A trial is a training per seed; they are stopped or kept together."""
-    confirm_seeds: list[Seed] = Field(default=[200, 201, 202, 203, 204, 205], min_length=1)
-    """Fresh seeds on which the best and the baselines are compared afterwards; below six there is no verdict."""
+    confirm_seeds: list[Seed] = Field(default=[200, 201, 202, 203, 204, 205, 206, 207], min_length=1)
+    """Fresh seeds on which the best and the baselines are compared afterwards; two comparisons need seven for verdicts."""
     score: Literal["final", "area"] = "final"
     """Mean over seeds of validation success: at the end, or averaged over training (area under the curve)."""
     fewer_tokens: bool = False

@@ -9,7 +9,7 @@ from pydantic import BaseModel
 
 from pipeline.model.kernels.library import build
 from pipeline.settings.custom import custom_sections
-from pipeline.settings.params import Environment, PretrainedPolicy, ScratchPolicy
+from pipeline.settings.params import Config, Environment, PretrainedPolicy, ScratchPolicy
 from pipeline.sources.closures import OWN, closure
 from pipeline.sources.hashes import file_hash, tree_hashes
 
@@ -35,6 +35,20 @@ def of_method(method: BaseModel) -> dict[str, Any]:
         named = _of_module(choice.function.partition(":")[0], choice.settings)
         found = {part: {**found[part], **named[part]} for part in found}
     return found
+
+
+def of_row(config: Config, name: str) -> dict[str, Any]:
+    """What a row of ``methods`` names: as ``of_method``, and the method that it is matched to, with its settings.
+
+    DVC cannot follow a name in a params file to another section of it.
+    """
+    method = config.methods[name]
+    found = of_method(method)
+    if method.matched_to is None:
+        return found
+    other = config.methods[method.matched_to]
+    settings = other.model_dump(mode="json", exclude={"source", "status"})
+    return {**found, "matched_to": {"settings": settings, **of_method(other)}}
 
 
 def _of_module(module: str, settings: Any) -> dict[str, Any]:

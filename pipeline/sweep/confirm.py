@@ -9,8 +9,8 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from pipeline.analysis.comparison import difference_of, rows_at
-from pipeline.analysis.statistics import VERDICT_SEEDS, Difference
-from pipeline.report.differences import NO_VERDICT, difference_text
+from pipeline.analysis.verdicts import Difference
+from pipeline.report.differences import difference_text, seeds_advice
 from pipeline.settings.params import parse
 from pipeline.settings.presets import overlay
 from pipeline.settings.sweep import Value
@@ -28,7 +28,8 @@ def confirmation(
 
     Of a single search the methods are called by the baselines' names and ``best``; of several, a method at its best keeps
     its name, and ``<method>_<baseline>`` is the method at a baseline. The best is paired with the first baseline
-    (``control``) and with the last one or, of several searches, with its uniform counterpart (``uniform``).
+    (``control``) and with the last one or, of several searches, with its uniform counterpart (``uniform``). These are the
+    declared comparisons, one family.
 
     Args:
         plans: the searches.
@@ -54,10 +55,6 @@ def confirmation(
         for name, point in {**baselines, best: outcome["best"]["settings"]}.items():
             methods[name] = _method(plan, point)
         control[best] = next(iter(baselines))
-    uniform = {k: v for k, v in first.config.compare.uniform.items() if len(plans) > 1 and {k, v} <= set(methods)}
-    if len(plans) == 1:
-        for other in list(methods)[1:-1]:
-            uniform |= {other: control[BEST], BEST: other}
 
     raw = copy.deepcopy(dict(first.raw))
     raw.pop("sweep", None)
@@ -71,7 +68,7 @@ def confirmation(
         "comparison": f"{first.config.comparison}_confirm_{first.study}",
         "seeds": list(sweep.confirm_seeds),
         "methods": methods,
-        "compare": {**raw.get("compare", {}), "uniform": uniform, "control": control},
+        "compare": {**raw.get("compare", {}), **_declared(plans, list(methods), control)},
         # Only the slices that are the trainings' first iterations; the diagnostics are params.yaml's own.
         "bottleneck": {"groups": first.config.rollout.groups * len(sweep.confirm_seeds), "resamples": 100},
     }
@@ -79,8 +76,16 @@ def confirmation(
     return raw
 
 
+def _declared(plans: Sequence[SearchPlan], methods: Sequence[str], control: Mapping[str, str]) -> dict[str, Any]:
+    """Which comparisons there will be verdicts on: of each best, and no baseline with another."""
+    uniform = {k: v for k, v in plans[0].config.compare.uniform.items() if len(plans) > 1 and {k, v} <= set(methods)}
+    if len(plans) == 1 and len(methods) > 2:
+        uniform = {BEST: methods[-2]}
+    return {"uniform": uniform, "control": dict(control), "primary": next(iter(control)), "family": "holm"}
+
+
 def confirmation_text(comparison: Mapping[str, Any]) -> str:
-    """One line per search and what its best is paired with: can the two be told apart on fresh seeds?"""
+    """One line per search and what its best is paired with: do the two differ on fresh seeds?"""
     lines = []
     for environment in dict.fromkeys(row["environment"] for row in comparison["rows"]):
         temperature = next(row["temperature"] for row in comparison["rows"] if row["headline"])
@@ -89,18 +94,17 @@ def confirmation_text(comparison: Mapping[str, Any]) -> str:
                 found = difference_of(row, kind)
                 if row["control"] is not None and found is not None:
                     where = f"{row['states']} test states at temperature {temperature:g}"
-                    lines.append(_line(row, row[kind], found, where))
+                    lines.append(_line(row, row[kind], found, where, comparison["family"]["size"]))
     return "\n".join(lines)
 
 
-def _line(row: Mapping[str, Any], other: str, difference: Difference, where: str) -> str:
+def _line(row: Mapping[str, Any], other: str, difference: Difference, where: str, family: int) -> str:
     seeds = len(difference.by_seed)
     line = (
         f"{row['environment']}: {row['method']} ({row['success_mean']:.3f}) − {other}, {seeds} fresh "
         f"seed{'s' * (seeds > 1)} and {where}: {difference_text(difference)}"
     )
-    advice = f"; {NO_VERDICT}, give `sweep.confirm_seeds` {VERDICT_SEEDS} or more"
-    return line + (advice if difference.verdict is None else "")
+    return line if difference.verdict is not None else f"{line}; {seeds_advice(family, key='sweep.confirm_seeds')}"
 
 
 def _matched(plans: Sequence[SearchPlan], searches: Sequence[Mapping[str, Any]]) -> list[Mapping[str, Any]]:

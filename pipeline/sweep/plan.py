@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.settings.params import Config, parse
+from pipeline.settings.params import Config, every_seed, parse
 from pipeline.settings.sweep import Study, Value
 from pipeline.sweep.space import changes, configured, current, from_value, to_value
 from pipeline.training.seed_key import training_key
@@ -90,8 +90,8 @@ def plans(params: str | Path, study: str, policy: Path) -> list[SearchPlan]:
 
     Raises:
         UserError: the study or one of its methods or keys is not there, a baseline is outside the space, the schema
-            refuses a corner of the space, a seed of the sweep is one of the comparison's, or trials are to be stopped
-            early that have a budget of tokens.
+            refuses a corner of the space, a seed of the sweep is one of the comparison's, a method is matched to another
+            (``all`` leaves these out), or trials are to be stopped early that have a budget of tokens.
     """
     raw = read_yaml(params)
     config = parse(raw, str(params))
@@ -100,12 +100,16 @@ def plans(params: str | Path, study: str, policy: Path) -> list[SearchPlan]:
     search = config.sweep.studies[study]
     environment = search.environment or next(iter(config.environments))
     _require(environment, config.environments, f"{where}.{study}.environment")
-    both = sorted({*config.sweep.seeds, *config.sweep.confirm_seeds} & set(config.seeds))
+    both = sorted({*config.sweep.seeds, *config.sweep.confirm_seeds} & set(every_seed(config)))
     if both:
         raise UserError(f"{params}: sweep: {both} are seeds of the comparison; a sweep needs seeds of its own")
-    methods = list(config.methods) if search.methods == "all" else search.methods
+    own = [name for name, method in config.methods.items() if method.matched_to is None]
+    methods = own if search.methods == "all" else search.methods
     for method in methods:
         _require(method, config.methods, f"{where}.{study}.methods")
+        if method not in own:
+            to = config.methods[method].matched_to
+            raise UserError(f"{where}.{study}.methods: {method} is matched to {to}, so that there is nothing to search")
     found = [SearchPlan(raw, config, study, method, environment, policy) for method in methods]
     for plan in found:
         _check(plan, where)

@@ -100,7 +100,8 @@ def _elsewhere(config: Config, trainings: list[dict[str, Any]]) -> dict[str, str
 
 def _files(environment: str, layout: Layout) -> list[tuple[str, Path]]:
     """Files of the report with their folders in the run."""
-    figures = sorted((layout.reports / "figures").glob(f"{environment}-*"))
+    pictures = layout.reports / "figures"
+    figures = [*sorted(pictures.glob("answers.*")), *sorted(pictures.glob(f"{environment}-*"))]
     bottleneck = sorted(layout.bottleneck(environment).glob("*.svg"))
     tables = [layout.reports / name for name in ("comparison.json", "comparison.md", "comparison.txt", "index.html")]
     return [*(("", file) for file in tables), *(("figures", file) for file in [*figures, *bottleneck])]

@@ -23,7 +23,8 @@ from pipeline.training.checks import recomputed, require_recomputed
 from pipeline.training.collection import Collection
 from pipeline.training.gradients import gradient_share
 from pipeline.training.tokens import TokenTable, token_table
-from pipeline.training.update import Learner, averages, moved, update
+from pipeline.training.update import Learner, averages, update
+from pipeline.training.update_kl import UpdateKL, measures_update_kl
 from pipeline.trajectories.trajectory import Role, Trajectories
 from pipeline.workspace.randomness import generator
 
@@ -94,15 +95,15 @@ def run_iteration(collection: Collection, learner: Learner, optimizer: Any, memo
                 draws = generator(collection.seed, "gradients", number)
                 metrics |= gradient_share(learner, table.select(minibatches[0]), draws)
         with phases.phase("update"), span("updates:", *UPDATES):
+            watched = _watched(collection, learner, table, number)
             for rows in _told(minibatches):
                 updates.append(update(learner, optimizer, table.select(rows), number))
+                with phases.phase("update_kl"):
+                    updates[-1] |= watched.after_update() if watched else {}
 
     metrics |= averages(updates) | {"updates": float(len(updates))}
     if learner.heads:  # what they cost in memory
         metrics["head_parameters"] = float(sum(p.numel() for head in learner.heads for p in head.parameters()))
-    if minibatches:
-        with phases.phase("moved"):
-            metrics |= moved(learner, table.select(minibatches[-1]))
     return Iteration(episodes, table, minibatches, metrics, remembered)
 
 
@@ -136,6 +137,14 @@ def shuffled(count: int, train: Train, seed: int, iteration: int, whole: bool = 
             pieces[-2:] = [np.concatenate(pieces[-2:])]
         result += pieces
     return result
+
+
+def _watched(collection: Collection, learner: Learner, table: TokenTable, number: int) -> UpdateKL | None:
+    """What tells how far each update of an iteration moves the policy, where that is measured."""
+    if not len(table) or not measures_update_kl(learner, number):
+        return None
+    with collection.phases.phase("update_kl"):
+        return UpdateKL(learner, table, generator(collection.seed, "update kl", number))
 
 
 def _told(minibatches: Sequence[np.ndarray]) -> Iterator[np.ndarray]:

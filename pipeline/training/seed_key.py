@@ -10,6 +10,7 @@ from pipeline.settings.params import Config
 from pipeline.sources.fingerprints import of_code, of_environment, of_machine, of_method
 from pipeline.sources.hashes import tree_hashes
 from pipeline.trajectories.trajectory import Trajectories
+from pipeline.workspace.errors import UserError
 from pipeline.workspace.layout import Cache
 
 RESOLVED = ("pipeline.settings", "pipeline.workspace.yaml_files")
@@ -55,12 +56,17 @@ def training_key(config: Config, environment: str, method: str, seed: int, polic
 
     Code is ``pipeline.training.run`` and what it imports. The annotated table is not among them: its slices are what the
     training would sample itself (invariant 4).
+
+    Raises:
+        UserError: the method's learning rate is yet to be found (see ``matching.py``).
     """
+    if config.methods[method].matched_to is not None:
+        raise UserError(f"methods.{method}: only its train stage trains it, which finds its learning rate first")
     resolved: dict[str, Any] = {
         "environment": {environment: config.environments[environment].model_dump(mode="json")},
         "rollout": config.rollout.model_dump(mode="json"),
         "train": config.train.model_dump(mode="json"),
-        "method": config.methods[method].model_dump(mode="json", exclude={"source", "status"}),
+        "method": config.methods[method].model_dump(mode="json", exclude={"source", "status", "matched_to"}),
         "evaluation": {
             k: getattr(config.evaluation, k) for k in ("validation_states", "validation_rollouts", "temperatures")
         },

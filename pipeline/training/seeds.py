@@ -2,10 +2,12 @@
 
 import shutil
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from pipeline.progress.display import doing
 from pipeline.settings.params import Config
 from pipeline.tracking.store import open_store, run_settings, store_of
+from pipeline.training.matching import matched
 from pipeline.training.run import TrainingJob, train_one
 from pipeline.training.seed_key import training_task
 from pipeline.workspace.files import read_json, write_json
@@ -13,12 +15,23 @@ from pipeline.workspace.layout import Cache, Layout
 from pipeline.workspace.processes import in_own_process, run_in_processes
 
 
-def train_seeds(config: Config, environment: str, method: str, layout: Layout) -> tuple[Path, int]:
+class Trained(NamedTuple):
+    """What has become of a method's seeds."""
+
+    target: Path
+    """Folder of the policies."""
+    now: int
+    """How many seeds have been trained now."""
+    matching: dict[str, Any]
+    """How the learning rate was found, of a method that is matched to another (see ``matched``)."""
+
+
+def train_seeds(config: Config, environment: str, method: str, layout: Layout) -> Trained:
     """Train what has not been trained, in processes of their own, and copy all of it from .cache.
 
-    The process works in the root of the params file; returns the folder of the policies, and how many seeds have been
-    trained now.
+    The process works in the root of the params file. The learning rate of a method that is matched is found first.
     """
+    config, matching = matched(config, environment, method, layout)
     policy, table = layout.policy, layout.annotated(environment)
     tasks = [training_task(config, environment, method, seed, policy, Cache().folder) for seed in config.seeds]
     made_from = {"annotated episodes": table, "reference policy": policy}
@@ -36,8 +49,9 @@ def train_seeds(config: Config, environment: str, method: str, layout: Layout) -
         shutil.copytree(task.result / "policy", layout.final_policy(environment, method, task.seed))
     for kind, place in (("curves", layout.curves), ("timings", layout.timings), ("runs", layout.runs)):
         seeds = {str(task.seed): read_json(task.result / f"{kind}.json") for task in tasks}
-        write_json(place(environment, method), {"seeds": seeds})
+        found = {"matching": matching} if matching and kind == "curves" else {}
+        write_json(place(environment, method), {"seeds": seeds, **found})
     episodes = layout.episodes(environment, method)
     episodes.parent.mkdir(parents=True, exist_ok=True)
     shutil.copy2(tasks[0].result / "episodes.parquet", episodes)
-    return target, len(jobs)
+    return Trained(target, len(jobs), matching)

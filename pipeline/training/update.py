@@ -15,7 +15,6 @@ from pipeline.model.policy import Policy
 from pipeline.model.scoring import TokenScores, length_batches, predicting_hidden, score_tokens
 from pipeline.objective.estimates import needed_behind
 from pipeline.objective.methods import coefficients, policy_loss, surrogate_plan
-from pipeline.objective.regularisers import kl_penalty
 from pipeline.objective.surrogates import UpdateTokens
 from pipeline.progress.display import within
 from pipeline.settings.method import Method
@@ -23,7 +22,7 @@ from pipeline.settings.params import Config
 from pipeline.training.heads import Head, Scene
 from pipeline.training.masters import Masters, take_step
 from pipeline.training.tokens import TokenTable
-from pipeline.trajectories.trajectory import CUT_OFF, REPORTED_ROLES, Role, Trajectories
+from pipeline.trajectories.trajectory import CUT_OFF, REPORTED_ROLES, Trajectories
 from pipeline.workspace.finite import require_finite
 
 SUMMED = ("non_finite_losses", "skipped_steps")
@@ -223,17 +222,4 @@ def gradient_asked(minibatch: TokenTable) -> dict[str, float]:
     return {
         f"gradient_share_{name}": sum(float(pull[role == r].sum()) / total for r in roles)
         for name, roles in REPORTED_ROLES.items()
-    }
-
-
-@torch.no_grad()
-def moved(learner: Learner, minibatch: TokenTable) -> dict[str, float]:
-    """KL(behaviour || policy) of a minibatch after the iteration's updates, by role (estimator k3)."""
-    pieces = learner.pieces(minibatch)
-    now = torch.cat([learner.score(minibatch.select(piece))[1].logprob.cpu() for piece in pieces])
-    before = minibatch.select(np.concatenate(pieces))
-    divergence, role = kl_penalty(before["logprob_old"], now, "k3"), before["role"]
-    shares = {"action": Role.ACTION, "reasoning": Role.REASONING}
-    return {
-        f"kl_iteration_{k}": float(divergence[role == r].mean()) for k, r in shares.items() if bool((role == r).any())
     }

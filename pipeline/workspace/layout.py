@@ -19,6 +19,31 @@ class Layout:
         return self.out / "data" / "sources"
 
     @property
+    def seeds_in_effect(self) -> Path:
+        """The seeds that are trained, played and compared now."""
+        return self.sources / "seeds.json"
+
+    @property
+    def looks(self) -> Path:
+        """The looks at the comparison that ``make repro`` has taken, while seeds are added until it is decided."""
+        return self.out / "data" / "looks.json"
+
+    @property
+    def hypotheses(self) -> Path:
+        """What the comparison sets out to show, as registered before test states were opened."""
+        return self.out / "hypotheses.yaml"
+
+    @property
+    def registration(self) -> Path:
+        """The registration's hash, and what has changed since."""
+        return self.sources / "registration.json"
+
+    @property
+    def registered(self) -> Path:
+        """When it was registered and changed: times, beside the other ones."""
+        return self.out / "data" / "timings" / "registration.json"
+
+    @property
     def policy(self) -> Path:
         """Directory of the reference policy."""
         return self.out / "models" / "policy"
@@ -53,6 +78,10 @@ class Layout:
     def annotated(self, environment: str) -> Path:
         """The same trajectories with their token energies."""
         return self.out / "data" / "annotated" / f"{environment}.parquet"
+
+    def interventions(self, environment: str) -> Path:
+        """The reference policy's success with its own reasoning, with none and with another state's."""
+        return self.out / "data" / "interventions" / f"{environment}.json"
 
     def curves(self, environment: str, method: str) -> Path:
         """Metrics of every iteration, by seed."""
@@ -105,6 +134,11 @@ class Cache:
     def sweep(self) -> Path:
         """A cache of trials' trainings, so that one whose worker was killed goes on where it stopped."""
         return self.folder / "sweep"
+
+    @property
+    def matching(self) -> Path:
+        """A cache of the short trainings by which learning rates are found."""
+        return self.folder / "match"
 
     @property
     def journal(self) -> Path:

@@ -78,8 +78,10 @@ def expert(suite: Suite) -> Iterator[str]:
         if not isinstance(player.reason(environment, 5, suite.draws), str):
             yield "reason does not return text"
         is_solvable = solvable(environment)
-        player.act(environment, suite.draws)
-        player.random_action(environment, suite.draws)
+        for choose in (player.act, player.random_action):
+            action = choose(environment, suite.draws)
+            if hasattr(player, "plan") and not isinstance(player.plan(environment, action, suite.draws), str):
+                yield f"plan does not return text for {short(action)}"
         if environment.state_key != before:
             yield "the expert changes the state by looking at it"
         if not is_solvable:

@@ -243,6 +243,17 @@ class WebShopExpert(Expert):
         clicks = [name for name in webshop.page.clicks if name == BUY or name not in BUTTONS] or [BACK]
         return f"click[{one_of(clicks, draws)}]"
 
+    def plan(self, webshop: WebShop, action: str, draws: np.random.Generator) -> str:
+        """What the action is for, and behind it the words to search for or the name to click."""
+        kind, _, name = action.removesuffix("]").partition("[")
+        if kind == "search":
+            return f"they want {name}"
+        if name == BUY:
+            return f"all is chosen {name}"
+        if name in BUTTONS:
+            return f"not here {name}"
+        return f"{'this fits' if webshop.product is None else 'still to choose'} {name}"
+
     def _query(self, webshop: WebShop) -> str:
         """The instruction's words or, where they do not find a product as good or find it later, the product's title."""
         queries = [_fitted(_said(webshop.goal)), _fitted(words(webshop.goal.product.title))]
