@@ -21,8 +21,8 @@ from pipeline.report.comparison_figures import learning_figure, learning_panels,
 from pipeline.report.comparison_tables import (
     comparison_markdown,
     comparison_text,
-    overview_markdown,
     result_table,
+    verdicts_markdown,
 )
 from pipeline.report.curve_charts import training_charts
 from pipeline.report.html import embedded, report_html
@@ -54,17 +54,16 @@ def test_tables_print_sizes_intervals_and_common_terms_once() -> None:
     assert [cells[0] for cells in table.rows] == [*config.methods, REFERENCE]
 
 
-def test_the_overview_has_a_row_per_comparison_and_the_reference_first() -> None:
-    config = configuration()
-    found = compared(config, inputs(config))
-    fewer = {**found, "comparison": "few", "rows": [row for row in found["rows"] if row["method"] != "grpo"]}
-    head, _, full, few = overview_markdown([found, fewer]).splitlines()
-    names = [cell.strip() for cell in head.strip("|").split("|")]
-    assert names[:3] == ["comparison", "environment", REFERENCE]
-    cells = dict(zip(names, (cell.strip() for cell in full.strip("|").split("|")), strict=True))
-    row = row_of(found, "grpo")
-    assert cells["grpo"] == f"{row['success_mean']:.3f} [{row['success_ci_low']:.3f}, {row['success_ci_high']:.3f}]"
-    assert dict(zip(names, (cell.strip() for cell in few.strip("|").split("|")), strict=True))["grpo"] == "–"
+def test_the_table_of_verdicts_has_a_row_per_declared_comparison() -> None:
+    found = compared(config := configuration(), inputs(config))
+    told = {**found, "comparison": "told", "interventions": {"lake": {"reasoning": "plan"}}}
+    _, _, *rows = verdicts_markdown([found, told]).splitlines()
+    cells = [[cell.strip() for cell in row.strip("|").split("|")] for row in rows]
+    assert len(cells) == 2 * len(found["hypotheses"]) > 0
+    one = found["hypotheses"][0]
+    assert cells[0][:4] == ["`toy`", "lake", "–", f"`{one['method']}` − `{one['against']}`"]
+    assert cells[-1][:3] == ["`told`", "lake", "plan"]
+    assert cells[0][4].startswith(f"{one['value']:+.3f} [{one['ci_low']:+.3f}, {one['ci_high']:+.3f}] p_adj ")
 
 
 def test_status_and_source_are_shown_where_a_method_has_a_source() -> None:

@@ -6,7 +6,9 @@ from typing import Any
 
 from pipeline.analysis.comparison import REFERENCE, Row, difference_of, places, rows_at
 from pipeline.analysis.curves import Curves
+from pipeline.analysis.intervals import Interval
 from pipeline.analysis.timings import environment_shares, phase_seconds
+from pipeline.analysis.verdicts import Difference
 from pipeline.report.answers import efficiency_texts, notes, opening
 from pipeline.report.declared import declared_lines
 from pipeline.report.differences import difference_text
@@ -136,15 +138,21 @@ def time_table(environment: str, timings: Mapping[tuple[str, str], Curves]) -> T
     )
 
 
-def overview_markdown(comparisons: Sequence[Mapping[str, Any]]) -> str:
-    """Headline success of several comparisons of the same methods as Markdown: a row per comparison and environment."""
-    methods = list(dict.fromkeys([REFERENCE, *(row["method"] for found in comparisons for row in found["rows"])]))
+def verdicts_markdown(comparisons: Sequence[Mapping[str, Any]]) -> str:
+    """The declared comparisons of several params files as Markdown: a row each."""
     rows = []
     for comparison in comparisons:
-        for environment, temperatures in places(comparison).items():
-            found = {row["method"]: row for row in rows_at(comparison, environment, temperatures[0])}
-            rows.append([comparison["comparison"], environment, *(success_text(found.get(m)) for m in methods)])
-    return markdown(Table("overview", ["comparison", "environment", *methods], rows))
+        for one in comparison["hypotheses"]:
+            found = comparison.get("interventions", {}).get(one["environment"], {})
+            interval = None if one["ci_low"] is None else Interval(one["ci_low"], one["ci_high"])
+            difference = Difference(
+                one["value"], interval, tuple(one["by_seed"]), one["p"], one["p_adjusted"], verdict=one["verdict"]
+            )
+            pair = f"`{one['method']}` − `{one['against']}`"
+            kind = found.get("reasoning") or "–"
+            rows.append([comparison["comparison"], one["environment"], kind, pair, difference_text(difference)])
+    header = ["comparison", "environment", "reasoning", "methods", "difference in success"]
+    return markdown(Table("verdicts", header, rows))
 
 
 def common_terms(comparison: Mapping[str, Any]) -> str:

@@ -10,7 +10,7 @@ from pipeline.analysis.comparison import read_timings
 from pipeline.analysis.timings import environment_shares
 from pipeline.progress.display import doing
 from pipeline.report.commits import MADE, last_changed, made_by, noted_revisions
-from pipeline.report.comparison_tables import comparison_text, overview_markdown
+from pipeline.report.comparison_tables import comparison_text, verdicts_markdown
 from pipeline.settings.params import Config
 from pipeline.settings.presets import load_preset
 from pipeline.workspace.files import read_json, write_text
@@ -21,9 +21,9 @@ MARKS = "<!-- {0}: written by `make publish` -->", "<!-- /{0} -->"
 README, RESULTS, PERFORMANCE = Path("README.md"), Path("docs/results.md"), Path("docs/performance.md")
 FIGURES = Path("docs/figures")
 
-ENVIRONMENTS = ("sokoban", "sudoku", "bandit", "webshop")
-"""Presets of an environment each; docs/results.md has a table of them."""
-PRESETS = ("controls", "methods", "branching", *ENVIRONMENTS)
+POLES = ("facts", "bandit", "sokoban")
+"""Presets whose declared comparisons stand in one table with those of params.yaml."""
+PRESETS = (*POLES, "controls", "methods", "branching", "sudoku", "webshop")
 """Presets whose results stand in docs/results.md beside those of params.yaml."""
 
 
@@ -34,10 +34,10 @@ def publish(config: Config) -> list[str]:
     for preset in PRESETS:
         doing(preset)
         published += publish_preset(preset)
-    others = [Layout(Path("presets") / preset) for preset in ENVIRONMENTS]
-    if all(other.comparison.exists() for other in others):
-        text = overview_markdown([read_json(other.comparison) for other in others])
-        publish_block(RESULTS, "environments", text, [other.all_runs for other in others])
+    judged = [Layout(Path(config.out)), *(Layout(Path("presets") / preset) for preset in POLES)]
+    if all(one.comparison.exists() for one in judged):
+        text = verdicts_markdown([read_json(one.comparison) for one in judged])
+        publish_block(RESULTS, "verdicts", text, [one.all_runs for one in judged])
     name_commits(RESULTS)
     bench = Layout(Path(config.out)).reports / "bench.txt"
     if bench.exists():
@@ -68,8 +68,7 @@ def publish_preset(preset: str) -> list[str]:
     reports, published = layout.reports, []
     if (reports / "comparison.md").exists():
         publish_block(RESULTS, preset, comparison_block(config), [layout.all_runs])
-        pictures = (reports / "figures").glob("*.png")
-        copy_figures((png for png in pictures if not png.name.endswith("-health.png")), f"{preset}-")
+        copy_figures((reports / "figures").glob("*.png"), f"{preset}-")
         published.append(preset)
     published += publish_sweeps(config, f"{preset} ")
     for measured in sorted((reports / "decisions").glob("*/decisions.txt")):
@@ -88,9 +87,11 @@ def publish_texts(layout: Layout, what: str, name: str) -> list[str]:
 
 
 def copy_figures(pictures: Iterable[Path], prefix: str = "") -> None:
-    """Copy pictures to docs/figures, under their names with a prefix."""
+    """Copy pictures to docs/figures, under their names with a prefix; those that a document shows."""
+    documents = "".join(page.read_text(encoding="utf-8") for page in (README, *RESULTS.parent.glob("*.md")))
     for picture in pictures:
-        shutil.copy2(picture, FIGURES / f"{prefix}{picture.name}")
+        if f"/{prefix}{picture.name})" in documents:
+            shutil.copy2(picture, FIGURES / f"{prefix}{picture.name}")
 
 
 def publish_sweeps(config: Config, prefix: str) -> list[str]:
