@@ -103,10 +103,12 @@ publish: install ## put the latest comparison into README.md and docs/
 simulate: install ## what intervals and verdicts keep of what they promise, into docs/statistics.md (minutes; needs no run)
 	actfocus simulate
 
-results: ## make the default comparison, its replay and its controls, and put them into README.md and docs/
+results: ## make the default comparison, its replay, the other pole, controls, bandit and sokoban, and publish them
 	@$(MAKE) --no-print-directory repro
 	@$(MAKE) --no-print-directory replay
-	@$(MAKE) --no-print-directory repro PRESET=controls
+	@set -e; for name in facts controls bandit sokoban; do $(MAKE) --no-print-directory repro PRESET=$$name; done
+	@$(MAKE) --no-print-directory preset PRESET=sokoban_facts
+	@dvc repro presets/sokoban_facts/dvc.yaml:intervene
 	@$(MAKE) --no-print-directory publish
 
 ui: install ## MLflow's pages on http://127.0.0.1:5000

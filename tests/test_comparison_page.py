@@ -16,11 +16,13 @@ import numpy as np
 import pytest
 
 from pipeline.analysis.comparison import REFERENCE
+from pipeline.analysis.interventions import intervention
 from pipeline.report.charts import difference_charts, plain
 from pipeline.report.comparison_figures import learning_figure, learning_panels, write_comparison_figures
 from pipeline.report.comparison_tables import (
     comparison_markdown,
     comparison_text,
+    interventions_markdown,
     result_table,
     verdicts_markdown,
 )
@@ -64,6 +66,18 @@ def test_the_table_of_verdicts_has_a_row_per_declared_comparison() -> None:
     assert cells[0][:4] == ["`toy`", "lake", "–", f"`{one['method']}` − `{one['against']}`"]
     assert cells[-1][:3] == ["`told`", "lake", "plan"]
     assert cells[0][4].startswith(f"{one['value']:+.3f} [{one['ci_low']:+.3f}, {one['ci_high']:+.3f}] p_adj ")
+
+
+def test_the_table_of_interventions_has_a_row_per_temperature() -> None:
+    states = np.array([[1.0, 0.5, 1.0], [0.0, 0.5, 0.0], [0.0, 0.0, 0.5]])
+    ways = dict(zip(("own", "none", "other"), states, strict=True))
+    found = intervention("lake", "plan", {1.0: ways, 0.5: ways})
+    _, _, first, second = interventions_markdown({"toy": {"lake": found}}).splitlines()
+    cells = [cell.strip() for cell in first.strip("|").split("|")]
+    assert cells[:7] == ["`toy`", "lake", "plan", "1", "0.833", "0.167", "0.167"]
+    low, high = (found["temperatures"][0]["none_minus_own"][key] for key in ("ci_low", "ci_high"))
+    assert cells[7] == f"-0.667 [{low:+.3f}, {high:+.3f}]"
+    assert "| 0.5 |" in second
 
 
 def test_status_and_source_are_shown_where_a_method_has_a_source() -> None:

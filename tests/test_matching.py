@@ -174,12 +174,12 @@ def test_short_trainings_are_the_beginning_of_whole_ones() -> None:
     assert short.methods == config.methods
 
 
-def test_a_search_takes_the_first_ten_seeds() -> None:
+def test_a_search_takes_the_first_six_seeds() -> None:
     assert matching_seeds(configured({"seeds": [4, 2]})) == [4, 2]
-    assert matching_seeds(configured({"seeds": list(range(3, 30))})) == list(range(3, 13))
+    assert matching_seeds(configured({"seeds": list(range(3, 30))})) == list(range(3, 9))
     until = {"from": 5, "at_least": 6, "at_most": 30, "until": "decided"}
-    assert matching_seeds(configured({"seeds": until})) == list(range(5, 15))
-    assert SEEDS == 10
+    assert matching_seeds(configured({"seeds": until})) == list(range(5, 11))
+    assert SEEDS == 6
 
 
 # -------------------------------------------------------------------------------------------------------------- the rows

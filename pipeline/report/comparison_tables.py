@@ -155,6 +155,26 @@ def verdicts_markdown(comparisons: Sequence[Mapping[str, Any]]) -> str:
     return markdown(Table("verdicts", header, rows))
 
 
+def interventions_markdown(played: Mapping[str, Mapping[str, Any]]) -> str:
+    """Success of reference policies with their own reasoning, without any and with another state's, as Markdown.
+
+    Args:
+        played: comparison -> environment -> what ``analysis.interventions.intervention`` found.
+    """
+
+    rows = []
+    for comparison, environments in played.items():
+        for environment, found in environments.items():
+            for at in found["temperatures"]:
+                fall = at["none_minus_own"]
+                interval = None if fall["ci_low"] is None else Interval(fall["ci_low"], fall["ci_high"])
+                rates = (f"{at[way]['success']:.3f}" for way in ("own", "none", "other"))
+                place = (comparison, environment, found["reasoning"] or "–", f"{at['temperature']:g}")
+                rows.append([*place, *rates, difference_text(Difference(fall["value"], interval, ()))])
+    header = ["comparison", "environment", "reasoning", "temperature", "own", "none", "another's", "none − own"]
+    return markdown(Table("reasoning", header, rows))
+
+
 def common_terms(comparison: Mapping[str, Any]) -> str:
     """The entropy and KL terms, in one sentence if all methods share them."""
     terms = {row["method"]: _terms(row["regulariser"]) for row in comparison["rows"] if row["regulariser"]}

@@ -7,10 +7,11 @@ from itertools import chain
 from pathlib import Path
 
 from pipeline.analysis.comparison import read_timings
+from pipeline.analysis.interventions import read_interventions
 from pipeline.analysis.timings import environment_shares
 from pipeline.progress.display import doing
 from pipeline.report.commits import MADE, last_changed, made_by, noted_revisions
-from pipeline.report.comparison_tables import comparison_text, verdicts_markdown
+from pipeline.report.comparison_tables import comparison_text, interventions_markdown, verdicts_markdown
 from pipeline.settings.params import Config
 from pipeline.settings.presets import load_preset
 from pipeline.workspace.files import read_json, write_text
@@ -23,6 +24,8 @@ FIGURES = Path("docs/figures")
 
 POLES = ("facts", "bandit", "sokoban")
 """Presets whose declared comparisons stand in one table with those of params.yaml."""
+PLAYED = (*POLES, "sokoban_facts")
+"""Presets of whose reference policy it stands in a table whether it uses its reasoning."""
 PRESETS = (*POLES, "controls", "methods", "branching", "sudoku", "webshop")
 """Presets whose results stand in docs/results.md beside those of params.yaml."""
 
@@ -38,6 +41,10 @@ def publish(config: Config) -> list[str]:
     if all(one.comparison.exists() for one in judged):
         text = verdicts_markdown([read_json(one.comparison) for one in judged])
         publish_block(RESULTS, "verdicts", text, [one.all_runs for one in judged])
+    settings = [config, *(load_preset(preset, Path(".")) for preset in PLAYED)]
+    played = {one.comparison: read_interventions(one, Layout(Path(one.out))) for one in settings}
+    if all(played.values()):
+        publish_block(RESULTS, "reasoning", interventions_markdown(played), [judged[0].all_runs])
     name_commits(RESULTS)
     bench = Layout(Path(config.out)).reports / "bench.txt"
     if bench.exists():

@@ -21,7 +21,7 @@ from pipeline.workspace.files import read_json
 from pipeline.workspace.layout import Cache, Layout
 from pipeline.workspace.processes import run_in_processes
 
-SEEDS, TRIES, CLOSE = 10, 6, 0.05
+SEEDS, TRIES, CLOSE = 6, 6, 0.05
 """Seeds of a short training and learning rates tried, at most, and how near in KL is near enough."""
 STEEPNESS = 1.0, 4.0
 """Of log KL by log rate: what two tries may say of it. Small steps of a policy have a KL of about the square of the step."""
