@@ -17,7 +17,7 @@ def main(params: ParamsFile = "params.yaml") -> str:
     from pipeline.report.checklist import checklist_tables, policy_size
     from pipeline.report.comparison_figures import write_comparison_figures
     from pipeline.report.comparison_tables import comparison_markdown, comparison_text
-    from pipeline.report.declared import registration_warning
+    from pipeline.report.declared import registration_foot, registration_warning
     from pipeline.report.html import report_html
     from pipeline.report.sweep import read_sweeps
     from pipeline.report.viewer import SavedTokenizer, viewer_data
@@ -56,7 +56,10 @@ def main(params: ParamsFile = "params.yaml") -> str:
     annotated = {name: read(layout.annotated(name)) for name in config.environments}
     played = read_all_played(config, layout, annotated)
     episodes = viewer_data(config, SavedTokenizer.load(layout.policy), played)
-    page = report_html(config, comparison, inputs, bottleneck, annotated, episodes, read_sweeps(layout), parameters)
+    foot = registration_foot(comparison, layout)
+    page = report_html(
+        config, comparison, inputs, bottleneck, annotated, episodes, read_sweeps(layout), parameters, foot
+    )
     write_text(reports / "index.html", page)
     doing("logging to MLflow")
     log_comparison(config, Path("."), comparison, inputs.curves, episodes, layout)

@@ -208,3 +208,12 @@ def test_the_picture_has_the_declared_differences_and_is_equal_byte_for_byte(
     assert bounds == pytest.approx([0.03, 0.12, -0.02, 0.07])
     bands = [shape for shape in view["layout"]["shapes"] if shape["type"] == "rect"]
     assert [(band["x0"], band["x1"]) for band in bands] == [(-0.05, 0.05)]
+
+
+def test_the_page_ends_with_what_was_said_before_and_when() -> None:
+    config = configuration()
+    found = compared(config, made := inputs(config))
+    line = "Registered in hypotheses.yaml, SHA-256 0123, committed 2026-03-04. <Nothing> has changed since."
+    page = report_html(config, found, made, registration=[line])
+    assert page.index('<h2 id="checklist">') < page.index(line.replace("<", "&lt;").replace(">", "&gt;"))
+    assert "Said before" not in report_html(config, found, made)

@@ -24,7 +24,8 @@ from pipeline.model.loading import load_policy
 from pipeline.rollout.slices import sample_slices
 from pipeline.settings.custom import Custom
 from pipeline.settings.method import Method
-from pipeline.settings.params import Config, Environment, ScratchPolicy, parse
+from pipeline.settings.params import Config, Environment, parse
+from pipeline.settings.policy import ScratchPolicy
 from pipeline.settings.presets import overlay
 from pipeline.settings.section import Section
 from pipeline.training.run import TrainingJob, train_one

@@ -126,7 +126,7 @@ def stage_by_stage(folder: Path) -> None:
 def test_a_fresh_clone_ends_with_table_report_and_runs(runs: tuple[Path, Path]) -> None:
     reports = runs[0] / OUT / "reports"
     comparison = json.loads((reports / "comparison.json").read_text())
-    assert comparison["schema"] == 2
+    assert comparison["schema"] == 3
     rows = [(row["method"], row["temperature"]) for row in comparison["rows"]]
     assert sorted(rows) == sorted((m, t) for m in (*METHODS, "reference") for t in (0.5, 1.0))
     bottleneck = json.loads((reports / "bottleneck.json").read_text())

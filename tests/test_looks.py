@@ -22,12 +22,6 @@ USED = next(name for name in RULES if name.endswith("(used)"))
 RUNS = range(20)
 
 
-@pytest.fixture(autouse=True)
-def no_collection(monkeypatch: pytest.MonkeyPatch) -> None:
-    """statsmodels collects garbage at every adjustment: most of the time of these tests, and none of their numbers."""
-    monkeypatch.setattr("gc.collect", lambda *_: 0)
-
-
 def two_methods(**compare: Any) -> Config:
     pair = {"uniform": {"grpo_actfocus": "grpo"}, "control": {}}
     config = configuration(seeds=UNTIL, compare={**pair, **compare})

@@ -19,7 +19,8 @@ from pipeline.evaluation.evaluate import evaluation_specs
 from pipeline.evaluation.interventions import WAYS, played, success_by_state, thoughts_of
 from pipeline.rollout.collector import collect
 from pipeline.rollout.engine import Continuation, Follow, Request, Sampling
-from pipeline.settings.params import Config, Environment, Phase, Reasoning
+from pipeline.settings.params import Config, Environment
+from pipeline.settings.policy import Phase, Reasoning
 from pipeline.trajectories.trajectory import Role, Trajectories
 from pipeline.workspace.errors import UserError
 from tests.letters import LETTER, Letter

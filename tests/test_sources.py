@@ -9,7 +9,8 @@ from typing import Any
 
 import pytest
 
-from pipeline.settings.params import Environment, PretrainedPolicy, load
+from pipeline.settings.params import Environment, load
+from pipeline.settings.policy import PretrainedPolicy
 from pipeline.sources.fingerprints import of_environment, of_policy
 from pipeline.sources.hashes import KNOWN, LARGE, file_hash
 from pipeline.training.seed_key import training_key

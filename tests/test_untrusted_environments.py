@@ -15,7 +15,8 @@ from pipeline.environments import make, split_of
 from pipeline.environments.frozen_lake import MOVES, FrozenLakeExpert
 from pipeline.environments.splits import SPLITS
 from pipeline.rollout.specs import EpisodeSpec, group_specs, iteration_specs
-from pipeline.settings.params import Config, Phase
+from pipeline.settings.params import Config
+from pipeline.settings.policy import Phase
 from pipeline.trajectories.prompting import Dialogue
 from pipeline.trajectories.table import read, write
 from pipeline.trajectories.trajectory import RESPONSE_ROLES, Role, Trajectories

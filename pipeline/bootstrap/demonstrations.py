@@ -11,7 +11,8 @@ from pipeline.environments import initial_states, make
 from pipeline.environments.playing import actions_left_of, parse_action, reset, step, text_of
 from pipeline.environments.text_environment import id_of
 from pipeline.progress.display import within
-from pipeline.settings.params import Environment, Phase, Reasoning, ScratchPolicy
+from pipeline.settings.params import Environment
+from pipeline.settings.policy import Phase, Reasoning, ScratchPolicy
 from pipeline.trajectories.prompting import plain_text
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.randomness import generator

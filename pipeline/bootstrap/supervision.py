@@ -16,7 +16,8 @@ from pipeline.bootstrap.tokenizer import train_tokenizer
 from pipeline.model.policy import Policy
 from pipeline.model.scoring import predicting_hidden, score_tokens
 from pipeline.progress.display import span, within
-from pipeline.settings.params import Environment, ScratchPolicy
+from pipeline.settings.params import Environment
+from pipeline.settings.policy import ScratchPolicy
 from pipeline.trajectories.builder import EpisodeBuilder
 from pipeline.trajectories.prompting import Dialogue, user_message
 from pipeline.trajectories.trajectory import Role

@@ -59,6 +59,7 @@ def report_html(
     episodes: Mapping[str, Any] | None = None,
     sweeps: Sequence[Mapping[str, Any]] = (),
     parameters: int | None = None,
+    registration: Sequence[str] = (),
 ) -> str:
     """Answers, warnings, tables, charts and the trajectory viewer of a comparison as a self-contained page.
 
@@ -69,6 +70,7 @@ def report_html(
         episodes: what ``viewer_data`` gave; without it there is no viewer.
         sweeps: what ``read_sweeps`` gave.
         parameters: of the policy, see ``policy_size``.
+        registration: lines with dates for the foot, see ``registration_foot``.
     """
     sections = [
         _section(config, comparison, inputs, name, (bottleneck or {}).get(name), (annotated or {}).get(name))
@@ -88,6 +90,7 @@ def report_html(
         comparison=comparison,
         **_first_screen(comparison, inputs),
         answer_chart=answer,
+        registration=registration,
         checklist=checklist_tables(config, comparison, inputs, parameters, timed=True),
         reading=READING,
         terms=common_terms(comparison),

@@ -9,7 +9,8 @@ from pydantic import BaseModel
 
 from pipeline.model.kernels.library import build
 from pipeline.settings.custom import custom_sections
-from pipeline.settings.params import Config, Environment, PretrainedPolicy, ScratchPolicy
+from pipeline.settings.params import Config, Environment
+from pipeline.settings.policy import PretrainedPolicy, ScratchPolicy
 from pipeline.sources.closures import OWN, closure
 from pipeline.sources.hashes import file_hash, tree_hashes
 
