@@ -245,7 +245,7 @@ def test_a_methods_own_mistake_is_reported_beside_the_same_one_in_method_default
         ),
         # 40 episodes, minibatches of 32: the last 8 join the first minibatch.
         (
-            {"rollout.group_size": 5, "train.passes": 1},
+            {"rollout.group_size": 5, "train.passes": 1, "train.minibatch": 32},
             "methods.ppo.surrogate: a rule on the ratio does nothing with one update per iteration of",
         ),
         ({"train.minibatch": 200}, "train.minibatch (200) exceeds an iteration's 128 episodes"),

@@ -229,7 +229,7 @@ def test_two_revisions_are_compared_at_the_terminal(runs: tuple[Path, Path]) -> 
     command = [sys.executable, "-m", "pipeline.commands.app", "compare", "--params", PARAMS, "--a"]
     table = call(folder, *command, "before").stdout
     rows = {line.split()[0]: line for line in table.splitlines() if line}
-    assert "+0.000 (2 seeds, +0.000 to +0.000)" in rows["grpo"]
+    assert "+0.000 [+0.000, +0.000] p_adj 1.000" in rows["grpo"]
     assert rows["grpo"].endswith("seeds × 4 states")
     assert rows["ppo"].endswith("–")
     assert "methods.ppo.advantage.kind" in rows

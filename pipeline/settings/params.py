@@ -128,8 +128,11 @@ class Exclusion(Section):
     """A training that is left out of comparisons, for a reason that was there before its result was known."""
 
     environment: Name
+    """A name of ``environments``."""
     method: Name
+    """A name of ``methods``."""
     seed: Seed
+    """The training's seed."""
     reason: Annotated[str, Field(min_length=1, max_length=500)]
     """In words, for the report."""
 
