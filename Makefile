@@ -103,12 +103,11 @@ publish: install ## put the latest comparison into README.md and docs/
 simulate: install ## what intervals and verdicts keep of what they promise, into docs/statistics.md (minutes; needs no run)
 	actfocus simulate
 
-results: ## make the default comparison, its replay, the other pole, controls, bandit and sokoban, and publish them
+results: ## make the default comparison, its replay, the other pole and the controls, and publish them
 	@$(MAKE) --no-print-directory repro
 	@$(MAKE) --no-print-directory replay
-	@set -e; for name in facts controls bandit sokoban; do $(MAKE) --no-print-directory repro PRESET=$$name; done
-	@$(MAKE) --no-print-directory preset PRESET=sokoban_facts
-	@dvc repro presets/sokoban_facts/dvc.yaml:intervene
+	@set -e; for name in facts controls; do $(MAKE) --no-print-directory repro PRESET=$$name; done
+	@set -e; for name in sokoban sokoban_facts; do $(MAKE) --no-print-directory preset PRESET=$$name; dvc repro presets/$$name/dvc.yaml:intervene; done
 	@$(MAKE) --no-print-directory publish
 
 ui: install ## MLflow's pages on http://127.0.0.1:5000

@@ -57,8 +57,7 @@ def test_every_option_says_what_it_is(
         (["play", "--nothing"], "No such option: --nothing"),
         (["play", "--method", "[/red]"], "params.yaml: methods: '[/red]' is not there; allowed: ppo, grpo,"),
         (["play", "--seed", "x"], "Invalid value for '--seed': "),
-        (["match", "--method", "grpo"], "Missing option '--to'."),
-        (["match", "--method", "grpo", "--to", "x"], "--method, --to: 'x' is not there; allowed: ppo, grpo,"),
+        (["simulate", "--trials", "3"], "--trials: 3; allowed: 100 to 100000"),
         (["replay", "--alpha", "-1"], "Invalid value for '--alpha': "),
         (["replay", "--signal", "x"], "--signal: 'x' is not allowed; allowed: reference_energy,"),
         (["contracts", "--function", "mine:weight"], "--slot, --function: one is given without the other"),
@@ -84,8 +83,8 @@ def test_a_params_file_is_checked_with_what_it_names(
 ) -> None:
     assert called(monkeypatch, "check", "--params", "params.yaml") == 0
     first, *_, runs, following = capfd.readouterr().out.splitlines()
-    assert first == "params.yaml: right. 1 environments x 5 methods x 4 seeds = 20 trainings"
-    assert runs.startswith("runs of each stage: sources 1, policy 1, rollout 1, annotate 1, bottleneck 1, train 5, ")
+    assert first == "params.yaml: right. 1 environments x 6 methods x 10 seeds = 60 trainings"
+    assert runs.startswith("runs of each stage: sources 1, policy 1, rollout 1, annotate 1, bottleneck 1, train 6, ")
     assert following == "Next: dvc repro dvc.yaml"
     right, elsewhere = (ROOT / "params.yaml").read_text(encoding="utf-8"), tmp_path / "params.yaml"
     for text, code in ((right, 0), (right.replace("id: actfocus/", "id: nowhere:actfocus/", 1), 2)):

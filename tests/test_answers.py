@@ -140,7 +140,7 @@ def test_sentences_precede_every_table_and_warnings_precede_the_rest() -> None:
     found = compared(config, made)
     claim = answers(found)[0].claim
     page = report_html(config, found, made)
-    assert page.index(claim) < page.index('data-chart="answers"') < page.index("Highest success") < page.index("<table")
+    assert page.index(claim) < page.index("Highest success") < page.index('data-chart="answers"') < page.index("<table")
     assert page.index("Cost of one training") < page.index("Before you believe it") < page.index("<table")
     text, markdown = comparison_text(found), comparison_markdown(found)
     assert text.startswith(claim[:40])
@@ -174,7 +174,7 @@ def test_many_answers_and_warnings_are_folded() -> None:
     found = compared(config, made)
     declared = [hypothesis(against=name) for name in ("grpo", "grpo_lr_matched") for _ in range(3)]
     page = report_html(config, {**answered(found, *declared), "warnings": ["a", "b", "c"]}, made)
-    assert page.index("2 more declared comparisons") < page.index('data-chart="answers"')
+    assert page.index("4 more declared comparisons") < page.index('data-chart="answers"')
     assert page.count('<p class="answer better">') == 6
     assert re.search(r"<details>\s*<summary>Before you believe it: 3 warnings", page)
     page = report_html(config, {**answered(found, *declared[:2]), "warnings": ["a"]}, made)

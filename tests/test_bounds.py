@@ -147,7 +147,9 @@ def drawn(seed: int) -> Config:
         raw["environments"] = {
             LAKE: {**base["environments"][LAKE], **draw.section(Environment, "environment"), "context_tokens": 1000}
         }
-        slots = {name: field for name, field in Method.model_fields.items() if name not in ("source", "status", "matched_to")}
+        slots = {
+            name: field for name, field in Method.model_fields.items() if name not in ("source", "status", "matched_to")
+        }
         method = {name: draw.value(field.annotation, field.metadata, name) for name, field in slots.items()}
         raw |= {"methods": {"drawn": method}, "compare": {}, "report": {"states": 0}}
         try:

@@ -189,6 +189,7 @@ def compared(project: Path) -> str:
     run_forked(
         project,
         *([stage, "--environment", "bandit"] for stage in ("rollout", "annotate", "bottleneck")),
+        *(["intervene", "--environment", name] for name in NAMES),
         ["train", "--environment", "bandit", "--method", "grpo"],
         *(
             ["evaluate", "--environment", name, "--method", method]
@@ -211,10 +212,10 @@ def test_an_id_in_params_is_enough_to_roll_out_annotate_train_evaluate_and_compa
     assert [(row["environment"], row["method"]) for row in rows] == PLAYED
     page = (project / "reports" / "index.html").read_text(encoding="utf-8")
     for name in NAMES:
-        assert f"{name}, temperature 1 (headline)" in compared
+        assert f"{name}, temperature 1, 1 × 2 × 1 seeds × states × episodes" in compared
         for heading in (
             f'<h2 id="environment-{name}">{name}</h2>',
-            f"<h3>{name}, training</h3>",
+            f"<summary>{name}, training</summary>",
             f"<h3>{name}, Action Bottleneck</h3>",
         ):
             assert page.count(heading) == 1

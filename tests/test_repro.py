@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from pipeline.commands.repro import main, settings_hash
@@ -122,8 +123,10 @@ def test_seeds_are_added_until_it_is_decided_killed_in_between_or_not(tmp_path: 
     deadline, log = time.monotonic() + 240, killed / ".cache/trained"
     while time.monotonic() < deadline and not (log.exists() and "7\n" in log.read_text()):
         time.sleep(0.05)
+    children = psutil.Process(process.pid).children(recursive=True)
     os.killpg(process.pid, signal.SIGKILL)
     process.wait()
+    psutil.wait_procs(children, timeout=60)  # while one of them is there, DVC holds its lock for it
     assert 8 <= len(log.read_text().split()) < 10, "killed within the second batch"
     shown = repro(killed)
     assert re.findall(r"^Look (\d)", shown, flags=re.M)[0] == "2", "it goes on where it was"

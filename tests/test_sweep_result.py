@@ -216,7 +216,9 @@ def test_every_figure_is_there_for_the_report_and_for_documents(plan: SearchPlan
     assert len(written["figures"]) == len(names)
     for figure in written["figures"]:
         assert figure["title"].startswith("grpo_actfocus: ")
-        assert f"frozen_lake, grpo_actfocus: 5 complete trials of 2 seeds, {episodes} episodes a seed" in figure["caption"]
+        assert (
+            f"frozen_lake, grpo_actfocus: 5 complete trials of 2 seeds, {episodes} episodes a seed" in figure["caption"]
+        )
         assert figure["plotly"]["data"]
     slices = next(f for f in written["figures"] if f["title"].endswith("slices"))["plotly"]["layout"]
     assert {"0", "0.01", "0.1", "1"} <= set(slices["xaxis"]["ticktext"])

@@ -234,7 +234,7 @@ def test_a_sweep_that_would_have_other_trials_has_another_name(tmp_path: Path) -
     same = [
         name("a"),
         name("b", {"comparison": "other", "seeds": [5], "methods": {"grpo": {"learning_rate": 1e-3}}}),
-        name("c", trials=64, confirm_seeds=[7], heartbeat=1.0),
+        name("c", trials=64, confirm_seeds=[307], heartbeat=1.0),
     ]
     assert len(set(same)) == 1
     others = [

@@ -12,7 +12,7 @@ CORRECTIONS = {
     "screening": "Benjamini and Hochberg's correction",
 }
 """Kind of a family -> how its p values are corrected."""
-ROLES = {"uniform": "its uniform counterpart", "control": "its matched control"}
+ROLES = {"uniform": "its uniform counterpart", "control": "its control"}
 """Kind of a declared comparison -> what the other method is to the first."""
 CLAIMS = {
     "better": "{method} is better than {against}",
@@ -232,7 +232,7 @@ def _role(kind: str, other: Row) -> str:
     matched = other.get("matched")
     if kind != "control" or matched is None:
         return ROLES[kind]
-    return f"{ROLES[kind]}: moves action tokens as far per update, within {percent(abs(matched['off']))}"
+    return f"its matched control: moves action tokens as far per update, within {percent(round(abs(matched['off']), 3))}"
 
 
 def _p(value: float) -> str:
@@ -243,7 +243,7 @@ def _p(value: float) -> str:
 def _spent(values: Mapping[str, float], write: Any) -> str:
     """Values by method in words: one where they are nearly the same, each where they are few, the range of many."""
     low, high = min(values, key=values.__getitem__), max(values, key=values.__getitem__)
-    if values[high] - values[low] <= NEAR * values[high]:
+    if values[high] - values[low] <= NEAR * values[high] or write(values[low]) == write(values[high]):
         return str(write(values[high])) + (" each" if len(values) > 1 else "")
     if len(values) > 4:
         return f"from {write(values[low])} ({low}) to {write(values[high])} ({high})"
@@ -256,4 +256,5 @@ def _tokens(count: float) -> str:
 
 
 def _minutes(count: float) -> str:
-    return f"{count:.1f} minutes on one CPU thread"
+    spent = f"{count:.1f} minutes" if count >= 1 else f"{60 * count:.0f} seconds"
+    return f"{spent} on one CPU thread"

@@ -46,7 +46,7 @@ from pipeline.settings.params import Config
 from pipeline.trajectories.trajectory import Trajectories
 
 FOLDER = Path(__file__).parent
-SHOWN_ANSWERS, SHOWN_WARNINGS = 4, 2
+SHOWN_ANSWERS, SHOWN_WARNINGS = 2, 2
 """Answers and warnings of the first screen; further ones are folded."""
 
 

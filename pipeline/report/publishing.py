@@ -22,11 +22,11 @@ MARKS = "<!-- {0}: written by `make publish` -->", "<!-- /{0} -->"
 README, RESULTS, PERFORMANCE = Path("README.md"), Path("docs/results.md"), Path("docs/performance.md")
 FIGURES = Path("docs/figures")
 
-POLES = ("facts", "bandit", "sokoban")
+POLES = ("facts", "controls")
 """Presets whose declared comparisons stand in one table with those of params.yaml."""
-PLAYED = (*POLES, "sokoban_facts")
+PLAYED = ("facts", "sokoban", "sokoban_facts")
 """Presets of whose reference policy it stands in a table whether it uses its reasoning."""
-PRESETS = (*POLES, "controls", "methods", "branching", "sudoku", "webshop")
+PRESETS = (*POLES, "methods", "branching", "bandit", "sokoban", "sudoku", "webshop")
 """Presets whose results stand in docs/results.md beside those of params.yaml."""
 
 
