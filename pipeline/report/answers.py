@@ -232,7 +232,9 @@ def _role(kind: str, other: Row) -> str:
     matched = other.get("matched")
     if kind != "control" or matched is None:
         return ROLES[kind]
-    return f"its matched control: moves action tokens as far per update, within {percent(round(abs(matched['off']), 3))}"
+    return (
+        f"its matched control: moves action tokens as far per update, within {percent(round(abs(matched['off']), 3))}"
+    )
 
 
 def _p(value: float) -> str:
