@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 from pipeline.objective.estimates import declared_heads
-from pipeline.settings.params import Config
+from pipeline.settings.params import Config, every_seed
 from pipeline.training.run import TrainingJob, train_one
 from pipeline.training.seed_key import training_task
 from pipeline.training.update_kl import FIRST, first_updates
@@ -43,8 +43,7 @@ class Match(NamedTuple):
 
 def matching_seeds(config: Config) -> list[int]:
     """The seeds of the short trainings: the first that the params file allows, however many are in effect."""
-    rule = config.seeds_until
-    return (config.seeds if rule is None else rule.seeds(rule.at_most))[:SEEDS]
+    return every_seed(config)[:SEEDS]
 
 
 def search(moved: Callable[[float], float], wanted: float, rate: float) -> list[Match]:
