@@ -275,7 +275,8 @@ def test_the_workload_is_told_by_a_hash_of_its_settings() -> None:
     longer = config.model_copy(update={"train": config.train.model_copy(update={"iterations": 37})})
     assert workload(config) == workload(load(ROOT / "params.yaml"))
     assert workload(config).split(":")[0] != workload(longer).split(":")[0]
-    assert "36 iterations of 128 episodes" in workload(config)
+    episodes = config.rollout.groups * config.rollout.group_size
+    assert f"{config.train.iterations} iterations of {episodes} episodes" in workload(config)
 
 
 def test_publishing_replaces_its_own_block_and_nothing_else(tmp_path: Path) -> None:
