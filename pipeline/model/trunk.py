@@ -34,6 +34,10 @@ class Heads(NamedTuple):
     scale: float
     asking: Int[Tensor, " m"] | None = None
     """Ascending indices of the tokens whose queries are given; None is all."""
+    window: int | None = None
+    """A token attends to so many tokens, itself the last of them; None is to all before it."""
+    cap: float | None = None
+    """Scores s become ``cap tanh(s / cap)``; None leaves them."""
 
     def everywhere(self) -> Heads:
         """Rotated, and with a query for every token, for PyTorch's attention: zeros where nobody asks."""
