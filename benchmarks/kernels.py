@@ -26,10 +26,10 @@ from benchmarks.subjects import SHAPES
 from benchmarks.throughput import update
 from pipeline.bootstrap.tokenizer import train_tokenizer
 from pipeline.model import scoring
+from pipeline.model.attention import Heads, padded_attention
 from pipeline.model.kernels import native
 from pipeline.model.kernels.library import CHOICE, library, usable
 from pipeline.model.policy import Policy
-from pipeline.model.trunk import Heads, padded_attention
 from pipeline.rollout.key_value_cache import SlotCache
 
 CAPABILITY = {"avx512": "avx512", "avx2": "avx2", "baseline": "default", "neon": "default"}
@@ -82,7 +82,8 @@ def cached(size: int, length: int, new: int, slots: int, heads: int = 4) -> Pair
     def step(tiled: bool) -> Callable[[], Any]:
         cache = SlotCache(config, slots, CPU, torch.float32)
         cache._tiled = tiled
-        cache.reserve(length)
+        for slot in range(slots):
+            cache.reserve(slot, 0, length)
         return lambda: cache.attention(rows, places)(0, asked)
 
     name = "attention, one token" if new == 1 else "attention, prompt"

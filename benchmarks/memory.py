@@ -10,6 +10,7 @@ import torch
 
 from benchmarks.subjects import Setup, default_setup, pieces
 from benchmarks.throughput import rollout_rates, update
+from pipeline.model.memory import tokens_per_forward
 from pipeline.workspace.layout import Layout
 
 
@@ -30,7 +31,8 @@ def peak_of(name: str, out: str) -> None:
     if name == "rollout":
         rollout_rates(setup, 128, 128, 1)
     if name == "update":
-        update(setup.policy(), *pieces(setup.episodes()), setup.config.train.tokens_per_forward)
+        policy = setup.policy()
+        update(policy, *pieces(setup.episodes()), tokens_per_forward(setup.config, policy))
     # Not getrusage: its highest mark begins with the process that started this one.
     marks = Path("/proc/self/status").read_text().split("VmHWM:")
     print(int(marks[1].split()[0]) / 1024 if len(marks) > 1 else float("nan"))

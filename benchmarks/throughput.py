@@ -16,9 +16,10 @@ from benchmarks.machine import matrix_peak
 from benchmarks.subjects import ENVIRONMENT, SHAPES, Setup, pieces, synthetic
 from benchmarks.timing import REPEATS, rates, repeated, say, spread
 from pipeline.energy.annotate import annotate
+from pipeline.model.attention import Attend, Heads, packed_attention, padded_attention
+from pipeline.model.memory import tokens_per_forward
 from pipeline.model.policy import Policy
-from pipeline.model.scoring import length_batches, predicting_hidden, score_tokens
-from pipeline.model.trunk import Attend, Heads, packed_attention, padded_attention
+from pipeline.model.scoring import batches_of, predicting_hidden, score_tokens
 from pipeline.rollout.collector import collect
 from pipeline.rollout.engine import Continuation, Request, Sampling
 from pipeline.rollout.specs import iteration_specs
@@ -32,7 +33,7 @@ def update(policy: Policy, ids: list[np.ndarray], wanted: list[np.ndarray], budg
     order = np.random.default_rng(0).permutation(len(ids))
     for start in range(0, len(order), 32):
         chosen = order[start : start + 32]
-        groups = [chosen] if padded else [chosen[b] for b in length_batches([len(ids[i]) for i in chosen], budget)]
+        groups = [chosen] if padded else [chosen[b] for b in batches_of(policy, [ids[i] for i in chosen], budget)]
         total = sum(int(wanted[i].sum()) for i in chosen)
         for group in groups:
             sequences, masks = [ids[i] for i in group], [wanted[i] for i in group]
@@ -150,7 +151,8 @@ def _attention_step(attend: Attend, tensors: list[torch.Tensor], slope: torch.Te
 
 def headline(setup: Setup) -> dict[str, Any]:
     """The default workload on one core: our figures, their floors, and what plain transformers does."""
-    policy, episodes, budget = setup.policy(), setup.episodes(), setup.config.train.tokens_per_forward
+    policy, episodes = setup.policy(), setup.episodes()
+    budget = tokens_per_forward(setup.config, policy)
     ids, wanted = pieces(episodes)
     baseline = repeated(lambda: update(policy, ids, wanted, budget, padded=True), REPEATS)
     seconds = repeated(lambda: annotate(episodes, policy, 1.0, budget), REPEATS)
@@ -179,7 +181,8 @@ def headline(setup: Setup) -> dict[str, Any]:
 
 def scaling(setup: Setup) -> dict[str, Any]:
     """One axis at a time."""
-    default, budget = setup.policy(), setup.config.train.tokens_per_forward
+    default = setup.policy()
+    budget = tokens_per_forward(setup.config, default)
     result: dict[str, Any] = {"batch": {}, "context": {}, "model": {}, "threads": {}}
     for slots in (32, 128, 512, 1024):
         result["batch"][slots] = rollout_rates(setup, slots, slots, 3)

@@ -21,7 +21,9 @@ def main(environment: EnvironmentName, method: MethodName, params: ParamsFile = 
         for seed in config.seeds
         for temperature in config.evaluation.temperatures
     }
-    results = run_in_processes(evaluate_policy, tasks, config.workers, f"evaluate {environment}-{method}")
+    results = run_in_processes(
+        evaluate_policy, tasks, config.workers, f"evaluate {environment}-{method}", config.threads
+    )
     table = pa.concat_tables(results.values())
     target = layout.evaluations(environment, method)
     with replacing(target) as partial:

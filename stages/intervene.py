@@ -16,9 +16,10 @@ def main(environment: EnvironmentName, params: ParamsFile = "params.yaml") -> st
         f"at {temperature:g}": InterventionTask(config, environment, layout.policy, temperature)
         for temperature in config.evaluation.temperatures
     }
-    played = run_in_processes(intervene, tasks, config.workers, f"intervene {environment}")
+    played = run_in_processes(intervene, tasks, config.workers, f"intervene {environment}", config.threads)
     found = dict(zip(config.evaluation.temperatures, played.values(), strict=True))
-    kind = config.policy.demonstrations.reasoning if config.policy.kind == "scratch" else None
+    demonstrations = config.policy.demonstrations
+    kind = None if demonstrations is None else demonstrations.reasoning
     target, result = layout.interventions(environment), intervention(environment, kind, found)
     write_json(target, result)
     return f"{target}: {result['verdict']} {next_command(params, 'python -m stages.compare')}"

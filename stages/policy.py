@@ -1,6 +1,15 @@
 """Make or load the reference policy: models/policy, a Hugging Face directory."""
 
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from typing import TYPE_CHECKING
+
 from pipeline.commands.cli import ParamsFile, configured, next_command, run
+
+if TYPE_CHECKING:
+    from pipeline.model.policy import Policy
 
 
 def main(params: ParamsFile = "params.yaml") -> str:
@@ -8,37 +17,41 @@ def main(params: ParamsFile = "params.yaml") -> str:
     import torch
 
     from pipeline.bootstrap.demonstrations import expert_of
-    from pipeline.bootstrap.supervision import bootstrap
+    from pipeline.bootstrap.scratch import bootstrap
+    from pipeline.bootstrap.warm_start import warm_start
     from pipeline.environments import make
     from pipeline.environments.playing import reset
+    from pipeline.model.adapters import merged
     from pipeline.model.loading import load_policy, longest_context
     from pipeline.progress.display import Display, doing
     from pipeline.rollout.acceptance import accept
     from pipeline.workspace.errors import UserError
 
-    torch.set_num_threads(config.workers)
-    settings = config.policy
+    torch.set_num_threads(config.workers * config.threads)
+    settings, plan = config.policy, config.policy.demonstrations
     for section in config.environments.values():
         environment = make(section)
         reset(environment, 0, 0)
-        if settings.kind == "scratch":
-            expert_of(environment, settings.demonstrations.reasoning)
+        if plan is not None:
+            expert_of(environment, plan.reasoning)
+
+    def supervised(begin: Callable[[Callable[[int, int, float], None]], Policy]) -> Policy:
+        with Display("policy", ["supervising"]) as display:
+            report = display.report("supervising")
+            return begin(lambda step, total, loss: report(step, total, f"loss {loss:.3f}"))
+
     if settings.kind == "pretrained":
         doing(f"loading {settings.model}")
         policy = load_policy(
             settings.model,
             revision=settings.revision,
-            dtype=settings.dtype,
+            dtype=settings.dtype if plan is None else "float32",
             trust_remote_code=settings.trust_remote_code,
+            gguf_file=settings.gguf_file,
             context=longest_context(config),
         )
     else:
-        with Display("policy", ["supervising"]) as display:
-            report = display.report("supervising")
-            policy = bootstrap(
-                settings, config.environments, lambda step, total, loss: report(step, total, f"loss {loss:.3f}")
-            )
-        doing("saving")
+        policy = supervised(partial(bootstrap, settings, config.environments))
     longest = getattr(policy.model.config, "max_position_embeddings", None)
     for name, section in config.environments.items():
         if longest is not None and section.context_tokens > longest:
@@ -48,10 +61,16 @@ def main(params: ParamsFile = "params.yaml") -> str:
             )
     if settings.kind == "pretrained":
         accept(policy, settings.model, config)
+        policy = merged(policy)
+        if settings.demonstrations is not None:
+            policy = supervised(partial(warm_start, policy, settings.demonstrations, config))
+        policy.model.to(getattr(torch, settings.dtype))
+    note = "" if policy.tokenizer.chat_template else "It has no chat template: messages are lines like `user: …`. "
+    doing("saving")
     policy.save(layout.policy)
     size = sum(p.numel() for p in policy.model.parameters())
     following = next_command(params, "python -m stages.rollout", environment=next(iter(config.environments)))
-    return f"{layout.policy}: {size / 1e6:.2f} M parameters, {len(policy.tokenizer)} tokens. {following}"
+    return f"{layout.policy}: {size / 1e6:.2f} M parameters, {len(policy.tokenizer)} tokens. {note}{following}"
 
 
 if __name__ == "__main__":

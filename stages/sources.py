@@ -13,7 +13,8 @@ def main(params: ParamsFile = "params.yaml") -> str:
     config, layout, params = configured(os.path.normpath(params))
     from pipeline.analysis.registration import journal, register
     from pipeline.sources.checks import check_named
-    from pipeline.sources.fingerprints import of_environment, of_machine, of_policy, of_row
+    from pipeline.sources.code import of_machine
+    from pipeline.sources.fingerprints import of_environment, of_policy, of_row
     from pipeline.workspace.files import write_json
 
     check_named(config, params)

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 from transformers import LlamaConfig
 
+from pipeline.model.attention import Heads
 from pipeline.model.kernels import library, native
-from pipeline.model.trunk import Heads
 from pipeline.rollout.key_value_cache import SlotCache
 
 HAS_COMPILER = shutil.which(os.environ.get("CC", "cc")) is not None
@@ -81,9 +81,11 @@ def cached(counts: Sequence[int]) -> list[Tensor]:
     config = LlamaConfig(num_attention_heads=4, num_key_value_heads=2, hidden_size=64, num_hidden_layers=1)
     cache = SlotCache(config, len(counts), torch.device("cpu"), torch.float32)
     places = np.concatenate([np.arange(count) for count in counts])
+    for slot, count in enumerate(counts):
+        assert cache.reserve(slot, 0, count)
     attend = cache.attention(np.repeat(np.arange(len(counts)), counts), places)
     tensors = [normal(sum(counts), heads, 16, seed=heads + i) for i, heads in enumerate((4, 2, 2))]
-    return [attend(0, Heads(*tensors, codes(places, 16), 0.25)), cache.keys, cache.values]
+    return [attend(0, Heads(*tensors, codes(places, 16), 0.25)), cache.pages.chunks[0][:, : cache.pages.used]]
 
 
 WORK: dict[str, Callable[[], Sequence[Tensor]]] = {

@@ -6,8 +6,7 @@ import copy
 import json
 import shutil
 import sys
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +19,10 @@ from transformers import CONFIG_MAPPING, AutoModelForCausalLM, BertConfig, BertL
 
 from pipeline.bootstrap.tokenizer import train_tokenizer
 from pipeline.energy.annotate import annotate
-from pipeline.model.loading import load_policy, longest_context
+from pipeline.model import checks
+from pipeline.model.attention import Attend, packed_attention
+from pipeline.model.checks import check_family
+from pipeline.model.loading import load_policy, load_trained, longest_context
 from pipeline.model.policy import Policy
 from pipeline.rollout.acceptance import accept
 from pipeline.rollout.collector import collect
@@ -80,36 +82,27 @@ def scaled_rope(kind: str) -> dict[str, Any]:
 
 
 FULL = {"layer_types": ["full_attention"] * 2, "use_sliding_window": True, "sliding_window": 16}
-UNCAPPED = {"attn_logit_softcapping": None, "final_logit_softcapping": None, "sliding_window": CONTEXT}
+NARROW = {**GROUPED, "sliding_window": 16}
+"""Far below the toy configuration's episodes."""
+CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
 ACCEPTED: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", GROUPED),
     "llama with yarn": ("llama", scaled_rope("yarn")),
     "qwen2 that mentions a window": ("qwen2", {**GROUPED, **FULL}),
     "qwen3 with experts": ("qwen3_moe", {**GROUPED, **EXPERTS}),
-    "mistral with a wide window": ("mistral", {**GROUPED, "sliding_window": CONTEXT}),
-    "gemma2 without caps": ("gemma2", {**GROUPED, **UNCAPPED}),
-    "gemma3 with a wide window": ("gemma3_text", {**GROUPED, "sliding_window": CONTEXT}),
+    "mistral with a narrow window": ("mistral", NARROW),
+    "gemma2 with windows and caps": ("gemma2", {**NARROW, **CAPS}),
+    "gemma3 with windows": ("gemma3_text", {**NARROW, "layer_types": ["sliding_attention", "full_attention"]}),
     "gpt2": ("gpt2", {}),
+    "opt": ("opt", {"ffn_dim": 48, "word_embed_proj_dim": 16}),
     "gpt_neox": ("gpt_neox", {"intermediate_size": 48}),
     "phi3 within its first length": ("phi3", long_rope(CONTEXT)),
 }
 REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
-    "narrow window": (
-        "mistral",
-        {**GROUPED, "sliding_window": 399},
-        "has a window of 399 tokens, and sequences may have 400 (context_tokens); windows are not",
-    ),
-    "some narrow layers": ("gemma3_text", {**GROUPED, "sliding_window": 16}, "has a window of 16 tokens"),
     "long rope": (
         "phi3",
         long_rope(128),
         "its position codes change as a sequence grows to 400 tokens (context_tokens)",
-    ),
-    "caps": ("gemma2", {**GROUPED, "sliding_window": 512}, "computes its logits from more than its output head"),
-    "soft cap in attention": (
-        "gemma2",
-        {**GROUPED, **UNCAPPED, "attn_logit_softcapping": 50.0},
-        "cannot be used: its attention is given softcap, which is not supported",
     ),
     "scaled logits": ("cohere", {**GROUPED, "logit_scale": 0.06}, "computes its logits from more than its output head"),
     "sinks": (
@@ -124,8 +117,12 @@ REFUSED: dict[str, tuple[str, dict[str, Any], str]] = {
     ),
     "values of another size": ("deepseek_v3", {**LATENT, "v_head_dim": 8}, "keys of 16 numbers and values of 8"),
     "attention of its own": ("bloom", {}, "0 of its 2 layers let their attention be exchanged"),
-    "no attention": ("mamba", {}, "cannot be used: "),
-    "convolutions": ("lfm2", {**GROUPED, "layer_types": ["conv", "full_attention"]}, "1 of its 2 layers"),
+    "no attention": ("mamba", {}, "a model of type mamba has state, not attention, in some of its layers or all"),
+    "convolutions": (
+        "lfm2",
+        {**GROUPED, "layer_types": ["conv", "full_attention"]},
+        "a model of type lfm2 has state, not attention",
+    ),
 }
 
 
@@ -158,7 +155,7 @@ def refusal(directory: Path) -> str:
 
 @pytest.mark.parametrize("name", ACCEPTED)
 def test_a_policy_that_is_accepted_is_one_that_works(name: str, tmp_path: Path) -> None:
-    """It samples, is annotated with the log-probabilities that were sampled with, and is updated."""
+    """It samples, and transformers gives its tokens the same log-probabilities; it is annotated, updated, saved and loaded."""
     Policy(random_model(*ACCEPTED[name]), TOKENIZER).save(tmp_path)
     config = configured()
     policy = admitted(tmp_path, config)
@@ -168,10 +165,24 @@ def test_a_policy_that_is_accepted_is_one_that_works(name: str, tmp_path: Path) 
     annotated = annotate(sampled, policy, 1.0, 4096)
     assert annotated.ref_logprob is not None
     np.testing.assert_allclose(annotated.ref_logprob, annotated.logprob, atol=1e-3)
+    longest = annotated.tokens(int(annotated.lengths.argmax()))
+    scored = np.where(annotated.sampled[longest], by_transformers(policy, annotated.input_ids[longest]), 0)
+    np.testing.assert_allclose(annotated.ref_logprob[longest], scored, atol=1e-3)
     before = weights(policy.model)
     module = fit(PolicyGradient(config, LAKE, "ppo_actfocus", 0, policy, annotated), 1)
     assert module.curve[0]["non_finite_losses"] == 0
+    assert module.curve[0]["recompute_error"] < 1e-3
     assert not same(weights(policy.model), before)
+    policy.save(tmp_path / "trained")
+    assert same(weights(load_trained(tmp_path / "trained", config).model), weights(policy.model))
+
+
+def by_transformers(policy: Policy, ids: np.ndarray) -> np.ndarray:
+    """Log-probability of each token of one episode, 0 of the first, by transformers' own forward."""
+    tokens = torch.from_numpy(ids.astype(np.int64))
+    with torch.no_grad():
+        logprobs = policy.model(input_ids=tokens[None], use_cache=False).logits[0].double().log_softmax(-1)
+    return np.r_[0, logprobs[:-1].gather(-1, tokens[1:, None])[:, 0].numpy()]
 
 
 @pytest.mark.parametrize("name", REFUSED)
@@ -250,6 +261,20 @@ def in_shards(directory: Path) -> dict[str, str]:
     return where
 
 
+def as_adapter(directory: Path, base: str | None) -> None:
+    (directory / "config.json").unlink()
+    (directory / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
+
+
+def with_slow_tokenizer(directory: Path) -> None:
+    """One of the last classes that are written in Python alone."""
+    for file in directory.glob("tokenizer*"):
+        file.unlink()
+    (directory / "vocab.json").write_text(json.dumps({"a</w>": 0, "<unk>": 1}))
+    (directory / "merges.txt").write_text("#version: 0.2\n")
+    (directory / "tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "CTRLTokenizer"}))
+
+
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n"
 LAYER = "model.layers.2.input_layernorm.weight, model.layers.2.mlp.down_proj.weight and 7 more"
 
@@ -310,6 +335,22 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
         lambda d: (in_shards(d), (d / "model.safetensors.index.json").write_text("[]")),
         "model.safetensors.index.json: not an index of weights",
     ),
+    "weights that may hold code": (
+        lambda d: (d / "model.safetensors").rename(d / "pytorch_model.bin"),
+        "pytorch_model.bin may hold code and are not read; convert the weights to safetensors",
+    ),
+    "an adapter whose base is gone": (
+        lambda d: as_adapter(d, "./nowhere"),
+        "adapters without a base: base_model_name_or_path: ",
+    ),
+    "an adapter of nothing": (
+        lambda d: as_adapter(d, None),
+        "adapters without a base: adapter_config.json has no base_model_name_or_path",
+    ),
+    "a slow tokenizer": (
+        with_slow_tokenizer,
+        "has no fast tokenizer, which tracking token roles needs; a tokenizer.json",
+    ),
     "no weights": (
         lambda d: (d / "model.safetensors").unlink(),
         "cannot be loaded: Error no file named model.safetensors found",
@@ -364,18 +405,34 @@ def test_a_tokenizer_must_fit_the_embedding_and_write_the_tags(damaged: Path, so
     assert "cannot write <think>a</think><answer>b</answer>, but " in refusal(damaged)
 
 
-@cache
-def narrow() -> Any:
-    return random_model("mistral", {**GROUPED, "sliding_window": 50})
+@pytest.mark.parametrize(("context", "works"), [(50, True), (51, False)])
+def test_a_window_that_is_not_kept_is_noticed_if_an_episode_can_outgrow_it(
+    tmp_path: Path, context: int, works: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def without_windows(lengths: Sequence[int], device: torch.device) -> Attend:
+        attention = packed_attention(lengths, device)
+        return lambda layer, heads: attention(layer, heads._replace(window=None))
 
-
-@pytest.mark.parametrize(("context", "works"), [(50, True), (51, False), (None, False)])
-def test_a_window_matters_if_an_episode_can_outgrow_it(tmp_path: Path, context: int | None, works: bool) -> None:
-    Policy(narrow(), TOKENIZER).save(tmp_path)
+    Policy(random_model("mistral", {**GROUPED, "sliding_window": 50}), TOKENIZER).save(tmp_path)
+    load_policy(tmp_path, context=context)
+    monkeypatch.setattr(checks, "packed_attention", without_windows)
     if works:
         load_policy(tmp_path, context=context)
     else:
-        with pytest.raises(
-            UserError, match=r"has a window of 50 tokens, and sequences may have \d+ \(context_tokens\); "
-        ):
+        with pytest.raises(UserError, match=r"looks back otherwise than over 50 tokens$"):
             load_policy(tmp_path, context=context)
+
+
+@pytest.mark.parametrize(
+    "kind", ["mamba2", "jamba", "rwkv", "recurrent_gemma", "falcon_h1", "qwen3_next", "granitemoehybrid", "minimax"]
+)
+def test_a_family_with_state_is_refused_by_name_before_its_weights_are_read(kind: str) -> None:
+    with pytest.raises(UserError, match=rf"^policy: 'x': a model of type {kind} has state, not attention, "):
+        check_family(CONFIG_MAPPING[kind](), torch.float32, False, "policy: 'x'")
+
+
+def test_experts_are_refused_below_float32() -> None:
+    with pytest.raises(UserError, match=r"in bfloat16 rounding sends tokens to other of its 128 experts .* float32$"):
+        check_family(CONFIG_MAPPING["qwen3_moe"](), torch.bfloat16, False, "policy: 'x'")
+    for kind in ("llama", "gemma2", "gemma3_text", "gpt2", "opt", "phi3"):
+        check_family(CONFIG_MAPPING[kind](), torch.bfloat16, False, "policy: 'x'")

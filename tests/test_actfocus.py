@@ -9,7 +9,10 @@ from pathlib import Path
 import pytest
 
 from pipeline.commands.app import COMMANDS, main
+from pipeline.workspace.files import write_text
+from pipeline.workspace.yaml_files import yaml_text
 from tests.commands import complaints
+from tests.trainings import configured
 
 ROOT = Path(__file__).parents[1]
 
@@ -91,6 +94,19 @@ def test_a_params_file_is_checked_with_what_it_names(
         elsewhere.write_text(text, encoding="utf-8")
         assert called(monkeypatch, "check", "--params", str(elsewhere)) == code
     assert "No module named 'nowhere'" in capfd.readouterr().err
+
+
+def test_a_pretrained_policy_is_tried_and_the_answer_is_the_first_line(
+    directory: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    raw = configured({"policy": {"kind": "pretrained", "model": str(directory)}}).model_dump(mode="json", by_alias=True)
+    write_text(tmp_path / "params.yaml", yaml_text({key: raw[key] for key in raw if key != "seeds_until"}))
+    assert called(monkeypatch, "check", "--params", str(tmp_path / "params.yaml")) == 0
+    first, policy, *_ = capfd.readouterr().out.splitlines()
+    assert first.startswith(("ready: about ", "not ready: there is nothing to learn from ("))
+    assert policy.startswith(f"policy: {directory}: qwen2, 0.03 M parameters, float32; ")
+    assert called(monkeypatch, "check", "--params", str(tmp_path / "params.yaml"), "--no-policy") == 0
+    assert capfd.readouterr().out.startswith(f"{tmp_path / 'params.yaml'}: right. ")
 
 
 def test_contracts_that_are_broken_are_printed(

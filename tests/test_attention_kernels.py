@@ -13,8 +13,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import LlamaConfig
 
+from pipeline.model.attention import Heads
 from pipeline.model.kernels import library, native
-from pipeline.model.trunk import Heads
+from pipeline.rollout import pages
 from pipeline.rollout.key_value_cache import SlotCache
 from tests.kernel_cases import SETS, angles, assert_close, codes, compiled_for, needs_compiler, normal
 
@@ -184,6 +185,8 @@ def check_cache(
         starts = [plain.lengths()[slot] for slot in speaking]
         rows = np.repeat(speaking, counts)
         places = np.concatenate([s + np.arange(c) for s, c in zip(starts, counts, strict=True)])
+        for slot, start, count in zip(speaking.tolist(), starts, counts, strict=True):
+            assert cache.reserve(slot, start, start + count)
         attend = cache.attention(rows, places)
         rotation = tuple(part.to(dtype) for part in codes(places, size)) if rotated else None
         for layer in range(layers):
@@ -205,7 +208,7 @@ def check_cache(
 @pytest.mark.parametrize("size", native.HEAD_SIZES)
 def test_cached_attention(size: int, rotated: bool) -> None:
     cache = check_cache(size, 4, 2, size, rotated, torch.float32, 2e-5)
-    assert cache.keys.shape[-1] == native.LANES
+    assert cache._tiled
 
 
 @needs_compiler
@@ -221,7 +224,7 @@ def test_cached_attention_of_other_sizes_and_precisions(size: int, dtype: torch.
     """Through PyTorch; the codes are float32 in any case."""
     for seed in range(3):
         cache = check_cache(seed, 4, 2, size, rotated, dtype, 2e-5)
-        assert cache.keys.shape == cache.values.shape
+        assert not cache._tiled
 
 
 @pytest.mark.usefixtures("instruction_set")
@@ -235,6 +238,7 @@ def test_cached_attention_is_causal_attention_bit_for_bit_in_chunks_of_any_size(
         for start in range(0, 50, chunk):
             span = slice(start, start + chunk)
             places = np.arange(50)[span]
+            assert cache.reserve(1, int(places[0]), int(places[-1]) + 1)
             attend = cache.attention(np.ones(len(places), dtype=np.int64), places)
             cut = (x[span] for x in tensors)
             parts.append(attend(0, Heads(*cut, tuple(code[span] for code in rotation), 0.25)))
@@ -246,16 +250,18 @@ def test_cached_attention_is_causal_attention_bit_for_bit_in_chunks_of_any_size(
 
 
 @pytest.mark.parametrize("size", [8, 16])
-def test_a_cache_grows_and_keeps_what_it_holds(size: int) -> None:
+def test_a_cache_grows_and_keeps_what_it_holds(size: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pages, "LEAST_GROWTH", 1)
     config = LlamaConfig(num_attention_heads=2, num_key_value_heads=2, hidden_size=2 * size, num_hidden_layers=1)
     cache, plain = SlotCache(config, 2, torch.device("cpu"), torch.float32), PlainCache(1, 2)
-    seen = set()
+    seen: list[list[int]] = []
     for step, count in enumerate([3, 13, 1, 140, 1, 200, 1]):
         rows, places = np.ones(count, dtype=np.int64), len(plain.held[0][1]) + np.arange(count)
         numbers = [normal(count, 2, size, seed=10 * step + i) for i in range(3)]
         expected = plain.attend(0, *numbers, rows, True, 0.2)
         heads = Heads(*numbers, codes(places, size), 0.2)
+        assert cache.reserve(1, int(places[0]), int(places[-1]) + 1)
         assert_close(cache.attention(rows, places)(0, heads), expected)
-        assert cache.capacity >= places[-1] + 1
-        seen.add(cache.capacity)
-    assert len(seen) >= 3
+        seen.append([chunk.data_ptr() for chunk in cache.pages.chunks])
+    assert len(seen[-1]) >= 3
+    assert all(earlier == seen[-1][: len(earlier)] for earlier in seen), "what is held is never moved"

@@ -161,7 +161,7 @@ def test_what_was_sampled_at_another_temperature_is_trained_on_at_the_rollouts(p
     collection = collection_of(policy, "switch", changed)
     (sampled,) = rounds_of(collection, 0)
     assert sampled.episodes["temperature"] == [1.0, 1.0, 2.0, 2.0] * 2
-    trained = collection.at_temperature(sampled)
+    trained = collection.rescored(sampled)
     policy.model.eval()
     logprob, entropy, _ = score_trajectories(policy, sampled, 1.0, 4096)
     np.testing.assert_allclose(trained.logprob, logprob, atol=1e-4)

@@ -214,14 +214,15 @@ def test_gradient_shares_equal_those_of_every_token(
     row: Row, loss_of: Loss | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With a sample that holds everything; the model's own gradients are left alone."""
-    monkeypatch.setattr(gradients, "TRAJECTORIES", 1000)
     monkeypatch.setattr(gradients, "TOKENS_PER_ROLE", 1000)
     module = module_of(row)
+    everything = module.config.train.model_copy(update={"gradient_trajectories": 1000})
+    learner = replace(module.learner, config=module.config.model_copy(update={"train": everything}))
     examples = near(module, some_examples((6, 3, 1, 9)), 0.3)
     expected = shares_of(examples, direct_norms(module, examples, loss_of))
     first, *others = module.model.parameters()
     kept = first.grad = torch.full_like(first, 3.0)
-    actual = gradient_share(module.learner, table_of(examples), np.random.default_rng(0))
+    actual = gradient_share(learner, table_of(examples), np.random.default_rng(0))
     assert actual == pytest.approx(expected, rel=1e-3)
     assert sum(actual.values()) == pytest.approx(1.0)
     assert min(actual.values()) > 0.001

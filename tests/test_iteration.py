@@ -18,7 +18,7 @@ from pipeline.model.policy import Policy
 from pipeline.objective.batch import token_batch
 from pipeline.objective.methods import entropy_terms, select_groups, shape_rewards, token_advantages, token_weights
 from pipeline.progress.timing import Phases
-from pipeline.rollout.slices import sample_slices
+from pipeline.rollout.slices import SlicesTask, sample_slices
 from pipeline.rollout.specs import iteration_specs
 from pipeline.rollout.transformers_engine import TransformersEngine
 from pipeline.settings.params import Config
@@ -112,9 +112,9 @@ def test_the_table_holds_the_flat_batch_of_what_passed_the_filter(policy: Policy
 def test_the_first_iteration_from_the_table_is_the_one_sampled_afresh(directory: Path, tmp_path: Path) -> None:
     """Byte for byte, however the rollout and annotate stages have cut their work."""
     config = configured({"train": {"tokens_per_forward": 700}, "bottleneck": {"groups": 6}})
-    slices = sample_slices((config, LAKE, directory, [0, 1, 2]), quiet)
+    slices = sample_slices(SlicesTask(config, LAKE, directory, [0, 1, 2], tmp_path / "slices"), quiet)
     parts = [concatenate([slices[0], slices[1]]), slices[2]]
-    table = concatenate([annotate_part((config, directory, part), quiet) for part in parts])
+    table = concatenate([annotate_part((config, directory, part, tmp_path / "annotated"), quiet) for part in parts])
     write(table, tmp_path / "table.parquet")
     for seed in range(3):
         policy = load_trained(directory, config)

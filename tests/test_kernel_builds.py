@@ -20,9 +20,9 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from pipeline.bootstrap.tokenizer import train_tokenizer
 from pipeline.energy.annotate import score_trajectories
+from pipeline.model.attention import Heads, packed_attention
 from pipeline.model.kernels import library, native
 from pipeline.model.policy import Policy
-from pipeline.model.trunk import Heads, packed_attention
 from pipeline.rollout.collector import collect
 from pipeline.rollout.specs import iteration_specs
 from pipeline.rollout.transformers_engine import TransformersEngine

@@ -25,6 +25,7 @@ from pipeline.rollout.collector import collect
 from pipeline.rollout.specs import iteration_specs
 from pipeline.rollout.transformers_engine import TransformersEngine, sample
 from pipeline.training.checks import recomputed
+from pipeline.training.collection import Collection
 from pipeline.training.iteration import Iteration, run_iteration
 from pipeline.training.module import PolicyGradient
 from pipeline.training.run import TrainingJob, train_one, train_until
@@ -35,7 +36,7 @@ from pipeline.workspace import files
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.finite import NumericsError
 from pipeline.workspace.randomness import generator
-from tests.trainings import LAKE, configured, fit, left, quiet, standing, supervised, unmoved, updated, weights
+from tests.trainings import LAKE, configured, fit, left, quiet, same, standing, supervised, unmoved, updated, weights
 
 PRECISIONS = ("float32", "bfloat16")
 ROWS: dict[str, Any] = {
@@ -107,14 +108,70 @@ def test_a_target_network_follows_in_low_precision(directory: Path, dtype: str) 
     assert 0.9 < share < 1.1
 
 
-def test_gradients_of_low_precision_are_added_up_in_float32(directory: Path) -> None:
-    module = begun(directory, 1e-4, "bfloat16")
-    masters = module.learner.masters[0]
-    for value in (256.0, *[1.0] * 64):
-        for parameter in module.model.parameters():
-            parameter.grad = torch.full_like(parameter, value)
-        masters.gather()
-    assert {float(weight.grad.flatten()[0]) for weight in masters.weights} == {320.0}  # type: ignore[union-attr]
+def test_small_steps_move_the_weights_of_a_bfloat16_policy(directory: Path) -> None:
+    """At a rate at which bfloat16 would round nearly all of them away."""
+    module = begun(directory, 1e-6, "bfloat16")
+    before, own = flat(module.model), table(module)
+    first = updated(module, own)
+    later = [updated(module, own) for _ in range(11)]
+    assert float((flat(module.model) != before).double().mean()) > 0.99
+    assert first["weights_moved"] > 0.99
+    assert not any("weights_moved" in row for row in later)
+
+
+def test_weights_that_steps_do_not_move_are_refused_with_their_share(directory: Path) -> None:
+    """As if what is trained had been left in bfloat16."""
+    module = begun(directory, 1e-6, "bfloat16")
+    own = table(module)
+    module.model.bfloat16()
+    with pytest.raises(UserError, match=r"learning_rate: a step of 1e-06 moves 0\.\d+ % of the weights") as raised:
+        updated(module, own)
+    assert "to bfloat16; allowed: " in str(raised.value)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+def test_the_trained_weights_are_float32_and_reference_and_sampler_are_not(directory: Path, dtype: str) -> None:
+    module = fit(training_at(directory, dtype, 1e-3, "soft"), 2)
+    low = getattr(torch, dtype)
+    assert {value.dtype for value in module.state_dict().values()} == {torch.float32}
+    reference = module.learner.reference.model
+    assert {p.dtype for policy in (reference, module.sampled.model) for p in policy.parameters()} == {low}
+    assert same(weights(reference), weights(load_policy(directory, dtype=dtype).model))
+    rounded = {name: value.to(low) for name, value in weights(module.model).items()}
+    assert same(weights(module.result().model), rounded)
+    assert not same(rounded, weights(reference))
+
+
+def test_ratios_begin_at_one_whatever_the_sampler_computes_in(directory: Path) -> None:
+    module = training_at(directory, "bfloat16")
+    done = unmoved(standing(module))
+    own = done.table
+    scored = module.collection.now(done.episodes)[0][own["place"].numpy()]
+    np.testing.assert_allclose(own["logprob_old"].numpy(), scored, atol=1e-5)
+    difference = np.abs(done.episodes.logprob[own["place"].numpy()] - scored)
+    assert difference.mean() > 1e-4
+    assert done.metrics["sampler_difference"] == pytest.approx(difference.mean(), abs=1e-5)
+    assert done.metrics["sampler_difference_largest"] == pytest.approx(difference.max(), abs=1e-5)
+    assert "sampler_difference" not in unmoved(standing(training_at(directory, "float32"))).metrics
+
+
+def test_losses_in_bfloat16_are_those_of_float32(directory: Path) -> None:
+    """Over 20 iterations at the smoke preset's sizes, each trained on the same episodes."""
+    rows, collected = dict[str, list[dict[str, float]]](), list[Any]()
+    for dtype in PRECISIONS:
+        module = standing(training_at(directory, dtype, 1e-4))
+        for number in range(20):
+            if dtype == "float32":
+                collected.append([*module.collection.collect(number)])
+            with pytest.MonkeyPatch.context() as patch:
+                patch.setattr(Collection, "collect", lambda _, number: collected[number])
+                patch.setattr("pipeline.training.iteration._sampling_error", lambda *_: 0.0)
+                done = run_iteration(module.collection, module.learner, module.optimizers(), {}, module.curve)
+            module.curve.append({**done.metrics})
+        rows[dtype] = module.curve
+    for name in ("loss", "policy_entropy"):
+        exact, found = (np.array([row[name] for row in rows[dtype]]) for dtype in PRECISIONS)
+        assert 0 < np.abs(found - exact).sum() < 0.01 * np.abs(exact).sum()
 
 
 @pytest.mark.parametrize("dtype", PRECISIONS)

@@ -264,8 +264,8 @@ MISTAKES: dict[str, tuple[str, dict[str, Any], dict[str, Any], str]] = {
         "policy",
         {},
         SCRATCH,
-        "policy.kind: scratch learns from an expert, and 'mine:Coin-v0' has none; set policy to {kind: pretrained, "
-        "model: ...}, or write `expert` in module mine (docs/environments.md)",
+        "policy.demonstrations: are an expert's, and 'mine:Coin-v0' has none; set policy to {kind: pretrained, "
+        "model: ...} without them, or write `expert` in module mine (docs/environments.md)",
     ),
     "constructor": (
         "policy",

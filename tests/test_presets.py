@@ -72,6 +72,12 @@ def filled(text: str, fixed: dict[str, str], params: dict[str, Any]) -> str:
     return re.sub(r"\$\{([^}]+)\}", lambda match: fixed.get(match[1]) or str(params[match[1]]), text)
 
 
+def test_the_bottleneck_is_measured_with_and_without_the_warm_start_alone() -> None:
+    raw, warm = (dict(FILES[f"presets/{name}/params.yaml"]) for name in ("smollm2_raw", "smollm2_bottleneck"))
+    warm["policy"] = {key: value for key, value in warm["policy"].items() if key != "demonstrations"}
+    assert {key for key in warm if warm[key] != raw[key]} == {"comparison", "out", "params_file"}
+
+
 @pytest.mark.parametrize("section", sections(), ids=lambda section: section.__name__)
 def test_every_setting_is_documented(section: type[Section]) -> None:
     """By its own docstring; for a section, and for the ``kind`` that chooses one, by that class's."""

@@ -45,13 +45,13 @@ def test_no_tasks_give_no_results() -> None:
     assert run_in_processes(slower_first, {}, 2, "square") == {}
 
 
-@pytest.mark.parametrize("workers", [1, 2])
-def test_at_most_so_many_processes_each_with_one_thread_and_none_left_over(workers: int) -> None:
-    results = run_in_processes(process_and_threads, {str(n): n for n in range(8)}, workers, "count")
+@pytest.mark.parametrize(("workers", "threads"), [(1, 2), (2, 1)])
+def test_at_most_so_many_processes_each_with_its_threads_and_none_left_over(workers: int, threads: int) -> None:
+    results = run_in_processes(process_and_threads, {str(n): n for n in range(8)}, workers, "count", threads)
     processes = {process for process, _ in results.values()}
     assert len(processes) <= workers
     assert os.getpid() not in processes
-    assert {threads for _, threads in results.values()} == {1}
+    assert {own for _, own in results.values()} == {threads}
     assert not multiprocessing.active_children()
 
 

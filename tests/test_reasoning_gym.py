@@ -12,6 +12,7 @@ import pytest
 
 from pipeline.contracts.environment import check_environment
 from pipeline.environments import initial_states, make
+from pipeline.model.memory import tokens_per_forward
 from pipeline.settings.params import parse
 from pipeline.settings.presets import overlay
 from pipeline.workspace.errors import UserError
@@ -198,7 +199,7 @@ def test_a_policy_is_bootstrapped_trained_and_evaluated_on_a_dataset() -> None:
     assert sum(row["updates"] for row in module.curve) > 0
 
     played = evaluate(module.engine, module.policy.tokenizer, config, "sums", 0, 1.0)
-    annotated = annotate(played, reference, 1.0, config.train.tokens_per_forward)
+    annotated = annotate(played, reference, 1.0, tokens_per_forward(config, reference))
     assert annotated.energy is not None
     assert np.isfinite(annotated.energy[annotated.sampled]).all()
     results = episode_results(played, environment="sums", method="grpo_actfocus", seed=0, temperature=1.0)

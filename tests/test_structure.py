@@ -17,7 +17,8 @@ import pytest
 
 from pipeline.settings.params import load
 from pipeline.sources.closures import closure
-from pipeline.training.seed_key import ASIDE, RESOLVED, training_key
+from pipeline.sources.code import ASIDE, RESOLVED
+from pipeline.training.seed_key import training_key
 from pipeline.workspace.yaml_files import read_yaml
 
 ROOT = Path(__file__).parents[1]
@@ -318,7 +319,7 @@ def test_a_seeds_key_changes_with_what_the_kernels_are(monkeypatch: pytest.Monke
     arguments = (config, "frozen_lake", "grpo", 0, ROOT / "params.yaml")
     before = training_key(*arguments)
     assert training_key(*arguments) == before
-    monkeypatch.setattr("pipeline.sources.fingerprints.build", lambda: "another instruction set")
+    monkeypatch.setattr("pipeline.sources.code.build", lambda: "another instruction set")
     assert training_key(*arguments) != before
 
 

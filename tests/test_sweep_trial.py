@@ -149,7 +149,7 @@ def test_killed_in_the_middle_a_search_ends_with_its_trials_and_computes_next_to
     def in_the_middle() -> bool:
         finished = [path.parent.name for path in Cache().sweep.glob("train/*/result")]
         open_ones = [log for key, log in begun(Cache().sweep).items() if key not in finished]
-        return len(finished) >= 4 and any(log[-1] == "2" for log in open_ones)
+        return len(finished) >= 4 and any(log and log[-1] == "2" for log in open_ones)
 
     awaited(in_the_middle, 120)
     kill_all(process)

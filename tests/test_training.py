@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 import torch
 
-from pipeline.bootstrap.supervision import bootstrap
+from pipeline.bootstrap.scratch import bootstrap
 from pipeline.environments import split_of
 from pipeline.evaluation.evaluate import evaluate
 from pipeline.model.loading import load_policy

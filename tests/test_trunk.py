@@ -25,8 +25,9 @@ from transformers import (
 )
 
 from pipeline.model import trunk
+from pipeline.model.attention import packed_attention
 from pipeline.model.kernels import library, native
-from pipeline.model.trunk import hidden_states, packed_attention
+from pipeline.model.trunk import hidden_states
 
 VOCABULARY = 23
 LENGTHS = (5, 1, 18, 40, 16, 2)

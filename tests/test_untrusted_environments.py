@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from pipeline.bootstrap.demonstrations import demonstrate
-from pipeline.bootstrap.supervision import _encode
+from pipeline.bootstrap.supervision import encode
 from pipeline.environments import make, split_of
 from pipeline.environments.frozen_lake import MOVES, FrozenLakeExpert
 from pipeline.environments.splits import SPLITS
@@ -200,11 +200,9 @@ def test_a_demonstration_is_what_the_collector_records_of_the_same_actions(
             spoken = [f"<think>{turn.reasoning}</think><answer>{turn.action}</answer>" for turn in made.turns]
             spec = EpisodeSpec("0", "0", state, 0, 0, noise, (0, "tokens"))
             recorded, _ = play(settings, lambda _, turn, said=spoken: said[turn].removeprefix(prefill), [spec])
-            ids, roles = _encode(Dialogue(TOKENIZER, layout, "", section.response_tokens), made)
-            np.testing.assert_array_equal(recorded.input_ids, ids)
-            shown = (Role.PROMPT, Role.OBSERVATION)
-            np.testing.assert_array_equal(np.isin(recorded.role, shown), np.isin(roles, shown))
-            np.testing.assert_array_equal(recorded.role == Role.ACTION, roles == Role.ACTION)
+            shown = encode(Dialogue(TOKENIZER, layout, prefill, section.response_tokens), made, section.context_tokens)
+            for column, expected in zip(shown, (recorded.input_ids, recorded.role, recorded.sampled), strict=True):
+                np.testing.assert_array_equal(column, expected)
             turns = episode_turns(recorded, 0)
             assert [turn["reward"] for turn in turns[:-1]] == [turn.reward for turn in made.turns[1:]]
             assert [turn["action"] for turn in turns] == [turn.action.replace(" || ", "||") for turn in made.turns]

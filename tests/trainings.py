@@ -13,7 +13,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.bootstrap.supervision import bootstrap
+from pipeline.bootstrap.scratch import bootstrap
 from pipeline.model.policy import Policy
 from pipeline.settings.params import Config, parse
 from pipeline.settings.presets import overlay

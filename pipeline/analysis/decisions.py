@@ -14,6 +14,7 @@ import numpy as np
 
 from pipeline.energy.annotate import annotate, score_trajectories
 from pipeline.model.loading import load_trained
+from pipeline.model.memory import tokens_per_forward
 from pipeline.progress.display import span
 from pipeline.rollout.branch_scores import blank_tokens, branch_scores
 from pipeline.rollout.branching import ranked_positions
@@ -101,7 +102,7 @@ def decisions(config: Config, policy: Path, name: str, method: str, sizes: Sampl
     if sizes.candidates < 2 or sizes.continuations < 2:
         raise UserError("--candidates and --continuations must be at least 2: there is no variance in one")
     tasks = {f"seed {seed}": SeedTask(config, name, policy, method, seed, sizes, cache) for seed in sizes.seeds}
-    found = run_in_processes(_measure, tasks, config.workers, f"Decisions on {name}")
+    found = run_in_processes(_measure, tasks, config.workers, f"Decisions on {name}", config.threads)
     measured = [position for part in found.values() for position in part]
     return {
         "environment": name,
@@ -117,9 +118,10 @@ def _measure(task: SeedTask, report: Tell) -> list[Position]:
     training = training_task(once, task.name, task.method, task.seed, task.policy, task.cache)
     report(0, config.rollout.groups, "initial states")
     with span("one training iteration:", 0.0, 0.0):
-        moved = load_trained(train_one(TrainingJob(training, None, None), lambda *_: None) / "policy", config)
+        left = train_one(TrainingJob(training, None, None), lambda *_: None)
+        moved = load_trained(left / "policy", config, base=task.policy)
     reference = load_trained(task.policy, config)
-    temperature, budget = config.rollout.temperature, config.train.tokens_per_forward
+    temperature, budget = config.rollout.temperature, tokens_per_forward(config, reference)
     engine = make_engine(config, reference)
     setup = Setup(reference.tokenizer, config, task.name)
     specs = iteration_specs(config, task.name, task.seed, 0)

@@ -20,7 +20,8 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pipeline.model.loading import load_trained
-from pipeline.model.scoring import length_batches, predicting_hidden, score_tokens
+from pipeline.model.memory import tokens_per_forward
+from pipeline.model.scoring import batches_of, predicting_hidden, score_tokens
 from pipeline.objective.batch import TokenBatch, token_batch
 from pipeline.objective.estimates import declared_heads
 from pipeline.objective.methods import shape_rewards, token_advantages
@@ -100,13 +101,13 @@ def replay(
     advantage = token_advantages(method, batch, {}).advantage
     pairs = list(dict.fromkeys((point.signal, point.tau) for point in points if point.beta))
     parts = (part_weights(batch, pairs) * advantage.unsqueeze(-1)).numpy()
-    ends = np.cumsum([len(own) for own in members])
-    by_group = np.split(parts, chosen.offsets[ends[:-1]])
+    by_group = np.split(parts, chosen.offsets[np.cumsum([len(own) for own in members])[:-1]])
     work = [(table.select(own), rows) for own, rows in zip(members, by_group, strict=True)]
     size = -(-len(work) // config.workers)
     shares = (work[first : first + size] for first in range(0, len(work), size))
     tasks = {f"part {i}": GroupsTask(config, policy, share) for i, share in enumerate(shares)}
-    gradients = np.concatenate(list(run_in_processes(group_gradients, tasks, config.workers, "replay").values()))
+    found = run_in_processes(group_gradients, tasks, config.workers, "replay", config.threads)
+    gradients = np.concatenate(list(found.values()))
     weight = method.weight if isinstance(method.weight, ActFocusWeight) else ActFocusWeight(kind="actfocus")
     uniform = gradients[:, : len(FIXED)].sum(1)
 
@@ -161,14 +162,14 @@ def group_gradients(task: GroupsTask, report: Tell) -> np.ndarray:
     sign = torch.from_numpy(draws.integers(0, 2, length) * 2 - 1).float()
     result = np.zeros((len(task.groups), task.groups[0][1].shape[1], SKETCH), dtype=np.float32)
     for number, (episodes, parts) in enumerate(task.groups):
-        pieces = length_batches(episodes.lengths, config.train.tokens_per_forward)
+        pieces = batches_of(policy, episodes.sequences, tokens_per_forward(config, policy))
         for done, piece in enumerate(pieces):
             within(done / len(pieces))
             own = episodes.select(piece)
-            spans = [own.tokens(e) for e in range(len(own))]
-            hidden = predicting_hidden(policy, [own.input_ids[s] for s in spans], [own.sampled[s] for s in spans])
+            sampled = [own.sampled[own.tokens(e)] for e in range(len(own))]
+            hidden = predicting_hidden(policy, own.sequences, sampled)
             tokens = torch.from_numpy(own.input_ids[own.sampled].astype(np.int64)).to(policy.device)
-            logprob = score_tokens(hidden, tokens, policy.head, config.rollout.temperature).logprob
+            logprob = score_tokens(hidden, tokens, policy.head, config.rollout.temperature, policy.cap).logprob
             weights = np.concatenate([parts[episodes.tokens(e)] for e in piece])
             factors = torch.from_numpy(weights[own.sampled]).to(logprob)
             for part in range(factors.shape[1]):

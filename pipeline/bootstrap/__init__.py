@@ -1,1 +1,1 @@
-"""A small policy from scratch: its tokenizer, and supervision by demonstrations."""
+"""How a policy begins: from scratch, or from a pretrained one, on demonstrations."""

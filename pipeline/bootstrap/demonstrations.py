@@ -10,9 +10,9 @@ import numpy as np
 from pipeline.environments import initial_states, make
 from pipeline.environments.playing import actions_left_of, parse_action, reset, step, text_of
 from pipeline.environments.text_environment import id_of
-from pipeline.progress.display import within
+from pipeline.progress.display import span, within
 from pipeline.settings.params import Environment
-from pipeline.settings.policy import Phase, Reasoning, ScratchPolicy
+from pipeline.settings.policy import Demonstrations, Phase, Reasoning
 from pipeline.trajectories.prompting import plain_text
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.randomness import generator
@@ -53,8 +53,8 @@ def expert_of(environment: Any, reasoning: Reasoning = "facts") -> Any:
     module = importlib.import_module(name)
     if not hasattr(module, "expert"):
         raise UserError(
-            f"policy.kind: scratch learns from an expert, and {id_of(environment)!r} has none; set policy to "
-            f"{{kind: pretrained, model: ...}}, or write `expert` in module {name} (docs/environments.md)"
+            f"policy.demonstrations: are an expert's, and {id_of(environment)!r} has none; set policy to {{kind: "
+            f"pretrained, model: ...}} without them, or write `expert` in module {name} (docs/environments.md)"
         )
     expert = module.expert()
     if reasoning != "facts" and not hasattr(expert, "plan"):
@@ -121,18 +121,20 @@ def _choose(
 
 
 def demonstrations_of(
-    environments: dict[str, Environment], settings: ScratchPolicy, phase: Phase, index: int
+    environments: dict[str, Environment], plan: Demonstrations, seed: int, index: int, episodes: int
 ) -> list[tuple[str, Demonstration]]:
-    """The episodes of a phase, the ``index``-th from 0, in the order in which they are learnt, each with its environment's
-    name."""
-    plan, found = settings.demonstrations, list[tuple[str, Demonstration]]()
-    for name, section in environments.items():
-        environment = make(section)
-        expert = expert_of(environment, plan.reasoning)
-        draws = generator(settings.seed, "demonstrations", name, index)
-        states = initial_states(environment, "demonstrations", plan.episodes, draws)
-        for number, state in enumerate(states):
-            within(0.0, f"in {name}: {number} of {len(states)} episodes")
-            found.append((name, demonstrate(environment, expert, state, phase, draws, section, plan.reasoning)))
-    order = generator(settings.seed, "demonstration order", index).permutation(len(found))
+    """So many ``episodes`` of each environment for the ``index``-th phase, from 0, in the order in which they are learnt,
+    each with its environment's name."""
+    found = list[tuple[str, Demonstration]]()
+    with span(f"demonstrations of phase {index + 1} of {len(plan.phases)}", 0.0, 0.0):
+        for name, section in environments.items():
+            environment = make(section)
+            expert = expert_of(environment, plan.reasoning)
+            draws = generator(seed, "demonstrations", name, index)
+            states = initial_states(environment, "demonstrations", episodes, draws)
+            for number, state in enumerate(states):
+                within(0.0, f"in {name}: {number} of {len(states)} episodes")
+                shown = demonstrate(environment, expert, state, plan.phases[index], draws, section, plan.reasoning)
+                found.append((name, shown))
+    order = generator(seed, "demonstration order", index).permutation(len(found))
     return [found[i] for i in order]

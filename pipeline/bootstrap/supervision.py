@@ -1,141 +1,131 @@
-"""A policy from scratch: a small Qwen2 model supervised on noisy demonstrations of the scripted expert.
-
-It ends up knowing the task and playing it badly, which is where reinforcement learning starts.
-"""
+"""Supervision of a policy by demonstrations, as the collector would have recorded them."""
 
 import math
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
-from transformers import Qwen2Config, Qwen2ForCausalLM
+from jaxtyping import Bool, Int
 
-from pipeline.bootstrap.demonstrations import Demonstration, demonstrations_of
-from pipeline.bootstrap.tokenizer import train_tokenizer
+from pipeline.bootstrap.demonstrations import Demonstration, Turn
 from pipeline.model.policy import Policy
-from pipeline.model.scoring import predicting_hidden, score_tokens
-from pipeline.progress.display import span, within
-from pipeline.settings.params import Environment
-from pipeline.settings.policy import ScratchPolicy
+from pipeline.model.scoring import batches_of, predicting_hidden, score_tokens
+from pipeline.progress.display import begin, within
+from pipeline.settings.policy import Demonstrations
 from pipeline.trajectories.builder import EpisodeBuilder
-from pipeline.trajectories.prompting import Dialogue, user_message
+from pipeline.trajectories.parsing import decode, token_roles
+from pipeline.trajectories.prompting import Dialogue
 from pipeline.trajectories.trajectory import Role
 from pipeline.workspace.finite import require_finite
-from pipeline.workspace.randomness import key
+
+StepReport = Callable[[int, int, float], None]
+"""Told after each step: steps done, steps in all, the step's loss."""
 
 
-def bootstrap(
-    settings: ScratchPolicy, environments: dict[str, Environment], report: Callable[[int, int, float], None]
-) -> Policy:
-    """Make tokenizer and model, and supervise the model on demonstrations of all environments.
+class Example(NamedTuple):
+    """A demonstrated episode of n tokens."""
 
-    ``report`` is called with step, number of steps and loss. Returns the reference policy, in evaluation mode.
+    ids: Int[np.ndarray, " n"]
+    roles: Int[np.ndarray, " n"]
+    """As ``Role``."""
+    learnt: Bool[np.ndarray, " n"]
+    """What the policy would have chosen: responses without what is forced in them."""
 
-    Raises:
-        UserError: an environment has no expert, or one that does not plan where it must, or does not keep to what ``playing.step`` asks of it.
+
+def encode(dialogue: Dialogue, demonstration: Demonstration, context_tokens: int) -> Example:
+    """A demonstrated episode as the collector would have recorded it, had the policy written this.
+
+    It ends before the first turn, but for the very first, that would lead beyond ``context_tokens``. A response is over with
+    its closing tag, so that no end token is learnt.
     """
-    plan = settings.demonstrations
-    phases = []
-    for index, phase in enumerate(plan.phases):
-        with span(f"demonstrations of phase {index + 1} of {len(plan.phases)}", 0.0, 0.0):
-            phases.append(demonstrations_of(environments, settings, phase, index))
-    sample = ((environments[name], demonstration) for demos in phases for name, demonstration in demos[:300])
-    texts = (text for section, demonstration in sample for text in _texts(section, demonstration))
-    tokenizer = train_tokenizer(texts, settings.vocabulary)
-    model = _new_model(settings, tokenizer, max(e.context_tokens for e in environments.values()))
-    policy = Policy(model, tokenizer)
-    _supervise(policy, settings, phases, environments, report)
-    model.eval()
-    return policy
-
-
-def _texts(section: Environment, demonstration: Demonstration) -> Iterator[str]:
-    """What the tokenizer is to write in few tokens."""
-    if section.layout == "published":
-        yield demonstration.instructions
+    episode, prefill = EpisodeBuilder(), dialogue.prefill_ids
+    forced = decode(dialogue.tokenizer, prefill).text
     for number, turn in enumerate(demonstration.turns, start=1):
-        yield user_message(section.layout, number, turn.observation, turn.actions_left, section.response_tokens)
-        yield from (turn.reasoning, turn.action)
+        if number == 1:
+            shown = dialogue.opening(demonstration.instructions, turn.observation, turn.actions_left)
+        else:
+            shown = dialogue.following(number, turn.observation, turn.reward, False, turn.actions_left)
+        ids = dialogue.encode(_written(dialogue, forced, turn))
+        if number > 1 and len(episode) + len(shown) + len(prefill) + len(ids) > context_tokens:
+            break
+        episode.append_text(shown, Role.PROMPT if number == 1 else Role.OBSERVATION)
+        episode.append_text(prefill, Role.THINK_TAG)
+        roles = token_roles(decode(dialogue.tokenizer, [*prefill, *ids]), ended=True)[len(prefill) :]
+        episode.append_sampled(ids, roles, [0.0] * len(ids), [0.0] * len(ids))
+    return Example(*(np.array(episode.tokens[name]) for name in ("input_ids", "role", "sampled")))
 
 
-def _new_model(settings: ScratchPolicy, tokenizer: Any, context: int) -> Any:
-    torch.manual_seed(key(settings.seed, "initial weights") % 2**63)
-    return Qwen2ForCausalLM(
-        Qwen2Config(
-            vocab_size=len(tokenizer),
-            hidden_size=settings.hidden_size,
-            intermediate_size=4 * settings.hidden_size,
-            num_hidden_layers=settings.layers,
-            num_attention_heads=settings.heads,
-            num_key_value_heads=settings.heads,
-            max_position_embeddings=context,
-            rope_parameters={"rope_type": "default", "rope_theta": settings.rope_theta},
-            tie_word_embeddings=True,
-            initializer_range=0.05,
-            bos_token_id=None,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        ),
-    )
+def _written(dialogue: Dialogue, forced: str, turn: Turn) -> str:
+    """What of a demonstrated response stands behind what is ``forced`` at its beginning.
+
+    A chat template may open the reasoning, or close it too.
+    """
+    answer = f"<answer>{dialogue.carried(turn.action)}</answer>"
+    if "</think>" in forced:
+        return answer
+    return f"{'' if forced else '<think>'}{dialogue.carried(turn.reasoning)}</think>{answer}"
 
 
-def _supervise(
+def supervise(
     policy: Policy,
-    settings: ScratchPolicy,
-    phases: list[list[tuple[str, Demonstration]]],
-    environments: dict[str, Environment],
-    report: Callable[[int, int, float], None],
+    plan: Demonstrations,
+    phases: Sequence[Sequence[Example]],
+    learning_rate: float,
+    warm_up: int,
+    report: StepReport,
+    tokens_per_forward: int | None = None,
 ) -> None:
-    plan = settings.demonstrations
-    dialogues = {name: Dialogue(policy.tokenizer, e.layout, "", e.response_tokens) for name, e in environments.items()}
-    optimizer = torch.optim.AdamW(
-        policy.model.parameters(), lr=plan.learning_rate, betas=(0.9, 0.98), weight_decay=0.01
-    )
+    """Train a policy's weights, those that ask for gradients, on the examples of each phase; it ends in evaluation mode.
+
+    The ``learning_rate`` rises over ``warm_up`` steps and falls to zero as a cosine over all. No more than
+    ``tokens_per_forward`` tokens of a batch pass through the policy at once; None: all of them. The gradients are the same.
+    """
+    weights = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
+    optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
     total = sum(phase.steps for phase in plan.phases)
     schedule = torch.optim.lr_scheduler.LambdaLR(
-        optimizer, lambda step: min((step + 1) / 20, 0.5 * (1 + math.cos(math.pi * step / total)))
+        optimizer, lambda step: min((step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * step / total)))
     )
     policy.model.train()
+    begin(0, total)
     step = 0
-    for demos, phase in zip(phases, plan.phases, strict=True):
-        within(0.0, "encoding demonstrations")
-        encoded = [_encode(dialogues[name], demonstration) for name, demonstration in demos]
+    for examples, phase in zip(phases, plan.phases, strict=True):
         for batch in range(phase.steps):
-            chosen = [encoded[(batch * plan.batch_episodes + i) % len(encoded)] for i in range(plan.batch_episodes)]
-            loss = _supervised_loss(policy, chosen, plan.action_weight)
+            chosen = [examples[(batch * plan.batch_episodes + i) % len(examples)] for i in range(plan.batch_episodes)]
             optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(policy.model.parameters(), 1.0)
+            loss = _accumulate_gradients(policy, chosen, plan.action_weight, tokens_per_forward)
+            torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             schedule.step()
             step += 1
-            value = float(loss.detach())
-            require_finite(f"policy.demonstrations: the loss of step {step}", value)
-            report(step, total, value)
+            require_finite(f"policy.demonstrations: the loss of step {step}", loss)
+            report(step, total, loss)
+    optimizer.zero_grad(set_to_none=True)
+    policy.model.eval()
 
 
-def _encode(dialogue: Dialogue, demonstration: Demonstration) -> tuple[np.ndarray, np.ndarray]:
-    """Token ids and roles of a demonstrated episode; prompts exactly as the collector will send them."""
-    episode, encode = EpisodeBuilder(), dialogue.encode
-    add = episode.append_text
-    for number, turn in enumerate(demonstration.turns, start=1):
-        if number == 1:
-            add(dialogue.opening(demonstration.instructions, turn.observation, turn.actions_left), Role.PROMPT)
-        else:
-            add(dialogue.following(number, turn.observation, turn.reward, False, turn.actions_left), Role.OBSERVATION)
-        add(encode(f"<think>{dialogue.carried(turn.reasoning)}"), Role.REASONING)
-        add(encode("</think><answer>"), Role.REASONING)
-        add(encode(dialogue.carried(turn.action)), Role.ACTION)
-        add(encode("</answer>"), Role.ANSWER_TAG)
-    return np.array(episode.ids), np.array(episode.tokens["role"])
-
-
-def _supervised_loss(policy: Policy, batch: list[tuple[np.ndarray, np.ndarray]], action_weight: float) -> torch.Tensor:
-    wanted = [roles >= Role.REASONING for _, roles in batch]
-    hidden = predicting_hidden(policy, [ids for ids, _ in batch], wanted)
-    tokens = torch.from_numpy(np.concatenate([ids[mask] for (ids, _), mask in zip(batch, wanted, strict=True)]))
-    roles = torch.from_numpy(np.concatenate([r[mask] for (_, r), mask in zip(batch, wanted, strict=True)]))
-    weight = torch.where(roles == Role.ACTION, action_weight, 1.0)
-    scores = score_tokens(hidden, tokens, policy.head, temperature=1.0)
-    return -(weight * scores.logprob).sum() / weight.sum()
+def _accumulate_gradients(
+    policy: Policy, batch: Sequence[Example], action_weight: float, tokens_per_forward: int | None
+) -> float:
+    """Backward passes over a batch; returns its loss, the weighted mean of -log p over all that is learnt."""
+    weights = [
+        torch.where(torch.from_numpy(example.roles[example.learnt]) == Role.ACTION, action_weight, 1.0)
+        for example in batch
+    ]
+    whole, loss, done = torch.cat(weights).sum(), 0.0, 0
+    pieces = [np.arange(len(batch))]
+    if tokens_per_forward is not None:
+        pieces = batches_of(policy, [example.ids for example in batch], tokens_per_forward)
+    for piece in pieces:
+        within(done / len(batch), f"{done} of {len(batch)} episodes of the next step")
+        some = [batch[index] for index in piece.tolist()]
+        hidden = predicting_hidden(policy, [example.ids for example in some], [example.learnt for example in some])
+        tokens = torch.from_numpy(np.concatenate([example.ids[example.learnt] for example in some])).to(hidden.device)
+        scores = score_tokens(hidden, tokens, policy.head, temperature=1.0, cap=policy.cap)
+        weight = torch.cat([weights[index] for index in piece.tolist()]).to(hidden.device)
+        part = -(weight * scores.logprob).sum() / whole
+        part.backward()
+        loss += float(part.detach())
+        done += len(piece)
+    return loss

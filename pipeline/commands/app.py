@@ -9,7 +9,7 @@ from pipeline.commands.cli import run
 COMMANDS = (
     *("check", "methods", "contracts", "preset"),  # before a run
     "repro",
-    *("play", "compare", "replay", "decisions", "confirm"),  # of one
+    *("play", "compare", "bottleneck", "replay", "decisions", "confirm", "export"),  # of one
     *("sync", "publish", "simulate", "screenshots"),  # after it
 )
 

@@ -19,6 +19,7 @@ def main(
     from pipeline.energy.annotate import annotate
     from pipeline.evaluation.evaluate import evaluation_specs
     from pipeline.model.loading import load_trained
+    from pipeline.model.memory import tokens_per_forward
     from pipeline.progress.display import doing
     from pipeline.report.episode import show
     from pipeline.rollout.collector import collect
@@ -36,7 +37,7 @@ def main(
         raise UserError(f"--episode: {episode} is not there; allowed: 0 to {states - 1}")
     spec = evaluation_specs(config, name, "test", states, 1, seed, "play")[episode]
     played = collect(make_engine(config, policy, slots=1), policy.tokenizer, config, name, [spec], temperature)
-    shown = annotate(played, reference, temperature, config.train.tokens_per_forward)
+    shown = annotate(played, reference, temperature, tokens_per_forward(config, reference))
     show(shown, policy.tokenizer)
     outcome = "success" if shown.episodes["success"][0] else f"no success ({shown.episodes['end_reason'][0]})"
     following = next_command(params, "actfocus play", method=method, episode=f"{(episode + 1) % states}")

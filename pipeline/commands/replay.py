@@ -28,6 +28,7 @@ def main(
     signal: Annotated[list[str], Option(metavar="NAME", help="What redistributes; repeat for more.")] = GRID[3],
 ) -> str:
     config, layout, _ = configured(params, environment, method)
+    import torch
     import transformers.models.auto.modeling_auto  # noqa: F401  (imported before the processes fork)
 
     from pipeline.analysis.replay import grid, replay
@@ -42,6 +43,7 @@ def main(
 
     if unknown := [name for name in signal if name not in get_args(Signal)]:
         raise UserError(f"--signal: {unknown[0]!r} is not allowed; allowed: {', '.join(get_args(Signal))}")
+    torch.set_num_threads(1)  # this process computes before others are forked, which would not have its threads
     environment = environment or next(iter(config.environments))
     usable = [name for name, row in config.methods.items() if not isinstance(row.advantage, CriticAdvantage)]
     weighted = [name for name in usable if isinstance(config.methods[name].weight, ActFocusWeight)]

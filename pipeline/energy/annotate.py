@@ -1,16 +1,19 @@
 """One forward pass of the reference policy over what was sampled."""
 
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import torch
 
 from pipeline.model.loading import load_trained
+from pipeline.model.memory import tokens_per_forward
 from pipeline.model.policy import Policy
-from pipeline.model.scoring import TokenScores, length_batches, predicting_hidden, score_tokens
+from pipeline.model.scoring import TokenScores, batches_of, predicting_hidden, score_tokens
 from pipeline.progress.display import due, span, within
 from pipeline.settings.params import Config
+from pipeline.trajectories.table import kept
 from pipeline.trajectories.trajectory import Trajectories, concatenate
 from pipeline.workspace.finite import require_finite
 from pipeline.workspace.processes import Tell
@@ -29,14 +32,16 @@ def score_trajectories(
         NumericsError: one of these numbers is not finite.
     """
     result = [np.zeros(len(trajectories.input_ids), dtype=np.float32) for _ in TokenScores._fields]
-    done = 0
-    for batch in length_batches(trajectories.lengths, tokens_per_forward):
+    sequences, done = trajectories.sequences, 0
+    for batch in batches_of(policy, sequences, tokens_per_forward):
         spans = [trajectories.tokens(e) for e in batch]
         wanted = [trajectories.sampled[span] for span in spans]
-        hidden = predicting_hidden(policy, [trajectories.input_ids[span] for span in spans], wanted)
+        hidden = predicting_hidden(policy, [sequences[e] for e in batch], wanted)
         flat = np.concatenate([np.arange(s.start, s.stop)[w] for s, w in zip(spans, wanted, strict=True)])
         tokens = torch.from_numpy(trajectories.input_ids[flat].astype(np.int64)).to(policy.device)
-        for values, scored in zip(result, score_tokens(hidden, tokens, policy.head, temperature), strict=True):
+        for values, scored in zip(
+            result, score_tokens(hidden, tokens, policy.head, temperature, policy.cap), strict=True
+        ):
             values[flat] = scored.float().cpu().numpy()
         done += len(batch)
         if due():
@@ -53,24 +58,27 @@ def annotate(
 
     Energy is ``-logsumexp`` of the raw float32 logits that predict a token (arXiv 2605.14558): low where the reference
     policy is confident, whatever was sampled there; no temperature enters. Log-probability and entropy are at the
-    temperature of sampling; a forward pass has ``tokens_per_forward`` padded tokens.
+    temperature of sampling; a forward pass computes ``tokens_per_forward`` tokens at most.
     """
     logprob, entropy, logsumexp = score_trajectories(reference, trajectories, temperature, tokens_per_forward)
     return replace(trajectories, energy=-logsumexp, ref_logprob=logprob, ref_entropy=entropy)
 
 
-def annotate_part(task: tuple[Config, Path, Trajectories], report: Tell) -> Trajectories:
-    """Annotate some slices in a process of its own; ``task`` is config, reference policy's directory and episodes.
+def annotate_part(task: tuple[Config, Path, Trajectories, Path], report: Tell) -> Trajectories:
+    """Annotate some slices in a process of its own; ``task`` is config, reference policy's directory, episodes, and the
+    folder of the slices that are finished: one that is there is not annotated again.
 
     Slice by slice, because float rounding depends on what shares a forward pass: a slice's numbers are to be exactly
     those of a training that samples and annotates it itself.
     """
-    config, directory, part = task
+    config, directory, part, cache = task
     report(0, len(part), "loading the policy")
     reference, size, annotated = load_trained(directory, config), config.rollout.groups * config.rollout.group_size, []
+    most = tokens_per_forward(config, reference)
     for done in range(0, len(part), size):
         report(done, len(part), "episodes")
         piece = part.select(range(done, min(done + size, len(part))))
         with span("", 0, len(piece)):
-            annotated.append(annotate(piece, reference, config.rollout.temperature, config.train.tokens_per_forward))
+            file = cache / f"{piece.episodes['seed'][0]}.parquet"
+            annotated.append(kept(file, partial(annotate, piece, reference, config.rollout.temperature, most)))
     return concatenate(annotated)

@@ -8,6 +8,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor
 
 from pipeline.workspace.files import replacing
 
@@ -18,6 +21,8 @@ class Policy:
 
     model: Any
     tokenizer: Any
+    computing: torch.dtype | None = None
+    """Precision of the trunk's matrix products and of logits, where it is below that of the weights; the engine has none."""
 
     @property
     def device(self) -> torch.device:
@@ -38,6 +43,16 @@ class Policy:
         return head
 
     @property
+    def cap(self) -> float | None:
+        """What soft-caps the output head's logits (Gemma 2), if anything."""
+        cap: float | None = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
+        return cap
+
+    def logits(self, hidden: Float[Tensor, "n width"]) -> Float[Tensor, "n v"]:
+        """Of last hidden states; in their precision, or float32 if they are capped."""
+        return soft_capped(F.linear(hidden, *weights_for(hidden, self.head)), self.cap)
+
+    @property
     def ends(self) -> frozenset[int]:
         """Tokens that end a response: those of the generation settings, and the tokenizer's own."""
         configured = getattr(self.model.generation_config, "eos_token_id", None)
@@ -45,8 +60,19 @@ class Policy:
         return frozenset({*named, self.tokenizer.eos_token_id} - {None})
 
     def frozen_copy(self) -> Policy:
-        """An independent copy without gradients."""
-        return Policy(copy.deepcopy(self.model).eval().requires_grad_(False), self.tokenizer)
+        """An independent copy without gradients; weights that are frozen already are shared with it."""
+        shared = {id(weight): weight for weight in self.model.parameters() if not weight.requires_grad}
+        return Policy(copy.deepcopy(self.model, shared).eval().requires_grad_(False), self.tokenizer)
+
+    def autocast(self) -> torch.autocast:
+        """Inside, matrix products are in the precision ``computing``; norms, sums and what is added up stay in float32."""
+        return torch.autocast(self.device.type, self.computing, enabled=self.computing is not None)
+
+    @torch.no_grad()
+    def follow(self, other: Policy) -> None:
+        """Take over the weights of a policy of the same shape, rounded to the precision of these."""
+        for own, weight in zip(self.model.parameters(), other.model.parameters(), strict=True):
+            own.copy_(weight)
 
     def save(self, directory: Path) -> None:
         """Write weights (safetensors), configuration and tokenizer; equal policies give equal bytes.
@@ -56,3 +82,13 @@ class Policy:
         with replacing(directory) as partial:
             self.model.save_pretrained(partial)
             self.tokenizer.save_pretrained(partial)
+
+
+def soft_capped(logits: Float[Tensor, "*n"], cap: float | None) -> Float[Tensor, "*n"]:
+    """``cap tanh(logits / cap)`` in float32, or the logits themselves without a cap."""
+    return logits if cap is None else (logits.float() / cap).tanh() * cap
+
+
+def weights_for(hidden: Float[Tensor, "n width"], head: torch.nn.Linear) -> tuple[Tensor, Tensor | None]:
+    """A head's weight and bias in the precision of the hidden states that it makes logits of; differentiable."""
+    return head.weight.to(hidden.dtype), None if head.bias is None else head.bias.to(hidden.dtype)

@@ -1,58 +1,28 @@
 """One forward pass over packed tokens: many sequences, or many pieces of sequences, side by side and without padding.
 
 Everything but attention works token by token, so tokens of any number of sequences are one flat batch; attention alone
-must know which belong together, and is given by the caller: over the whole sequences (``packed_attention``: training,
+must know which belong together, and is given by the caller: over the whole sequences (``attention.packed_attention``: training,
 annotation) or over a cache (``pipeline.rollout.key_value_cache``: sampling). The Qwen2 and Llama families have a forward of our
 own here; other transformers models run their own, with the same attention put in.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import lru_cache
-from typing import Any, NamedTuple
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from jaxtyping import Float, Int
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 from transformers import AttentionInterface
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from pipeline.model.attention import Attend, Heads, plain_attention
 from pipeline.model.kernels import native
-from pipeline.model.kernels.native import Rotation
-
-
-class Heads(NamedTuple):
-    """What one layer's attention works on: the tokens of a packed batch."""
-
-    query: Float[Tensor, "m heads size"]
-    key: Float[Tensor, "n kv_heads size"]
-    value: Float[Tensor, "n kv_heads size"]
-    rotation: Rotation | None
-    """Rotary position codes that are still to be applied to query and key, if any."""
-    scale: float
-    asking: Int[Tensor, " m"] | None = None
-    """Ascending indices of the tokens whose queries are given; None is all."""
-    window: int | None = None
-    """A token attends to so many tokens, itself the last of them; None is to all before it."""
-    cap: float | None = None
-    """Scores s become ``cap tanh(s / cap)``; None leaves them."""
-
-    def everywhere(self) -> Heads:
-        """Rotated, and with a query for every token, for PyTorch's attention: zeros where nobody asks."""
-        query = self.query
-        if self.asking is not None:
-            query = query.new_zeros((len(self.key), *query.shape[1:])).index_copy(0, self.asking, query)
-        return Heads(_rotate(query, self.rotation), _rotate(self.key, self.rotation), self.value, None, self.scale)
-
-    def answers(self, mixed: Float[Tensor, "n heads size"]) -> Float[Tensor, "m heads size"]:
-        """Those of the asking tokens."""
-        return mixed if self.asking is None else mixed[self.asking]
-
-
-Attend = Callable[[int, Heads], Tensor]
-"""``attend(layer, heads)`` mixes values: (m, heads, size)."""
 
 OWN_FAMILIES = ("qwen2", "qwen3", "llama", "mistral")
 """Model types with pre-normalised layers of rotary attention and SwiGLU."""
@@ -76,47 +46,15 @@ def hidden_states(
     return hidden if wanted is None else hidden[wanted]
 
 
-def packed_attention(lengths: Sequence[int] | np.ndarray, device: torch.device) -> Attend:
-    """Causal attention within each of the sequences that are packed one after another."""
-    everyone, shortest = native.layout(lengths), int(np.min(lengths))
-    padded = lru_cache(maxsize=1)(lambda: padded_attention(np.asarray(lengths), device))
-
-    def attend(layer: int, heads: Heads) -> Tensor:
-        if not native.attends(heads.query, shortest):
-            return padded()(layer, heads)
-        asking = heads.asking
-        layout = everyone if asking is None else native.layout(lengths, asking.numpy())
-        return native.causal_attention(*heads[:4], layout, heads.scale)
-
-    return attend
-
-
-def padded_attention(lengths: np.ndarray, device: torch.device) -> Attend:
-    """The same for any device and precision: the sequences are brought side by side for PyTorch's attention.
-
-    Padding stands behind each sequence, where causality hides it, so no mask is needed; give sequences of similar length.
-    """
-    longest = int(lengths.max())
-    inside = np.arange(longest) < lengths[:, None]
-    starts = np.r_[0, np.cumsum(lengths)[:-1]]
-    index = torch.from_numpy(np.where(inside, starts[:, None] + np.arange(longest), 0)).to(device)
-    real = torch.from_numpy(np.flatnonzero(inside)).to(device)
-
-    def attend(layer: int, heads: Heads) -> Tensor:
-        q, k, v = (x[index].transpose(1, 2) for x in heads.everywhere()[:3])
-        out = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=heads.scale, enable_gqa=True)
-        return heads.answers(out.transpose(1, 2).reshape(-1, *heads.query.shape[1:])[real])
-
-    return attend
-
-
 def has_own_forward(backbone: Any) -> bool:
-    """Whether ``hidden_states`` computes this model itself: one of ``OWN_FAMILIES``, nothing put around its projections."""
+    """Whether ``hidden_states`` computes this model itself: one of ``OWN_FAMILIES``, with plain attention, its projections
+    linear, maybe adapted."""
     config = backbone.config
     return (
         config.model_type in OWN_FAMILIES
         and config.hidden_act == "silu"
-        and all(type(p) is nn.Linear for layer in backbone.layers for p in _projections(layer))
+        and plain_attention(config)
+        and all(_is_linear(p) for layer in backbone.layers for p in _projections(layer))
     )
 
 
@@ -131,7 +69,8 @@ def _own_forward(
 ) -> Float[Tensor, "m width"]:
     x = F.embedding(ids, backbone.embed_tokens.weight, backbone.embed_tokens.padding_idx)
     cos, sin = (part[0] for part in backbone.rotary_emb(x, positions.unsqueeze(0)))
-    for number, layer in enumerate(backbone.layers):
+
+    def run(number: int, layer: Any, x: Tensor) -> Tensor:
         attention, mlp = layer.self_attn, layer.mlp
         y = _rms_norm(x, layer.input_layernorm)
         k, v = (_heads(y, p, attention.head_dim) for p in (attention.k_proj, attention.v_proj))
@@ -140,54 +79,94 @@ def _own_forward(
             x, y = x[asking], y[asking]
         q = _heads(y, attention.q_proj, attention.head_dim)
         if hasattr(attention, "q_norm"):
-            q, k = _rms_norm(q, attention.q_norm), _rms_norm(k, attention.k_norm)
+            q, k = (_rms_norm(x, n).to(v.dtype) for x, n in ((q, attention.q_norm), (k, attention.k_norm)))
         mixed = attend(number, Heads(q, k, v, (cos, sin), attention.scaling, asking)).flatten(1)
-        x = x + F.linear(mixed, attention.o_proj.weight, attention.o_proj.bias)
+        x = x + _project(mixed, attention.o_proj)
         y = _rms_norm(x, layer.post_attention_layernorm)
-        gate, up = (F.linear(y, p.weight, p.bias) for p in (mlp.gate_proj, mlp.up_proj))
-        x = x + F.linear(_swiglu(gate, up), mlp.down_proj.weight, mlp.down_proj.bias)
+        gate, up = _project(y, mlp.gate_proj), _project(y, mlp.up_proj)
+        return x + _project(_swiglu(gate, up), mlp.down_proj)
+
+    for number, layer in enumerate(backbone.layers):
+        again = layer.gradient_checkpointing and torch.is_grad_enabled()
+        x = _recomputed(partial(run, number, layer), x) if again else run(number, layer, x)
     return _rms_norm(x, backbone.norm)
 
 
+def _recomputed(layer: Callable[..., Any], *inputs: Tensor) -> Any:
+    """What a layer gives, of which nothing is kept for the backward pass but its inputs."""
+    return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+
+
 def _heads(x: Tensor, projection: Any, size: int) -> Float[Tensor, "n heads size"]:
-    projected = F.linear(x, projection.weight, projection.bias)
-    return projected.view(len(x), projection.out_features // size, size)
+    return _project(x, projection).view(len(x), projection.out_features // size, size)
+
+
+def _is_linear(projection: Any) -> bool:
+    return type(getattr(projection, "base_layer", projection)) is nn.Linear
+
+
+def _project(x: Tensor, projection: Any) -> Tensor:
+    """A linear map, maybe with an adapter: what peft's module computes, in fewer passes over memory."""
+    linear = getattr(projection, "base_layer", projection)
+    y = F.linear(x, linear.weight, linear.bias)
+    if linear is projection:
+        return y
+    a, b = (part["default"].weight for part in (projection.lora_A, projection.lora_B))
+    added = torch.addmm(y.to(a.dtype), F.linear(x.to(a.dtype), a), b.t(), alpha=projection.scaling["default"])
+    return added.to(y.dtype)
 
 
 def _rms_norm(x: Tensor, norm: Any) -> Tensor:
     if native.computes(x):
         return native.rms_norm(x, norm.weight, norm.variance_epsilon)
-    return F.rms_norm(x, norm.weight.shape, norm.weight, norm.variance_epsilon)
+    return F.rms_norm(x, norm.weight.shape, norm.weight.to(x.dtype), norm.variance_epsilon)
 
 
 def _swiglu(gate: Tensor, up: Tensor) -> Tensor:
     return native.swiglu(gate, up) if native.computes(gate) else F.silu(gate) * up
 
 
-def _rotate(x: Float[Tensor, "n heads size"], rotation: Rotation | None) -> Float[Tensor, "n heads size"]:
-    """Apply rotary position codes, ``x cos + rotate_half(x) sin`` (arXiv 2104.09864), if there are any."""
-    if rotation is None:
-        return x
-    cos, sin = (part.unsqueeze(1) for part in rotation)
-    first, second = x.chunk(2, dim=-1)
-    return x * cos + torch.cat((-second, first), dim=-1) * sin
-
-
 def _transformers_forward(backbone: Any, ids: Tensor, positions: Tensor, attend: Attend) -> Tensor:
-    config, usual = backbone.config, backbone.config._attn_implementation
-    config._attn_implementation = "packed"
-    try:
+    with _packed(backbone):
         output = backbone(
             input_ids=ids.unsqueeze(0), position_ids=positions.unsqueeze(0), use_cache=False, attend=attend
         )
-    finally:
-        config._attn_implementation = usual
     hidden: Tensor = output.last_hidden_state[0]
     return hidden
 
 
-_NO_PART = ("dropout", "sliding_window", "position_ids", "cache_position")
-"""What models tell their attention in vain: policies have no dropout, and ``load_policy`` refuses windows."""
+@contextmanager
+def _packed(backbone: Any) -> Iterator[None]:
+    """Meanwhile a transformers model has the packed attention, also where its layers are recomputed."""
+    config, usual = backbone.config, backbone.config._attn_implementation
+    recomputing: list[Any] = [
+        layer
+        for layer in backbone.modules()
+        if isinstance(layer, GradientCheckpointingLayer) and layer.gradient_checkpointing
+    ]
+    modes = [layer.training for layer in recomputing]
+
+    def again(layer: Callable[..., Any], *inputs: Tensor) -> Any:
+        def run(*inputs: Tensor) -> Any:
+            with _packed(backbone):
+                return layer(*inputs)
+
+        return _recomputed(run, *inputs)
+
+    config._attn_implementation = "packed"
+    for layer in recomputing:  # transformers would do it in training mode alone, with the attention of then
+        layer._gradient_checkpointing_func = again
+        layer.training = torch.is_grad_enabled()
+    try:
+        yield
+    finally:
+        config._attn_implementation = usual
+        for layer, mode in zip(recomputing, modes, strict=True):
+            layer.training = mode
+
+
+_NO_PART = ("dropout", "position_ids", "cache_position")
+"""What models tell their attention in vain: policies have no dropout, and positions are in queries and keys already."""
 
 
 def _attend_in_transformers(
@@ -199,6 +178,8 @@ def _attend_in_transformers(
     scaling: float | None = None,
     *,
     attend: Attend,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """``Attend`` as transformers calls it: (1, heads, n, size) in, (1, n, heads, size) out.
@@ -214,9 +195,10 @@ def _attend_in_transformers(
         raise ValueError(f"its attention is given {', '.join(more)}, which is not supported")
     if key.shape != value.shape:
         raise ValueError(f"its attention has keys of {key.shape[-1]} numbers and values of {value.shape[-1]}")
-    q, k, v = (x[0].transpose(0, 1) for x in (query, key, value))
+    q, k, v = (x[0].transpose(0, 1).to(value.dtype) for x in (query, key, value))  # under autocast they may differ
     scale = query.shape[-1] ** -0.5 if scaling is None else scaling
-    return attend(module.layer_idx, Heads(q, k, v, None, scale)).unsqueeze(0), None
+    heads = Heads(q, k, v, None, scale, window=sliding_window, cap=softcap)
+    return attend(module.layer_idx, heads).unsqueeze(0), None
 
 
 AttentionInterface.register("packed", _attend_in_transformers)

@@ -129,12 +129,12 @@ def _data(config: Config) -> str:
     """What the base model has learnt from, what it was trained on here, and what was left out."""
     policy, sizes = config.policy, config.rollout
     filters = dict.fromkeys(method.filter.kind for method in config.methods.values())
-    learnt = f"data of the base model: {UNKNOWN}"
-    if policy.kind == "scratch":
-        shown = policy.demonstrations
-        learnt = f"{len(shown.phases) * shown.episodes} demonstrated episodes of {', '.join(config.environments)}"
+    learnt = [] if policy.kind == "scratch" else [f"data of the base model: {UNKNOWN}"]
+    if (shown := policy.demonstrations) is not None:
+        episodes = [min(shown.episodes, phase.steps * shown.batch_episodes) for phase in shown.phases]
+        learnt.append(f"{sum(episodes)} demonstrated episodes of {', '.join(config.environments)}")
     return (
-        f"{learnt}; then episodes of its own, {sizes.groups} initial states × {sizes.group_size} in an iteration; "
+        f"{'; then '.join(learnt)}; then episodes of its own, {sizes.groups} initial states × {sizes.group_size} in an iteration; "
         f"filters of groups: {', '.join(filters)}"
     )
 

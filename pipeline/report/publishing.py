@@ -17,6 +17,8 @@ from pipeline.settings.presets import load_preset
 from pipeline.workspace.files import read_json, write_text
 from pipeline.workspace.layout import Layout
 
+NOT_RUN = "Not run yet."
+"""A block's content before there is anything."""
 MARKS = "<!-- {0}: written by `make publish` -->", "<!-- /{0} -->"
 
 README, RESULTS, PERFORMANCE = Path("README.md"), Path("docs/results.md"), Path("docs/performance.md")
@@ -26,8 +28,10 @@ POLES = ("facts", "controls")
 """Presets whose declared comparisons stand in one table with those of params.yaml."""
 PLAYED = ("facts", "sokoban", "sokoban_facts")
 """Presets of whose reference policy it stands in a table whether it uses its reasoning."""
-PRESETS = (*POLES, "methods", "branching", "bandit", "sokoban", "sudoku", "webshop")
+PRESETS = (*POLES, "methods", "branching", "bandit", "sokoban", "sudoku", "webshop", "smollm2")
 """Presets whose results stand in docs/results.md beside those of params.yaml."""
+BOTTLENECKS = ("smollm2_raw", "smollm2_bottleneck")
+"""Presets whose tables of the Action Bottleneck stand in docs/results.md, one under the other."""
 
 
 def publish(config: Config) -> list[str]:
@@ -45,6 +49,11 @@ def publish(config: Config) -> list[str]:
     played = {one.comparison: read_interventions(one, Layout(Path(one.out))) for one in settings}
     if all(played.values()):
         publish_block(RESULTS, "reasoning", interventions_markdown(played), [judged[0].all_runs])
+    tables = [Layout(Path("presets") / preset).reports / "bottleneck.md" for preset in BOTTLENECKS]
+    if any(table.exists() for table in tables):
+        text = "\n".join(table.read_text(encoding="utf-8") for table in tables if table.exists()).rstrip()
+        publish_block(RESULTS, "bottleneck", text, [])
+        published.append("bottleneck")
     name_commits(RESULTS)
     bench = Layout(Path(config.out)).reports / "bench.txt"
     if bench.exists():
@@ -158,7 +167,7 @@ def name_commits(document: Path) -> None:
     """Put under every table that does not say it the commit in which it last changed: results published earlier."""
     text = document.read_text(encoding="utf-8")
     for name, content in blocks_of(text).items():
-        if not MADE.search(content):
+        if content != NOT_RUN and not MADE.search(content):
             first = text[: text.index(MARKS[0].format(name))].count("\n") + 2
             made = last_changed(document, first, first + content.count("\n"))
             replace_block(document, name, f"{content}\n\n{made}")

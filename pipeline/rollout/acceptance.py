@@ -5,7 +5,7 @@ from textwrap import shorten
 import numpy as np
 import torch
 
-from pipeline.model.loading import rounding
+from pipeline.model.checks import rounding
 from pipeline.model.policy import Policy
 from pipeline.rollout.engine import Continuation, Request, Sampling
 from pipeline.rollout.making import make_engine
@@ -26,12 +26,14 @@ def accept(policy: Policy, source: str, config: Config) -> None:
     log-probabilities. Every environment's dialogue is begun. In errors the policy is called ``source``.
 
     Raises:
-        UserError: it fails, or its chat template cannot lead a dialogue.
+        UserError: it fails, its chat template cannot lead a dialogue, or no episode fits into ``rollout.cache_gigabytes``.
     """
     for section in config.environments.values():
         Dialogue(policy.tokenizer, section.layout, config.rollout.prefill, section.response_tokens)
     try:
         worst = _worst_difference(policy, config)
+    except UserError:
+        raise
     except Exception as error:  # of any kind, as in ``load_policy``
         reason = shorten(str(error) or type(error).__name__, 160, placeholder=" …")
         raise UserError(f"policy: {source!r} cannot be sampled from: {reason}") from None

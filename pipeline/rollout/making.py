@@ -1,14 +1,24 @@
 """Which engine samples: the one place where one is made."""
 
+from pipeline.model.memory import allowance
 from pipeline.model.policy import Policy
 from pipeline.rollout.engine import RolloutEngine
-from pipeline.rollout.transformers_engine import TransformersEngine
+from pipeline.rollout.transformers_engine import Bound, TransformersEngine
 from pipeline.settings.params import Config
 
 
-def make_engine(config: Config, policy: Policy, slots: int | None = None) -> RolloutEngine:
-    """An engine that samples a policy's responses, ``rollout.batch_episodes`` at once or as many as ``slots`` says.
+def make_engine(
+    config: Config, policy: Policy, slots: int | None = None, trained: Policy | None = None
+) -> RolloutEngine:
+    """An engine that samples a policy's responses, ``rollout.batch_episodes`` at once or as many as ``slots`` says, or
+    as many as fit into ``rollout.cache_gigabytes``.
 
-    ``forget`` must be called whenever the policy's weights have changed.
+    ``forget`` must be called whenever the policy's weights have changed, or those of ``trained``: of these the policy is a
+    copy, in another precision, that is then made again.
+
+    Raises:
+        UserError: not a single episode fits.
     """
-    return TransformersEngine(policy, slots or config.rollout.batch_episodes)
+    gigabytes = config.rollout.cache_gigabytes or allowance(config, policy.device) / 1e9
+    bound = Bound(gigabytes, max(section.context_tokens for section in config.environments.values()))
+    return TransformersEngine(policy, slots or config.rollout.batch_episodes, bound=bound, trained=trained)

@@ -3,16 +3,20 @@
 Sampling goes in steps. In a step every episode at hand hands in what is new in it - the token just sampled, or a prompt,
 or an observation - and gets one token back; all that is new passes through the model as one packed batch. An episode
 that ends makes room for the next that waits, so the batch stays full, and nobody waits for the end of anybody's turn.
+
+Where memory is bounded, no more episodes are begun than fit if all of them get as long as they may: one that has begun
+always goes on, and nothing is computed twice for want of memory. What they do not need holds episodes that are over.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float, Float32, Float64, Int
 from torch import Tensor
 
@@ -29,20 +33,47 @@ TOKENS_PER_STEP = 8192
 take."""
 
 
-class TransformersEngine:
-    """See ``RolloutEngine``. As many episodes are sampled at once as there are ``slots``.
+class Bound(NamedTuple):
+    """What keys and values may take."""
 
-    The policy's weights are read at every call; call ``forget`` after changing them.
+    gigabytes: float
+    """Of 10^9 bytes."""
+    context: int
+    """Tokens that an episode has at most."""
+
+
+class TransformersEngine:
+    """See ``RolloutEngine``. As many episodes are sampled at once as there are ``slots``, or as fit within a bound.
+
+    The policy's weights are read at every call; call ``forget`` after changing them, or those of the ``trained`` policy that
+    it follows.
+
+    Raises:
+        UserError: not a single episode fits.
     """
 
-    def __init__(self, policy: Policy, slots: int = 128, policy_version: int = 0) -> None:
+    def __init__(
+        self,
+        policy: Policy,
+        slots: int = 128,
+        policy_version: int = 0,
+        bound: Bound | None = None,
+        trained: Policy | None = None,
+    ) -> None:
         self.policy, self.slots, self.policy_version = policy, slots, policy_version
+        self.bound, self.trained = bound, trained
         self._ends: dict[str, frozenset[int]] = {}
         self._cache: SlotCache | None = None
         self.forget()
+        self._at_once()
 
     def forget(self) -> None:
-        """Drop what the cache holds."""
+        """Drop what the cache holds, whose memory is used again, and take over the trained policy's weights."""
+        if self.trained is not None:
+            self.policy.follow(self.trained)
+        if self._cache is not None:
+            for slot in range(self.slots):
+                self._cache.drop(slot)
         self._stored = np.full((self.slots, 0), -1, dtype=np.int64)
         self._idle = list(range(self.slots))
         """Slots without an episode, the one that has been idle longest first: what it holds is given up first."""
@@ -51,9 +82,16 @@ class TransformersEngine:
         self.positions_computed = 0
         """Tokens that have passed through the model since."""
 
+    def _at_once(self) -> int:
+        """How many episodes are sampled together at most."""
+        if self.bound is None:
+            return self.slots
+        return min(self.slots, self._held().episodes(self.bound.context))
+
     def _changes(self) -> int:
         """How often the weights have been written to in place."""
-        return sum(0 if p.is_inference() else p._version for p in self.policy.model.parameters())
+        weights = (self.trained or self.policy).model.parameters()
+        return sum(0 if p.is_inference() else p._version for p in weights)
 
     @torch.inference_mode()
     def generate(
@@ -76,11 +114,11 @@ class TransformersEngine:
             self.policy.model.train(was_training)
 
     def _converse(self, requests: Iterable[Request], sampling: Sampling, follow: Follow | None) -> list[Continuation]:
-        waiting, active = enumerate(requests), list[_Row]()
+        waiting, active, most = enumerate(requests), list[_Row](), self._at_once()
         last: dict[int, Continuation] = {}
         try:
             while True:
-                active += self._admit(waiting, active)
+                active += self._admit(waiting, active, most)
                 if not active:
                     break
                 speaking, logits = self._step(active)
@@ -99,14 +137,15 @@ class TransformersEngine:
             self._idle += [row.slot for row in active]
         return [last[number] for number in sorted(last)]
 
-    def _admit(self, waiting: Iterator[tuple[int, Request]], active: list[_Row]) -> list[_Row]:
+    def _admit(self, waiting: Iterator[tuple[int, Request]], active: list[_Row], most: int) -> list[_Row]:
         """Fill idle slots with waiting requests, each behind the longest beginning of it that any slot holds.
 
-        A request whose prompt another one is about to compute gets nothing to compute: see ``_step``.
+        There are ``most`` rows then, or fewer. A request whose prompt another one is about to compute gets nothing to
+        compute: see ``_step``.
         """
-        admitted: list[_Row] = []
+        admitted = list[_Row]()
         computing = {row.prompt for row in active if row.new and not row.started}
-        while self._idle and (following := next(waiting, None)) is not None:
+        while self._idle and len(active) + len(admitted) < most and (following := next(waiting, None)) is not None:
             row = _Row(*following)
             row.slot = self._idle.pop(0)
             if row.prompt not in computing:
@@ -123,8 +162,7 @@ class TransformersEngine:
 
     def _copy(self, source: int, row: _Row, length: int) -> None:
         """Let a row begin with what another slot holds."""
-        if source != row.slot and length:
-            self._held().copy(source, row.slot, length)
+        self._held().copy(source, row.slot, length)
         row.length = length
         self._stored[row.slot] = -1
         self._store(np.full(length, row.slot), np.arange(length), np.array(row.prompt[:length]))
@@ -145,9 +183,20 @@ class TransformersEngine:
 
     def _held(self) -> SlotCache:
         device, dtype = self.policy.device, self.policy.model.dtype
-        if self._cache is None or self._cache.keys.device != device or self._cache.keys.dtype != dtype:
-            self._cache = SlotCache(self.policy.model.config, self.slots, device, dtype)
+        if self._cache is None or self._cache.device != device or self._cache.dtype != dtype:
+            gigabytes = self.bound.gigabytes if self.bound else math.inf
+            self._cache = SlotCache(self.policy.model.config, self.slots, device, dtype, gigabytes)
         return self._cache
+
+    def _reserve(self, cache: SlotCache, row: _Row) -> None:
+        """Make room for a row's new tokens; what has been idle longest is given up first."""
+        end, idle = row.length + len(row.new), iter(self._idle)
+        while not cache.reserve(row.slot, row.length, end):
+            slot = next(idle, None)
+            if slot is None:
+                raise ValueError(f"an episode of {end} tokens, where {self.bound} was to be enough for every one")
+            cache.drop(slot)
+            self._stored[slot] = -1
 
     def _step(self, active: list[_Row]) -> tuple[list[_Row], Tensor]:
         """Pass what is new through the model once; returns the rows that may now sample, and their logits."""
@@ -174,14 +223,18 @@ class TransformersEngine:
         """Logits (rows, vocabulary) behind each row's new tokens, which then are stored."""
         counts = np.array([len(row.new) for row in rows])
         ends = counts.cumsum()
+        cache, device = self._held(), self.policy.device
+        for row in rows:
+            if row.length + len(row.new) > cache.room[row.slot]:
+                self._reserve(cache, row)
         slots = np.repeat([row.slot for row in rows], counts)
         starts = np.array([row.length for row in rows])
         positions = np.arange(ends[-1]) + np.repeat(starts - ends + counts, counts)
         ids = np.fromiter((token for row in rows for token in row.new), dtype=np.int64, count=ends[-1])
-        attend, device = self._held().attention(slots, positions), self.policy.device
+        attend = cache.attention(slots, positions)
         new, places, last = (torch.from_numpy(column).to(device) for column in (ids, positions, ends - 1))
         hidden = hidden_states(self.policy.backbone, new, places, attend, last)
-        logits = F.linear(hidden, self.policy.head.weight, self.policy.head.bias)
+        logits = self.policy.logits(hidden)
         self._store(slots, positions, ids)
         for index, row in enumerate(rows):
             row.length += len(row.new)

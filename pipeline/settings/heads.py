@@ -11,7 +11,8 @@ class HeadSection(Section):
     """What every network beside the policy has."""
 
     kind: Literal["trunk", "model"] = "trunk"
-    """``trunk``: a linear head on the policy's last hidden state; ``model``: with a copy of the reference policy's trunk."""
+    """``trunk``: a linear head on the policy's last hidden state; ``model``: with a copy of the reference policy's trunk,
+    not with ``train.lora``."""
     learning_rate: LearningRate = 1e-3
     """Learning rate of the head (trunk) or of the whole network (model)."""
     coefficient: Positive = 0.5

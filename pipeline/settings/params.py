@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, Self, Union
 
 from pydantic import AliasChoices, BeforeValidator, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
+from pipeline.settings.heads import HeadSection
+from pipeline.settings.lora import Lora
 from pipeline.settings.method import Method
 from pipeline.settings.mistakes import explain, nearest
 from pipeline.settings.policy import PretrainedPolicy, ScratchPolicy
@@ -70,7 +72,11 @@ class Rollout(Section):
     prefill: Literal["", "<think>"] = ""
     """Text that the protocol forces at the start of each response; recorded as not sampled, never trained on."""
     batch_episodes: Annotated[Int, Field(ge=1, le=4096)] = 128
-    """Episodes that an engine decodes together."""
+    """Episodes that an engine decodes together, where memory allows it (``cache_gigabytes``)."""
+    cache_gigabytes: Positive | None = None
+    """Gigabytes that an engine's keys and values may take; null: a quarter of the memory of the machine, or of the device,
+    divided by ``workers``. They take what is asked for. So many episodes are decoded together as fit if all of them get
+    context_tokens long; results are the same up to rounding."""
 
 
 class Bottleneck(Section):
@@ -99,10 +105,16 @@ class Train(Section):
     """Adam's two decay rates."""
     schedule: Literal["constant", "linear"] = "constant"
     """Learning rate over the iterations, or over ``tokens`` where they are set; ``linear`` falls to zero."""
-    tokens_per_forward: Count = 4096
-    """Padded tokens that pass through the model at once; bounds memory, gradients are accumulated exactly."""
+    tokens_per_forward: Count | Literal["auto"] = 4096
+    """Padded tokens that pass through the model at once; bounds memory, gradients are accumulated exactly. ``auto``: as many
+    as the machine's memory, or the device's, holds activations of for each of the ``workers`` (``pipeline/model/memory.py``)."""
     validate_every: Count = 10
     """Iterations between two validations; one is made before training too."""
+    gradient_trajectories: Count = 4
+    """Trajectories of such an iteration of which some tokens' gradients are measured one by one: a backward pass each, up to
+    twenty a trajectory, which takes long with a large policy."""
+    lora: Lora | None = None
+    """Adapters that are trained in place of the policy's weights; null: all weights are trained."""
 
 
 class Evaluation(Section):
@@ -210,7 +222,10 @@ class Config(Section):
     tracking: Tracking = Tracking()
     sweep: Sweep = Sweep()
     workers: Count = 2
-    """Single-threaded processes that sample, train and evaluate."""
+    """Processes that sample, train and evaluate, each on tasks of its own: seeds, slices, temperatures."""
+    threads: Count = 1
+    """Threads of each of these processes; ``workers`` times ``threads`` is best no more than there are cores. A policy above
+    some 10 M parameters trains fastest alone, in all of them: ``workers: 1``. The number decides the order of sums."""
 
     @model_validator(mode="wrap")
     @classmethod
@@ -270,6 +285,7 @@ class Config(Section):
         for name, method in self.methods.items():
             self._branches(name, method)
             self._updates_twice(name, method)
+            self._adapters(name, method)
         self._matched()
 
     def _matched(self) -> None:
@@ -309,6 +325,15 @@ class Config(Section):
                 f"methods.{name}.{rule}: a rule on the ratio does nothing with one update per "
                 f"iteration of {kept} episodes; lower train.minibatch or raise train.passes"
             )
+
+    def _adapters(self, name: str, method: Method) -> None:
+        """A trunk of its own would be trained in full, beside adapters that spare just that."""
+        for key, section in method.advantage:
+            if self.train.lora is not None and isinstance(section, HeadSection) and section.kind == "model":
+                raise ValueError(
+                    f"methods.{name}.advantage.{key}.kind: 'model' is not allowed with train.lora: all of its trunk would be "
+                    "trained; allowed: trunk"
+                )
 
     def _branches(self, name: str, method: Method) -> None:
         """What a method's branching asks of the rollout."""

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from pipeline.settings.lora import Lora
 from pipeline.settings.section import Count, Float, Int, LearningRate, Positive, Probability, Section, Seed
 
 Words = Annotated[Int, Field(ge=0, le=1000)]
@@ -53,6 +54,23 @@ class Demonstrations(Section):
                     raise ValueError(f"phases.{index}.plan_noise has no effect while reasoning is {self.reasoning}")
 
 
+class WarmStart(Demonstrations):
+    """Supervision that makes a pretrained policy keep the format and act, so that there is something to learn from."""
+
+    action_weight: Positive = 4.0
+    """Weight of an action token in the supervised loss; other response tokens weigh 1."""
+    episodes: Count = 300
+    """Demonstrated episodes per phase and environment; no more are made than its steps take."""
+    batch_episodes: Count = 8
+    """Episodes per supervised step."""
+    learning_rate: LearningRate = 1e-4
+    """Peak learning rate of the supervision (AdamW, warm-up over a tenth of all steps, then cosine to zero)."""
+    seed: Seed = 0
+    """Seed of demonstrations, their order, and of adapters."""
+    lora: Lora | None = None
+    """Adapters that are trained in place of the weights, and merged into them; null: all weights are trained."""
+
+
 class ScratchPolicy(Section):
     """A small Qwen2-architecture model and tokenizer, made on the spot; needs no download."""
 
@@ -82,11 +100,21 @@ class PretrainedPolicy(Section):
 
     kind: Literal["pretrained"]
     model: str
-    """Hub id or path of a local directory."""
+    """Hub id, path of a local directory, or ``package:<module>`` for weights that an installed package carries."""
     revision: str | None = None
     """Branch, tag or commit on the hub; give a commit to make runs repeatable."""
+    gguf_file: str | None = None
+    """The GGUF file in there that holds weights and tokenizer; its weights are dequantised. Where it is the only one beside no
+    config.json, a directory or package need not name it."""
     dtype: Literal["float32", "bfloat16", "float16"] = "float32"
-    """Precision in which the policy computes, and in which it is saved; anything below float32 changes numbers. Weights that
-    are trained have float32 masters, on which the optimizer works."""
+    """Precision in which the policy samples, is evaluated and is saved, and that of the reference; anything below float32
+    changes numbers. Weights are trained in float32: with ``bfloat16`` their matrix products are bfloat16 (autocast), with
+    ``float16`` all is float32, as gradients would leave its range."""
     trust_remote_code: bool = False
     """Run Python code that comes with the model. Leave it off unless you have read that code."""
+    demonstrations: WarmStart | None = None
+    """Supervision before everything else: what comes out is the reference policy. null: the model as it is."""
+
+    def check(self) -> None:
+        if self.model.startswith("package:"):
+            self.refuse_ignored(f"model is {self.model}, whose version is the installed one", "revision")

@@ -44,8 +44,8 @@ def closure(start: str, follow: Callable[[str], bool]) -> tuple[dict[str, Path],
         spec = _found(name)
         if spec is None or spec.origin is None:
             continue
-        if top not in OWN and (installed := _installed(spec.origin, top)) is not None:
-            packages[top] = installed
+        if top not in OWN and (found := installed(spec.origin, top)) is not None:
+            packages[top] = found
             continue
         files[name] = Path(spec.origin)
         imported, beside = _read(files[name], name, spec.submodule_search_locations is not None, stamp_of(files[name]))
@@ -70,7 +70,7 @@ def _found(name: str) -> ModuleSpec | None:
     return spec if spec is not None and spec.has_location else None
 
 
-def _installed(origin: str, top: str) -> str | None:
+def installed(origin: str, top: str) -> str | None:
     """The version of an installed package; None for code that is not installed, or by hand."""
     if not {"site-packages", "dist-packages"} & set(Path(origin).parts):
         return None

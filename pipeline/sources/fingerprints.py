@@ -1,21 +1,18 @@
-"""What decides results without standing in params.yaml: code, data files and builds that it only names, as hashes."""
+"""What decides results without standing in params.yaml: code and data files that it only names, as hashes."""
 
-from collections.abc import Collection, Iterator
-from importlib.metadata import version
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from pydantic import BaseModel
 
-from pipeline.model.kernels.library import build
+from pipeline.model.origin import PACKAGE, local_folder
 from pipeline.settings.custom import custom_sections
 from pipeline.settings.params import Config, Environment
 from pipeline.settings.policy import PretrainedPolicy, ScratchPolicy
-from pipeline.sources.closures import OWN, closure
+from pipeline.sources.closures import OWN, closure, installed
 from pipeline.sources.hashes import file_hash, tree_hashes
 
-LIBRARIES = ("lightning", "numpy", "tokenizers", "torch", "transformers")
-"""Packages whose versions decide numbers."""
 CACHE = "cache"
 """A setting of this name is a folder that an environment fills itself; it decides nothing."""
 
@@ -66,21 +63,14 @@ def _of_module(module: str, settings: Any) -> dict[str, Any]:
 
 
 def of_policy(policy: ScratchPolicy | PretrainedPolicy) -> dict[str, Any]:
-    """What a policy of params.yaml names: the files of a local model directory, by name."""
-    if policy.kind == "scratch" or not Path(policy.model).is_dir():
+    """What a policy of params.yaml names: the files of a local model directory or of a package that carries one, by name,
+    and the package's version."""
+    if policy.kind == "scratch" or (folder := local_folder(policy.model)) is None:
         return {"files": {}}
-    return {"files": tree_hashes(Path(policy.model))}
-
-
-def of_machine() -> dict[str, Any]:
-    """The build of the kernels and versions of libraries: what else decides floats' last digits."""
-    return {"kernels": build(), "packages": {name: version(name) for name in LIBRARIES}}
-
-
-def of_code(start: str, left_out: Collection[str]) -> dict[str, str]:
-    """Hashes of a module of the project and of what it imports, but for modules and packages that are left out."""
-    found, _ = closure(start, lambda name: not any(f"{name}.".startswith(f"{own}.") for own in left_out))
-    return {name: file_hash(path) for name, path in found.items()}
+    package = policy.model.removeprefix(PACKAGE)
+    if package == policy.model:
+        return {"files": tree_hashes(folder)}
+    return {"files": tree_hashes(folder), "packages": {package: installed(str(folder), package)}}
 
 
 def _registered(name: str) -> str:

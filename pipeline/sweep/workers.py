@@ -38,8 +38,10 @@ class SearchRun:
     observer: Observer | None = None
 
 
-def run_search(search: SearchRun, workers: int) -> list[FrozenTrial]:
+def run_search(search: SearchRun, workers: int, threads: int = 1) -> list[FrozenTrial]:
     """Run a search until as many trials are finished as are asked for, or go on with one; returns all its trials.
+
+    There are so many ``workers``, each with so many ``threads``.
 
     Raises:
         UserError: the storage cannot be used.
@@ -53,7 +55,7 @@ def run_search(search: SearchRun, workers: int) -> list[FrozenTrial]:
         with still():
             for index in range(workers):
                 receiver, sender = context.Pipe(duplex=False)
-                arguments = (search, sender, (*reading, receiver), os.getpid())
+                arguments = (search, sender, (*reading, receiver), os.getpid(), threads)
                 process = context.Process(target=_work, args=arguments, name=f"worker {index}")
                 process.start()
                 sender.close()
@@ -104,12 +106,12 @@ def _prepare(plan: SearchPlan) -> None:
     queue.fill()
 
 
-def _work(search: SearchRun, sender: Connection, inherited: Sequence[Connection], parent: int) -> None:
+def _work(search: SearchRun, sender: Connection, inherited: Sequence[Connection], parent: int, threads: int) -> None:
     """A worker's life: claim, run, tell, until all that was asked for is finished."""
     begin_worker(parent)
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
     for receiver in inherited:
         receiver.close()  # else this worker itself would keep its pipe open when nobody else listens any more
     try:

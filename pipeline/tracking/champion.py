@@ -15,6 +15,7 @@ from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
 
+from pipeline.model.adapters import merged
 from pipeline.model.loading import load_policy
 from pipeline.model.policy import Policy
 from pipeline.tracking.datasets import dvc_digest
@@ -39,7 +40,8 @@ def register(client: MlflowClient, uri: str, run_id: str, record: Record) -> Non
     if _champion_digest(client, name) == digest or not directory.is_dir() or dvc_digest(directory) != digest:
         return
     transformers.utils.logging.disable_progress_bar()
-    policy = load_policy(directory, dtype=record["dtype"], context=1)  # it will only be saved
+    # It will only be saved. MLflow keeps adapters beside a base that has a name on the hub, and this one has none.
+    policy = merged(load_policy(directory, dtype=record["dtype"], context=1))
     with patient(UPLOAD):
         model = _log_model(uri, run_id, policy)
         tags = {**record["tags"], "digest": digest}

@@ -82,7 +82,7 @@ def require_recomputed(found: Agreement, dtype: torch.dtype, first: float | None
 
     Args:
         found: see ``recomputed``.
-        dtype: of the policy.
+        dtype: of the weights that are sampled from.
         first: error in the training's first iteration; None in that one.
         everywhere: largest difference from the reference policy's log-probabilities, which it still has, in logits.
 

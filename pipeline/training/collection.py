@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from pipeline.energy.annotate import annotate, score_trajectories
+from pipeline.model.memory import tokens_per_forward
 from pipeline.model.policy import Policy
 from pipeline.progress.display import span
 from pipeline.progress.timing import Phases
@@ -37,7 +38,7 @@ class Collection:
     """Where episodes come from."""
     engine: RolloutEngine
     policy: Policy
-    """What the engine samples from."""
+    """What is trained; the engine samples from it, or from a copy in the precision of the reference policy."""
     reference: Policy
     """Frozen."""
     phases: Phases
@@ -93,7 +94,7 @@ class Collection:
 
         Wave by wave, because float rounding depends on what shares a forward pass.
         """
-        settings = self.config.rollout.temperature, self.config.train.tokens_per_forward
+        settings = self.config.rollout.temperature, tokens_per_forward(self.config, self.reference)
         with self.phases.phase("annotate"), span("reference scores", *SCORING):
             parts = [wave if wave.annotated else annotate(wave, self.reference, *settings) for wave in waves]
         if len(parts) == 1:
@@ -111,11 +112,19 @@ class Collection:
             scores[tokens] = branch_scores(section, initial.select(rows), draws, shift[tokens], blank[tokens])
         return scores
 
-    def at_temperature(self, trajectories: Trajectories) -> Trajectories:
-        """Episodes that were sampled at another temperature, with the policy's log-probabilities and entropies at
-        ``rollout.temperature``: REINFORCE has no ratio to what they were drawn from."""
+    @property
+    def mixed(self) -> bool:
+        """Whether episodes are sampled in another precision than they are trained on."""
+        return self.policy.computing is not None or self.policy.model.dtype != self.reference.model.dtype
+
+    def rescored(self, trajectories: Trajectories) -> Trajectories:
+        """Episodes with the log-probabilities and entropies that an update begins with, at ``rollout.temperature``.
+
+        Those are the policy's as it is where episodes were sampled in another precision, so that ratios begin at 1; or at
+        another temperature: REINFORCE has no ratio to what they were drawn from.
+        """
         temperature = self.config.rollout.temperature
-        others = [e for e, own in enumerate(trajectories.episodes["temperature"]) if own != temperature]
+        others = [e for e, own in enumerate(trajectories.episodes["temperature"]) if self.mixed or own != temperature]
         if not others:
             return trajectories
         tokens = np.isin(trajectories.token_episode, others)
@@ -130,7 +139,7 @@ class Collection:
         self.policy.model.eval()
         try:
             with self.phases.phase("annotate"):
-                most = self.config.train.tokens_per_forward
+                most = tokens_per_forward(self.config, self.policy)
                 return score_trajectories(self.policy, trajectories, temperature, most)[:2]
         finally:
             self.policy.model.train(was_training)

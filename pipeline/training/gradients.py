@@ -9,14 +9,14 @@ from pipeline.training.tokens import TokenTable
 from pipeline.training.update import Learner
 from pipeline.trajectories.trajectory import REPORTED_ROLES, RESPONSE_ROLES
 
-TRAJECTORIES, TOKENS_PER_ROLE = 4, 4
-"""How many of a minibatch's trajectories are looked at, and how many tokens of each role in each of them."""
+TOKENS_PER_ROLE = 4
+"""How many tokens of each role are looked at in a trajectory."""
 
 
 def gradient_share(learner: Learner, minibatch: TokenTable, draws: np.random.Generator) -> dict[str, float]:
     """Share of each role in ``sum_t |grad (c_t * surrogate_t)|``, from the gradients of a sample of tokens.
 
-    The norm is over all of the policy's parameters. A role's sum is estimated as its number of tokens in the minibatch
+    The norm is over all of the policy's parameters that are trained. A role's sum is estimated as its number of tokens in the minibatch
     times the mean norm over its sampled tokens; a role without a token in the sample counts as 0.
 
     Returns:
@@ -24,7 +24,7 @@ def gradient_share(learner: Learner, minibatch: TokenTable, draws: np.random.Gen
     """
     minibatch = learner.planned(minibatch)
     norms: dict[int, list[float]] = {}
-    for index in sorted(draws.permutation(len(minibatch))[:TRAJECTORIES].tolist()):
+    for index in sorted(draws.permutation(len(minibatch))[: learner.config.train.gradient_trajectories].tolist()):
         trajectory = minibatch.select([index])
         if len(trajectory["role"]) == 0:
             continue
@@ -44,6 +44,8 @@ def gradient_share(learner: Learner, minibatch: TokenTable, draws: np.random.Gen
 
 
 def _norm(model: torch.nn.Module, loss: Tensor) -> float:
-    """Norm of a scalar's gradient by the model's parameters, whose own gradients are left alone."""
-    gradients = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True, allow_unused=True)
-    return float(torch.stack([g.float().square().sum() for g in gradients if g is not None]).sum().sqrt())
+    """Norm of a scalar's gradient by the parameters that are trained, whose own gradients are left alone."""
+    trained = [p for p in model.parameters() if p.requires_grad]
+    gradients = torch.autograd.grad(loss, trained, retain_graph=True, allow_unused=True)
+    norms = [torch.linalg.vector_norm(g, dtype=torch.float64) for g in gradients if g is not None]
+    return float(torch.linalg.vector_norm(torch.stack(norms)))  # in float64 the squares of great gradients are finite

@@ -22,7 +22,6 @@ from pipeline.model.scoring import LOGITS_PER_CHUNK, predicting_hidden
 from pipeline.objective.regularisers import value_loss
 from pipeline.objective.soft import soft_policy_loss, soft_state
 from pipeline.settings.heads import Critic, QFunction
-from pipeline.training.masters import Masters
 
 Columns = Mapping[str, Shaped[Tensor, "n ..."]]
 """Of the wanted tokens, by name."""
@@ -66,7 +65,9 @@ class Head(nn.Module):
     def __init__(self, name: str, settings: Critic | QFunction, reference: Policy) -> None:
         super().__init__()
         self.name, self.settings = name, settings
-        self.trunk = copy.deepcopy(reference.backbone).requires_grad_(True) if settings.kind == "model" else None
+        self.trunk = (
+            copy.deepcopy(reference.backbone).float().requires_grad_(True) if settings.kind == "model" else None
+        )
 
     def estimate(self, scene: Scene) -> dict[str, Float[Tensor, " n"]]:
         """What the advantage is told of the wanted tokens; called without gradient."""
@@ -123,11 +124,10 @@ class QHead(Head):
         self.head = _zero_linear(width, vocabulary)
         self.target_head = copy.deepcopy(self.head).requires_grad_(False)
         self.target_trunk = None if self.trunk is None else copy.deepcopy(self.trunk).requires_grad_(False)
-        self.target_masters = Masters([] if self.target_trunk is None else self.target_trunk.parameters())
 
     def estimate(self, scene: Scene) -> dict[str, Float[Tensor, " n"]]:
         followed = scene.hidden if self.target_trunk is None else scene.through(self.target_trunk)
-        policy, reference = scene.policy.head, scene.reference.head
+        policy, reference = scene.policy.logits, scene.reference.logits
 
         def soft(own: Tensor, ref: Tensor, target: Tensor) -> Tensor:
             state = soft_state(policy(own), reference(ref), self.target_head(target.float()), scene.temperature)
@@ -135,7 +135,7 @@ class QHead(Head):
 
         return {
             "taken": self._taken(self._read(scene), scene.tokens),
-            "soft_value": _chunked(soft, len(policy.weight), scene.hidden, scene.reference_hidden, followed),
+            "soft_value": _chunked(soft, len(scene.policy.head.weight), scene.hidden, scene.reference_hidden, followed),
         }
 
     def loss(self, scene: Scene, columns: Columns, train_trunk: bool) -> Float[Tensor, " n"]:
@@ -146,21 +146,21 @@ class QHead(Head):
     def soft_objective(self, scene: Scene) -> Float[Tensor, " n"]:
         with torch.no_grad():
             read = self._read(scene)
-        policy, reference = scene.policy.head, scene.reference.head
+        policy, reference = scene.policy.logits, scene.reference.logits
 
         def loss(own: Tensor, ref: Tensor, mine: Tensor) -> Tensor:
             with torch.no_grad():
                 ref_logits, q = reference(ref), self.head(mine.float())
             return soft_policy_loss(policy(own), ref_logits, q, scene.temperature, self.q.kl_weight)
 
-        return _chunked(loss, len(policy.weight), scene.hidden, scene.reference_hidden, read)
+        return _chunked(loss, len(scene.policy.head.weight), scene.hidden, scene.reference_hidden, read)
 
     @torch.no_grad()
     def after_step(self) -> None:
         online = [*self.head.parameters(), *(self.trunk.parameters() if self.trunk is not None else ())]
-        for slow, fast in zip([*self.target_head.parameters(), *self.target_masters.weights], online, strict=True):
-            slow.lerp_(fast.to(slow.dtype), 1 - self.q.polyak)
-        self.target_masters.write()
+        trunk = () if self.target_trunk is None else self.target_trunk.parameters()
+        for slow, fast in zip([*self.target_head.parameters(), *trunk], online, strict=True):
+            slow.lerp_(fast, 1 - self.q.polyak)
 
     def _taken(self, hidden: Float[Tensor, "n width"], tokens: Int[Tensor, " n"]) -> Float[Tensor, " n"]:
         return (hidden.float() * self.head.weight[tokens]).sum(-1) + self.head.bias[tokens]

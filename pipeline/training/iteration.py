@@ -62,17 +62,18 @@ def run_iteration(collection: Collection, learner: Learner, optimizer: Any, memo
     number, updates, earlier = len(curve), list[dict[str, float]](), frozenset[str]()
     for waves in collection.collect(number):
         episodes = collection.annotate(waves)
-        tempered = collection.at_temperature(episodes)
+        rescored = collection.rescored(episodes)
 
-        everything = _token_batch(collection, tempered, number)
+        everything = _token_batch(collection, rescored, number)
         passed = select_groups(method, everything)
-        metrics = _collection_metrics(method, tempered, everything, passed)
+        metrics = _collection_metrics(method, rescored, everything, passed)
         metrics["sampling_error"] = _sampling_error(collection, episodes, earlier, metrics, curve)
+        metrics |= _sampler_difference(episodes, rescored) if collection.mixed else {}
         earlier = frozenset(episodes.episodes["episode_id"])
         kept, table, minibatches, remembered = np.flatnonzero(passed), NOTHING, list[np.ndarray](), memory
         if not len(kept):
             continue
-        chosen = tempered.select(kept)
+        chosen = rescored.select(kept)
         batch = shape_rewards(method, _token_batch(collection, chosen, number))
 
         with phases.phase("values"), span("values", UPDATES[0], UPDATES[0]):
@@ -173,8 +174,17 @@ def _sampling_error(
     found = recomputed(episodes.select(fresh), collection.now, draws, everything=not curve)
     first = curve[0]["sampling_error"] if curve else None
     everywhere = collection.config.rollout.temperature * metrics.get("recompute_error", 0.0)
-    require_recomputed(found, collection.policy.model.dtype, first, everywhere)
+    require_recomputed(found, collection.reference.model.dtype, first, everywhere)
     return found.error
+
+
+def _sampler_difference(sampled: Trajectories, rescored: Trajectories) -> dict[str, float]:
+    """How far log-probabilities of sampling are from those that ratios are of, in nats per token: mean and largest size."""
+    difference = np.abs(sampled.logprob - rescored.logprob)[sampled.trainable]
+    return {
+        "sampler_difference": float(difference.mean()),
+        "sampler_difference_largest": float(difference.max()),
+    }
 
 
 def _collection_metrics(

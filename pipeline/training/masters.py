@@ -1,17 +1,32 @@
-"""Float32 masters of weights that compute in less, so that no step is lost in rounding."""
+"""Weights that an optimizer trains: in float32, whatever computes with them, so that no step is lost in rounding."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from pipeline.model.policy import Policy
 from pipeline.workspace.errors import UserError
 
 ADAM_EPS = 1e-8
 """What Adam adds to its denominator: where a gradient is smaller, a step is smaller than the learning rate."""
 WATCHED, LEAST_MOVED = 4096, 0.5
 """Numbers of each tensor, evenly spaced, that are watched in a first step, and the share of them that it must move."""
+
+
+def with_masters(policy: Policy) -> Policy:
+    """The same policy, what is trained of its weights in float32, in place.
+
+    A bfloat16 weight of 0.02 moves by 6e-5 or not at all, and a step of Adam is about the learning rate. A policy that was
+    bfloat16 goes on computing in it, by autocast. In float16 gradients would leave its range: such a one computes in float32.
+    """
+    dtype = policy.model.dtype
+    for parameter in policy.model.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+    return replace(policy, computing=dtype if dtype == torch.bfloat16 else None)
 
 
 class Rate(NamedTuple):
@@ -21,36 +36,14 @@ class Rate(NamedTuple):
     value: float
 
 
-class Masters(nn.Module):
-    """What an optimizer trains in place of parameters.
+@dataclass
+class Masters:
+    """What an optimizer trains at one learning rate."""
 
-    A bfloat16 weight of 0.02 moves by 6e-5 or not at all, and a step of Adam is about the learning rate. So weights below
-    float32 are rounded from masters, which take the steps. Float32 parameters are masters themselves. Copies are in the
-    state dict, and so in a checkpoint. There is a ``rate`` if an optimizer makes the steps.
-    """
-
-    def __init__(self, parameters: Iterable[nn.Parameter], rate: Rate | None = None) -> None:
-        super().__init__()
-        self.rate, self.tried = rate, False
-        """``tried``: a step has been seen to move them."""
-        self._rounded: list[tuple[nn.Parameter, nn.Parameter]] = []
-        self.weights: list[nn.Parameter] = []
-        """A master for each parameter, in order."""
-        for parameter in parameters:
-            master = parameter
-            if parameter.dtype in (torch.bfloat16, torch.float16):
-                master = nn.Parameter(parameter.detach().float(), requires_grad=parameter.requires_grad)
-                self._rounded.append((parameter, master))
-            self.weights.append(master)
-        self.copies = nn.ParameterList([master for _, master in self._rounded])
-
-    def gather(self) -> None:
-        """Add the gradients of one backward pass to the masters', in float32."""
-        for rounded, master in self._rounded:
-            if rounded.grad is not None:
-                gradient = rounded.grad.float()
-                master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-                rounded.grad = None
+    weights: Sequence[nn.Parameter]
+    rate: Rate
+    tried: bool = False
+    """A step has been seen to move them."""
 
     def clip(self, norm: float) -> float:
         """Scale gradients down to a norm over all of them; returns the norm before."""
@@ -60,12 +53,6 @@ class Masters(nn.Module):
         """Drop the gradients, so that the next step changes nothing here."""
         for weight in self.weights:
             weight.grad = None
-
-    @torch.no_grad()
-    def write(self) -> None:
-        """Round the masters into the parameters."""
-        for rounded, master in self._rounded:
-            rounded.copy_(master)
 
     def watch(self) -> Callable[[], Tensor]:
         """What to call before a step and after it: it gives some of the numbers that should move.
@@ -85,25 +72,33 @@ class Masters(nn.Module):
         return now
 
 
-def take_step(step: Callable[..., object], trained: Sequence[Masters]) -> None:
-    """Step, and round what is trained into what computes.
+def take_step(step: Callable[..., object], trained: Sequence[Masters]) -> list[float | None]:
+    """Step, and tell of each what share of its numbers the first step has moved for which there is a gradient.
 
-    The first step for which there is a gradient must move the weights: steps below their rounding would all be lost, and
-    the training would be none.
+    Returns:
+        None where that step is over, or still to come.
 
     Raises:
-        UserError: less than half of the weights that should have moved did.
+        UserError: it has moved less than half of those that it should have: steps below the rounding of the weights would
+            all be lost, and the training would be none.
     """
-    watched = [(masters, now := masters.watch(), now()) for masters in trained if not masters.tried]
+    watched = [None if masters.tried else (now := masters.watch(), now()) for masters in trained]
     step()
-    for masters in trained:
-        masters.write()
-    for masters, now, before in watched:
-        if len(before):
-            masters.tried = True
-            share, least = float((now() != before).float().mean()), float(before.abs().median()) * 2**-23
-            if masters.rate is not None and not share >= LEAST_MOVED:
-                raise UserError(
-                    f"{masters.rate.key}: a step of {masters.rate.value:g} moves {share:.0%} of the weights and is lost in "
-                    f"the rounding of the others to float32; allowed: {least:.0e} or more"
-                )
+    return [
+        None if before is None else _share_moved(masters, *before)
+        for masters, before in zip(trained, watched, strict=True)
+    ]
+
+
+def _share_moved(masters: Masters, now: Callable[[], Tensor], before: Tensor) -> float | None:
+    if not len(before):
+        return None
+    masters.tried = True
+    share, precision = float((now() != before).float().mean()), masters.weights[0].dtype
+    if not share >= LEAST_MOVED:
+        least = float(before.abs().median()) * torch.finfo(precision).eps
+        raise UserError(
+            f"{masters.rate.key}: a step of {masters.rate.value:g} moves {100 * share:.2g} % of the weights and is lost in "
+            f"the rounding of the others to {str(precision).removeprefix('torch.')}; allowed: {least:.0e} or more"
+        )
+    return share

@@ -8,10 +8,13 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from pipeline.model.adapters import with_adapters
+from pipeline.model.memory import recompute_where_needed
 from pipeline.model.policy import Policy
 from pipeline.objective.estimates import declared_heads, needed_behind
 from pipeline.progress.timing import Phases
 from pipeline.rollout.making import make_engine
+from pipeline.settings.lora import Lora
 from pipeline.settings.method import Method
 from pipeline.settings.params import Config
 from pipeline.training.budget import progress, training_over
@@ -19,14 +22,16 @@ from pipeline.training.checks import require_finite_training
 from pipeline.training.collection import Collection
 from pipeline.training.heads import Head, make_heads
 from pipeline.training.iteration import Memory, run_iteration, update_columns
-from pipeline.training.masters import ADAM_EPS, Masters, Rate
+from pipeline.training.masters import ADAM_EPS, Masters, Rate, with_masters
 from pipeline.training.update import Learner
 from pipeline.trajectories.trajectory import Trajectories
 from pipeline.workspace.finite import located
 
 
 class PolicyGradient(lightning.LightningModule):
-    """Trains a policy, in place, with one method.
+    """Trains a policy with one method: in place, or by adapters on it, which are on ``policy`` of the module then.
+
+    Whatever the policy's precision, what is trained is float32 from here on.
 
     ``first`` are the annotated episodes of the first iteration, if they have been sampled already.
     """
@@ -36,16 +41,23 @@ class PolicyGradient(lightning.LightningModule):
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
-        self.config, self.name, self.seed, self.policy = config, name, seed, policy
-        method, reference = config.methods[method_name], policy.frozen_copy()
+        method, lora = config.methods[method_name], config.train.lora
+        policy.model.requires_grad_(lora is None)  # what is frozen is shared with the reference
+        reference = policy.frozen_copy()
+        if lora is not None:
+            policy = with_adapters(policy, lora, seed)
+        self.config, self.name, self.seed = config, name, seed
+        copied = lora is None and policy.model.dtype != torch.float32
+        self.sampled = policy.frozen_copy() if copied else policy
+        self.policy = policy = with_masters(policy)
+        recompute_where_needed(config, name, policy)
         # What Lightning trains and saves; the reference policy is not a module, and so it does neither with that.
-        self.model = policy.model.requires_grad_(True)
+        self.model = policy.model
         heads = make_heads(declared_heads(method.advantage), reference)
         self.heads = torch.nn.ModuleList(heads)
-        masters = masters_of(method, policy, heads, f"{config.params_file}: methods.{method_name}")
-        self.masters = torch.nn.ModuleList(masters)
+        masters = masters_of(method, lora, policy, heads, f"{config.params_file}: methods.{method_name}")
         self.learner = Learner(config, method, policy, reference, heads, masters)
-        self.engine = make_engine(config, policy)
+        self.engine = make_engine(config, self.sampled, trained=policy if copied else None)
         self.phases = Phases()
         closing = bool(needed_behind(method.advantage))
         self.collection = Collection(
@@ -61,7 +73,7 @@ class PolicyGradient(lightning.LightningModule):
         """What the training's last update made of their tokens (see ``update_columns``); empty before it."""
 
     def configure_optimizers(self) -> Any:
-        groups = [{"params": m.weights, "lr": m.rate.value} for m in self.learner.masters if m.rate is not None]
+        groups = [{"params": masters.weights, "lr": masters.rate.value} for masters in self.learner.masters]
         optimizer = torch.optim.Adam(groups, betas=self.config.train.betas, eps=ADAM_EPS)
         scheduler = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda _: self._schedule())
         return {"optimizer": optimizer, "lr_scheduler": scheduler}
@@ -72,8 +84,9 @@ class PolicyGradient(lightning.LightningModule):
         return max(0.0, 1 - done / total) if self.config.train.schedule == "linear" else 1.0
 
     def on_fit_start(self) -> None:
-        """Lightning has moved what it trains; the reference policy follows."""
-        self.learner.reference.model.to(self.device)
+        """Lightning has moved what it trains; what it does not know follows."""
+        for other in (self.learner.reference, self.sampled):
+            other.model.to(self.device)
 
     def train_dataloader(self) -> DataLoader[int]:
         """One item per epoch, and nothing in it: data loaders are prefetched, an iteration must not be."""
@@ -97,21 +110,37 @@ class PolicyGradient(lightning.LightningModule):
         scheduler: Any = self.lr_schedulers()
         scheduler.step()  # after the curve: the schedule is over what it says has been spent
 
+    def result(self) -> Policy:
+        """The policy as it is now, in the precision in which it samples and is evaluated."""
+        self.engine.forget()
+        return self.sampled
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         tried = [masters.tried for masters in self.learner.masters]
         checkpoint |= {"curve": self.curve, "memory": self.memory, "tried": tried}
+        for name in self._frozen():
+            del checkpoint["state_dict"][name]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        checkpoint["state_dict"] |= self._frozen()
         self.curve, self.memory = checkpoint["curve"], checkpoint["memory"]
         for masters, tried in zip(self.learner.masters, checkpoint["tried"], strict=True):
             masters.tried = tried
 
+    def _frozen(self) -> dict[str, torch.Tensor]:
+        """What adapters are on: it is in the reference policy's files, and in no checkpoint."""
+        weights = self.model.named_parameters(remove_duplicate=False)
+        return {f"model.{name}": weight for name, weight in weights if not weight.requires_grad}
 
-def masters_of(method: Method, policy: Policy, heads: Sequence[Head], key: str) -> list[Masters]:
+
+def masters_of(method: Method, lora: Lora | None, policy: Policy, heads: Sequence[Head], key: str) -> list[Masters]:
     """What an optimizer trains of the policy, then of each head; ``key`` is the method's in params.yaml."""
     sections = {id(section): f"{key}.advantage.{name}.learning_rate" for name, section in method.advantage}
-    trained = [Masters(policy.model.parameters(), Rate(f"{key}.learning_rate", method.learning_rate))]
+    rate = Rate(f"{key}.learning_rate", method.learning_rate)
+    if lora is not None:
+        rate = Rate(f"{rate.key} * train.lora.learning_rate_factor", rate.value * lora.learning_rate_factor)
+    trained = [Masters([p for p in policy.model.parameters() if p.requires_grad], rate)]
     for head in heads:
         rate = Rate(sections[id(head.settings)], head.settings.learning_rate)
-        trained.append(Masters((p for p in head.parameters() if p.requires_grad), rate))
+        trained.append(Masters([p for p in head.parameters() if p.requires_grad], rate))
     return trained

@@ -7,11 +7,13 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import lightning.pytorch as lightning
 import torch
 from lightning.pytorch.callbacks import Callback
 
+from pipeline.model.adapters import save_trained
 from pipeline.model.loading import load_trained
 from pipeline.progress.display import begin, within
 from pipeline.tracking.training import RunSettings, TrainingRun
@@ -22,6 +24,7 @@ from pipeline.training.seed_key import TrainingTask, table_slice
 from pipeline.trajectories.table import read
 from pipeline.workspace.files import lock, read_json, replacing, write_json
 from pipeline.workspace.finite import located
+from pipeline.workspace.layout import Layout
 from pipeline.workspace.processes import Tell
 
 Curve = list[dict[str, float]]
@@ -87,6 +90,13 @@ def _train_until(job: TrainingJob, iterations: int, report: Tell) -> Curve:
     return module.curve[:iterations]
 
 
+def try_iteration(module: PolicyGradient) -> dict[str, float]:
+    """Make a training's first iteration, which leaves no file; returns its row of the curve, with its times."""
+    with TemporaryDirectory() as folder:
+        _trainer(Path(folder), 1, [Clock()]).fit(module)
+    return module.curve[0]
+
+
 def _trainer(folder: Path, iterations: int, callbacks: list[Callback]) -> lightning.Trainer:
     # Lightning's hints about hardware and loggers are not for this pipeline's users.
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
@@ -115,7 +125,7 @@ def _leave_result(task: TrainingTask, module: PolicyGradient, run: TrainingRun |
         {k: row.pop(k) for k in list(row) if k.startswith(("seconds", "tokens_per_second"))} for row in module.curve
     ]
     with replacing(task.result) as folder:
-        module.policy.save(folder / "policy")
+        save_trained(module.result(), folder / "policy", Layout(Path()).base)
         write_json(folder / "curves.json", module.curve)
         write_json(folder / "timings.json", timings)
         shutil.copy2(episodes, folder)

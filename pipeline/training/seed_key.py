@@ -1,22 +1,16 @@
 """What a training leaves, where it is kept, and the key under which it may be used again."""
 
-import hashlib
-import json
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.settings.params import Config
-from pipeline.sources.fingerprints import of_code, of_environment, of_machine, of_method
+from pipeline.sources.code import result_key
+from pipeline.sources.fingerprints import of_environment, of_method
 from pipeline.sources.hashes import tree_hashes
 from pipeline.trajectories.trajectory import Trajectories
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.layout import Cache
-
-RESOLVED = ("pipeline.settings", "pipeline.workspace.yaml_files")
-"""The schema of what is in the key already: resolved settings."""
-ASIDE = ("pipeline.progress", "pipeline.sources", "pipeline.tracking")
-"""What tells of a training and does not take part in it."""
 
 
 @dataclass(frozen=True)
@@ -71,12 +65,15 @@ def training_key(config: Config, environment: str, method: str, seed: int, polic
             k: getattr(config.evaluation, k) for k in ("validation_states", "validation_rollouts", "temperatures")
         },
         "seed": seed,
+        "threads": config.threads,
         "policy": tree_hashes(policy),
         "sources": [of_environment(config.environments[environment]), of_method(config.methods[method])],
-        "machine": of_machine(),
-        "code": of_code("pipeline.training.run", (*RESOLVED, *ASIDE)),
     }
-    return hashlib.sha256(json.dumps(resolved, sort_keys=True).encode()).hexdigest()[:24]
+    if config.train.tokens_per_forward == "auto":
+        import psutil  # not torch, which asks for seconds
+
+        resolved["memory"] = round(psutil.virtual_memory().total / 2**30) / config.workers
+    return result_key("pipeline.training.run", resolved)
 
 
 def table_slice(table: Trajectories, config: Config, environment: str, seed: int) -> Trajectories | None:

@@ -11,8 +11,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pipeline.model.memory import tokens_per_forward
 from pipeline.model.policy import Policy
-from pipeline.model.scoring import TokenScores, length_batches, predicting_hidden, score_tokens
+from pipeline.model.scoring import TokenScores, batches_of, predicting_hidden, score_tokens
 from pipeline.objective.estimates import needed_behind
 from pipeline.objective.methods import coefficients, policy_loss, surrogate_plan
 from pipeline.objective.surrogates import UpdateTokens
@@ -52,6 +53,11 @@ class Learner:
     masters: Sequence[Masters]
     """Of the policy, then of each head."""
 
+    @property
+    def tokens_per_forward(self) -> int:
+        """See ``Train.tokens_per_forward``."""
+        return tokens_per_forward(self.config, self.policy)
+
     def scene(self, sequences: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> Scene:
         """Sequences with the policy's hidden states that predict the wanted tokens."""
         hidden = predicting_hidden(self.policy, sequences, wanted)
@@ -73,18 +79,20 @@ class Learner:
         flat, trainable, tokens = dict[str, Tensor](), trajectories.trainable, len(trajectories.input_ids)
         asked = needed_behind(self.method.advantage)
         more = np.isin(trajectories.episodes["end_reason"], CUT_OFF) & bool(asked)
-        lengths = trajectories.lengths + more
-        for batch in length_batches(lengths, self.config.train.tokens_per_forward) if self.heads else ():
-            sequences, wanted, index = list[np.ndarray](), list[np.ndarray](), list[np.ndarray]()
+        # Which token is put behind the last does not matter: what predicts it has not seen it.
+        sequences = [
+            np.append(ids, ids[-1:]) if behind else ids
+            for ids, behind in zip(trajectories.sequences, more, strict=True)
+        ]
+        for batch in batches_of(self.policy, sequences, self.tokens_per_forward) if self.heads else ():
+            wanted, index = list[np.ndarray](), list[np.ndarray]()
             for e in batch:
                 span = np.arange(trajectories.offsets[e], trajectories.offsets[e + 1])
-                ids, chosen = trajectories.input_ids[span], trainable[span]
-                # Which token is put behind the last does not matter: what predicts it has not seen it.
-                sequences.append(np.append(ids, ids[-1:]) if more[e] else ids)
+                chosen = trainable[span]
                 wanted.append(np.append(chosen, True) if more[e] else chosen)
                 index += [span[chosen], np.array([tokens + e] if more[e] else [], dtype=span.dtype)]
             places = torch.from_numpy(np.concatenate(index))
-            for name, values in self.estimate(sequences, wanted).items():
+            for name, values in self.estimate([sequences[e] for e in batch], wanted).items():
                 column = flat.setdefault(name, torch.zeros(tokens + len(trajectories)))
                 column[places] = values.float().cpu()
         columns = {name: column[:tokens] for name, column in flat.items()}
@@ -97,13 +105,13 @@ class Learner:
             NumericsError: a log-probability is not finite.
         """
         scene = self.scene(piece.sequences("ids"), piece.sequences("trainable"))
-        scores = score_tokens(scene.hidden, scene.tokens, self.policy.head, scene.temperature)
+        scores = score_tokens(scene.hidden, scene.tokens, self.policy.head, scene.temperature, self.policy.cap)
         require_finite("a log-probability in the update", scores.logprob)
         return scene, scores
 
     def pieces(self, minibatch: TokenTable) -> list[np.ndarray]:
-        """Trajectories of similar length that are scored at once, by their indices."""
-        return length_batches(minibatch.lengths.numpy(), self.config.train.tokens_per_forward)
+        """Trajectories that are scored at once, by their indices."""
+        return batches_of(self.policy, minibatch.sequences("ids"), self.tokens_per_forward)
 
     def with_coefficients(self, minibatch: TokenTable) -> TokenTable:
         """The minibatch with c_t of its tokens."""
@@ -173,7 +181,8 @@ def update(learner: Learner, optimizer: Any, minibatch: TokenTable, iteration: i
     than ``skip_above_kl``.
 
     Returns:
-        What is measured; of an update that is not finite only that it is none.
+        What is measured; of an update that is not finite only that it is none. ``weights_moved``, and the same of each head,
+        is in the first that moves any: the share of those with a gradient (see ``take_step``).
 
     Raises:
         NumericsError: a log-probability is not finite.
@@ -182,9 +191,9 @@ def update(learner: Learner, optimizer: Any, minibatch: TokenTable, iteration: i
     optimizer.zero_grad(set_to_none=True)
     minibatch = learner.planned(minibatch)
     totals = _accumulate_gradients(learner, minibatch, iteration)
-    names = ["gradient_norm", *(f"{head.name}_gradient_norm" for head in learner.heads)]
-    for key, masters in zip(names, learner.masters, strict=True):
-        totals[key] = masters.clip(learner.config.train.gradient_clip)
+    owners = ["", *(f"{head.name}_" for head in learner.heads)]
+    for owner, masters in zip(owners, learner.masters, strict=True):
+        totals[f"{owner}gradient_norm"] = masters.clip(learner.config.train.gradient_clip)
     finite = all(map(math.isfinite, totals.values()))
     limit = learner.method.regulariser.skip_above_kl
     skipped = limit is not None and not totals["kl_behaviour"] <= limit
@@ -193,7 +202,8 @@ def update(learner: Learner, optimizer: Any, minibatch: TokenTable, iteration: i
     counted = {"non_finite_losses": float(not finite), "skipped_steps": float(skipped)}
     if not finite:
         return counted
-    take_step(optimizer.step, learner.masters)
+    moved = take_step(optimizer.step, learner.masters)
+    totals |= {f"{owner}weights_moved": m for owner, m in zip(owners, moved, strict=True) if m is not None}
     for head in learner.heads:
         head.after_step()
     return totals | gradient_asked(minibatch) | counted
@@ -208,8 +218,6 @@ def _accumulate_gradients(learner: Learner, minibatch: TokenTable, iteration: in
         done += len(piece)
         loss, terms = learner.loss(minibatch.select(piece), minibatch, warming)
         loss.backward()
-        for masters in learner.masters:
-            masters.gather()
         for key, value in terms.items():
             totals[key] = totals.get(key, 0.0) + float(value.detach())
     return totals

@@ -9,7 +9,6 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
@@ -82,7 +81,7 @@ class UpdateKL:
         parts = [torch.zeros(0, policy.head.out_features)]
         for piece in self._pieces:
             hidden = predicting_hidden(policy, piece.sequences("ids"), piece.sequences("wanted"))
-            parts.append(F.linear(hidden, policy.head.weight, policy.head.bias).float().cpu() / temperature)
+            parts.append(policy.logits(hidden).float().cpu() / temperature)
         return torch.cat(parts)
 
 

@@ -1,6 +1,6 @@
 """Trajectories as an Arrow table of one row per episode, and as a Parquet file."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -105,3 +105,10 @@ def read(path: str | Path) -> Trajectories:
         raise TrajectoryError(f"{path}: not a readable Parquet file: {str(error).splitlines()[0]}") from None
     except TrajectoryError as error:
         raise TrajectoryError(f"{path}: {error}") from None
+
+
+def kept(path: Path, make: Callable[[], Trajectories]) -> Trajectories:
+    """What a file holds; where there is none, what is made now, which it holds from then on."""
+    if not path.exists():
+        write(make(), path)
+    return read(path)

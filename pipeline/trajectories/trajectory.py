@@ -136,6 +136,11 @@ class Trajectories:
         return slice(self.offsets[episode], self.offsets[episode + 1])
 
     @property
+    def sequences(self) -> list[np.ndarray]:
+        """Token ids, an array per episode."""
+        return [self.input_ids[self.tokens(episode)] for episode in range(len(self))]
+
+    @property
     def annotated(self) -> bool:
         """Whether the reference policy's energy, log-probability and entropy are present."""
         return self.energy is not None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -70,6 +71,11 @@ class Layout:
     def final_policy(self, environment: str, method: str, seed: int | str) -> Path:
         """Directory of a seed's trained policy; of the method ``reference`` the reference policy's."""
         return self.policy if method == "reference" else self.trained(environment, method) / f"seed-{seed}"
+
+    @property
+    def base(self) -> str:
+        """Path of the reference policy from a trained one's directory, where adapters look for it."""
+        return os.path.relpath(self.policy, self.final_policy("environment", "method", 0))
 
     def trajectories(self, environment: str) -> Path:
         """The reference policy's trajectories."""
@@ -163,6 +169,10 @@ class Cache:
     def training(self, key: str) -> Path:
         """Folder of a training: checkpoint while it runs, result when it is finished."""
         return self.folder / "train" / key
+
+    def slices(self, key: str) -> Path:
+        """Folder of a table's slices that are finished, while the others are made."""
+        return self.folder / "slices" / key
 
     def lock(self, name: str) -> Path:
         """The lock of whoever makes what has this name."""

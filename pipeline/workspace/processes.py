@@ -1,4 +1,4 @@
-"""Independent tasks in a pool of single-threaded processes, none of which outlives the one that started it."""
+"""Independent tasks in a pool of processes, none of which outlives the one that started it."""
 
 import contextlib
 import ctypes
@@ -28,13 +28,13 @@ class Tell(Protocol):
     def __call__(self, done: int, total: int, text: str = "") -> None: ...
 
 
-def _start(reports: Any, parent: int) -> None:
+def _start(reports: Any, parent: int, threads: int) -> None:
     global _reports
     _reports = reports
     begin_worker(parent)
     import torch
 
-    torch.set_num_threads(1)
+    torch.set_num_threads(threads)
 
 
 def _run(function: Callable[[Any, Tell], Any], label: str, task: Any) -> Any:
@@ -44,12 +44,12 @@ def _run(function: Callable[[Any, Tell], Any], label: str, task: Any) -> Any:
 
 
 def run_in_processes(
-    function: Callable[[Task, Tell], Result], tasks: Mapping[str, Task], workers: int, title: str
+    function: Callable[[Task, Tell], Result], tasks: Mapping[str, Task], workers: int, title: str, threads: int = 1
 ) -> dict[str, Result]:
-    """Run ``function(task, report)`` for every task, at most ``workers`` at once.
+    """Run ``function(task, report)`` for every task, at most ``workers`` at once, each with so many ``threads``.
 
-    Processes are forked, so what this one has imported is there already; results are pickled, and have the order of
-    ``tasks``. A terminal shows a bar per task; elsewhere a line is printed every 20 seconds (``Display``).
+    Processes are forked, so what this one has imported is there already; but they would wait for threads in which it has
+    computed, and which they do not have. Results are pickled, and have the order of ``tasks``. A terminal shows a bar per task; elsewhere a line is printed every 20 seconds (``Display``).
 
     Raises:
         Exception: whatever a task raised. The others are cancelled, and those that have begun are killed, as they are
@@ -59,7 +59,7 @@ def run_in_processes(
         return {}
     context = multiprocessing.get_context("fork")
     reports = context.Queue()
-    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _start, (reports, os.getpid()))
+    pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _start, (reports, os.getpid(), threads))
     with _ending(pool):
         with still():
             futures: dict[Future[Result], str] = {

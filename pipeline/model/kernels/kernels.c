@@ -319,60 +319,77 @@ INLINE void backward(const batch *b, int size, const float *out, const float *lo
     free(keys), free(turned), free(values), free(key_sums), free(value_sums), free(rows), free(slopes), free(q);
 }
 
-/* One query of one head over the first `length` tokens of a slot: keys in tiles [length / 16][size][16], values as
- * [length][size]. */
-INLINE void attend_slot(const float *q, const float *keys, const float *values, float *rows, long length, int size,
-                        float *out) {
+/* A layer's cached keys and values, in pages of `length` tokens, a multiple of LANES: `numbers` are those of each slot's
+ * pages, `width` a slot, and `address` says where they begin. A page has all heads' keys in tiles [length / 16][size][16],
+ * then all heads' values as [length][size]. */
+typedef struct {
+    float *const *address;
+    const int64_t *numbers;
+    long width, length;
+} pages;
+
+/* One query of one head over the first `length` tokens of a slot; `p` are the slot's pages, the head's keys are `keys`
+ * numbers into each of them and its values `values`. */
+INLINE void attend_slot(const float *q, const pages *p, const int64_t *numbers, long keys, long values, float *rows,
+                        long length, int size, float *out) {
     long end = (length + LANES - 1) / LANES * LANES;
-    for (long t = 0; t < end; t += LANES) {
-        vec even[PARTS] = {}, odd[PARTS] = {};
-        for (int d = 0; d < size; d += 2)
-            for (int i = 0; i < PARTS; i++) {
-                const float *tile = keys + t * size + d * LANES + i * VECTOR;
-                even[i] += q[d] * LOAD(tile);
-                odd[i] += q[d + 1] * LOAD(tile + LANES);
-            }
-        for (int i = 0; i < PARTS; i++) STORE(rows + t + i * VECTOR, even[i] + odd[i]);
+    for (long start = 0; start < end; start += p->length) {
+        const float *page = p->address[numbers[start / p->length]] + keys;
+        long count = end - start < p->length ? end - start : p->length;
+        for (long t = 0; t < count; t += LANES) {
+            vec even[PARTS] = {}, odd[PARTS] = {};
+            for (int d = 0; d < size; d += 2)
+                for (int i = 0; i < PARTS; i++) {
+                    const float *tile = page + t * size + d * LANES + i * VECTOR;
+                    even[i] += q[d] * LOAD(tile);
+                    odd[i] += q[d + 1] * LOAD(tile + LANES);
+                }
+            for (int i = 0; i < PARTS; i++) STORE(rows + start + t + i * VECTOR, even[i] + odd[i]);
+        }
     }
     for (long t = length; t < end; t++) rows[t] = -1e30f;
     float share = 1 / grow(rows, end, peak_of(rows, end));
     const int across = ACROSS(size);
     for (int d = 0; d < size; d += across * VECTOR) {
         vec part[4][ABREAST] = {};
-        long t = 0;
-        for (; t + 4 <= length; t += 4)
-            for (int j = 0; j < 4; j++)
-                for (int i = 0; i < across; i++)
-                    part[j][i] += rows[t + j] * LOAD(values + (t + j) * size + d + i * VECTOR);
-        for (; t < length; t++)
-            for (int i = 0; i < across; i++) part[0][i] += rows[t] * LOAD(values + t * size + d + i * VECTOR);
+        for (long start = 0; start < length; start += p->length) {
+            const float *page = p->address[numbers[start / p->length]] + values + d, *row = rows + start;
+            long t = 0, count = length - start < p->length ? length - start : p->length;
+            for (; t + 4 <= count; t += 4)
+                for (int j = 0; j < 4; j++)
+                    for (int i = 0; i < across; i++) part[j][i] += row[t + j] * LOAD(page + (t + j) * size + i * VECTOR);
+            for (; t < count; t++)
+                for (int i = 0; i < across; i++) part[0][i] += row[t] * LOAD(page + t * size + i * VECTOR);
+        }
         for (int i = 0; i < across; i++)
             STORE(out + d + i * VECTOR, ((part[0][i] + part[1][i]) + (part[2][i] + part[3][i])) * share);
     }
 }
 
-/* Store new tokens' keys and values in their slots, then attend from those that ask (`asking` gives their numbers among
- * the new tokens) to their slot up to themselves. */
+/* Store new tokens' keys and values in their slots' pages, then attend from those that ask (`asking` gives their numbers
+ * among the new tokens) to their slot up to themselves. */
 INLINE void cached(const float *query, const float *key, const float *value, const float *cosine, const float *sine,
-                   float *keys, float *values, const int64_t *slots, const int64_t *positions, long tokens,
-                   const int64_t *asking, long queries, long capacity, int heads, int groups, int size, float scale,
-                   float *out) {
-    long slab = capacity * size;
+                   const pages *p, const int64_t *slots, const int64_t *positions, long tokens, const int64_t *asking,
+                   long queries, int heads, int groups, int size, float scale, float *out) {
+    long slab = p->length * size, values = groups * slab;
     float turned[size];
-    for (long i = 0; i < tokens; i++)
+    for (long i = 0; i < tokens; i++) {
+        float *page = p->address[p->numbers[slots[i] * p->width + positions[i] / p->length]];
+        long place = positions[i] % p->length;
         for (int g = 0; g < groups; g++) {
-            long position = positions[i], at = (slots[i] * groups + g) * slab;
-            float *tile = keys + at + position / LANES * LANES * size + position % LANES;
+            float *tile = page + g * slab + place / LANES * LANES * size + place % LANES;
             gather(turned, key + g * size, cosine, sine, 0, i, 1, tokens, (long)groups * size, size, 1);
             for (int d = 0; d < size; d++) tile[d * LANES] = turned[d];
-            memcpy(values + at + position * size, value + (i * groups + g) * size, size * sizeof(float));
+            memcpy(page + values + g * slab + place * size, value + (i * groups + g) * size, size * sizeof(float));
         }
-    float *rows = scratch(capacity);
+    }
+    float *rows = scratch(p->width * p->length);
     for (long i = 0; i < queries; i++)
         for (int h = 0; h < heads; h++) {
-            long at = (slots[asking[i]] * groups + h * groups / heads) * slab;
+            const int64_t *numbers = p->numbers + slots[asking[i]] * p->width;
+            long at = h * groups / heads * slab;
             gather(turned, query + h * size, cosine, sine, asking, i, 1, queries, (long)heads * size, size, scale);
-            attend_slot(turned, keys + at, values + at, rows, positions[asking[i]] + 1, size,
+            attend_slot(turned, p, numbers, at, values + at, rows, positions[asking[i]] + 1, size,
                         out + (i * heads + h) * (long)size);
         }
     free(rows);
@@ -404,11 +421,12 @@ void causal_backward(QKV, SEQUENCES, int size, float scale, const float *out, co
     FOR_SIZE(backward(&b, SIZE, out, logsum, to_out, to_query, to_key, to_value))
 }
 
-void cached_forward(QKV, float *keys, float *values, const int64_t *slots, const int64_t *positions, long tokens,
-                    const int64_t *asking, long queries, long capacity, int heads, int groups, int size, float scale,
-                    float *out) {
-    FOR_SIZE(cached(query, key, value, cosine, sine, keys, values, slots, positions, tokens, asking, queries, capacity,
-                    heads, groups, SIZE, scale, out))
+void cached_forward(QKV, float *const *address, const int64_t *numbers, long width, long length,
+                    const int64_t *slots, const int64_t *positions, long tokens, const int64_t *asking, long queries,
+                    int heads, int groups, int size, float scale, float *out) {
+    pages p = {address, numbers, width, length};
+    FOR_SIZE(cached(query, key, value, cosine, sine, &p, slots, positions, tokens, asking, queries, heads, groups, SIZE,
+                    scale, out))
 }
 
 /* Kernels over rows: everything that has a row for each token comes first, then how many rows and how wide. */

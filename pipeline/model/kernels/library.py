@@ -40,7 +40,7 @@ _HEADS, _ROWS = [_INT, _INT, _INT, _FLOAT], [_COUNT, _COUNT]
 _SIGNATURES = {
     "causal_forward": [*[_ADDRESS] * 8, _COUNT, *_HEADS, *[_ADDRESS] * 2],
     "causal_backward": [*[_ADDRESS] * 8, _COUNT, *_HEADS, *[_ADDRESS] * 6],
-    "cached_forward": [*[_ADDRESS] * 9, _COUNT, _ADDRESS, _COUNT, _COUNT, *_HEADS, _ADDRESS],
+    "cached_forward": [*[_ADDRESS] * 7, *[_COUNT] * 2, *[_ADDRESS] * 2, _COUNT, _ADDRESS, _COUNT, *_HEADS, _ADDRESS],
     "rms_norm_forward": [*[_ADDRESS] * 3, *_ROWS, _ADDRESS, _FLOAT],
     "rms_norm_backward": [*[_ADDRESS] * 4, *_ROWS, _ADDRESS, _ADDRESS],
     "swiglu_forward": [*[_ADDRESS] * 3, *_ROWS],

@@ -120,22 +120,40 @@ class _CausalAttention(torch.autograd.Function):
         return to_query, to_key, to_value, None, None, None
 
 
+@dataclass(frozen=True)
+class Paging:
+    """Where a layer's cached keys and values are: in pages of ``length`` tokens, a multiple of ``LANES``.
+
+    All is int64 and contiguous. A page is ``[2][kv_heads][length * size]`` numbers: keys, in tiles ``[length / 16][size][16]``, and values, as
+    ``[length][size]``.
+    """
+
+    length: int
+    addresses: Int[np.ndarray, " pages"]
+    """Of each page's first byte."""
+    numbers: Int[np.ndarray, "slots width"]
+    """Of each slot's pages, in order; what is behind the last is not read."""
+
+
 def cached_attention(
     query: Float[Tensor, "m heads size"],
     key: Float[Tensor, "n kv_heads size"],
     value: Float[Tensor, "n kv_heads size"],
     rotation: Rotation | None,
-    keys: Float[Tensor, "slots kv_heads tiles size 16"],
-    values: Float[Tensor, "slots kv_heads time size"],
+    pages: Paging,
     slots: Int[np.ndarray, " n"],
     positions: Int[np.ndarray, " n"],
     asking: Int[np.ndarray, " m"],
     scale: float,
 ) -> Float[Tensor, "m heads size"]:
-    """Store new tokens' keys and values in their slots, and attend from those that ask to their slot up to themselves."""
+    """Store new tokens' keys and values in their slots' pages; attend from those that ask to their slot up to themselves.
+
+    There must be a page for every token up to the last new one of its slot.
+    """
     query, new = query.contiguous(), (key.contiguous(), value.contiguous())
     out = torch.empty_like(query)
     run, shape = kernel("cached_forward"), (query.shape[1], key.shape[1], query.shape[2], scale)
+    held = (pages.addresses.ctypes.data, pages.numbers.ctypes.data, pages.numbers.shape[1], pages.length)
 
     def part(first: int, last: int) -> None:
         begin, end = np.searchsorted(asking, (first, last))
@@ -147,14 +165,12 @@ def cached_attention(
             query[begin:].data_ptr(),
             *(x[first].data_ptr() for x in new),
             *codes,
-            keys.data_ptr(),
-            values.data_ptr(),
+            *held,
             slots[first:].ctypes.data,
             positions[first:].ctypes.data,
             last - first,
             numbers.ctypes.data,
             int(end - begin),
-            values.shape[2],
             *shape,
             out[begin:].data_ptr(),
         )
