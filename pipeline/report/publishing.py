@@ -31,7 +31,7 @@ PLAYED = ("facts", "sokoban", "sokoban_facts")
 PRESETS = (*POLES, "methods", "branching", "bandit", "sokoban", "sudoku", "webshop", "smollm2")
 """Presets whose results stand in docs/results.md beside those of params.yaml."""
 BOTTLENECKS = ("smollm2_raw", "smollm2_bottleneck")
-"""Presets whose tables of the Action Bottleneck stand in docs/results.md, one under the other."""
+"""Presets whose tables of the Action Bottleneck stand in docs/results.md."""
 
 
 def publish(config: Config) -> list[str]:
@@ -49,11 +49,11 @@ def publish(config: Config) -> list[str]:
     played = {one.comparison: read_interventions(one, Layout(Path(one.out))) for one in settings}
     if all(played.values()):
         publish_block(RESULTS, "reasoning", interventions_markdown(played), [judged[0].all_runs])
-    tables = [Layout(Path("presets") / preset).reports / "bottleneck.md" for preset in BOTTLENECKS]
-    if any(table.exists() for table in tables):
-        text = "\n".join(table.read_text(encoding="utf-8") for table in tables if table.exists()).rstrip()
-        publish_block(RESULTS, "bottleneck", text, [])
-        published.append("bottleneck")
+    for preset in BOTTLENECKS:
+        table = Layout(Path("presets") / preset).reports / "bottleneck.md"
+        if table.exists():
+            publish_block(RESULTS, f"bottleneck {preset}", table.read_text(encoding="utf-8").rstrip(), [])
+            published.append(f"bottleneck {preset}")
     name_commits(RESULTS)
     bench = Layout(Path(config.out)).reports / "bench.txt"
     if bench.exists():
