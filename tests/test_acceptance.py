@@ -261,7 +261,7 @@ def in_shards(directory: Path) -> dict[str, str]:
     return where
 
 
-def as_adapter(directory: Path, base: str | None) -> None:
+def as_adapter(directory: Path, base: object) -> None:
     (directory / "config.json").unlink()
     (directory / "adapter_config.json").write_text(json.dumps({"base_model_name_or_path": base}))
 
@@ -342,6 +342,10 @@ DAMAGE: dict[str, tuple[Callable[[Path], Any], str]] = {
     "an adapter whose base is gone": (
         lambda d: as_adapter(d, "./nowhere"),
         "adapters without a base: base_model_name_or_path: ",
+    ),
+    "an adapter of a number": (
+        lambda d: as_adapter(d, 3),
+        "adapter_config.json: base_model_name_or_path: 3 is not a text",
     ),
     "an adapter of nothing": (
         lambda d: as_adapter(d, None),

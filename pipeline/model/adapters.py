@@ -124,7 +124,11 @@ def find_adapters(source: str | Path, revision: str | None = None, base: Path | 
     if file is None:
         return None
     settings, name = read_json(Path(file)), f"policy: {str(source)!r}"
-    own = settings.get("base_model_name_or_path")
+    if not isinstance(settings, dict):
+        raise UserError(f"{name}: {CONFIG}: not a mapping")
+    own = settings.get("base_model_name_or_path") or ""
+    if not isinstance(own, str):
+        raise UserError(f"{name}: {CONFIG}: base_model_name_or_path: {own!r} is not a text")
     if base is None and not own:
         raise UserError(f"{name}: adapters without a base: {CONFIG} has no base_model_name_or_path")
     beside = Path(source) / (base or own)  # of an absolute path, the path itself
