@@ -48,8 +48,9 @@ def run_in_processes(
 ) -> dict[str, Result]:
     """Run ``function(task, report)`` for every task, at most ``workers`` at once, each with so many ``threads``.
 
-    Processes are forked, so what this one has imported is there already; but they would wait for threads in which it has
-    computed, and which they do not have. Results are pickled, and have the order of ``tasks``. A terminal shows a bar per task; elsewhere a line is printed every 20 seconds (``Display``).
+    Processes are forked, so what this one has imported is there already. It must not have computed in several threads
+    before: a forked process with more than one thread would wait for them for ever. Results are pickled, and have the order
+    of ``tasks``. A terminal shows a bar per task; elsewhere a line is printed every 20 seconds (``Display``).
 
     Raises:
         Exception: whatever a task raised. The others are cancelled, and those that have begun are killed, as they are
