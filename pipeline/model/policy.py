@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -48,9 +49,12 @@ class Policy:
         cap: float | None = getattr(self.model.config.get_text_config(), "final_logit_softcapping", None)
         return cap
 
-    def logits(self, hidden: Float[Tensor, "n width"]) -> Float[Tensor, "n v"]:
-        """Of last hidden states; in their precision, or float32 if they are capped."""
-        return soft_capped(F.linear(hidden, *weights_for(hidden, self.head)), self.cap)
+    def logits(
+        self, hidden: Float[Tensor, "n width"], linear: Callable[[Tensor, Any], Tensor] | None = None
+    ) -> Float[Tensor, "n v"]:
+        """Of last hidden states; in their precision, or float32 if they are capped. ``linear`` is as in ``trunk``."""
+        product = F.linear(hidden, *weights_for(hidden, self.head)) if linear is None else linear(hidden, self.head)
+        return soft_capped(product, self.cap)
 
     @property
     def ends(self) -> frozenset[int]:

@@ -24,6 +24,9 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from pipeline.model.attention import Attend, Heads, plain_attention
 from pipeline.model.kernels import native
 
+Linear = Callable[[Tensor, Any], Tensor]
+"""What a linear map, maybe with an adapter, gives for some rows."""
+
 OWN_FAMILIES = ("qwen2", "qwen3", "llama", "mistral")
 """Model types with pre-normalised layers of rotary attention and SwiGLU."""
 
@@ -34,14 +37,16 @@ def hidden_states(
     positions: Int[Tensor, " n"],
     attend: Attend,
     wanted: Int[Tensor, " m"] | None = None,
+    linear: Linear | None = None,
 ) -> Float[Tensor, "m width"]:
     """Last hidden states of a packed batch, by a transformers model without its output head.
 
     ``wanted`` are ascending indices of the tokens whose states are asked for; in the last layer only their queries, and
-    nothing else behind them, is computed. None is all.
+    nothing else behind them, is computed. None is all. ``linear`` computes the projections of a forward of our own, in place
+    of ``project``.
     """
     if has_own_forward(backbone):
-        return _own_forward(backbone, ids, positions, attend, wanted)
+        return _own_forward(backbone, ids, positions, attend, wanted, linear or project)
     hidden = _transformers_forward(backbone, ids, positions, attend)
     return hidden if wanted is None else hidden[wanted]
 
@@ -54,18 +59,19 @@ def has_own_forward(backbone: Any) -> bool:
         config.model_type in OWN_FAMILIES
         and config.hidden_act == "silu"
         and plain_attention(config)
-        and all(_is_linear(p) for layer in backbone.layers for p in _projections(layer))
+        and all(_is_linear(p) for layer in backbone.layers for p in projections(layer))
     )
 
 
-def _projections(layer: Any) -> tuple[Any, ...]:
+def projections(layer: Any) -> tuple[Any, ...]:
+    """The linear maps of a layer of ``OWN_FAMILIES``, maybe adapted."""
     attention, mlp = layer.self_attn, layer.mlp
     projections = (attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj)
     return (*projections, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
 
 
 def _own_forward(
-    backbone: Any, ids: Tensor, positions: Tensor, attend: Attend, wanted: Tensor | None
+    backbone: Any, ids: Tensor, positions: Tensor, attend: Attend, wanted: Tensor | None, linear: Linear
 ) -> Float[Tensor, "m width"]:
     x = F.embedding(ids, backbone.embed_tokens.weight, backbone.embed_tokens.padding_idx)
     cos, sin = (part[0] for part in backbone.rotary_emb(x, positions.unsqueeze(0)))
@@ -73,18 +79,18 @@ def _own_forward(
     def run(number: int, layer: Any, x: Tensor) -> Tensor:
         attention, mlp = layer.self_attn, layer.mlp
         y = _rms_norm(x, layer.input_layernorm)
-        k, v = (_heads(y, p, attention.head_dim) for p in (attention.k_proj, attention.v_proj))
+        k, v = (_heads(linear(y, p), attention.head_dim) for p in (attention.k_proj, attention.v_proj))
         asking = wanted if number == len(backbone.layers) - 1 else None
         if asking is not None:
             x, y = x[asking], y[asking]
-        q = _heads(y, attention.q_proj, attention.head_dim)
+        q = _heads(linear(y, attention.q_proj), attention.head_dim)
         if hasattr(attention, "q_norm"):
             q, k = (_rms_norm(x, n).to(v.dtype) for x, n in ((q, attention.q_norm), (k, attention.k_norm)))
         mixed = attend(number, Heads(q, k, v, (cos, sin), attention.scaling, asking)).flatten(1)
-        x = x + _project(mixed, attention.o_proj)
+        x = x + linear(mixed, attention.o_proj)
         y = _rms_norm(x, layer.post_attention_layernorm)
-        gate, up = _project(y, mlp.gate_proj), _project(y, mlp.up_proj)
-        return x + _project(_swiglu(gate, up), mlp.down_proj)
+        gate, up = linear(y, mlp.gate_proj), linear(y, mlp.up_proj)
+        return x + linear(_swiglu(gate, up), mlp.down_proj)
 
     for number, layer in enumerate(backbone.layers):
         again = layer.gradient_checkpointing and torch.is_grad_enabled()
@@ -97,15 +103,15 @@ def _recomputed(layer: Callable[..., Any], *inputs: Tensor) -> Any:
     return checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
 
 
-def _heads(x: Tensor, projection: Any, size: int) -> Float[Tensor, "n heads size"]:
-    return _project(x, projection).view(len(x), projection.out_features // size, size)
+def _heads(x: Tensor, size: int) -> Float[Tensor, "n heads size"]:
+    return x.view(len(x), x.shape[1] // size, size)
 
 
 def _is_linear(projection: Any) -> bool:
     return type(getattr(projection, "base_layer", projection)) is nn.Linear
 
 
-def _project(x: Tensor, projection: Any) -> Tensor:
+def project(x: Tensor, projection: Any) -> Tensor:
     """A linear map, maybe with an adapter: what peft's module computes, in fewer passes over memory."""
     linear = getattr(projection, "base_layer", projection)
     y = F.linear(x, linear.weight, linear.bias)

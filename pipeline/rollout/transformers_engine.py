@@ -21,6 +21,7 @@ from jaxtyping import Float, Float32, Float64, Int
 from torch import Tensor
 
 from pipeline.model.kernels import native
+from pipeline.model.packed_weights import PackedWeights
 from pipeline.model.policy import Policy
 from pipeline.model.trunk import hidden_states
 from pipeline.progress.display import beat, due
@@ -78,7 +79,7 @@ class TransformersEngine:
         self._idle = list(range(self.slots))
         """Slots without an episode, the one that has been idle longest first: what it holds is given up first."""
         self._prompt_logits: dict[tuple[int, ...], Tensor] = {}
-        self._computed_with = self._changes()
+        self._computed_with, self._linear = self._changes(), PackedWeights(self.policy, self.slots)
         self.positions_computed = 0
         """Tokens that have passed through the model since."""
 
@@ -233,8 +234,8 @@ class TransformersEngine:
         ids = np.fromiter((token for row in rows for token in row.new), dtype=np.int64, count=ends[-1])
         attend = cache.attention(slots, positions)
         new, places, last = (torch.from_numpy(column).to(device) for column in (ids, positions, ends - 1))
-        hidden = hidden_states(self.policy.backbone, new, places, attend, last)
-        logits = self.policy.logits(hidden)
+        hidden = hidden_states(self.policy.backbone, new, places, attend, last, self._linear)
+        logits = self.policy.logits(hidden, self._linear)
         self._store(slots, positions, ids)
         for index, row in enumerate(rows):
             row.length += len(row.new)
