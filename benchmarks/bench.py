@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from transformers.utils import logging
 
+from benchmarks.language_model import language_model
 from benchmarks.machine import machine, peaks
 from benchmarks.memory import memory
 from benchmarks.subjects import default_setup
@@ -81,6 +82,7 @@ def main() -> None:
         "training_two_at_once": lambda: whole_training(setup, ["grpo", "grpo_actfocus"]),
         "trl": trl_section,
         "scaling": lambda: scaling(setup),
+        "language_model": language_model,
         "memory_megabytes": lambda: memory(setup),
         "dvc": dvc_cost,
     }

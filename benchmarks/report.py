@@ -52,6 +52,8 @@ def summary(found: dict[str, Any]) -> list[tuple[str, str]]:
         lines += _training_lines(section, found.get(section) or {})
     if found.get("trl"):
         lines += _trl_lines(found["trl"], found.get("training"), found.get("training_two_at_once"))
+    for threads, own in (found.get("language_model") or {}).items():
+        lines += _language_model_lines(threads, own)
     if found.get("memory_megabytes"):
         used = found["memory_megabytes"]
         lines.append(("memory at its highest", ", ".join(f"{name} {value:,.0f} MB" for name, value in used.items())))
@@ -155,6 +157,19 @@ def _trl_lines(
             ("two cores each: two of our trainings against the better of TRL's ways", times(both, better)),
         )
     return lines
+
+
+def _language_model_lines(threads: str, own: dict[str, Any]) -> list[tuple[str, str]]:
+    update, decoding = own["update"], own["decoding"]
+    on = f"{update['parameters'] / 1e6:,.0f} M parameters, {threads} core{'s' * (threads != '1')}"
+    return [
+        (
+            f"{name}, {on}",
+            f"{part['tokens_per_second']['median']:,.0f} tokens/s, {percent(part['flops_per_second'], own['peak'])} of "
+            f"{own['peak'] / 1e9:.0f} GFLOP/s",
+        )
+        for name, part in ((f"decoding {decoding['episodes']} episodes", decoding), ("update", update))
+    ]
 
 
 def _gpu_lines(gpu: dict[str, Any]) -> list[tuple[str, str]]:

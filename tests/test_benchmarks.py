@@ -21,6 +21,7 @@ from transformers import Qwen2Config, Qwen2ForCausalLM
 from benchmarks.baselines import GenerateEngine, padded_scores
 from benchmarks.flops import forward_flops, sampling_flops
 from benchmarks.kernels import least, pairs
+from benchmarks.language_model import SMOLLM2, language_model
 from benchmarks.report import bench_text, summary
 from benchmarks.subjects import Setup
 from benchmarks.throughput import Large, on_gpu, update
@@ -139,6 +140,16 @@ def test_what_a_gpu_runs_also_runs_tiny_on_a_cpu_and_is_reported() -> None:
 
 def waits(seconds: float, report: Any) -> None:
     time.sleep(seconds)
+
+
+def test_a_language_models_section_runs_at_a_small_size_and_is_reported() -> None:
+    small = SMOLLM2 | {"vocab_size": 512, "hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2}
+    found = language_model(small | {"num_attention_heads": 3, "num_key_value_heads": 1}, threads=(1,))
+    parts = found["1"]
+    assert all(0 < parts[part]["flops_per_second"]["least"] < parts["peak"] for part in ("update", "decoding"))
+    lines = dict(summary({"language_model": json.loads(json.dumps(found))}))
+    assert [name.split(",")[0] for name in lines] == ["decoding 32 episodes", "update"]
+    assert all(re.search(r"tokens/s, \d+% \(\d+% to \d+%\) of \d+ GFLOP/s", value) for value in lines.values())
 
 
 def test_what_cannot_be_measured_is_skipped_with_a_word_and_within_the_time(capsys: pytest.CaptureFixture[str]) -> None:
