@@ -27,7 +27,7 @@ def main(study: StudyName, params: ParamsFile = "params.yaml") -> str:
     for plan in plans(params, study, policy):
         in_own_process(open_store, store_of(config, root), plan.environment)
         search = SearchRun(plan, TrainingObjective(plan), observer(plan, root))
-        found.append(SearchResult(plan, run_search(search, config.workers, config.threads)))
+        found.append(SearchResult(plan, run_search(search, config.trainings, config.threads)))
     doing("drawing figures")
     write_text(target / "trials.csv", trials_table(found).to_csv(index=False))
     write_text(target / "best.yaml", best_overlay(found))

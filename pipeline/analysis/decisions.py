@@ -102,7 +102,7 @@ def decisions(config: Config, policy: Path, name: str, method: str, sizes: Sampl
     if sizes.candidates < 2 or sizes.continuations < 2:
         raise UserError("--candidates and --continuations must be at least 2: there is no variance in one")
     tasks = {f"seed {seed}": SeedTask(config, name, policy, method, seed, sizes, cache) for seed in sizes.seeds}
-    found = run_in_processes(_measure, tasks, config.workers, f"Decisions on {name}", config.threads)
+    found = run_in_processes(_measure, tasks, config.trainings, f"Decisions on {name}", config.threads)
     measured = [position for part in found.values() for position in part]
     return {
         "environment": name,

@@ -6,11 +6,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from pipeline.model.loading import load_trained
 from pipeline.model.memory import tokens_per_forward
 from pipeline.model.policy import Policy
 from pipeline.model.scoring import TokenScores, batches_of, predicting_hidden, score_tokens
+from pipeline.model.shards import gathered
 from pipeline.progress.display import due, span, within
 from pipeline.settings.params import Config
 from pipeline.trajectories.table import kept
@@ -36,12 +38,11 @@ def score_trajectories(
     for batch in batches_of(policy, sequences, tokens_per_forward):
         spans = [trajectories.tokens(e) for e in batch]
         wanted = [trajectories.sampled[span] for span in spans]
-        hidden = predicting_hidden(policy, [sequences[e] for e in batch], wanted)
         flat = np.concatenate([np.arange(s.start, s.stop)[w] for s, w in zip(spans, wanted, strict=True)])
         tokens = torch.from_numpy(trajectories.input_ids[flat].astype(np.int64)).to(policy.device)
-        for values, scored in zip(
-            result, score_tokens(hidden, tokens, policy.head, temperature, policy.cap), strict=True
-        ):
+        own = [sequences[e] for e in batch]
+        scores = gathered(policy.model, _score, policy, own, wanted, tokens, temperature)
+        for values, scored in zip(result, scores, strict=True):
             values[flat] = scored.float().cpu().numpy()
         done += len(batch)
         if due():
@@ -49,6 +50,12 @@ def score_trajectories(
     for name, values in zip(TokenScores._fields, result, strict=True):
         require_finite(f"{name} of a token under the policy that scores it", values)
     return result
+
+
+def _score(
+    policy: Policy, sequences: list[np.ndarray], wanted: list[np.ndarray], tokens: Tensor, temperature: float
+) -> TokenScores:
+    return score_tokens(predicting_hidden(policy, sequences, wanted), tokens, policy.head, temperature, policy.cap)
 
 
 def annotate(

@@ -2,7 +2,7 @@
 
 import itertools
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,13 +69,21 @@ def evaluate_policy(task: EvaluationTask, report: Tell) -> pa.Table:
     return episode_results(played, **labels)
 
 
-def validate(engine: RolloutEngine, tokenizer: Any, config: Config, name: str, seed: int) -> Trajectories:
-    """Play the validation split at the headline temperature."""
+def validate(
+    engine: RolloutEngine,
+    tokenizer: Any,
+    config: Config,
+    name: str,
+    seed: int,
+    own_rows: Callable[[list[str]], Sequence[int]] = lambda groups: range(len(groups)),
+) -> Trajectories:
+    """Play the validation split at the headline temperature, or ``own_rows`` of its episodes, given by their groups."""
     plan = config.evaluation
     specs = evaluation_specs(
         config, name, "validation", plan.validation_states, plan.validation_rollouts, seed, "validation"
     )
-    return collect(engine, tokenizer, config, name, specs, plan.temperatures[0])
+    own = [specs[row] for row in own_rows([spec.group_id for spec in specs])]
+    return collect(engine, tokenizer, config, name, own, plan.temperatures[0])
 
 
 def episode_results(trajectories: Trajectories, **labels: Any) -> pa.Table:

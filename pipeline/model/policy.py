@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor
 
+from pipeline.model.shards import whole
 from pipeline.workspace.files import replacing
 
 
@@ -76,7 +77,7 @@ class Policy:
     def follow(self, other: Policy) -> None:
         """Take over the weights of a policy of the same shape, rounded to the precision of these."""
         for own, weight in zip(self.model.parameters(), other.model.parameters(), strict=True):
-            own.copy_(weight)
+            own.copy_(whole(weight))
 
     def save(self, directory: Path) -> None:
         """Write weights (safetensors), configuration and tokenizer; equal policies give equal bytes.

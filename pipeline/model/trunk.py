@@ -23,6 +23,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from pipeline.model.attention import Attend, Heads, plain_attention
 from pipeline.model.kernels import native
+from pipeline.model.shards import gathered
 
 Linear = Callable[[Tensor, Any], Tensor]
 """What a linear map, maybe with an adapter, gives for some rows."""
@@ -94,7 +95,8 @@ def _own_forward(
 
     for number, layer in enumerate(backbone.layers):
         again = layer.gradient_checkpointing and torch.is_grad_enabled()
-        x = _recomputed(partial(run, number, layer), x) if again else run(number, layer, x)
+        step = partial(run, number, layer)
+        x = gathered(layer, partial(_recomputed, step) if again else step, x)
     return _rms_norm(x, backbone.norm)
 
 

@@ -15,6 +15,7 @@ from pipeline.settings.lora import Lora
 from pipeline.settings.method import Method
 from pipeline.settings.mistakes import explain, nearest
 from pipeline.settings.policy import PretrainedPolicy, ScratchPolicy
+from pipeline.settings.processes import Processes, check_processes
 from pipeline.settings.section import (
     Above,
     Count,
@@ -115,6 +116,8 @@ class Train(Section):
     twenty a trajectory, which takes long with a large policy."""
     lora: Lora | None = None
     """Adapters that are trained in place of the policy's weights; null: all weights are trained."""
+    processes: Processes = Processes()
+    """Processes that do one training together."""
 
 
 class Evaluation(Section):
@@ -227,6 +230,11 @@ class Config(Section):
     """Threads of each of these processes; ``workers`` times ``threads`` is best no more than there are cores. A policy above
     some 10 M parameters trains fastest alone, in all of them: ``workers: 1``. The number decides the order of sums."""
 
+    @property
+    def trainings(self) -> int:
+        """How many trainings go on at once."""
+        return self.workers // self.train.processes.number
+
     @model_validator(mode="wrap")
     @classmethod
     def _inherit_slots(cls, raw: Any, made: ModelWrapValidatorHandler[Self]) -> Self:
@@ -257,6 +265,7 @@ class Config(Section):
         episodes = self.rollout.groups * self.rollout.group_size
         if self.train.minibatch > episodes:
             raise ValueError(f"train.minibatch ({self.train.minibatch}) exceeds an iteration's {episodes} episodes")
+        check_processes(self.train.processes, self.workers, self.rollout.groups, self.train.lora is not None)
         for field in ("uniform", "control"):
             for method, baseline in getattr(self.compare, field).items():
                 if method == baseline:

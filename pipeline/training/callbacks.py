@@ -1,6 +1,7 @@
 """What happens around each iteration of a training: clock, validation, progress, tracking, checkpoint, the end."""
 
 import time
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -59,8 +60,8 @@ class Validation(Callback):
         done = len(module.curve)
         after, place = float(done > module.current_epoch), f"validation after {done} iterations"
         with module.phases.phase("validation"), span("validation:", after, after), located(place):
-            played = validate(module.engine, module.policy.tokenizer, module.config, module.name, module.seed)
-        return summary(played)
+            shared = module.engine, module.policy.tokenizer, module.config, module.name, module.seed
+            return summary(module.team.gathered(validate(*shared, module.team.own_rows)))
 
 
 class Progress(Callback):
@@ -104,20 +105,25 @@ class Log(Callback):
 class Checkpoint(Callback):
     """Saves after every iteration, replacing the last checkpoint at once; counts iterations begun in begun.log.
 
-    The last iteration's episodes are kept before its checkpoint says that the training is over.
+    Of several processes the first one writes, and all take part in the checkpoint. The last iteration's episodes are kept before its checkpoint says that the training is over.
     """
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
-        with open(self._folder / "begun.log", "a", encoding="utf-8") as log:
-            log.write(f"{trainer.current_epoch}\n")
+        if pl_module.team.first:
+            with open(self._folder / "begun.log", "a", encoding="utf-8") as log:
+                log.write(f"{trainer.current_epoch}\n")
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        if pl_module.last_update:
+        checkpoint = self._folder / "checkpoint.ckpt"
+        if pl_module.team.first and pl_module.last_update:
             write(pl_module.last_episodes, self._folder / "episodes.parquet", pl_module.last_update)
-        with pl_module.phases.phase("checkpoint"), replacing(self._folder / "checkpoint.ckpt") as partial:
+        with (
+            pl_module.phases.phase("checkpoint"),
+            replacing(checkpoint) if pl_module.team.first else nullcontext(checkpoint) as partial,
+        ):
             trainer.save_checkpoint(partial)
 
 

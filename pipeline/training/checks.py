@@ -6,6 +6,7 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
+from pipeline.model.shards import own_part
 from pipeline.trajectories.trajectory import Trajectories
 from pipeline.workspace.finite import NumericsError, require_finite
 
@@ -115,10 +116,10 @@ def require_finite_training(
         NumericsError: one of them is not; nothing of its iteration may be kept.
     """
     for name, weight in module.state_dict().items():
-        require_finite(name, weight)
+        require_finite(name, own_part(weight))
     names: dict[torch.Tensor, str] = {parameter: name for name, parameter in module.named_parameters()}
     for parameter, state in optimizer.state.items():
         for key, value in state.items():
-            require_finite(f"the optimizer's {key} of {names[parameter]}", value)
+            require_finite(f"the optimizer's {key} of {names[parameter]}", own_part(value))
     for name, number in metrics.items():
         require_finite(name, number)

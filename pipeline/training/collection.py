@@ -19,6 +19,7 @@ from pipeline.rollout.forest import Forest
 from pipeline.rollout.specs import iteration_specs
 from pipeline.settings.branching import Branching, Independent, Positions
 from pipeline.settings.params import Config
+from pipeline.training.team import ALONE, Team
 from pipeline.trajectories.trajectory import Trajectories, concatenate
 from pipeline.workspace.randomness import generator
 
@@ -48,21 +49,24 @@ class Collection:
     what is to be ``closing``."""
     closing: bool = False
     """Episodes that are cut off end with the observation after their last response, of which a critic is asked."""
+    team: Team = ALONE
+    """Each of its processes samples and annotates groups of its own."""
 
     def collect(self, number: int) -> Iterator[list[Trajectories]]:
         """The episodes of an iteration, round by round, each sampled with the policy as it is when it is asked for.
 
         There is one round, or two where branches are placed by how the policy has moved: the initial episodes, and, once
-        the policy has been updated on these, all of them with their branches. Those of a round come in waves, in the order
-        of sampling; a wave is annotated already if it is from the table, or what branches begin in.
+        the policy has been updated on these, all of them with their branches. Those of a round that this process samples come
+        in waves, in the order of sampling; a wave is annotated already if it is from the table, or what branches begin in.
         """
         self.engine.sync(self.policy, number)
         alone = isinstance(self.branching, Independent)
         if alone and number == 0 and self.first is not None and not self.closing:
-            yield [self.first]
+            yield [self.first.select(self.team.own_rows(self.first.episodes["group_id"]))]
             return
         with self.phases.phase("reset"):  # states are drawn by resetting
             specs = iteration_specs(self.config, self.name, self.seed, number)
+        specs = [specs[row] for row in self.team.own_rows([spec.group_id for spec in specs])]
         temperature, shared = self.config.rollout.temperature, (self.policy.tokenizer, self.config, self.name)
         if alone:
             with self.phases.phase("collect"), span("sampling", *SAMPLING):
@@ -77,11 +81,12 @@ class Collection:
         while (wave := self._wave(forest)) is not None:
             waves.append(wave)
             if isinstance(self.branching, Positions) and len(waves) == 1:
-                waves = [self.annotate(waves)]
+                waves = [self._annotated(waves)]
                 if updates_first(self.branching):
                     yield waves
                     self.engine.sync(self.policy, self.engine.policy_version)  # it is another one now
-                forest.score(waves[0], self._scores(self.branching, waves[0]))
+                initial = self.team.gathered(waves[0])
+                forest.score(initial, self._scores(self.branching, initial))
         yield waves
 
     def _wave(self, forest: Forest) -> Trajectories | None:
@@ -89,10 +94,13 @@ class Collection:
             return forest.wave()
 
     def annotate(self, waves: Sequence[Trajectories]) -> Trajectories:
-        """A round's episodes, those of a group together, with the reference policy's scores.
+        """A round's episodes, those of a group together, with the reference policy's scores: of all processes.
 
         Wave by wave, because float rounding depends on what shares a forward pass.
         """
+        return self.team.gathered(self._annotated(waves))
+
+    def _annotated(self, waves: Sequence[Trajectories]) -> Trajectories:
         settings = self.config.rollout.temperature, tokens_per_forward(self.config, self.reference)
         with self.phases.phase("annotate"), span("reference scores", *SCORING):
             parts = [wave if wave.annotated else annotate(wave, self.reference, *settings) for wave in waves]

@@ -94,7 +94,7 @@ def run_iteration(collection: Collection, learner: Learner, optimizer: Any, memo
         if minibatches and whole and number % config.train.validate_every == 0:
             with phases.phase("gradients"), span("measuring gradients", UPDATES[0], UPDATES[0]):
                 draws = generator(collection.seed, "gradients", number)
-                metrics |= gradient_share(learner, table.select(minibatches[0]), draws)
+                metrics |= gradient_share(learner.whole, table.select(minibatches[0]), draws)
         with phases.phase("update"), span("updates:", *UPDATES):
             watched = _watched(collection, learner, table, number)
             for rows in _told(minibatches):

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.model.policy import Policy
+from pipeline.model.shards import own_part, whole
 from pipeline.workspace.errors import UserError
 
 ADAM_EPS = 1e-8
@@ -47,7 +48,7 @@ class Masters:
 
     def clip(self, norm: float) -> float:
         """Scale gradients down to a norm over all of them; returns the norm before."""
-        return float(nn.utils.clip_grad_norm_([w for w in self.weights if w.grad is not None], norm))
+        return float(whole(nn.utils.clip_grad_norm_([w for w in self.weights if w.grad is not None], norm)))
 
     def stand_still(self) -> None:
         """Drop the gradients, so that the next step changes nothing here."""
@@ -57,17 +58,19 @@ class Masters:
     def watch(self) -> Callable[[], Tensor]:
         """What to call before a step and after it: it gives some of the numbers that should move.
 
-        They have a gradient, and are not 0, from where the smallest step leads to another number.
+        They have a gradient, and are not 0, from where the smallest step leads to another number. Of weights that are shared
+        out, this process's part is watched.
         """
         places = []
         for weight in self.weights:
             if weight.grad is not None:
-                some = torch.arange(0, weight.numel(), max(1, weight.numel() // WATCHED), device=weight.device)
-                moving = (weight.grad.flatten()[some].abs() >= ADAM_EPS) & (weight.detach().flatten()[some] != 0)
+                own, grad = own_part(weight.detach()).flatten(), own_part(weight.grad).flatten()
+                some = torch.arange(0, own.numel(), max(1, own.numel() // WATCHED), device=own.device)
+                moving = (grad[some].abs() >= ADAM_EPS) & (own[some] != 0)
                 places.append((weight, some[moving]))
 
         def now() -> Tensor:
-            return torch.cat([torch.zeros(0), *(w.detach().flatten()[some].cpu() for w, some in places)])
+            return torch.cat([torch.zeros(0), *(own_part(w.detach()).flatten()[some].cpu() for w, some in places)])
 
         return now
 

@@ -110,7 +110,7 @@ def matched(config: Config, environment: str, method: str, layout: Layout) -> tu
         short = shortened(with_rate(config, name, rate), name)
         tasks = [training_task(short, environment, name, seed, layout.policy, Cache().matching) for seed in seeds]
         jobs = {f"seed {t.seed}": TrainingJob(t, layout.annotated(environment), None) for t in tasks if not t.finished}
-        run_in_processes(train_one, jobs, config.workers, f"match {method}: {name} at {rate:.3g}", config.threads)
+        run_in_processes(train_one, jobs, config.trainings, f"match {method}: {name} at {rate:.3g}", config.threads)
         for task in tasks:  # what is measured is in the curves
             shutil.rmtree(task.result / "policy", ignore_errors=True)
             (task.result / "episodes.parquet").unlink(missing_ok=True)

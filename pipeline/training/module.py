@@ -11,6 +11,7 @@ from torch.utils.data import DataLoader
 from pipeline.model.adapters import with_adapters
 from pipeline.model.memory import recompute_where_needed
 from pipeline.model.policy import Policy
+from pipeline.model.shards import share_out
 from pipeline.objective.estimates import declared_heads, needed_behind
 from pipeline.progress.timing import Phases
 from pipeline.rollout.making import make_engine
@@ -23,6 +24,7 @@ from pipeline.training.collection import Collection
 from pipeline.training.heads import Head, make_heads
 from pipeline.training.iteration import Memory, run_iteration, update_columns
 from pipeline.training.masters import ADAM_EPS, Masters, Rate, with_masters
+from pipeline.training.team import ALONE, Team
 from pipeline.training.update import Learner
 from pipeline.trajectories.trajectory import Trajectories
 from pipeline.workspace.finite import located
@@ -33,11 +35,19 @@ class PolicyGradient(lightning.LightningModule):
 
     Whatever the policy's precision, what is trained is float32 from here on.
 
-    ``first`` are the annotated episodes of the first iteration, if they have been sampled already.
+    ``first`` are the annotated episodes of the first iteration, if they have been sampled already. Where processes share out
+    the policy's weights, each samples from a copy that has all.
     """
 
     def __init__(
-        self, config: Config, name: str, method_name: str, seed: int, policy: Policy, first: Trajectories | None = None
+        self,
+        config: Config,
+        name: str,
+        method_name: str,
+        seed: int,
+        policy: Policy,
+        first: Trajectories | None = None,
+        team: Team = ALONE,
     ) -> None:
         super().__init__()
         self.automatic_optimization = False
@@ -46,9 +56,11 @@ class PolicyGradient(lightning.LightningModule):
         reference = policy.frozen_copy()
         if lora is not None:
             policy = with_adapters(policy, lora, seed)
-        self.config, self.name, self.seed = config, name, seed
-        copied = lora is None and policy.model.dtype != torch.float32
+        self.config, self.name, self.seed, self.team = config, name, seed, team
+        copied = team.sharded or (lora is None and policy.model.dtype != torch.float32)
         self.sampled = policy.frozen_copy() if copied else policy
+        if team.sharded:  # gradients of single tokens are measured on it
+            self.sampled.model.requires_grad_(True)
         self.policy = policy = with_masters(policy)
         recompute_where_needed(config, name, policy)
         # What Lightning trains and saves; the reference policy is not a module, and so it does neither with that.
@@ -56,12 +68,12 @@ class PolicyGradient(lightning.LightningModule):
         heads = make_heads(declared_heads(method.advantage), reference)
         self.heads = torch.nn.ModuleList(heads)
         masters = masters_of(method, lora, policy, heads, f"{config.params_file}: methods.{method_name}")
-        self.learner = Learner(config, method, policy, reference, heads, masters)
+        self.learner = Learner(config, method, policy, reference, heads, masters, self.sampled, team)
         self.engine = make_engine(config, self.sampled)
         self.phases = Phases()
         closing = bool(needed_behind(method.advantage))
         self.collection = Collection(
-            config, name, seed, method.branching, self.engine, policy, reference, self.phases, first, closing
+            config, name, seed, method.branching, self.engine, policy, reference, self.phases, first, closing, team
         )
         self.memory: Memory = {}
         """What adaptive slots keep from one iteration for the next."""
@@ -71,6 +83,12 @@ class PolicyGradient(lightning.LightningModule):
         """The episodes of the latest iteration, annotated."""
         self.last_update: dict[str, np.ndarray] = {}
         """What the training's last update made of their tokens (see ``update_columns``); empty before it."""
+
+    def configure_model(self) -> None:
+        """Leave each process its part of the policy's weights, where they are shared out; those of heads are not."""
+        if self.team.sharded:
+            share_out(self.model, self.device_mesh["data_parallel"])
+            self.learner.masters[0].weights = [p for p in self.model.parameters() if p.requires_grad]
 
     def configure_optimizers(self) -> Any:
         groups = [{"params": masters.weights, "lr": masters.rate.value} for masters in self.learner.masters]
@@ -122,7 +140,8 @@ class PolicyGradient(lightning.LightningModule):
             del checkpoint["state_dict"][name]
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        checkpoint["state_dict"] |= self._frozen()
+        if frozen := self._frozen():
+            checkpoint["state_dict"] |= frozen
         self.curve, self.memory = checkpoint["curve"], checkpoint["memory"]
         for masters, tried in zip(self.learner.masters, checkpoint["tried"], strict=True):
             masters.tried = tried

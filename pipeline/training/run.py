@@ -15,17 +15,19 @@ from lightning.pytorch.callbacks import Callback
 
 from pipeline.model.adapters import save_trained
 from pipeline.model.loading import load_trained
+from pipeline.model.policy import Policy
 from pipeline.progress.display import begin, within
 from pipeline.tracking.training import RunSettings, TrainingRun
 from pipeline.training.budget import progress, training_over
 from pipeline.training.callbacks import Checkpoint, Clock, End, Log, Progress, Validation
 from pipeline.training.module import PolicyGradient
 from pipeline.training.seed_key import TrainingTask, table_slice
+from pipeline.training.team import ALONE, Team, join, require_room, trainer_settings
 from pipeline.trajectories.table import read
 from pipeline.workspace.files import lock, read_json, replacing, write_json
 from pipeline.workspace.finite import located
 from pipeline.workspace.layout import Layout
-from pipeline.workspace.processes import Tell
+from pipeline.workspace.processes import Tell, run_together
 
 Curve = list[dict[str, float]]
 """One row of metrics per finished iteration."""
@@ -70,34 +72,49 @@ def _train_until(job: TrainingJob, iterations: int, report: Tell) -> Curve:
     if len(saved) >= iterations and not over:
         return saved[:iterations]
     begin(*progress(saved, train))
+    task.cache.mkdir(parents=True, exist_ok=True)
+    most = len(saved) if over else iterations  # killed after its last iteration, it has none to make
+    plan, meeting = train.processes, task.cache / "meeting"
+    if plan.number == 1:
+        return _train(job, most, report, ALONE)[:iterations]
+    require_room(task.config)
+    meeting.unlink(missing_ok=True)
+    try:
+        return run_together(lambda rank: _train(job, most, report, join(rank, plan, meeting)), plan.number)[:iterations]
+    finally:
+        meeting.unlink(missing_ok=True)
+
+
+def _train(job: TrainingJob, iterations: int, report: Tell, team: Team) -> Curve:
+    """What one process of a training does; returns its learning curve."""
+    task, checkpoint, first = job.task, job.task.cache / "checkpoint.ckpt", None
     within(0.0, "loading the policy", insist=True)
-    policy, first = load_trained(task.policy, task.config), None
+    policy = load_trained(task.policy, task.config)
     if job.table is not None and not checkpoint.exists():
         first = table_slice(read(job.table), task.config, task.environment, task.seed)
-    module = PolicyGradient(task.config, task.environment, task.method, task.seed, policy, first)
-    task.cache.mkdir(parents=True, exist_ok=True)
-    run = None if job.tracking is None else TrainingRun(job.tracking, task.cache)
-    trainer = _trainer(
-        task.cache,
-        len(saved) if over else iterations,  # killed after its last iteration, it has none to make
-        [Clock(), Validation(), Progress(report), *([Log(run)] if run else []), Checkpoint(task.cache), End()],
-    )
+    module = PolicyGradient(task.config, task.environment, task.method, task.seed, policy, first, team)
+    run = TrainingRun(job.tracking, task.cache) if job.tracking is not None and team.first else None
+    own = [Progress(report), *([Log(run)] if run else [])] if team.first else []
+    trainer = make_trainer(task.cache, iterations, [Clock(), Validation(), *own, Checkpoint(task.cache), End()], team)
     with located(f"{task.environment}-{task.method}, seed {task.seed}"):
         trainer.fit(module, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
-    if training_over(module.curve, train):
-        _leave_result(task, module, run)
-        checkpoint.unlink(missing_ok=True)
-    return module.curve[:iterations]
+    if training_over(module.curve, task.config.train):
+        trained = module.result()
+        if team.first:
+            _leave_result(task, module, trained, run)
+            checkpoint.unlink(missing_ok=True)
+    return module.curve
 
 
 def try_iteration(module: PolicyGradient) -> dict[str, float]:
     """Make a training's first iteration, which leaves no file; returns its row of the curve, with its times."""
     with TemporaryDirectory() as folder:
-        _trainer(Path(folder), 1, [Clock()]).fit(module)
+        make_trainer(Path(folder), 1, [Clock()]).fit(module)
     return module.curve[0]
 
 
-def _trainer(folder: Path, iterations: int, callbacks: list[Callback]) -> lightning.Trainer:
+def make_trainer(folder: Path, iterations: int, callbacks: list[Callback], team: Team = ALONE) -> lightning.Trainer:
+    """Lightning's trainer of one process of a training; what it may leave of its own goes to a folder."""
     # Lightning's hints about hardware and loggers are not for this pipeline's users.
     logging.getLogger("lightning.pytorch").setLevel(logging.ERROR)
     logging.getLogger("lightning.fabric").setLevel(logging.ERROR)
@@ -106,7 +123,6 @@ def _trainer(folder: Path, iterations: int, callbacks: list[Callback]) -> lightn
     warnings.filterwarnings("ignore", message=".*lr_scheduler.step.*before.*optimizer.step")
     return lightning.Trainer(
         accelerator="auto",
-        devices=1,
         max_epochs=iterations,
         logger=False,
         callbacks=callbacks,
@@ -115,17 +131,18 @@ def _trainer(folder: Path, iterations: int, callbacks: list[Callback]) -> lightn
         enable_checkpointing=False,
         use_distributed_sampler=False,
         default_root_dir=folder,
+        **trainer_settings(team),
     )
 
 
-def _leave_result(task: TrainingTask, module: PolicyGradient, run: TrainingRun | None) -> None:
+def _leave_result(task: TrainingTask, module: PolicyGradient, trained: Policy, run: TrainingRun | None) -> None:
     """Write what a finished training leaves, and make it appear at once; the curve then has no times."""
     episodes = task.cache / "episodes.parquet"
     timings = [
         {k: row.pop(k) for k in list(row) if k.startswith(("seconds", "tokens_per_second"))} for row in module.curve
     ]
     with replacing(task.result) as folder:
-        save_trained(module.result(), folder / "policy", Layout(Path()).base)
+        save_trained(trained, folder / "policy", Layout(Path()).base)
         write_json(folder / "curves.json", module.curve)
         write_json(folder / "timings.json", timings)
         shutil.copy2(episodes, folder)

@@ -48,7 +48,8 @@ def training_task(config: Config, environment: str, method: str, seed: int, poli
 def training_key(config: Config, environment: str, method: str, seed: int, policy: Path) -> str:
     """Hash of all that decides a training's bytes: settings, what they name, reference policy, code, build and seed.
 
-    Code is ``pipeline.training.run`` and what it imports. The annotated table is not among them: its slices are what the
+    Code is ``pipeline.training.run`` and what it imports. The number of processes is left out: it decides rounding alone, and
+    a training goes on with another one. The annotated table is not among them: its slices are what the
     training would sample itself (invariant 4).
 
     Raises:
@@ -59,7 +60,7 @@ def training_key(config: Config, environment: str, method: str, seed: int, polic
     resolved: dict[str, Any] = {
         "environment": {environment: config.environments[environment].model_dump(mode="json")},
         "rollout": config.rollout.model_dump(mode="json"),
-        "train": config.train.model_dump(mode="json"),
+        "train": config.train.model_dump(mode="json", exclude={"processes"}),
         "method": config.methods[method].model_dump(mode="json", exclude={"source", "status", "matched_to"}),
         "evaluation": {
             k: getattr(config.evaluation, k) for k in ("validation_states", "validation_rollouts", "temperatures")

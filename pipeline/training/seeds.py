@@ -40,7 +40,7 @@ def train_seeds(config: Config, environment: str, method: str, layout: Layout) -
     if jobs:
         doing("opening MLflow's store")
         in_own_process(open_store, store_of(config, Path(".")), environment)
-    run_in_processes(train_one, jobs, config.workers, f"train {environment}-{method}", config.threads)
+    run_in_processes(train_one, jobs, config.trainings, f"train {environment}-{method}", config.threads)
 
     doing("copying the results")
     target = layout.trained(environment, method)

@@ -1,9 +1,11 @@
 """An update: one optimizer step on a minibatch, and what is measured in it."""
 
+from __future__ import annotations
+
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from torch import Tensor
 from pipeline.model.memory import tokens_per_forward
 from pipeline.model.policy import Policy
 from pipeline.model.scoring import TokenScores, batches_of, predicting_hidden, score_tokens
+from pipeline.model.shards import gathered
 from pipeline.objective.estimates import needed_behind
 from pipeline.objective.methods import coefficients, policy_loss, surrogate_plan
 from pipeline.objective.surrogates import UpdateTokens
@@ -22,6 +25,7 @@ from pipeline.settings.method import Method
 from pipeline.settings.params import Config
 from pipeline.training.heads import Head, Scene
 from pipeline.training.masters import Masters, take_step
+from pipeline.training.team import ALONE, Team
 from pipeline.training.tokens import TokenTable
 from pipeline.trajectories.trajectory import CUT_OFF, REPORTED_ROLES, Trajectories
 from pipeline.workspace.finite import require_finite
@@ -52,6 +56,15 @@ class Learner:
     heads: Sequence[Head]
     masters: Sequence[Masters]
     """Of the policy, then of each head."""
+    sampled: Policy
+    """What is sampled from: the policy itself, or a copy of it as it was when the iteration began."""
+    team: Team = ALONE
+    """Each of its processes computes the loss of some of a minibatch's trajectories."""
+
+    @property
+    def whole(self) -> Learner:
+        """The same with all weights of the policy as it was when the iteration began, for gradients of single tokens."""
+        return replace(self, policy=self.sampled) if self.team.sharded else self
 
     @property
     def tokens_per_forward(self) -> int:
@@ -66,6 +79,11 @@ class Learner:
     @torch.inference_mode()
     def estimate(self, sequences: Sequence[np.ndarray], wanted: Sequence[np.ndarray]) -> dict[str, Float[Tensor, " n"]]:
         """What the heads say of the wanted tokens, a column per estimate."""
+        return gathered(self.policy.model, self._estimate, sequences, wanted)
+
+    def _estimate(
+        self, sequences: Sequence[np.ndarray], wanted: Sequence[np.ndarray]
+    ) -> dict[str, Float[Tensor, " n"]]:
         scene = self.scene(sequences, wanted)
         return {name: column for head in self.heads for name, column in head.estimate(scene).items()}
 
@@ -111,7 +129,22 @@ class Learner:
 
     def pieces(self, minibatch: TokenTable) -> list[np.ndarray]:
         """Trajectories that are scored at once, by their indices."""
-        return batches_of(self.policy, minibatch.sequences("ids"), self.tokens_per_forward)
+        return self._pieces(minibatch, np.arange(len(minibatch)))
+
+    def own_pieces(self, minibatch: TokenTable) -> list[tuple[np.ndarray, bool]]:
+        """This process's share of a minibatch, in ``pieces``, and whether they count.
+
+        Where the processes gather weights together, all have equally many; those that do not count make up the number.
+        """
+        shares = self.team.shares(minibatch.lengths.tolist())
+        own = self._pieces(minibatch, shares[self.team.rank])
+        most = max(len(self._pieces(minibatch, share)) for share in shares) if self.team.sharded else 0
+        return [(piece, True) for piece in own] + [(np.arange(1), False)] * (most - len(own))
+
+    def _pieces(self, minibatch: TokenTable, rows: np.ndarray) -> list[np.ndarray]:
+        sequences = minibatch.sequences("ids")
+        own = [sequences[row] for row in rows]
+        return [rows[piece] for piece in batches_of(self.policy, own, self.tokens_per_forward)]
 
     def with_coefficients(self, minibatch: TokenTable) -> TokenTable:
         """The minibatch with c_t of its tokens."""
@@ -127,11 +160,14 @@ class Learner:
         if plan is None:
             return minibatch
         pieces = self.pieces(minibatch)
-        scores = [self.score(minibatch.select(piece))[1] for piece in pieces]
+        scores = [gathered(self.policy.model, self._scores, minibatch.select(piece)) for piece in pieces]
         logprob, entropy = (torch.cat([getattr(s, name).cpu() for s in scores]) for name in ("logprob", "entropy"))
         order = np.concatenate(pieces)
         now = minibatch.select(order).with_columns(logprob=logprob, entropy=entropy).select(np.argsort(order))
         return minibatch.with_columns(plan=plan(update_tokens(now, now["logprob"], now["entropy"])))
+
+    def _scores(self, piece: TokenTable) -> TokenScores:
+        return self.score(piece)[1]
 
     def read(self, piece: TokenTable) -> tuple[Scene, UpdateTokens, Tensor | None]:
         """Planned trajectories as the policy reads them now, with gradient, and their rows of the plan."""
@@ -177,7 +213,8 @@ def update_tokens(
 def update(learner: Learner, optimizer: Any, minibatch: TokenTable, iteration: int) -> dict[str, float]:
     """One optimizer step; gradients of the pieces add up to the minibatch's exactly.
 
-    It is left out where a loss or a gradient is not finite, and the policy's part of it where the policy has gone further
+    So do those of several processes, each of which has some of the trajectories. The step is left out where a loss or a
+    gradient is not finite, and the policy's part of it where the policy has gone further
     than ``skip_above_kl``.
 
     Returns:
@@ -190,7 +227,8 @@ def update(learner: Learner, optimizer: Any, minibatch: TokenTable, iteration: i
     """
     optimizer.zero_grad(set_to_none=True)
     minibatch = learner.planned(minibatch)
-    totals = _accumulate_gradients(learner, minibatch, iteration)
+    totals = learner.team.summed(_accumulate_gradients(learner, minibatch, iteration))
+    learner.team.sum_gradients(weight for masters in learner.masters for weight in masters.weights)
     owners = ["", *(f"{head.name}_" for head in learner.heads)]
     for owner, masters in zip(owners, learner.masters, strict=True):
         totals[f"{owner}gradient_norm"] = masters.clip(learner.config.train.gradient_clip)
@@ -210,15 +248,15 @@ def update(learner: Learner, optimizer: Any, minibatch: TokenTable, iteration: i
 
 
 def _accumulate_gradients(learner: Learner, minibatch: TokenTable, iteration: int) -> dict[str, float]:
-    """Backward passes over all pieces of a planned minibatch; returns the sums of what is measured in them."""
+    """Backward passes over this process's pieces of a planned minibatch; returns the sums of what is measured in them."""
     warming = any(iteration < head.settings.warmup_iterations for head in learner.heads)
     totals, done = dict[str, float](), 0
-    for piece in learner.pieces(minibatch):
+    for piece, counts in learner.own_pieces(minibatch):
         within(done / len(minibatch), f"{done} of {len(minibatch)} episodes of the next")
         done += len(piece)
-        loss, terms = learner.loss(minibatch.select(piece), minibatch, warming)
-        loss.backward()
-        for key, value in terms.items():
+        loss, terms = gathered(learner.policy.model, learner.loss, minibatch.select(piece), minibatch, warming)
+        (loss if counts else loss * 0.0).backward()
+        for key, value in terms.items() if counts else ():
             totals[key] = totals.get(key, 0.0) + float(value.detach())
     return totals
 

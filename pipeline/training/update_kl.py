@@ -12,7 +12,9 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pipeline.model.policy import Policy
 from pipeline.model.scoring import predicting_hidden
+from pipeline.model.shards import gathered
 from pipeline.training.tokens import TokenTable
 from pipeline.training.update import Learner
 from pipeline.trajectories.trajectory import Role
@@ -80,9 +82,13 @@ class UpdateKL:
         policy, temperature = self._learner.policy, self._learner.config.rollout.temperature
         parts = [torch.zeros(0, policy.head.out_features)]
         for piece in self._pieces:
-            hidden = predicting_hidden(policy, piece.sequences("ids"), piece.sequences("wanted"))
-            parts.append(policy.logits(hidden).float().cpu() / temperature)
+            logits = gathered(policy.model, _logits, policy, piece)
+            parts.append(logits.float().cpu() / temperature)
         return torch.cat(parts)
+
+
+def _logits(policy: Policy, piece: TokenTable) -> Float[Tensor, "n v"]:
+    return policy.logits(predicting_hidden(policy, piece.sequences("ids"), piece.sequences("wanted")))
 
 
 def kl_divergence(before: Float[Tensor, "n v"], after: Float[Tensor, "n v"]) -> Float[Tensor, " n"]:

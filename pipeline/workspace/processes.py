@@ -10,7 +10,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_completed, wait
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from pipeline.progress.display import Display, still, tell
@@ -19,6 +19,7 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 _reports: Any = None
+_together: Any = None
 
 
 @runtime_checkable
@@ -86,6 +87,36 @@ def in_own_process(function: Callable[..., Result], *arguments: Any) -> Result:
         with still():
             future = pool.submit(function, *arguments)
         return future.result()
+
+
+def run_together(function: Callable[[int], Result], count: int) -> Result:
+    """Call ``function(rank)`` in ``count`` processes at once, which may wait for one another; returns what the first one does.
+
+    Processes are forked, so ``function`` may be any callable; see ``run_in_processes``. The first one reports as this one would.
+
+    Raises:
+        Exception: what the first one to fail has raised. The others are killed, as all are when this process is.
+    """
+    context = multiprocessing.get_context("fork")
+    pool = ProcessPoolExecutor(count, context, _start_together, (function, os.getpid()))
+    with _ending(pool):
+        with still():
+            futures = [pool.submit(_run_together, rank) for rank in range(count)]
+        for future in as_completed(futures):
+            future.result()
+        return futures[0].result()
+
+
+def _start_together(function: Callable[[int], Any], parent: int) -> None:
+    global _together
+    _together = function
+    begin_worker(parent)
+
+
+def _run_together(rank: int) -> Any:
+    if rank:
+        tell(lambda *_: None)
+    return _together(rank)
 
 
 @contextlib.contextmanager
