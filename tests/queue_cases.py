@@ -9,7 +9,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import psycopg
 import pytest
 from optuna.exceptions import TrialPruned
 from optuna.trial import FrozenTrial, Trial, TrialState
@@ -21,6 +20,7 @@ from tests.searches import (
     ALPHA,
     BETA,
     awaited,
+    new_database,
     searches,
     trials_asked_for,
     written,
@@ -58,11 +58,7 @@ class Toy:
 
 
 def database(request: pytest.FixtureRequest) -> str:
-    url: str = request.getfixturevalue("server")
-    name = f"sweep_{time.monotonic_ns()}"
-    with psycopg.connect(url.format("postgres").replace("+psycopg", ""), autocommit=True) as connection:
-        connection.execute(f"CREATE DATABASE {name}".encode())
-    return url.format(name)
+    return new_database(request.getfixturevalue("server"))
 
 
 def toy_plan(folder: Path, storage: str | None = None, **sweep: Any) -> SearchPlan:

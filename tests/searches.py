@@ -173,6 +173,16 @@ def postgresql() -> Iterator[str]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def new_database(url: str) -> str:
+    """The URL of a new database on a PostgreSQL server, given the server's up to that name."""
+    import psycopg
+
+    name = f"test_{os.getpid()}_{time.monotonic_ns()}"
+    with psycopg.connect(url.format("postgres").replace("+psycopg", ""), autocommit=True) as connection:
+        connection.execute(f"CREATE DATABASE {name}".encode())
+    return url.format(name)
+
+
 def answers(folder: Path) -> bool:
     """Whether the server of a folder takes connections."""
     import psycopg

@@ -6,7 +6,6 @@ import hashlib
 import json
 import os
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -19,44 +18,16 @@ from ruamel.yaml import YAML
 
 from pipeline.settings.presets import resolve_preset
 from pipeline.workspace.yaml_files import read_yaml
+from tests.clones import ROOT, call, clone, commit, environment
 from tests.commands import complaints, forked_stages
 from tests.trainings import left
 
 pytestmark = [pytest.mark.dag, pytest.mark.xdist_group("dag")]
 
-ROOT = Path(__file__).parents[1]
 PIPELINE = "presets/smoke/dvc.yaml"
 PARAMS = "presets/smoke/params.yaml"
 OUT = Path("presets/smoke")
 METHODS = ("ppo", "grpo", "grpo_actfocus")
-
-
-def clone(target: Path) -> Path:
-    """The project as a fresh clone would have it, uncommitted changes included."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-co", "--exclude-standard"], cwd=ROOT, capture_output=True, text=True, check=True
-    )
-    for name in listed.stdout.splitlines():
-        source = ROOT / name
-        made = name.startswith("presets/") and source.name != "overlay.yaml"
-        if source.name != "dvc.lock" and not made and source.is_file():
-            (target / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(source, target / name)
-    identity = ["-c", "user.name=test", "-c", "user.email=test@example.invalid"]
-    for command in (["init", "-q"], ["add", "-A"], [*identity, "commit", "-qm", "clone"]):
-        subprocess.run(["git", *command], cwd=target, check=True)
-    return target
-
-
-def environment() -> dict[str, str]:
-    kept = {k: v for k, v in os.environ.items() if k not in ("PYTHONPATH", "MLFLOW_TRACKING_URI")}
-    return {**kept, "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"}
-
-
-def call(folder: Path, *command: str) -> subprocess.CompletedProcess[str]:
-    done = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, f"{command}\n{done.stdout[-3000:]}\n{done.stderr[-3000:]}"
-    return done
 
 
 def repro(folder: Path, *options: str) -> list[str]:
@@ -203,11 +174,35 @@ def test_notebooks_run_on_the_outputs_and_are_committed_without_any(runs: tuple[
     assert digests(folder) == before
 
 
-def test_two_revisions_are_compared_at_the_terminal(runs: tuple[Path, Path]) -> None:
+@pytest.fixture(scope="module")
+def committed(runs: tuple[Path, Path]) -> Path:
+    """The first clone with its results in Git, as ``before``, and in a remote of DVC's, a folder beside it."""
     folder = runs[0]
-    identity = ["-c", "user.name=test", "-c", "user.email=test@example.invalid"]
-    for command in (["add", "-A"], [*identity, "commit", "-qm", "results"], ["tag", "before"]):
-        call(folder, "git", *command)
+    call(folder, "dvc", "remote", "add", "--default", "shared", str(folder.with_name("remote")))
+    commit(folder, "results")
+    call(folder, "git", "tag", "before")
+    call(folder, "dvc", "push", PIPELINE)
+    return folder
+
+
+def test_a_fresh_clone_that_pulls_has_the_results_and_nothing_to_reproduce(committed: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "clone"
+    call(tmp_path, "git", "clone", "-q", str(committed), str(folder))
+    assert digests(folder) == {}
+    call(folder, "dvc", "pull", PIPELINE)
+    assert digests(folder) == digests(committed)
+    for told in ("timings", "runs"):
+        assert files(folder / OUT / "data" / told) == files(committed / OUT / "data" / told)
+    assert repro(folder) == []
+    assert call(folder, "git", "status", "--porcelain").stdout == "", "not even a hash in dvc.lock is another one"
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_two_revisions_are_compared_at_the_terminal(committed: Path) -> None:
+    folder = committed
     edit(folder, lambda p: p["methods"].update(ppo=None))
     assert repro(folder) == ["compare"]
 

@@ -13,7 +13,7 @@ from pipeline.settings.presets import overlay
 from pipeline.workspace.yaml_files import read_yaml
 
 ROOT = Path(__file__).parents[1]
-README, ARCHITECTURE = ROOT / "README.md", ROOT / "docs" / "architecture.md"
+README, ARCHITECTURE, SCALING = ROOT / "README.md", ROOT / "docs" / "architecture.md", ROOT / "docs" / "scaling.md"
 DOCUMENTS = [README, *sorted((ROOT / "docs").glob("*.md"))]
 
 
@@ -21,11 +21,12 @@ def said(document: Path) -> str:
     return document.read_text(encoding="utf-8")
 
 
-def test_every_yaml_block_of_the_readme_is_valid_on_top_of_params() -> None:
-    blocks = re.findall(r"```yaml\n(.*?)```", said(README), flags=re.S)
+@pytest.mark.parametrize("document", [README, SCALING], ids=lambda path: path.name)
+def test_every_yaml_block_is_valid_on_top_of_params(document: Path) -> None:
+    blocks = re.findall(r"```yaml\n(.*?)```", said(document), flags=re.S)
     assert len(blocks) >= 2
     for block in blocks:
-        parse(overlay(read_yaml(ROOT / "params.yaml"), YAML(typ="safe").load(block)), "README.md")
+        parse(overlay(read_yaml(ROOT / "params.yaml"), YAML(typ="safe").load(block)), document.name)
 
 
 def test_the_readme_is_for_two_minutes() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import http.server
 import json
+import shutil
 import socket
 import threading
 import time
@@ -19,7 +20,7 @@ from pipeline.tracking.send import send_waiting
 from pipeline.tracking.store import open_store
 from pipeline.tracking.training import Store, TrainingRun
 from pipeline.workspace.errors import UserError
-from tests.tracked import Server, Training, apart, runs_of, started, steps, toy_job, toy_settings
+from tests.tracked import Server, Training, apart, mlflow_server, runs_of, started, steps, toy_job, toy_settings
 from tests.trainings import LAKE, configured
 
 ITERATIONS = 10
@@ -40,7 +41,9 @@ def config() -> Config:
 @pytest.fixture(scope="module")
 def server(migrated: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
     """One that is killed and started by the tests; they share its database."""
-    with started(Server(tmp_path_factory.mktemp("server"), migrated)) as running:
+    folder = tmp_path_factory.mktemp("server")
+    shutil.copy(migrated, folder / "server.db")
+    with started(mlflow_server(folder, f"sqlite:///{folder / 'server.db'}", str(folder / "artifacts"))) as running:
         yield running
 
 

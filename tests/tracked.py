@@ -5,14 +5,13 @@ from __future__ import annotations
 import contextlib
 import multiprocessing
 import os
-import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,36 +26,50 @@ from tests.trainings import LAKE
 
 
 class Server:
-    """``mlflow server`` on a port of its own, over a copy of a migrated database."""
+    """A server on a port of its own, in a process that tests kill and start again.
 
-    def __init__(self, folder: Path, database: Path) -> None:
-        self._folder = folder
-        shutil.copy(database, folder / "server.db")
+    Args:
+        log: receives what it writes.
+        health: path of a page that is there once it works.
+        module: of Python, with its arguments; ``{port}`` in them is the port.
+        variables: of its environment, beside this process's.
+    """
+
+    def __init__(self, log: Path, health: str, module: Sequence[str], variables: Mapping[str, str]) -> None:
         with socket.socket() as probe:
             probe.bind(("127.0.0.1", 0))
-            self._port = probe.getsockname()[1]
-        self.uri = f"http://127.0.0.1:{self._port}"
+            port = probe.getsockname()[1]
+        self.uri = f"http://127.0.0.1:{port}"
+        self._log, self._health, self._variables = log, health, dict(variables)
+        self._command = [sys.executable, "-m", *(word.replace("{port}", str(port)) for word in module)]
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
-        command = [sys.executable, "-m", "mlflow", "server", "--host", "127.0.0.1", "--port", str(self._port)]
-        command += ["--workers", "1", "--backend-store-uri", f"sqlite:///{self._folder / 'server.db'}"]
-        command += ["--artifacts-destination", str(self._folder / "artifacts")]
-        quick = {**os.environ, "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
-        with open(self._folder / "server.log", "ab") as log:
-            self._process = subprocess.Popen(command, stdout=log, stderr=log, env=quick, start_new_session=True)
+        environment = {**os.environ, **self._variables}
+        with open(self._log, "ab") as log:
+            self._process = subprocess.Popen(
+                self._command, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
         deadline = time.monotonic() + 120
         while time.monotonic() < deadline:
-            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}/health", timeout=5):
+            with contextlib.suppress(OSError), urllib.request.urlopen(f"{self.uri}{self._health}", timeout=5):
                 return
             time.sleep(0.1)
-        raise TimeoutError((self._folder / "server.log").read_text())
+        raise TimeoutError(self._log.read_text())
 
     def kill(self) -> None:
         if self._process is not None:
             os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
+
+
+def mlflow_server(folder: Path, backend: str, artifacts: str, variables: Mapping[str, str] | None = None) -> Server:
+    """``mlflow server`` over a database, which sends artifacts on."""
+    module = ["mlflow", "server", "--host", "127.0.0.1", "--port", "{port}", "--workers", "1"]
+    module += ["--backend-store-uri", backend, "--artifacts-destination", artifacts]
+    quick = {"MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false"}
+    return Server(folder / "server.log", "/health", module, {**quick, **(variables or {})})
 
 
 class Training:

@@ -17,7 +17,8 @@ Times are milliseconds since 1970.
 """
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -57,17 +58,16 @@ class RemoteRun:
                 self._log("params", [Param(key, str(value)) for key, value in record["values"].items()], 100)
             case "inputs":
                 self.client.log_inputs(self.id, [_dataset(one) for one in record["datasets"]])
-            case "text":
-                self.client.log_text(self.id, record["text"], record["path"])
-            case "file":
-                if Path(record["source"]).exists():  # else a later run of the stage has replaced it
-                    self.client.log_artifact(self.id, record["source"], record["path"] or None)
+            case "text" | "file":
+                with _artifacts():
+                    self._keep(record)
             case "trace":
                 log_trace(self.uri, self.experiment, self.id, record)
             case "champion":
                 from pipeline.tracking.champion import register  # imports torch and transformers
 
-                register(self.client, self.uri, self.id, record)
+                with _artifacts():
+                    register(self.client, self.uri, self.id, record)
             case "end":
                 self.client.set_terminated(self.id, record["status"], record["time"])
             case kind:
@@ -81,6 +81,12 @@ class RemoteRun:
             for key, value in record["values"].items()
         ]
         self._log("metrics", metrics, METRICS_AT_ONCE)
+
+    def _keep(self, record: Record) -> None:
+        if record["kind"] == "text":
+            self.client.log_text(self.id, record["text"], record["path"])
+        elif Path(record["source"]).exists():  # else a later run of the stage has replaced it
+            self.client.log_artifact(self.id, record["source"], record["path"] or None)
 
     def _log(self, kind: str, values: list[Any], at_once: int) -> None:
         for start in range(0, len(values), at_once):
@@ -150,6 +156,24 @@ def _active(client: MlflowClient, run_id: str) -> bool:
         if error.error_code == ErrorCode.Name(RESOURCE_DOES_NOT_EXIST):
             return False
         raise
+
+
+@contextmanager
+def _artifacts() -> Iterator[None]:
+    """Have whatever fails while an artifact is sent be an error that the sender knows.
+
+    A run whose artifacts do not go through the server (``--no-serve-artifacts``) has them sent by the store's own library,
+    here, and the errors of these libraries have no common base.
+
+    Raises:
+        MlflowException, OSError: it was not sent.
+    """
+    try:
+        yield
+    except (MlflowException, OSError):
+        raise
+    except Exception as error:
+        raise OSError(f"artifacts: {error}") from error
 
 
 def _dataset(one: Mapping[str, str]) -> DatasetInput:
