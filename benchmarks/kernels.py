@@ -20,8 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import LlamaConfig, Qwen2Config, Qwen2ForCausalLM
 
-from benchmarks.flops import forward_flops
-from benchmarks.machine import PRODUCTS, processor
+from benchmarks.machine import PRODUCTS
 from benchmarks.subjects import SHAPES
 from benchmarks.throughput import update
 from pipeline.bootstrap.tokenizer import train_tokenizer
@@ -30,6 +29,8 @@ from pipeline.model.attention import Heads, padded_attention
 from pipeline.model.kernels import native
 from pipeline.model.kernels.library import CHOICE, library, usable
 from pipeline.model.policy import Policy
+from pipeline.planning.flops import forward_flops
+from pipeline.planning.processor import processor
 from pipeline.rollout.key_value_cache import SlotCache
 
 CAPABILITY = {"avx512": "avx512", "avx2": "avx2", "baseline": "default", "neon": "default"}

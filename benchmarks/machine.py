@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import os
-import platform
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
 from benchmarks.timing import repeated
 from pipeline.model.kernels.library import library
+from pipeline.planning.processor import processor
 
 PRODUCTS = ((512, 512, 512), (1024, 1024, 1024), (2048, 2048, 2048), (512, 512, 128), (4096, 256, 1024))
 """Rows, inner size and columns of the products that are tried for the CPU's peak."""
@@ -64,14 +63,3 @@ def machine() -> dict[str, Any]:
         "torch": torch.__version__,
         "kernels": "off" if loaded is None else loaded.instruction_set,
     }
-
-
-def processor() -> str:
-    """As Linux calls it, with family and model, which a virtual machine's name leaves out."""
-    try:
-        lines = [line.split(":", 1) for line in Path("/proc/cpuinfo").read_text().split("\n\n")[0].splitlines()]
-    except OSError:
-        lines = []
-    words = {line[0].strip(): line[1].strip() for line in lines if len(line) == 2}
-    name = words.get("model name") or platform.processor() or platform.machine()
-    return f"{name} (family {words['cpu family']}, model {words['model']})" if "cpu family" in words else name

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from benchmarks.baselines import GenerateEngine, padded_scores
-from benchmarks.flops import forward_flops, sampling_flops
 from benchmarks.machine import matrix_peak
 from benchmarks.subjects import ENVIRONMENT, SHAPES, Setup, pieces, synthetic
 from benchmarks.timing import REPEATS, rates, repeated, say, spread
@@ -20,6 +19,7 @@ from pipeline.model.attention import Attend, Heads, packed_attention, padded_att
 from pipeline.model.memory import tokens_per_forward
 from pipeline.model.policy import Policy
 from pipeline.model.scoring import batches_of, predicting_hidden, score_tokens
+from pipeline.planning.flops import forward_flops, sampling_flops
 from pipeline.rollout.collector import collect
 from pipeline.rollout.engine import Continuation, Request, Sampling
 from pipeline.rollout.specs import iteration_specs

@@ -19,7 +19,7 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.baselines import GenerateEngine, padded_scores
-from benchmarks.flops import forward_flops, sampling_flops
+from pipeline.planning.flops import forward_flops, sampling_flops
 from benchmarks.kernels import least, pairs
 from benchmarks.language_model import SMOLLM2, language_model
 from benchmarks.report import bench_text, summary

@@ -51,6 +51,7 @@ def files_importing(package: str) -> set[str]:
         ("optuna", {"sweep"}),
         ("dvc", {"analysis"}),
         ("matplotlib", {"report", "sweep"}),
+        ("simpy", {"planning"}),
         ("stages", set()),
     ],
 )
@@ -83,6 +84,7 @@ LAYERS = (
     {"evaluation"},
     {"training"},
     {"analysis"},
+    {"planning"},
     {"report"},
     {"sweep"},
     {"commands"},

@@ -7,7 +7,7 @@ from importlib import import_module
 from pipeline.commands.cli import run
 
 COMMANDS = (
-    *("check", "methods", "contracts", "preset"),  # before a run
+    *("check", "plan", "methods", "contracts", "preset"),  # before a run
     "repro",
     *("play", "compare", "bottleneck", "replay", "decisions", "confirm", "export"),  # of one
     *("sync", "publish", "simulate", "screenshots"),  # after it

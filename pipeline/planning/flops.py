@@ -12,9 +12,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
+
+
+class Reading(NamedTuple):
+    """What a forward pass over whole sequences computes."""
+
+    tokens: float
+    pairs: float
+    """Of a token and one that it attends to, in a layer that computes every token."""
+    wanted: float
+    """Tokens that are to be predicted."""
+    wanted_pairs: float
+    """Those pairs of the tokens that predict them."""
 
 
 def forward_flops(config: Any, lengths: Sequence[int] | np.ndarray, wanted: Sequence[np.ndarray]) -> float:
@@ -25,16 +37,26 @@ def forward_flops(config: Any, lengths: Sequence[int] | np.ndarray, wanted: Sequ
         lengths: tokens of each sequence.
         wanted: for each sequence a bool mask of the tokens to be predicted.
     """
-    heads, groups, size = _heads(config)
-    tokens, rows = int(np.sum(lengths)), int(sum(mask.sum() for mask in wanted))
-    query_side = 2 * heads * size * config.hidden_size + 3 * config.hidden_size * config.intermediate_size
-    key_side = 2 * groups * size * config.hidden_size
     pairs = float(sum(length * (length + 1) / 2 for length in lengths))
     wanted_pairs = float(sum(np.flatnonzero(mask).sum() for mask in wanted))  # token t is predicted from t others
+    rows = float(sum(mask.sum() for mask in wanted))
+    return reading_flops(config, Reading(float(np.sum(lengths)), pairs, rows, wanted_pairs))
+
+
+def reading_flops(config: Any, read: Reading) -> float:
+    """One forward pass, by what it computes; ``config`` is as in ``forward_flops``."""
+    heads, groups, size = head_shape(config)
+    query_side = 2 * heads * size * config.hidden_size + 3 * config.hidden_size * config.intermediate_size
+    key_side = 2 * groups * size * config.hidden_size
     before, per_pair = config.num_hidden_layers - 1, 4 * heads * size
-    linear = before * tokens * (query_side + key_side) + tokens * key_side + rows * query_side
-    attention = per_pair * (before * pairs + wanted_pairs)
-    return float(2 * linear + attention + 2 * rows * config.hidden_size * config.vocab_size)
+    linear = before * read.tokens * (query_side + key_side) + read.tokens * key_side + read.wanted * query_side
+    attention = per_pair * (before * read.pairs + read.wanted_pairs)
+    return float(2 * linear + attention + head_flops(config, read.wanted))
+
+
+def head_flops(config: Any, rows: float) -> float:
+    """Logits of so many tokens."""
+    return float(2 * rows * config.hidden_size * config.vocab_size)
 
 
 def sampling_flops(config: Any, prompts: Sequence[int], lengths: Sequence[int], sampled: int) -> float:
@@ -46,18 +68,23 @@ def sampling_flops(config: Any, prompts: Sequence[int], lengths: Sequence[int], 
         lengths: tokens of each episode, its prompt's first ones among them; as many episodes for each prompt.
         sampled: how many of the tokens were sampled; each needs one row of logits.
     """
-    heads, groups, size = _heads(config)
     share = len(lengths) // len(prompts)
     own = sum(lengths) - share * sum(prompts)
     pairs = sum(n * (n + 1) / 2 for n in lengths) - (share - 1) * sum(n * (n + 1) / 2 for n in prompts)
-    width = config.hidden_size
-    per_token = width * (2 * (heads + groups) * size + 3 * config.intermediate_size)
-    linear = config.num_hidden_layers * (own + sum(prompts)) * per_token
+    return cached_flops(config, own + sum(prompts), pairs, sampled)
+
+
+def cached_flops(config: Any, tokens: float, pairs: float, rows: float) -> float:
+    """New tokens that pass through all of every layer, for the cache has all of them; logits of ``rows`` of them."""
+    heads, groups, size = head_shape(config)
+    per_token = config.hidden_size * (2 * (heads + groups) * size + 3 * config.intermediate_size)
+    linear = config.num_hidden_layers * tokens * per_token
     attention = 4 * heads * size * config.num_hidden_layers * pairs
-    return float(2 * linear + attention + 2 * sampled * width * config.vocab_size)
+    return float(2 * linear + attention + head_flops(config, rows))
 
 
-def _heads(config: Any) -> tuple[int, int, int]:
+def head_shape(config: Any) -> tuple[int, int, int]:
+    """Attention's heads, its key-value heads, and the numbers of one."""
     heads = config.num_attention_heads
     size = getattr(config, "head_dim", None) or config.hidden_size // heads
-    return heads, config.num_key_value_heads, size
+    return heads, getattr(config, "num_key_value_heads", None) or heads, size
