@@ -24,17 +24,20 @@ from tests.trainings import LAKE, configured
 
 ACTFOCUS: dict[str, Any] = {"kind": "actfocus", "reasoning_downweight": 0.1, "redistribution_strength": 0.5}
 METHODS: dict[str, dict[str, Any]] = {
-    "weight_sum": {"weight": ACTFOCUS, "aggregation": {"kind": "weight_sum"}},
-    "token_mean": {"weight": ACTFOCUS, "aggregation": {"kind": "token_mean"}},
-    "sequence_mean": {"weight": ACTFOCUS, "aggregation": {"kind": "sequence_mean"}},
-    "constant": {"weight": ACTFOCUS, "aggregation": {"kind": "constant", "tokens": 40}},
-    "critic": {
+    "actfocus": {"weight": ACTFOCUS, "aggregation": {"kind": "weight_sum"}},
+    "ppo": {
+        "weight": ACTFOCUS,
         "advantage": {"kind": "gae", "whiten": True, "critic": {"kind": "trunk", "learning_rate": 1e-3}},
+        "aggregation": {"kind": "token_mean"},
         "surrogate": {"kind": "covariance_clip"},
     },
-    "own_trunk": {"advantage": {"kind": "gae", "whiten": True, "critic": {"kind": "model", "learning_rate": 1e-3}}},
+    "ppo_apart": {
+        "advantage": {"kind": "gae", "whiten": True, "critic": {"kind": "model", "learning_rate": 1e-3}},
+        "aggregation": {"kind": "sequence_mean"},
+    },
     "etpo": {
         "advantage": {"kind": "soft_q", "gamma": 0.99, "q": {"kind": "model", "learning_rate": 1e-3}},
+        "aggregation": {"kind": "constant", "tokens": 40},
         "surrogate": {"kind": "soft_q"},
         "regulariser": {"kind": "fixed", "entropy": 0.0, "kl": 0.0},
     },
@@ -52,7 +55,8 @@ METHODS: dict[str, dict[str, Any]] = {
         "surrogate": {"kind": "procedure_clip"},
     },
 }  # fmt: skip
-"""Of every slot that has sums over a batch, and all that has weights of its own."""
+"""All aggregations, heads that read the policy's hidden states or have a trunk of their own, trees, surrogates with plans, and
+slots that remember."""
 
 
 class Trained(NamedTuple):
@@ -70,7 +74,7 @@ class Trained(NamedTuple):
 def team_config(changes: dict[str, Any] | None = None) -> Config:
     """Three groups, which two processes cannot share out equally; one state to validate, which one of them has; and pieces of
     minibatches of which they have unequally many."""
-    train = {"iterations": 1, "minibatch": 5, "passes": 2, "tokens_per_forward": 256, "validate_every": 1}
+    train = {"iterations": 1, "minibatch": 5, "passes": 1, "tokens_per_forward": 256, "validate_every": 1}
     sizes = {
         "rollout": {"groups": 3, "group_size": 4},
         "bottleneck": {"groups": 3},

@@ -250,6 +250,7 @@ def test_only_what_an_edit_touches_runs_again(runs: tuple[Path, Path]) -> None:
     assert sorted(repro(folder)) == sorted(["bottleneck@frozen_lake", *trained, "compare"])
 
     edit(folder, lambda p: p["seeds"].append(2))
+    edit(folder, lambda p: p["train"].update(processes={"number": 2, "strategy": "ddp"}))  # those that are kept stay
     output = call(folder, "dvc", "repro", PIPELINE).stdout
     assert output.count("3 seeds (1 trained now, 2 kept)") == len(read_yaml(folder / PARAMS)["methods"])
     assert "stages.rollout" not in re.sub(r"Next: .*", "", output)

@@ -37,7 +37,7 @@ pytestmark = pytest.mark.xdist_group("team")
 
 @pytest.fixture(scope="module")
 def found(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], dict[str, Trained]]:
-    """What trainings of all methods leave: one process, two with ``ddp``, two with ``fsdp2``; a pair of processes each."""
+    """What trainings of all methods leave under a strategy: of one process, or of one pair of them for all methods."""
     config, kept = team_config(), dict[str, dict[str, Trained]]()
 
     def all_methods(team: Team) -> dict[str, Trained]:
@@ -45,13 +45,12 @@ def found(directory: Path, tmp_path_factory: pytest.TempPathFactory) -> Callable
         return {name: trained(config, name, load_policy(directory), folder, team) for name in METHODS}
 
     def of(strategy: str) -> dict[str, Trained]:
-        if strategy not in kept:
-            plan, meeting = Processes(number=2, strategy=strategy), tmp_path_factory.mktemp("met") / "meeting"  # type: ignore[arg-type]
-            kept[strategy] = (
-                all_methods(ALONE)
-                if strategy == "auto"
-                else run_together(lambda rank: all_methods(join(rank, plan, meeting)), 2)
-            )
+        if strategy not in kept and strategy == "auto":
+            kept[strategy] = all_methods(ALONE)
+        elif strategy not in kept:
+            plan = Processes.model_validate({"number": 2, "strategy": strategy})
+            meeting = tmp_path_factory.mktemp("met") / "meeting"
+            kept[strategy] = run_together(lambda rank: all_methods(join(rank, plan, meeting)), 2)
         return kept[strategy]
 
     return of
@@ -64,7 +63,7 @@ def test_two_processes_train_as_one_does(
 ) -> None:
     alone, together = found("auto")[method], found(strategy)[method]
     assert together.tokens == alone.tokens
-    assert len(together.gradients) == len(alone.gradients) >= 4
+    assert len(together.gradients) == len(alone.gradients) >= 2
     for two, one in zip(together.gradients, alone.gradients, strict=True):
         assert any(bool(value.any()) for value in one.values())
         assert difference(two, one) < CLOSE
