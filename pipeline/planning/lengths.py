@@ -58,5 +58,7 @@ def longest_lengths(config: Config, environment: str) -> Lengths:
     rest = context - sampled
     count = rollout.groups * rollout.group_size
     group = np.repeat(np.arange(rollout.groups), rollout.group_size)
-    columns = (np.full(count, number) for number in (max(1, rest // turns), context, sampled, turns))
-    return Lengths(*columns, group, 4.0)
+    prompt, whole, said, spoken = (
+        np.full(count, number) for number in (max(1, rest // turns), context, sampled, turns)
+    )
+    return Lengths(prompt, whole, said, spoken, group, 4.0)
