@@ -11,13 +11,13 @@ import numpy as np
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from benchmarks.flops import sampling_flops
 from benchmarks.machine import matrix_peak
 from benchmarks.subjects import synthetic
 from benchmarks.throughput import update_rates
 from benchmarks.timing import rates, repeated, say
 from pipeline.bootstrap.tokenizer import train_tokenizer
 from pipeline.model.policy import Policy
+from pipeline.planning.flops import sampling_flops
 from pipeline.rollout.engine import Request, Sampling
 from pipeline.rollout.transformers_engine import TransformersEngine
 

@@ -19,7 +19,6 @@ import torch
 from transformers import Qwen2Config, Qwen2ForCausalLM
 
 from benchmarks.baselines import GenerateEngine, padded_scores
-from pipeline.planning.flops import forward_flops, sampling_flops
 from benchmarks.kernels import least, pairs
 from benchmarks.language_model import SMOLLM2, language_model
 from benchmarks.report import bench_text, summary
@@ -30,6 +29,7 @@ from benchmarks.workload import workload
 from pipeline.bootstrap.tokenizer import train_tokenizer
 from pipeline.model.policy import Policy
 from pipeline.model.scoring import predicting_hidden, score_tokens
+from pipeline.planning.flops import forward_flops, sampling_flops
 from pipeline.report.publishing import MARKS, NOT_RUN, blocks_of, fenced, name_commits, publish_block, replace_block
 from pipeline.rollout.collector import collect
 from pipeline.rollout.specs import iteration_specs
