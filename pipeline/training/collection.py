@@ -62,7 +62,7 @@ class Collection:
         self.engine.sync(self.policy, number)
         alone = isinstance(self.branching, Independent)
         if alone and number == 0 and self.first is not None and not self.closing:
-            yield [self.first.select(self.team.own_rows(self.first.episodes["group_id"]))]
+            yield [self.team.own(self.first)]
             return
         with self.phases.phase("reset"):  # states are drawn by resetting
             specs = iteration_specs(self.config, self.name, self.seed, number)

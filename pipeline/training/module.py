@@ -87,6 +87,7 @@ class PolicyGradient(lightning.LightningModule):
     def configure_model(self) -> None:
         """Leave each process its part of the policy's weights, where they are shared out; those of heads are not."""
         if self.team.sharded:
+            assert self.device_mesh is not None
             share_out(self.model, self.device_mesh["data_parallel"])
             self.learner.masters[0].weights = [p for p in self.model.parameters() if p.requires_grad]
 

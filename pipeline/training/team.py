@@ -16,7 +16,7 @@ from typing import Any, TypeVar
 import numpy as np
 import torch
 import torch.distributed as distributed
-from lightning.pytorch.plugins.environments import LightningEnvironment
+from lightning.fabric.plugins.environments.lightning import LightningEnvironment
 from lightning.pytorch.strategies import DDPStrategy, Strategy
 from torch import nn
 
@@ -52,6 +52,10 @@ class Team:
         names = list(dict.fromkeys(groups))
         own = {names[n] for n in np.array_split(np.arange(len(names)), self.count)[self.rank]}
         return [row for row, name in enumerate(groups) if name in own]
+
+    def own(self, everyone: Trajectories) -> Trajectories:
+        """Those episodes of all that this process would have sampled."""
+        return everyone if self.count == 1 else everyone.select(self.own_rows(everyone.episodes["group_id"]))
 
     def gathered(self, own: Trajectories) -> Trajectories:
         """The episodes of all processes, in order."""

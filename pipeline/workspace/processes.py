@@ -101,7 +101,7 @@ def run_together(function: Callable[[int], Result], count: int) -> Result:
     pool = ProcessPoolExecutor(count, context, _start_together, (function, os.getpid()))
     with _ending(pool):
         with still():
-            futures = [pool.submit(_run_together, rank) for rank in range(count)]
+            futures: list[Future[Result]] = [pool.submit(_run_together, rank) for rank in range(count)]
         for future in as_completed(futures):
             future.result()
         return futures[0].result()
