@@ -118,7 +118,7 @@ def test_schedules_are_drawn_and_equal_ones_are_equal_bytes(tmp_path: Path) -> N
     for name in ("one", "two"):
         drawn.append(
             draw_schedules(
-                lambda kind, count, spread: schedule(plan, fleet._replace(count=count), kind, spread),
+                lambda kind, count, spread: schedule(plan, fleet._replace(devices=count), kind, spread),
                 0.5,
                 "a title",
                 tmp_path / name,
@@ -141,7 +141,8 @@ def params(tmp_path: Path) -> str:
     ("words", "said"),
     [
         (["--device", "H1000"], "--device: 'H1000' is not known; allowed: A100-40, A100-80, H100, "),
-        (["--device", "H100", "--count", "0"], "Invalid value for '--count': "),
+        (["--device", "H100", "--count", "0"], "--count: 0; allowed: 1 to 1024"),
+        (["--device", "H100", "--spread", "-1"], "--spread: -1; allowed: 0 to 10"),
         (["--device", "H100", "--method", "nothing"], "params.yaml: methods: 'nothing' is not there; allowed: ppo, "),
         (["--device", "H100", "--model", "./nothing"], "policy: ./nothing: no such model directory"),
         ([], "--device: "),

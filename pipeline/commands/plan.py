@@ -1,7 +1,7 @@
-"""Predict what a comparison costs: time and memory by phase, and the schedule to choose.
+"""Predict what a comparison costs, phase by phase.
 
-On a GPU of the table, by its data sheet; without --device on this machine, whose constants are fitted on what --measure has
-timed. Nothing is trained but by --measure, which makes small iterations of its own and takes minutes.
+Time, memory and the schedule to choose: on a GPU of the table by its data sheet, or without --device on this machine, with
+constants that are fitted on what --measure has timed. Only --measure trains: small iterations of its own, for minutes.
 """
 
 from pathlib import Path
@@ -28,10 +28,10 @@ FIGURE = "Draw schedules on up to 1,024 devices into reports/plan/."
 def main(
     params: ParamsFile = "params.yaml",
     device: Annotated[str | None, typer.Option(metavar="NAME", help=DEVICE)] = None,
-    count: Annotated[int, typer.Option(min=1, max=1024, metavar="COUNT", help="Devices.")] = 1,
+    count: Annotated[int, typer.Option(metavar="COUNT", help="Devices, up to 1,024.")] = 1,
     method: Annotated[str | None, typer.Option(metavar="NAME", help="Default: the one that takes longest.")] = None,
     model: Annotated[str | None, typer.Option(metavar="NAME", help=MODEL)] = None,
-    spread: Annotated[float | None, typer.Option(min=0.0, max=10.0, metavar="SHARE", help=SPREAD)] = None,
+    spread: Annotated[float | None, typer.Option(metavar="SHARE", help=SPREAD)] = None,
     figure: Annotated[bool, typer.Option("--figure", help=FIGURE)] = False,
     measure: Annotated[bool, typer.Option("--measure", help="Time this machine first.")] = False,
 ) -> str:
@@ -47,6 +47,10 @@ def main(
 
     if method is not None and method not in config.methods:
         raise UserError(f"{params}: methods: {method!r} is not there; allowed: {', '.join(config.methods)}")
+    if not 1 <= count <= 1024:
+        raise UserError(f"--count: {count}; allowed: 1 to 1024")
+    if spread is not None and not 0 <= spread <= 10:
+        raise UserError(f"--spread: {spread:g}; allowed: 0 to 10")
     torch.set_num_threads(config.threads)
     said = _measured(config) if measure else ""
     shape = shape_of(config, model)
@@ -130,7 +134,7 @@ def _draw(layout: "Layout", plans: "dict[str, Plan]", fleet: "Fleet") -> Path:
     plan = plans[name]
 
     def simulated(kind: "Schedule", count: int, spread: float) -> "Timeline | None":
-        return schedule(plan, fleet._replace(count=count), kind, spread)
+        return schedule(plan, fleet._replace(devices=count), kind, spread)
 
     shape = plan.iteration.shape
     title = f"{name}: {shape.name}, {len(plan.iteration.lengths)} episodes an iteration, {fleet.device.name}"

@@ -104,7 +104,7 @@ class Miss(NamedTuple):
 
 def left_out(points: Sequence[Timed]) -> list[Miss]:
     """Every point, predicted from all the others."""
-    return [_missed(points[:index] + points[index + 1 :], point) for index, point in enumerate(list(points))]
+    return [_missed([*points[:index], *points[index + 1 :]], point) for index, point in enumerate(points)]
 
 
 def larger_left_out(points: Sequence[Timed]) -> list[Miss]:

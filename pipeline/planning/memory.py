@@ -122,6 +122,5 @@ def _activations(iteration: PlannedIteration) -> float:
     everything, layers = activation_bytes(shape.config, tokens, number), shape.config.num_hidden_layers
     if not iteration.recomputes:
         return everything
-    return (
-        everything * 2 / (layers + 1) + number * tokens * shape.config.hidden_size * layers
-    )  # a layer's, and all inputs
+    inputs = number * tokens * shape.config.hidden_size * layers
+    return float(everything * 2 / (layers + 1) + inputs)  # of one layer all, of every layer its input

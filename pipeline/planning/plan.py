@@ -32,7 +32,7 @@ class Fleet(NamedTuple):
     """What is planned on."""
 
     device: Device
-    count: int
+    devices: int
     processor: bool
     """It is the processor of a machine, and no GPU."""
     workers: int
@@ -101,7 +101,7 @@ def make_plan(iteration: PlannedIteration, environment: str, fleet: Fleet, sprea
     )
     for kind in KINDS:
         spread_over = 1
-        for spread_over in (1, fleet.count):
+        for spread_over in (1, fleet.devices):
             holds[kind] = held(iteration, spread_over)
             fits[kind] = _fits(holds[kind], kind, fleet)
             if fits[kind]:
@@ -120,8 +120,8 @@ def make_plan(iteration: PlannedIteration, environment: str, fleet: Fleet, sprea
 
 def schedule(plan: Plan, fleet: Fleet, kind: Schedule, spread: float) -> Timeline | None:
     """A schedule's best run on a fleet; None where it has too few devices."""
-    load = load_of(plan.iteration, plan.work, fleet, kind, plan.sharded[kind] and fleet.count > 1, spread)
-    return best(load, kind, fleet.count)
+    load = load_of(plan.iteration, plan.work, fleet, kind, plan.sharded[kind] and fleet.devices > 1, spread)
+    return best(load, kind, fleet.devices)
 
 
 def _fits(holding: Holding, kind: Schedule, fleet: Fleet) -> bool:
@@ -169,7 +169,7 @@ def load_of(
     return Load(
         steps=spread_steps(lengths.sampled, spread, SIMULATED),
         slots=iteration.slots,
-        prefill=sampling.seconds(_prefill(iteration, fleet.count)) / episodes,
+        prefill=sampling.seconds(_prefill(iteration, fleet.devices)) / episodes,
         step=sampling.seconds(step),
         token=each,
         annotation=(seconds["annotation"] + seconds["values"]) / episodes,
@@ -210,7 +210,7 @@ def comparison_hours(config: Config, plans: Mapping[str, Plan], fleet: Fleet) ->
         factors = {"training": faster, "matching": faster, "policy": 1.0}
         for part, spent in hours(config, {environment: pace}).items():
             share = 1 / len(plans) if part == "policy" else 1.0
-            total[part] = total.get(part, 0.0) + spent * factors.get(part, 1 / fleet.count) * share
+            total[part] = total.get(part, 0.0) + spent * factors.get(part, 1 / fleet.devices) * share
     return total
 
 

@@ -80,13 +80,13 @@ class Shape:
     def read(self) -> int:
         """Weights that a forward pass reads: an embedding that is not the output head is looked up, not read."""
         looked_up = 0 if self.config.tie_word_embeddings else self.config.vocab_size * self.config.hidden_size
-        return self.parameters - looked_up
+        return self.parameters - int(looked_up)
 
     @property
     def packed(self) -> int:
         """Numbers of the maps that sampling on a processor arranges anew (see ``PackedWeights``)."""
         return sum(rows * columns for rows, columns in self.projections.values()) + (
-            self.config.vocab_size * self.config.hidden_size
+            int(self.config.vocab_size * self.config.hidden_size)
         )
 
     @property

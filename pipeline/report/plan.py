@@ -41,7 +41,7 @@ def plan_text(config: Config, plans: Mapping[str, Plan], fleet: Fleet, assumed: 
         f"phases on one device ({fleet.device.name})",
         aligned(_phases(plan)),
         "",
-        f"schedules on {fleet.count} device{'s' * (fleet.count > 1)}, episode lengths with a spread of {plan.spread:.2g}",
+        f"schedules on {fleet.devices} device{'s' * (fleet.devices > 1)}, episode lengths with a spread of {plan.spread:.2g}",
         aligned(_schedules(plan)),
         "",
         f"memory of a device, of {_gigabytes(fleet.device.memory / fleet.workers)}",
@@ -52,7 +52,7 @@ def plan_text(config: Config, plans: Mapping[str, Plan], fleet: Fleet, assumed: 
 
 
 def _answer(config: Config, plans: Mapping[str, Plan], fleet: Fleet, plan: Plan) -> str:
-    many = f"{fleet.count} x {fleet.device.name}" if fleet.count > 1 else fleet.device.name
+    many = f"{fleet.devices} x {fleet.device.name}" if fleet.devices > 1 else fleet.device.name
     if any(own.recommended is None for own in plans.values()):
         least = min(_largest(plan, kind) for kind in plan.fits)
         return (
