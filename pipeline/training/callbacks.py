@@ -60,6 +60,7 @@ class Validation(Callback):
         done = len(module.curve)
         after, place = float(done > module.current_epoch), f"validation after {done} iterations"
         with module.phases.phase("validation"), span("validation:", after, after), located(place):
+            module.engine.sync(module.policy, done)
             shared = module.engine, module.policy.tokenizer, module.config, module.name, module.seed
             return summary(module.team.gathered(validate(*shared, module.team.own_rows)))
 
