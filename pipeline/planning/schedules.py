@@ -169,7 +169,8 @@ class _Run:
                 annotated = [self.clock.process(self._annotated(devices)) for _ in arrived]
             yield self.clock.all_of(annotated)
             yield self.clock.timeout(load.updates * self._update() + load.rest)
-            self.work += load.updates * (load.minibatch * load.trained + load.update * self.training) + load.rest
+            learning = min(self.training, load.minibatch)  # the others have no part of a minibatch
+            self.work += load.updates * (load.minibatch * load.trained + load.update * learning) + load.rest
             yield self.clock.timeout(load.synchronised)
             self.versions[number].succeed()
 

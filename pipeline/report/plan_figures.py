@@ -38,7 +38,9 @@ def draw_schedules(
         for axes in (left, right):
             axes.set_xscale("log", base=2)
             axes.xaxis.set_major_formatter(lambda value, _: f"{value:,.0f}")
-        left.legend()
+        for axis in (left.yaxis.set_major_formatter, left.yaxis.set_minor_formatter):
+            axis(lambda value, _: f"{value:.3g}")
+        figure.legend(loc="outside lower center", ncols=len(KINDS))
         figure.suptitle(
             f"{title}\nsolid: episode lengths with a spread of {spread:.2g}; dashed: all of the mean length"
         )
