@@ -189,10 +189,10 @@ def recorded(layout: Layout, config: Config, environment: str) -> dict[str, floa
 
 def _time_synchronising(module: PolicyGradient) -> None:
     """Let the engine's taking over of weights be a phase of its own; it is part of two others elsewhere."""
-    forget = module.engine.forget
+    sync = module.engine.sync
 
-    def timed() -> None:
+    def timed(policy: Policy, version: int) -> None:
         with module.phases.phase("synchronise"):
-            forget()
+            sync(policy, version)
 
-    module.engine.forget = timed  # type: ignore[method-assign]
+    module.engine.sync = timed  # type: ignore[method-assign]

@@ -49,8 +49,6 @@ PHASES = {
 """What an iteration consists of -> what a training's timings call it (``seconds_<name>``). Prefill and decoding are one stretch
 of time: their work is timed by the same constants. Synchronising is timed by ``measuring`` alone; trainings count it in
 ``collect`` and ``prepare``."""
-FORGETS = 2
-"""How often an iteration makes the engine take over the weights: before it collects, and in ``collect``."""
 
 
 class Work(NamedTuple):
@@ -126,7 +124,7 @@ class PlannedIteration:
             "update KL": self._update_kl(),
             "gradient shares": self._gradient_shares(),
             "bookkeeping": checked,
-            "synchronising": self.synchronising().times(FORGETS),
+            "synchronising": self.synchronising(),
         }
 
     def synchronising(self) -> Work:
