@@ -24,6 +24,10 @@ class GenerateEngine:
     def __init__(self, policy: Policy) -> None:
         self.policy = policy
 
+    def sync(self, policy: Policy, version: int) -> None:
+        """See ``RolloutEngine.sync``."""
+        self.policy, self.policy_version = policy, version
+
     def forget(self) -> None:
         """Nothing is kept from call to call."""
 

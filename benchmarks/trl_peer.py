@@ -74,6 +74,11 @@ class Engine:
         self.sample = self._cached if cached else self._plain
         self.forget()
 
+    def sync(self, policy: Any, version: int) -> None:
+        """The trainer's weights are read at every call."""
+        self.forget()
+        self.policy_version = version
+
     def forget(self) -> None:
         """Drop the cache."""
         self.cache: Any = None

@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.model.policy import Policy
 from pipeline.rollout.engine import Continuation, Follow, Request, Sampling
 from pipeline.rollout.episode import Setup
 from pipeline.rollout.forest import Forest
@@ -63,6 +64,8 @@ class Chatter:
         return one_by_one(self._say, requests, follow)
 
     def forget(self) -> None: ...
+
+    def sync(self, policy: Policy, version: int) -> None: ...
 
     def _say(self, request: Request) -> Continuation:
         answer, ids = Continuation([], [], [], "length", self.policy_version), list(request.ids)

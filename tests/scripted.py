@@ -8,6 +8,7 @@ from typing import Any
 
 from pipeline.bootstrap.tokenizer import train_tokenizer
 from pipeline.environments import make
+from pipeline.model.policy import Policy
 from pipeline.rollout.collector import collect
 from pipeline.rollout.engine import Continuation, Follow, Request, Sampling
 from pipeline.rollout.specs import EpisodeSpec, group_specs, iteration_specs
@@ -111,6 +112,9 @@ class ScriptedEngine:
 
     def forget(self) -> None:
         self.forgotten += 1
+
+    def sync(self, policy: Policy, version: int) -> None:
+        self.policy_version = version
 
     def _say(self, key: str, request: Request, sampling: Sampling) -> Continuation:
         turn = len(self.answers.get(key, []))

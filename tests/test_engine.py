@@ -79,6 +79,8 @@ class SlowEngine:
 
     def forget(self) -> None: ...
 
+    def sync(self, policy: Policy, version: int) -> None: ...
+
     def _continue(self, request: Request, sampling: Sampling) -> Continuation:
         answer, prefix, margin = Continuation([], [], [], "length", 0), list(request.ids), 1.0
         forced = prefix[len(prefix) - request.forced :]

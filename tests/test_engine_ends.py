@@ -21,6 +21,7 @@ from pipeline.model.loading import load_policy
 from pipeline.model.policy import Policy
 from pipeline.rollout.engine import Continuation, Request, Sampling
 from pipeline.rollout.transformers_engine import TransformersEngine, sample
+from pipeline.workspace.finite import NumericsError
 from tests.engine_cases import (
     SHAPE,
     STOP,
@@ -130,7 +131,7 @@ def test_the_tokenizers_own_end_is_obeyed_where_the_settings_name_another(policy
     assert (answer.finish, answer.ids) == ("eos", [own])
 
 
-def test_weights_changed_in_place_are_used_after_forget(policy: Policy) -> None:
+def test_weights_changed_in_place_are_used_after_sync(policy: Policy) -> None:
     changed = policy.frozen_copy()
     engine, sampling = TransformersEngine(changed), Sampling(1.0, STOP)
     prefix, draws = encode(policy, "player 0 1 goal 3 3"), np.linspace(0.1, 0.9, 6)
@@ -139,8 +140,12 @@ def test_weights_changed_in_place_are_used_after_forget(policy: Policy) -> None:
     with torch.no_grad():
         for parameter in changed.model.parameters():
             parameter.mul_(0.8)
-    engine.forget()
+    with pytest.raises(NumericsError, match=r"sync\(\)"):
+        engine.generate([Request(longer, draws)], sampling)
+    assert before.policy_version == 0
+    engine.sync(changed, 7)
     after = engine.generate([Request(longer, draws)], sampling)[0]
+    assert after.policy_version == 7
     assert_scored_by_a_fresh_forward(changed, longer, after, 1.0)
     old = full_logprobs(policy, [*longer, *after.ids], 1.0)[len(longer) - 1 : -1]
     stale = old[torch.arange(len(after.ids)), torch.tensor(after.ids)].numpy()

@@ -22,6 +22,7 @@ from pipeline.environments import initial_states, make, split_of
 from pipeline.environments.frozen_lake import MOVES, FrozenLake, FrozenLakeExpert
 from pipeline.environments.making import OURS
 from pipeline.environments.splits import SPLITS
+from pipeline.model.policy import Policy
 from pipeline.rollout.collector import collect
 from pipeline.rollout.engine import Continuation, Follow, Request, Sampling
 from pipeline.rollout.specs import iteration_specs
@@ -92,6 +93,8 @@ class Repeating:
         return [self._converse(number, request, follow) for number, request in enumerate(requests)]
 
     def forget(self) -> None: ...
+
+    def sync(self, policy: Policy, version: int) -> None: ...
 
     def _converse(self, number: int, request: Request | None, follow: Follow | None) -> Continuation:
         while request is not None:

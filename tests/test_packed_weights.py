@@ -80,7 +80,7 @@ def test_an_engine_samples_from_the_weights_there_are(kind: str, adapted: bool) 
             for weight in policy.model.parameters():
                 if weight.requires_grad or not is_adapted(policy):
                     weight.add_(0.02 * torch.randn(weight.shape, generator=torch.Generator().manual_seed(1)))
-        engine.forget()
+        engine.sync(policy, 1)
 
 
 @pytest.mark.parametrize("why", ["narrow", "no room", "no oneDNN"])

@@ -17,6 +17,7 @@ from pipeline.environments import make
 from pipeline.environments.bandit import RISKY, SAFE
 from pipeline.evaluation.evaluate import evaluation_specs
 from pipeline.evaluation.interventions import WAYS, played, success_by_state, thoughts_of
+from pipeline.model.policy import Policy
 from pipeline.rollout.collector import collect
 from pipeline.rollout.engine import Continuation, Follow, Request, Sampling
 from pipeline.settings.params import Config, Environment
@@ -221,6 +222,8 @@ class Choosing:
         return last
 
     def forget(self) -> None: ...
+
+    def sync(self, policy: Policy, version: int) -> None: ...
 
     def _say(self, request: Request) -> Continuation:
         border = len(request.ids) - request.forced

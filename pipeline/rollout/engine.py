@@ -6,6 +6,8 @@ from typing import Protocol, runtime_checkable
 
 import numpy as np
 
+from pipeline.model.policy import Policy
+
 
 @dataclass(frozen=True)
 class Sampling:
@@ -57,6 +59,7 @@ class RolloutEngine(Protocol):
     """
 
     policy_version: int
+    """Of the weights that sample; every continuation carries it."""
 
     def generate(
         self, requests: Iterable[Request], sampling: Sampling, follow: Follow | None = None
@@ -71,5 +74,12 @@ class RolloutEngine(Protocol):
             what begins with it, in this call or a later one.
         """
 
+    def sync(self, policy: Policy, version: int) -> None:
+        """Sample from a policy's weights from now on; must be called whenever they have changed.
+
+        Everything computed with those before is dropped, and then only the version becomes ``version``: one whose weights
+        did not arrive never has it.
+        """
+
     def forget(self) -> None:
-        """Drop everything computed; must be called whenever the weights have changed."""
+        """Drop everything computed, so that what follows does not depend on what was sampled before."""

@@ -46,32 +46,30 @@ class Bound(NamedTuple):
 class TransformersEngine:
     """See ``RolloutEngine``. As many episodes are sampled at once as there are ``slots``, or as fit within a bound.
 
-    The policy's weights are read at every call; call ``forget`` after changing them, or those of the ``trained`` policy that
-    it follows.
+    The policy's weights are read at every call; call ``sync`` after changing them.
 
     Raises:
         UserError: not a single episode fits.
     """
 
-    def __init__(
-        self,
-        policy: Policy,
-        slots: int = 128,
-        policy_version: int = 0,
-        bound: Bound | None = None,
-        trained: Policy | None = None,
-    ) -> None:
-        self.policy, self.slots, self.policy_version = policy, slots, policy_version
-        self.bound, self.trained = bound, trained
+    def __init__(self, policy: Policy, slots: int = 128, policy_version: int = 0, bound: Bound | None = None) -> None:
+        self.policy, self.slots, self.bound = policy, slots, bound
         self._ends: dict[str, frozenset[int]] = {}
         self._cache: SlotCache | None = None
-        self.forget()
+        self.sync(policy, policy_version)
         self._at_once()
 
+    def sync(self, policy: Policy, version: int) -> None:
+        """See ``RolloutEngine.sync``. Of another policy than its own the engine takes over the weights, in its own precision."""
+        if policy is not self.policy:
+            self.policy.follow(policy)
+        self._followed, self._linear = policy, PackedWeights(self.policy, self.slots)
+        self._computed_with = self._changes()
+        self.forget()
+        self.policy_version = version
+
     def forget(self) -> None:
-        """Drop what the cache holds, whose memory is used again, and take over the trained policy's weights."""
-        if self.trained is not None:
-            self.policy.follow(self.trained)
+        """See ``RolloutEngine.forget``; the cache's memory is used again."""
         if self._cache is not None:
             for slot in range(self.slots):
                 self._cache.drop(slot)
@@ -79,7 +77,6 @@ class TransformersEngine:
         self._idle = list(range(self.slots))
         """Slots without an episode, the one that has been idle longest first: what it holds is given up first."""
         self._prompt_logits: dict[tuple[int, ...], Tensor] = {}
-        self._computed_with, self._linear = self._changes(), PackedWeights(self.policy, self.slots)
         self.positions_computed = 0
         """Tokens that have passed through the model since."""
 
@@ -90,8 +87,8 @@ class TransformersEngine:
         return min(self.slots, self._held().episodes(self.bound.context))
 
     def _changes(self) -> int:
-        """How often the weights have been written to in place."""
-        weights = (self.trained or self.policy).model.parameters()
+        """How often the weights of what the engine samples from have been written to in place."""
+        weights = self._followed.model.parameters()
         return sum(0 if p.is_inference() else p._version for p in weights)
 
     @torch.inference_mode()
@@ -101,11 +98,11 @@ class TransformersEngine:
         """See ``RolloutEngine.generate``.
 
         Raises:
-            NumericsError: the weights have changed since ``forget``, or a logit is not a number.
+            NumericsError: the weights have changed since ``sync``, or a logit is not a number.
         """
         if self._changes() != self._computed_with:
             raise NumericsError(
-                "the policy's weights have changed, and what the engine holds is of those before: forget()"
+                "the policy's weights have changed, and what the engine holds is of those before: sync()"
             )
         was_training = self.policy.model.training
         self.policy.model.eval()

@@ -95,8 +95,8 @@ def require_recomputed(found: Agreement, dtype: torch.dtype, first: float | None
     if not found.error <= bound:
         raise NumericsError(
             f"{said}: they differ by {found.error:.2g} logits, and at most {bound:.2g} is rounding in "
-            f"{str(dtype).removeprefix('torch.')}; the engine has other weights, holds a cache of other weights, or samples "
-            "at another temperature"
+            f"{str(dtype).removeprefix('torch.')}; the engine samples from other weights, from a cache of other weights, or at "
+            "another temperature"
         )
     if dtype == torch.float32 and not everywhere <= LARGEST:
         raise NumericsError(f"{said}: one differs by {everywhere:.2g} from the reference policy's, which it still is")

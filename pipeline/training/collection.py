@@ -56,8 +56,7 @@ class Collection:
         the policy has been updated on these, all of them with their branches. Those of a round come in waves, in the order
         of sampling; a wave is annotated already if it is from the table, or what branches begin in.
         """
-        self.engine.forget()
-        self.engine.policy_version = number
+        self.engine.sync(self.policy, number)
         alone = isinstance(self.branching, Independent)
         if alone and number == 0 and self.first is not None and not self.closing:
             yield [self.first]
@@ -81,7 +80,7 @@ class Collection:
                 waves = [self.annotate(waves)]
                 if updates_first(self.branching):
                     yield waves
-                    self.engine.forget()  # the policy is another one now
+                    self.engine.sync(self.policy, self.engine.policy_version)  # it is another one now
                 forest.score(waves[0], self._scores(self.branching, waves[0]))
         yield waves
 

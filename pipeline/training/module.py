@@ -57,7 +57,7 @@ class PolicyGradient(lightning.LightningModule):
         self.heads = torch.nn.ModuleList(heads)
         masters = masters_of(method, lora, policy, heads, f"{config.params_file}: methods.{method_name}")
         self.learner = Learner(config, method, policy, reference, heads, masters)
-        self.engine = make_engine(config, self.sampled, trained=policy if copied else None)
+        self.engine = make_engine(config, self.sampled)
         self.phases = Phases()
         closing = bool(needed_behind(method.advantage))
         self.collection = Collection(
@@ -112,7 +112,7 @@ class PolicyGradient(lightning.LightningModule):
 
     def result(self) -> Policy:
         """The policy as it is now, in the precision in which it samples and is evaluated."""
-        self.engine.forget()
+        self.engine.sync(self.policy, len(self.curve))
         return self.sampled
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
