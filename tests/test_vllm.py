@@ -7,7 +7,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import pytest
 import torch
+from ruamel.yaml import YAML
 from safetensors.torch import load_file, save_file
 
 from pipeline.model.policy import Policy
@@ -24,12 +25,15 @@ from pipeline.rollout.making import make_engine
 from pipeline.rollout.vllm_engine import VllmEngine
 from pipeline.rollout.vllm_weights import HEAD_FILE
 from pipeline.settings.params import Config
+from pipeline.settings.presets import overlay
 from pipeline.training.module import PolicyGradient
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.finite import NumericsError
+from pipeline.workspace.yaml_files import read_yaml
 from tests.engine_cases import STOP, encode, random_policy
 from tests.test_dag import METHODS, OUT, clone, edit, repro
-from tests.trainings import LAKE, configured, fit
+from tests.test_engine_conformance import assert_scored
+from tests.trainings import LAKE, TINY, configured, fit
 
 pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("vllm")]
 
@@ -243,22 +247,42 @@ def test_a_server_that_cannot_be_used_is_refused_in_one_line(
     assert "\n" not in str(raised.value)
 
 
-@pytest.mark.parametrize("other_server", [([], True)], indirect=True)
+@pytest.fixture
+def served(policy: Policy, tmp_path: Path) -> Iterator[dict[str, Any]]:
+    """`actfocus serve`, of a params file whose changes these are."""
+    url = f"http://127.0.0.1:{vllm_server._free_port()}"
+    section = {"kind": "vllm", "url": url, "weights": str(tmp_path / "weights")}
+    changes = {"workers": 1, "rollout": {"engine": section, "cache_gigabytes": 0.1}}
+    with (tmp_path / "params.yaml").open("w") as file:
+        YAML().dump(overlay(overlay(read_yaml(ROOT / "params.yaml"), TINY), changes), file)
+    policy.save(tmp_path / "models/policy")
+    command = [sys.executable, "-m", "pipeline.commands.app", "serve", "--python", PYTHON]
+    with subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
+        vllm_server.wait_until_ready(url, 600)
+        yield changes
+        ours = family(psutil.Process(process.pid))
+        process.send_signal(signal.SIGINT)
+        process.wait(60)
+    assert gone(ours)
+
+
 def test_a_server_that_runs_already_is_sampled_from_unless_its_model_is_another(
-    policy: Policy, tmp_path: Path, other_server: Any
+    policy: Policy, tmp_path: Path, served: dict[str, Any]
 ) -> None:
-    config = with_vllm(tmp_path, {"url": other_server.url}, workers=1)
+    config = configured(served)
     engine = make_engine(config, policy)
     engine.sync(policy, 7)
     request = Request(encode(policy, "Up"), np.zeros(3))
     (answer,) = engine.generate([request], Sampling(1.0, STOP))
     assert answer.policy_version == 7
+    assert_scored(policy, request, answer, 1.0)
+    make_engine(config, policy).sync(policy, 8)
+    (answer,) = engine.generate([request], Sampling(1.0, STOP))
+    assert answer.policy_version == 7, "another has sent its weights, and these are sent again"
     wider = random_policy("qwen2", 64, tmp_path / "wider")
     with pytest.raises(UserError, match=r"cannot take the policy's weights: ") as raised:
         make_engine(config, wider).sync(wider, 8)
     assert "\n" not in str(raised.value)
-    (answer,) = engine.generate([request], Sampling(1.0, STOP))
-    assert answer.policy_version == 7, "its own weights are sent again"
 
 
 def test_a_server_that_is_away_is_waited_for_as_long_as_it_is_said(policy: Policy, tmp_path: Path) -> None:

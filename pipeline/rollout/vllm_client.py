@@ -13,11 +13,10 @@ from pathlib import Path
 from typing import Any
 
 import requests
-from requests.adapters import HTTPAdapter
 
 from pipeline.model.policy import Policy
 from pipeline.rollout.engine import Sampling
-from pipeline.rollout.vllm_server import MODEL, VllmServer, own_server, wait_until_ready
+from pipeline.rollout.vllm_server import MODEL, Away, VllmServer, own_server, session, wait_until_ready
 from pipeline.rollout.vllm_weights import write_weights
 from pipeline.settings.engine import VllmSection
 from pipeline.workspace.errors import UserError
@@ -36,10 +35,6 @@ OLDEST = "0.32"
 CONNECT_SECONDS = 10.0
 UPDATING = "updating"
 """What weights are called that are on their way."""
-
-
-class Away(Exception):
-    """The server does not answer, or has not the weights that it should have; ``str()`` says which."""
 
 
 @dataclass(frozen=True)
@@ -67,8 +62,7 @@ class VllmClient:
         """Of this process's own, once it is needed."""
         self._url = section.url or ""
         self._looked_at = ""
-        self._session = requests.Session()
-        self._session.mount("http", HTTPAdapter(pool_maxsize=at_once))
+        self._session = session(at_once)
         self._folder = Path(section.weights).absolute() / f"sent-{os.getpid()}-{secrets.token_hex(4)}"
         Finalize(self, shutil.rmtree, (self._folder, True), exitpriority=5)
 
@@ -155,27 +149,24 @@ class VllmClient:
         )
 
     def _require_interface(self) -> None:
-        paths = self._get("/openapi.json").get("paths", {})
-        missing = [path for path in NEEDED if path not in paths]
+        missing = [path for path in NEEDED if self._get(path).status_code == 404]  # 405 where there is something to post to
         if missing:
-            version = self._get("/version").get("version", "of an unknown version")
+            version = self._get("/version").json().get("version", "of an unknown version")
             raise UserError(
                 f"rollout.engine: vLLM {version} at {self._url} lacks {', '.join(missing)}; needed is vLLM {OLDEST} or "
                 "later, started with VLLM_SERVER_DEV_MODE=1"
             )
-        served = [model["id"] for model in self._get("/v1/models")["data"]]
+        served = [model["id"] for model in self._get("/v1/models").json()["data"]]
         if MODEL not in served:
             raise UserError(
                 f"rollout.engine: vLLM at {self._url} serves {', '.join(served)}; allowed: --served-model-name {MODEL}"
             )
 
-    def _get(self, path: str) -> dict[str, Any]:
+    def _get(self, path: str) -> requests.Response:
         try:
-            response = self._session.get(self._url + path, timeout=CONNECT_SECONDS)
-            found: dict[str, Any] = response.json()
-        except (requests.RequestException, ValueError) as error:
+            return self._session.get(self._url + path, timeout=CONNECT_SECONDS)
+        except requests.RequestException as error:
             raise Away(str(error)) from None
-        return found
 
     def _post(self, path: str, body: dict[str, Any], seconds: float = 60.0) -> requests.Response:
         response = self._send(path, body, seconds)

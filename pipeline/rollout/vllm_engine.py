@@ -21,7 +21,8 @@ import numpy as np
 from pipeline.model.policy import Policy
 from pipeline.progress.display import beat, due
 from pipeline.rollout.engine import Continuation, Follow, Request, Sampling
-from pipeline.rollout.vllm_client import Away, VllmClient
+from pipeline.rollout.vllm_client import VllmClient
+from pipeline.rollout.vllm_server import Away
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.finite import require_finite
 

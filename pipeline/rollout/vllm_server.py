@@ -16,6 +16,7 @@ from multiprocessing.util import Finalize
 from pathlib import Path
 
 import requests
+from requests.adapters import HTTPAdapter
 
 from pipeline.settings.engine import VllmSection
 from pipeline.workspace.errors import UserError
@@ -27,6 +28,10 @@ _SERVERS: dict[tuple[str, ...], VllmServer] = {}
 """This process's own, by what they were started with: starting one takes as long as many an evaluation."""
 GRACE_SECONDS = 10.0
 """After which a server that does not end by itself is killed."""
+
+
+class Away(Exception):
+    """A server does not answer, or has not the weights that it should have; ``str()`` says which."""
 
 
 class VllmServer:
@@ -54,6 +59,9 @@ class VllmServer:
             )
         self.close = Finalize(self, _end, (self._process, folder, self.log), exitpriority=10)
         """End the server and all its processes; called at this process's end, too."""
+
+        self.ready = False
+        """Whether it has answered."""
 
     @property
     def pid(self) -> int:
@@ -112,36 +120,51 @@ def server_command(python: str, host: str, port: int, folder: Path, options: Seq
         *("--host", host, "--port", str(port), "--model", str(folder.absolute()), "--served-model-name", MODEL),
         *("--logprobs-mode", "processed_logprobs"),  # of the tempered distribution that tokens are drawn from
         *("--generation-config", "vllm"),  # no top-k, top-p or penalties of the model's own
+        "--enable-scale-out",  # token ids in, token ids out, with the name of the weights
         *("--enable-prefix-caching", "--enable-prompt-tokens-details", "--uvicorn-log-level", "warning"),
         *options,
     ]
 
 
-def answers(url: str) -> bool:
-    """Whether a server is there and well."""
-    try:
-        return requests.get(f"{url}/health", timeout=10).ok
-    except requests.RequestException:
-        return False
+def session(at_once: int = 1) -> requests.Session:
+    """For so many requests at a time, which go to the server itself, whatever proxy there is."""
+    found = requests.Session()
+    found.trust_env = False
+    found.mount("http", HTTPAdapter(pool_maxsize=at_once))
+    return found
 
 
 def wait_until_ready(url: str, seconds: float, server: VllmServer | None = None) -> None:
-    """Wait until a server answers.
+    """Wait until the server at an address answers; ``server`` is it, where it is this process's own.
 
     Raises:
-        UserError: it has ended, or not answered in time.
+        Away: it had answered, and has ended.
+        UserError: it has ended without an answer, or not answered in time.
     """
     deadline, pause = time.monotonic() + seconds, 0.1
-    while not answers(url):
-        if server is not None and not server.runs:
-            raise UserError(f"rollout.engine: vLLM has ended: {server.why_ended()}")
-        if time.monotonic() > deadline:
-            raise UserError(
-                f"rollout.engine: vLLM at {url} has not answered for {seconds:g} seconds (patience_seconds); what is "
-                "finished is kept, and the same command goes on from there"
-            )
-        time.sleep(pause)
-        pause = min(2.0, pause * 1.5)
+    with session() as asking:
+        while not _answers(asking, url):
+            if server is not None and not server.runs:
+                if server.ready:
+                    raise Away("it has ended")
+                raise UserError(f"rollout.engine: vLLM has ended: {server.why_ended()}")
+            if time.monotonic() > deadline:
+                raise UserError(
+                    f"rollout.engine: vLLM at {url} has not answered for {seconds:g} seconds (patience_seconds); what is "
+                    "finished is kept, and the same command goes on from there"
+                )
+            time.sleep(pause)
+            pause = min(2.0, pause * 1.5)
+    if server is not None:
+        server.ready = True
+
+
+def _answers(asking: requests.Session, url: str) -> bool:
+    """Whether a server is there and well."""
+    try:
+        return asking.get(f"{url}/health", timeout=10).ok
+    except requests.RequestException:
+        return False
 
 
 def _free_port() -> int:
@@ -157,6 +180,7 @@ def server_environment(threads: int) -> dict[str, str]:
         "VLLM_SERVER_DEV_MODE": "1",  # weights can be updated
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # two servers would be bound to the same cores
         "OMP_NUM_THREADS": str(threads),
+        "VLLM_HTTP_TIMEOUT_KEEP_ALIVE": "3600",  # no connection is closed while an update is computed
         "VLLM_ALLOW_LONG_MAX_MODEL_LEN": "1",
         "VLLM_NO_USAGE_STATS": "1",
         "HF_HUB_OFFLINE": "1",

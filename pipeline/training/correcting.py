@@ -22,7 +22,8 @@ def corrected(
         return table, {}
     there = np.array(episodes.episodes["temperature"]) == config.rollout.temperature
     trainable = episodes.trainable & np.repeat(there, episodes.lengths)
-    columns = (rescored.logprob, episodes.logprob, trainable, episodes.token_episode)
-    factor, touched = importance_factors(*map(torch.from_numpy, columns), section)
+    trained, sampled = torch.from_numpy(rescored.logprob), torch.from_numpy(episodes.logprob)
+    owner = torch.from_numpy(episodes.token_episode)
+    factor, touched = importance_factors(trained, sampled, torch.from_numpy(trainable), owner, section)
     share = float(touched[torch.from_numpy(episodes.trainable)].double().mean())
     return table.with_columns(correction=factor[table["place"]]), {"correction_touched": share}
