@@ -35,7 +35,7 @@ from tests.test_dag import METHODS, OUT, clone, edit, repro
 from tests.test_engine_conformance import assert_scored
 from tests.trainings import LAKE, TINY, configured, fit
 
-pytestmark = [pytest.mark.vllm, pytest.mark.xdist_group("vllm")]
+pytestmark = pytest.mark.vllm
 
 ROOT = Path(__file__).parents[1]
 PYTHON = str(ROOT / ".venv-vllm/bin/python")
@@ -208,8 +208,8 @@ def other_server(
     policy.save(tmp_path / "policy")
     plain = vllm_server.server_environment
 
-    def environment(threads: int) -> dict[str, str]:
-        return plain(threads) | {"VLLM_SERVER_DEV_MODE": str(int(developing))}
+    def environment(threads: int, eager: bool) -> dict[str, str]:
+        return plain(threads, eager) | {"VLLM_SERVER_DEV_MODE": str(int(developing))}
 
     monkeypatch.setattr(vllm_server, "server_environment", environment)
     section = with_vllm(tmp_path).rollout.engine

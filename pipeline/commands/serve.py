@@ -38,4 +38,4 @@ def main(
     port = urlsplit(section.url).port or 80
     options = vllm_options(config, policy, config.rollout.batch_episodes)
     command = server_command(python, host, port, folder, options)
-    os.execve(command[0], command, server_environment(config.threads))
+    os.execve(command[0], command, server_environment(config.threads, "--enforce-eager" in options))

@@ -16,7 +16,7 @@ import requests
 
 from pipeline.model.policy import Policy
 from pipeline.rollout.engine import Sampling
-from pipeline.rollout.vllm_server import MODEL, Away, VllmServer, own_server, session, wait_until_ready
+from pipeline.rollout.vllm_server import MODEL, ServerAway, VllmServer, own_server, session, wait_until_ready
 from pipeline.rollout.vllm_weights import write_weights
 from pipeline.settings.engine import VllmSection
 from pipeline.workspace.errors import UserError
@@ -38,7 +38,7 @@ UPDATING = "updating"
 
 
 @dataclass(frozen=True)
-class Choice:
+class Completion:
     """What a server has sampled."""
 
     ids: list[int]
@@ -53,7 +53,7 @@ class Choice:
 class VllmClient:
     """Talks to one server: the one at the section's ``url``, or one of this process's own, which is started when it is needed.
 
-    Every call raises ``Away`` where the server is, and a UserError where it refuses what it is asked.
+    Every call raises ``ServerAway`` where the server is, and a UserError where it refuses what it is asked.
     """
 
     def __init__(self, section: VllmSection, options: Sequence[str], threads: int, at_once: int) -> None:
@@ -81,7 +81,7 @@ class VllmClient:
             self._require_interface()
             self._looked_at = self._url
 
-    def complete(self, ids: Sequence[int], most: int, sampling: Sampling, ends: Sequence[int]) -> Choice:
+    def complete(self, ids: Sequence[int], most: int, sampling: Sampling, ends: Sequence[int]) -> Completion:
         """Sample at most so many tokens; ``ends`` are those that end a response."""
         plain = {"top_p": 1.0, "top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
         asked = {
@@ -97,9 +97,9 @@ class VllmClient:
         body = {"model": MODEL, "token_ids": [int(i) for i in ids], "sampling_params": plain | asked}
         found = self._post("/inference/v1/generate", body, self.section.patience_seconds).json()
         choice, usage = found["choices"][0], found.get("usage") or {}
-        if choice["finish_reason"] not in ("stop", "length"):
-            raise Away(f"a request has ended as {choice['finish_reason']}")
-        return Choice(
+        if choice["finish_reason"] not in ("stop", "length") or not choice["token_ids"]:
+            raise ServerAway(f"a request has ended as {choice['finish_reason']}")
+        return Completion(
             ids=choice["token_ids"],
             logprob=[token["logprob"] for token in choice["logprobs"]["content"]],
             names=frozenset(span["version"] for span in choice["weight_versions"] or ()),
@@ -135,7 +135,7 @@ class VllmClient:
     def reset_prefix_cache(self) -> None:
         """Drop keys and values of everything."""
         if not self._post("/reset_prefix_cache", {}).json()["success"]:
-            raise Away("it has not dropped what it had computed")
+            raise ServerAway("it has not dropped what it had computed")
 
     def abort(self) -> None:
         """End all requests."""
@@ -149,7 +149,9 @@ class VllmClient:
         )
 
     def _require_interface(self) -> None:
-        missing = [path for path in NEEDED if self._get(path).status_code == 404]  # 405 where there is something to post to
+        missing = [
+            path for path in NEEDED if self._get(path).status_code == 404
+        ]  # 405 where there is something to post to
         if missing:
             version = self._get("/version").json().get("version", "of an unknown version")
             raise UserError(
@@ -166,12 +168,12 @@ class VllmClient:
         try:
             return self._session.get(self._url + path, timeout=CONNECT_SECONDS)
         except requests.RequestException as error:
-            raise Away(str(error)) from None
+            raise ServerAway(str(error)) from None
 
     def _post(self, path: str, body: dict[str, Any], seconds: float = 60.0) -> requests.Response:
         response = self._send(path, body, seconds)
         if response.status_code >= 500:
-            raise Away(_said(response))
+            raise ServerAway(_said(response))
         if not response.ok:
             raise UserError(f"rollout.engine: vLLM at {self._url} refuses {path}: {_said(response)}")
         return response
@@ -180,7 +182,7 @@ class VllmClient:
         try:
             return self._session.post(self._url + path, json=body, timeout=(CONNECT_SECONDS, seconds))
         except requests.RequestException as error:
-            raise Away(str(error)) from None
+            raise ServerAway(str(error)) from None
 
 
 def _said(response: requests.Response) -> str:

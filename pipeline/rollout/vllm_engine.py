@@ -22,7 +22,7 @@ from pipeline.model.policy import Policy
 from pipeline.progress.display import beat, due
 from pipeline.rollout.engine import Continuation, Follow, Request, Sampling
 from pipeline.rollout.vllm_client import VllmClient
-from pipeline.rollout.vllm_server import Away
+from pipeline.rollout.vllm_server import ServerAway
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.finite import require_finite
 
@@ -84,16 +84,22 @@ class VllmEngine:
         """Ask once, and wait; returns how many tokens have passed through the model, too.
 
         Raises:
-            Away: the server is; or it has other weights than this engine's.
+            ServerAway: the server is; or it has other weights than this engine's.
         """
-        choice = self.client.complete(request.ids, len(request.uniforms), sampling, sorted(self.policy.ends))
-        if choice.names != {self._name}:
-            raise Away(f"it samples from weights that are called {', '.join(sorted(choice.names))}, not {self._name}")
-        computed = len(request.ids) - choice.reused + len(choice.ids) - 1  # the last one has not passed
-        ids, finish = self._ended(request, choice.ids, sampling.stop)
-        logprob = choice.logprob[: len(ids)]
+        ids, logprob, computed, finish = list[int](), list[float](), 0, ""
+        while not finish:
+            prefix, left = [*request.ids, *ids], len(request.uniforms) - len(ids)
+            choice = self.client.complete(prefix, left, sampling, sorted(self.policy.ends))
+            if choice.names != {self._name}:
+                raise ServerAway(
+                    f"it samples from weights that are called {', '.join(sorted(choice.names))}, not {self._name}"
+                )
+            ids, logprob = ids + choice.ids, logprob + choice.logprob
+            computed += len(prefix) - choice.reused + len(choice.ids) - 1  # the last one has not passed
+            count, finish = self._ended(request, ids, sampling.stop)
         require_finite("a log-probability of vLLM's", np.array(logprob))
-        return Continuation(ids, logprob, [UNKNOWN] * len(ids), finish, self.policy_version), computed
+        unknown = [UNKNOWN] * count
+        return Continuation(ids[:count], logprob[:count], unknown, finish, self.policy_version), computed
 
     def recover(self) -> None:
         """Wait until the server is back, or start it again, and send it the weights.
@@ -121,15 +127,17 @@ class VllmEngine:
             try:
                 self.client.connect(self.policy)
                 return step()
-            except Away as error:
+            except ServerAway as error:
                 if not left:
                     raise self.client.given_up(error) from None
 
-    def _ended(self, request: Request, ids: list[int], stop: str) -> tuple[list[int], str]:
-        """The tokens up to the one that completes the stop text, forced tokens included, and how they ended.
+    def _ended(self, request: Request, ids: list[int], stop: str) -> tuple[int, str]:
+        """How many tokens there are up to the one that completes the stop text, forced tokens included, and how they ended;
+        with no word for that where they have not.
 
-        vLLM looks for it in what it has sampled alone: text that a forced token begins is found here, and what was sampled
-        behind it is dropped.
+        vLLM looks for the text in what it has sampled alone, and in the end of a prefix that is in the middle of a
+        character. So what was sampled behind a text that a forced token begins is dropped, and what has ended too early
+        is continued.
         """
         forced = list(request.ids)[len(request.ids) - request.forced :]
         decode = self.policy.tokenizer.backend_tokenizer.decode
@@ -141,12 +149,10 @@ class VllmEngine:
         if complete(count):
             while count > 1 and complete(count - 1):
                 count -= 1
-            return ids[:count], "stop"
-        if ids and ids[-1] in self.policy.ends:
-            return ids, "eos"
-        if len(ids) != len(request.uniforms):
-            raise Away(f"it has ended a response after {len(ids)} of {len(request.uniforms)} tokens")
-        return ids, "length"
+            return count, "stop"
+        if ids[-1] in self.policy.ends:
+            return count, "eos"
+        return count, "length" if count == len(request.uniforms) else ""
 
 
 class _Call:
@@ -183,15 +189,15 @@ class _Call:
             self.asked[self.threads.submit(self.engine.answer, following[1], self.sampling)] = following
         return bool(self.asked)
 
-    def _take(self, when: str, follow: Follow | None) -> Away | None:
+    def _take(self, when: str, follow: Follow | None) -> ServerAway | None:
         """Wait, and go on from what is complete; returns how the server has gone away, if it has."""
         done, _ = wait(self.asked, timeout=1.0, return_when=when)
-        lost: Away | None = None
+        lost: ServerAway | None = None
         for future in sorted(done, key=lambda one: self.asked[one][0]):
             number, request = self.asked.pop(future)
             try:
                 answer, computed = future.result()
-            except Away as error:
+            except ServerAway as error:
                 lost = error
                 self.ready.append((number, request))
                 continue
@@ -206,5 +212,5 @@ class _Call:
 
     def abandon(self) -> None:
         """End what is in flight: somebody has raised."""
-        with suppress(Away, UserError):
+        with suppress(ServerAway, UserError):
             self.engine.client.abort()

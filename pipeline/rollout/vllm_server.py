@@ -30,7 +30,7 @@ GRACE_SECONDS = 10.0
 """After which a server that does not end by itself is killed."""
 
 
-class Away(Exception):
+class ServerAway(Exception):
     """A server does not answer, or has not the weights that it should have; ``str()`` says which."""
 
 
@@ -53,7 +53,7 @@ class VllmServer:
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
-                env=server_environment(threads),
+                env=server_environment(threads, "--enforce-eager" in options),
                 start_new_session=True,  # its own processes are in a group of which all are ended
                 preexec_fn=lambda: end_with_parent(signal.SIGTERM),
             )
@@ -138,7 +138,7 @@ def wait_until_ready(url: str, seconds: float, server: VllmServer | None = None)
     """Wait until the server at an address answers; ``server`` is it, where it is this process's own.
 
     Raises:
-        Away: it had answered, and has ended.
+        ServerAway: it had answered, and has ended.
         UserError: it has ended without an answer, or not answered in time.
     """
     deadline, pause = time.monotonic() + seconds, 0.1
@@ -146,7 +146,7 @@ def wait_until_ready(url: str, seconds: float, server: VllmServer | None = None)
         while not _answers(asking, url):
             if server is not None and not server.runs:
                 if server.ready:
-                    raise Away("it has ended")
+                    raise ServerAway("it has ended")
                 raise UserError(f"rollout.engine: vLLM has ended: {server.why_ended()}")
             if time.monotonic() > deadline:
                 raise UserError(
@@ -173,10 +173,10 @@ def _free_port() -> int:
         return int(found.getsockname()[1])
 
 
-def server_environment(threads: int) -> dict[str, str]:
-    """Of a server: nothing of this project's is imported there, and nothing is asked of a hub."""
+def server_environment(threads: int, eager: bool) -> dict[str, str]:
+    """Of a server: nothing of this project's is imported there, nothing is asked of a hub, and if ``eager`` nothing compiled."""
     mine = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
-    return mine | {
+    return {**mine, **({"TORCHDYNAMO_DISABLE": "1"} if eager else {})} | {
         "VLLM_SERVER_DEV_MODE": "1",  # weights can be updated
         "VLLM_CPU_OMP_THREADS_BIND": "nobind",  # two servers would be bound to the same cores
         "OMP_NUM_THREADS": str(threads),

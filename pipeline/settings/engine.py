@@ -6,7 +6,7 @@ from pydantic import Field
 
 from pipeline.settings.section import Address, Positive, Section
 
-Place = Annotated[str, Field(min_length=1, max_length=400)]
+AnyPath = Annotated[str, Field(min_length=1, max_length=400)]
 """Path of a file or folder, from the root or absolute."""
 
 
@@ -22,11 +22,11 @@ class VllmSection(Section):
     kind: Literal["vllm"]
     url: Address | None = None
     """Address of a server that runs already, http://host:port; null: each process that samples starts its own and ends it."""
-    python: Place = ".venv-vllm/bin/python"
+    python: AnyPath = ".venv-vllm/bin/python"
     """Interpreter with vLLM, of a server that is started here (``make install-vllm``)."""
     arguments: list[str] = Field(default=[])
     """More arguments of such a server, e.g. ``["--tensor-parallel-size=2"]``."""
-    weights: Place = ".cache/vllm"
+    weights: AnyPath = ".cache/vllm"
     """Folder in which weights are handed over; the server must see it under the same path."""
     patience_seconds: Positive = 600.0
     """How long to wait for a server that starts, or that has gone away, before the stage stops."""
