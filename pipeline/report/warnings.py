@@ -19,7 +19,11 @@ def comparison_warnings(
     config: Config, curves: Mapping[tuple[str, str], Curves], comparison: Mapping[str, Any]
 ) -> list[str]:
     """Few seeds, trainings of unequal length, step sizes that do not match, and the like; one line each."""
-    found = []
+    found = list[str]()
+    if config.rollout.engine.kind == "vllm":
+        found.append(
+            "vLLM sampled, with random numbers of its own: the same params give other episodes when they are run again"
+        )
     for environment in config.environments:
         own = headline(comparison)[environment]
         few = [one for one in comparison["hypotheses"] if one["environment"] == environment and one["verdict"] is None]

@@ -8,7 +8,7 @@ import torch
 from pipeline.model.checks import rounding
 from pipeline.model.policy import Policy
 from pipeline.rollout.engine import Continuation, Request, Sampling
-from pipeline.rollout.making import make_engine
+from pipeline.rollout.making import transformers_engine
 from pipeline.settings.params import Config
 from pipeline.trajectories.parsing import END_OF_RESPONSE
 from pipeline.trajectories.prompting import Dialogue
@@ -64,7 +64,7 @@ def _worst_difference(policy: Policy, config: Config) -> float:
         ids[number] += list(texts[number, PROMPT:])
         return request(number)
 
-    engine = make_engine(config, policy, EPISODES - 1)
+    engine = transformers_engine(config, policy, EPISODES - 1)
     engine.generate((request(number) for number in range(EPISODES)), Sampling(1.0, END_OF_RESPONSE), follow)
     found = [_difference(policy, *episode) for episode in zip(ids, starts, answers, strict=True)]
     return float(np.max(found))  # NaN, if one of them is

@@ -40,7 +40,7 @@ class Continuation:
     logprob: list[float]
     """Under the behaviour policy at the sampling temperature."""
     entropy: list[float]
-    """Of that distribution, in nats."""
+    """Of that distribution, in nats; NaN from an engine that is not told the whole of it."""
     finish: str
     """``stop``: the stop text; ``eos``: an end-of-sequence token; ``length``: no draws left."""
     policy_version: int
@@ -55,7 +55,8 @@ Follow = Callable[[int, Continuation], Request | None]
 class RolloutEngine(Protocol):
     """Samples continuations of prefixes with named randomness.
 
-    The same request under the same weights gives the same tokens up to float rounding, whatever else is in the batch.
+    The same request under the same weights gives the same tokens up to float rounding, whatever else is in the batch: from
+    an engine that can be given noise, which vLLM cannot.
     """
 
     policy_version: int

@@ -59,6 +59,14 @@ class Forest:
         for tree in self.trees:
             tree.scores = [by_id[episode.spec.episode_id] for episode in tree.episodes]
 
+    def tell_entropies(self, wave: Trajectories) -> None:
+        """Tell the trees the entropies of a wave's tokens, where the engine could not."""
+        by_id = {name: wave.entropy[wave.tokens(e)].tolist() for e, name in enumerate(wave.episodes["episode_id"])}
+        for tree in self.trees:
+            for episode in tree.episodes:
+                if episode.spec.episode_id in by_id:
+                    episode.builder.tokens["entropy"] = by_id[episode.spec.episode_id]
+
     def _next(self, tree: Tree, growth: Growth) -> list[Origin]:
         if not tree.room:
             return []

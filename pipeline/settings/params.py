@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal, Self, Union
 
 from pydantic import AliasChoices, BeforeValidator, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
+from pipeline.settings.correction import Correction
+from pipeline.settings.engine import TransformersSection, VllmSection
 from pipeline.settings.heads import HeadSection
 from pipeline.settings.lora import Lora
 from pipeline.settings.method import Method
@@ -78,6 +80,8 @@ class Rollout(Section):
     """Gigabytes that an engine's keys and values may take; null: a quarter of the memory of the machine, or of the device,
     divided by ``workers``. They take what is asked for. So many episodes are decoded together as fit if all of them get
     context_tokens long; results are the same up to rounding."""
+    engine: Annotated[Union[TransformersSection, VllmSection], Field(discriminator="kind")] = TransformersSection()
+    """What samples."""
 
 
 class Bottleneck(Section):
@@ -118,6 +122,9 @@ class Train(Section):
     """Adapters that are trained in place of the policy's weights; null: all weights are trained."""
     processes: Processes = Processes()
     """Processes that do one training together."""
+    correction: Correction | None = None
+    """Where the sampler's probabilities are not those that an update begins with: a factor on each token's surrogate; null:
+    no factor."""
 
 
 class Evaluation(Section):
@@ -273,6 +280,7 @@ class Config(Section):
                 for name in (method, baseline):
                     if name not in self.methods:
                         raise ValueError(f"compare.{field}: unknown method {name!r}{nearest(name, self.methods)}")
+        self._sampler()
         declared = {*self.compare.uniform, *self.compare.control}
         if declared and self.compare.primary not in (None, *declared):
             raise ValueError(
@@ -296,6 +304,19 @@ class Config(Section):
             self._updates_twice(name, method)
             self._adapters(name, method)
         self._matched()
+
+    def _sampler(self) -> None:
+        """What samples, and what corrects for it."""
+        if self.rollout.engine.kind == "vllm":
+            if self.rollout.engine.url is not None and self.workers > 1:
+                raise ValueError(
+                    f"rollout.engine.url: one server has the weights of one process; workers ({self.workers}) must be 1"
+                )
+        elif self.train.correction is not None and getattr(self.policy, "dtype", "float32") == "float32":
+            raise ValueError(
+                "train.correction: the policy samples itself, in the precision that it is trained in, so that there is "
+                "nothing to correct; allowed: null"
+            )
 
     def _matched(self) -> None:
         """What a method is matched to must have a learning rate of its own, and be another method."""

@@ -14,11 +14,16 @@ def check_named(config: Config, params: str) -> None:
 
     Raises:
         UserError: ``params_file`` names another file, whose names commands would have that nobody has checked; a preset's
-            file is older than its overlay; or a function of the user's cannot be called as it would be.
+            file is older than its overlay; vLLM is to be started and not installed; or a function of the user's cannot be
+            called as it would be.
     """
     if os.path.abspath(config.params_file) != os.path.abspath(params):
         raise UserError(f"{params}: params_file: {config.params_file!r} is another file; allowed: {params}")
     require_made(Path(params), Path("."))
+    if config.rollout.engine.kind == "vllm":
+        from pipeline.rollout.vllm_server import require_installed
+
+        require_installed(config.rollout.engine)
     if any(map(custom_sections, (config.method_defaults, *config.methods.values()))):
         from pipeline.objective.custom import check_functions  # seconds, of which most params files need none
 

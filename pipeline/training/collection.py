@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from pipeline.energy.annotate import annotate, score_trajectories
+from pipeline.energy.annotate import annotate, score_trajectories, with_entropies
 from pipeline.model.memory import tokens_per_forward
 from pipeline.model.policy import Policy
 from pipeline.progress.display import span
@@ -91,7 +91,21 @@ class Collection:
 
     def _wave(self, forest: Forest) -> Trajectories | None:
         with self.phases.phase("collect"), span("sampling", *SAMPLING):
-            return forest.wave()
+            wave = forest.wave()
+        if wave is not None and np.isnan(wave.entropy).any():  # by which trees may grow
+            wave = with_entropies(wave, self._entropies(wave))
+            forest.tell_entropies(wave)
+        return wave
+
+    def _entropies(self, trajectories: Trajectories) -> np.ndarray:
+        """float32 (N,): of every sampled token, at the temperature that it was sampled at."""
+        entropy = np.zeros(len(trajectories.input_ids), dtype=np.float32)
+        temperatures = np.array(trajectories.episodes["temperature"])
+        for temperature in np.unique(temperatures):
+            rows = np.flatnonzero(temperatures == temperature)
+            own = np.isin(trajectories.token_episode, rows)
+            entropy[own] = self.now(trajectories.select(rows), float(temperature))[1]
+        return entropy
 
     def annotate(self, waves: Sequence[Trajectories]) -> Trajectories:
         """A round's episodes, those of a group together, with the reference policy's scores: of all processes.
@@ -121,14 +135,15 @@ class Collection:
 
     @property
     def mixed(self) -> bool:
-        """Whether episodes are sampled in another precision than they are trained on."""
-        return self.policy.computing is not None or self.policy.model.dtype != self.reference.model.dtype
+        """Whether episodes are sampled in another precision than they are trained on, or by other code."""
+        apart = self.config.rollout.engine.kind == "vllm"
+        return apart or self.policy.computing is not None or self.policy.model.dtype != self.reference.model.dtype
 
     def rescored(self, trajectories: Trajectories) -> Trajectories:
         """Episodes with the log-probabilities and entropies that an update begins with, at ``rollout.temperature``.
 
-        Those are the policy's as it is where episodes were sampled in another precision, so that ratios begin at 1; or at
-        another temperature: REINFORCE has no ratio to what they were drawn from.
+        Those are the policy's as it is where episodes were sampled in another precision or by other code, so that ratios
+        begin at 1; or at another temperature: REINFORCE has no ratio to what they were drawn from.
         """
         temperature = self.config.rollout.temperature
         others = [e for e, own in enumerate(trajectories.episodes["temperature"]) if self.mixed or own != temperature]

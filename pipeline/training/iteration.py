@@ -9,6 +9,7 @@ import torch
 from jaxtyping import Bool
 from torch import Tensor
 
+from pipeline.energy.annotate import with_entropies
 from pipeline.evaluation.evaluate import summary
 from pipeline.objective.batch import TokenBatch, token_batch
 from pipeline.objective.estimates import AdvantageEstimate
@@ -21,6 +22,7 @@ from pipeline.settings.params import Train
 from pipeline.training.budget import Rows
 from pipeline.training.checks import recomputed, require_recomputed
 from pipeline.training.collection import Collection
+from pipeline.training.correcting import corrected
 from pipeline.training.gradients import gradient_share
 from pipeline.training.tokens import TokenTable, token_table
 from pipeline.training.update import Learner, averages, update
@@ -63,6 +65,7 @@ def run_iteration(collection: Collection, learner: Learner, optimizer: Any, memo
     for waves in collection.collect(number):
         episodes = collection.annotate(waves)
         rescored = collection.rescored(episodes)
+        episodes = with_entropies(episodes, rescored.entropy)
 
         everything = _token_batch(collection, rescored, number)
         passed = select_groups(method, everything)
@@ -89,6 +92,8 @@ def run_iteration(collection: Collection, learner: Learner, optimizer: Any, memo
         metrics |= {f"{slot}_{key}": value for slot, own in remembered.items() for key, value in own.items()}
 
         table = token_table(episodes, kept, batch, values, estimate, weight, terms)
+        table, touched = corrected(table, episodes, rescored, config)
+        metrics |= touched
         whole = len(episodes) == config.rollout.groups * config.rollout.group_size
         minibatches = shuffled(len(table), config.train, collection.seed, number, whole)
         if minibatches and whole and number % config.train.validate_every == 0:

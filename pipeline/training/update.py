@@ -147,10 +147,12 @@ class Learner:
         return [rows[piece] for piece in batches_of(self.policy, own, self.tokens_per_forward)]
 
     def with_coefficients(self, minibatch: TokenTable) -> TokenTable:
-        """The minibatch with c_t of its tokens."""
+        """The minibatch with c_t of its tokens, what corrects for the sampler among them."""
         weight = minibatch["weight"]
         everything = torch.ones_like(weight, dtype=torch.bool)
         factors = coefficients(self.method, weight, everything, minibatch.trajectory, minibatch["advantage"])
+        if "correction" in minibatch.columns:
+            factors = factors * minibatch["correction"]
         return minibatch.with_columns(coefficient=factors)
 
     @torch.no_grad()

@@ -115,7 +115,8 @@ class Trajectories:
     logprob: np.ndarray
     """float32 (N,): log-probability under the behaviour policy, at the sampling temperature; 0 where not sampled."""
     entropy: np.ndarray
-    """float32 (N,): entropy in nats of the behaviour policy's distribution; 0 where not sampled."""
+    """float32 (N,): entropy in nats of the behaviour policy's distribution; 0 where not sampled, NaN until it is computed
+    where the engine could not tell it."""
     energy: np.ndarray | None = None
     """float32 (N,): -logsumexp of the reference policy's raw logits; 0 where not sampled."""
     ref_logprob: np.ndarray | None = None
