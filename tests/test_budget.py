@@ -14,7 +14,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from pipeline.settings.params import Train
+from pipeline.settings.train import Train
 from pipeline.training.budget import progress, training_over
 from pipeline.training.run import TrainingJob, train_one, train_until
 from pipeline.training.seed_key import TrainingTask, training_task

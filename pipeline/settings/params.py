@@ -10,14 +10,12 @@ from typing import Annotated, Any, Literal, Self, Union
 
 from pydantic import AliasChoices, BeforeValidator, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
-from pipeline.settings.correction import Correction
 from pipeline.settings.engine import TransformersSection, VllmSection
 from pipeline.settings.heads import HeadSection
-from pipeline.settings.lora import Lora
 from pipeline.settings.method import Method
 from pipeline.settings.mistakes import explain, nearest
 from pipeline.settings.policy import PretrainedPolicy, ScratchPolicy
-from pipeline.settings.processes import Processes, check_processes
+from pipeline.settings.processes import check_processes
 from pipeline.settings.section import (
     Above,
     Count,
@@ -33,12 +31,12 @@ from pipeline.settings.section import (
 )
 from pipeline.settings.seeds import SeedsUntil, first_seeds, only_a_mapping
 from pipeline.settings.sweep import Sweep
+from pipeline.settings.train import Train
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.yaml_files import read_yaml
 
 UNMATCHED = ("source", "status", "learning_rate", "matched_to")
 """Of a method what does not make it another one than what it is matched to."""
-Decay = Annotated[Float, Field(ge=0.0, lt=1.0)]
 Family = Literal["holm", "screening"]
 
 
@@ -91,40 +89,6 @@ class Bottleneck(Section):
     """Groups in the annotated table, sampled by the reference policy; a multiple of rollout.groups."""
     resamples: Annotated[Int, Field(ge=100, le=1_000_000)] = 2000
     """Bootstrap resamples of its intervals."""
-
-
-class Train(Section):
-    """The optimisation that all methods of a comparison share."""
-
-    iterations: Count = 40
-    """Collect, annotate, update: how many times, at most."""
-    tokens: Annotated[Int, Field(ge=1, le=10**15)] | None = None
-    """Sampled tokens after which a training ends, at the iteration that comes nearest; null: after ``iterations``."""
-    passes: Count = 2
-    """Passes over an iteration's episodes."""
-    minibatch: Count = 32
-    """Trajectories per optimizer step."""
-    gradient_clip: Positive = 1.0
-    """Largest norm of the gradient."""
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
-    """Adam's two decay rates."""
-    schedule: Literal["constant", "linear"] = "constant"
-    """Learning rate over the iterations, or over ``tokens`` where they are set; ``linear`` falls to zero."""
-    tokens_per_forward: Count | Literal["auto"] = 4096
-    """Padded tokens that pass through the model at once; bounds memory, gradients are accumulated exactly. ``auto``: as many
-    as the machine's memory, or the device's, holds activations of for each of the ``workers`` (``pipeline/model/memory.py``)."""
-    validate_every: Count = 10
-    """Iterations between two validations; one is made before training too."""
-    gradient_trajectories: Count = 4
-    """Trajectories of such an iteration of which some tokens' gradients are measured one by one: a backward pass each, up to
-    twenty a trajectory, which takes long with a large policy."""
-    lora: Lora | None = None
-    """Adapters that are trained in place of the policy's weights; null: all weights are trained."""
-    processes: Processes = Processes()
-    """Processes that do one training together."""
-    correction: Correction | None = None
-    """Where the sampler's probabilities are not those that an update begins with: a factor on each token's surrogate; null:
-    no factor."""
 
 
 class Evaluation(Section):

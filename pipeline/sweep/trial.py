@@ -9,8 +9,8 @@ import numpy as np
 from optuna.exceptions import TrialPruned
 from optuna.trial import Trial
 
-from pipeline.settings.params import Train
 from pipeline.settings.sweep import Constraints, Value
+from pipeline.settings.train import Train
 from pipeline.sweep.plan import SearchPlan
 from pipeline.sweep.space import suggest
 from pipeline.training.budget import progress

@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 
-from pipeline.settings.params import Train
+from pipeline.settings.train import Train
 
 Rows = Sequence[Mapping[str, float]]
 """A learning curve so far: one row of metrics per finished iteration."""

@@ -18,7 +18,7 @@ from pipeline.objective.methods import entropy_terms, select_groups, shape_rewar
 from pipeline.progress.display import span
 from pipeline.rollout.forest import branches_by_role
 from pipeline.settings.method import Method
-from pipeline.settings.params import Train
+from pipeline.settings.train import Train
 from pipeline.training.budget import Rows
 from pipeline.training.checks import recomputed, require_recomputed
 from pipeline.training.collection import Collection
