@@ -307,7 +307,7 @@ def test_a_seeds_key_changes_with_a_default_that_params_yaml_leaves_to_the_schem
     show = "print(json.dumps(key()))"
     without = scripted(copied, show, CC="no-such-compiler")
     assert scripted(copied, show, ACTFOCUS_KERNELS="off") == without, "kernels that cannot be built are none"
-    params, schema = copied / "params.yaml", copied / "pipeline/settings/params.py"
+    params, schema = copied / "params.yaml", copied / "pipeline/settings/train.py"
     params.write_text(re.sub(r"\n  gradient_clip: 1.0", "", params.read_text(), count=1))
     assert scripted(copied, show, ACTFOCUS_KERNELS="off") == without
     changed = schema.read_text().replace("gradient_clip: Positive = 1.0", "gradient_clip: Positive = 2.0")
