@@ -1,4 +1,4 @@
-"""Run the vLLM server that a params file names: rollout.engine.url.
+"""Run the vLLM server that rollout.engine.url names.
 
 It begins with the reference policy, and takes the weights of the training that samples from it. Ends with Ctrl-C.
 """
