@@ -107,6 +107,19 @@ def require_recomputed(found: Agreement, dtype: torch.dtype, first: float | None
         )
 
 
+def require_version(episodes: Trajectories, version: int) -> None:
+    """Refuse episodes that the engine has not sampled after it was given the weights of a version.
+
+    Raises:
+        NumericsError: some carry another version.
+    """
+    others = sorted(set(episodes.episodes["policy_version"]) - {version})
+    if others:
+        raise NumericsError(
+            f"the engine samples from other weights: of version {', '.join(map(str, others))}, and the policy has {version}"
+        )
+
+
 def require_finite_training(
     module: torch.nn.Module, optimizer: torch.optim.Optimizer, metrics: Mapping[str, float]
 ) -> None:

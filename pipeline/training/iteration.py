@@ -20,7 +20,7 @@ from pipeline.rollout.forest import branches_by_role
 from pipeline.settings.method import Method
 from pipeline.settings.train import Train
 from pipeline.training.budget import Rows
-from pipeline.training.checks import recomputed, require_recomputed
+from pipeline.training.checks import recomputed, require_recomputed, require_version
 from pipeline.training.collection import Collection
 from pipeline.training.correcting import corrected
 from pipeline.training.gradients import gradient_share
@@ -172,9 +172,10 @@ def _sampling_error(
     """How many logits the episodes that are not of an ``earlier`` round are off from what the policy gives.
 
     Raises:
-        NumericsError: that is not rounding (see ``require_recomputed``).
+        NumericsError: that is not rounding (see ``require_recomputed``), or another version of the weights has sampled.
     """
     fresh = [row for row, name in enumerate(episodes.episodes["episode_id"]) if name not in earlier]
+    require_version(episodes.select(fresh), len(curve))
     draws = generator(collection.seed, "recomputed", len(curve))
     found = recomputed(episodes.select(fresh), collection.now, draws, everything=not curve)
     first = curve[0]["sampling_error"] if curve else None
