@@ -30,6 +30,7 @@ from pipeline.settings.section import (
 )
 from pipeline.settings.seeds import SeedsUntil, first_seeds, only_a_mapping
 from pipeline.settings.sweep import Sweep
+from pipeline.settings.workers import RayWorkers
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.yaml_files import read_yaml
 
@@ -75,8 +76,16 @@ class Rollout(Section):
     """Episodes that an engine decodes together, where memory allows it (``cache_gigabytes``)."""
     cache_gigabytes: Positive | None = None
     """Gigabytes that an engine's keys and values may take; null: a quarter of the memory of the machine, or of the device,
-    divided by ``workers``. They take what is asked for. So many episodes are decoded together as fit if all of them get
-    context_tokens long; results are the same up to rounding."""
+    divided by ``workers`` (those of ``rollout`` are not counted). They take what is asked for. So many episodes are decoded
+    together as fit if all of them get context_tokens long; results are the same up to rounding."""
+    unit_episodes: Count | None = None
+    """Episodes of a unit of work, at least: whole groups, played together by one engine from an empty cache. null: all that
+    an iteration or an evaluation has. What is played together decides the last digits of results; ``workers`` do not."""
+    environments_at_once: Annotated[Int, Field(ge=1, le=4096)] = 1
+    """Environments of an engine that act at the same time, each in a thread. 1: one by one, each as soon as its response is
+    complete. More are for environments that wait for a server or a sandbox; responses are then sampled round by round."""
+    workers: RayWorkers | None = None
+    """Who plays the episodes of iterations, evaluations and the table; null: the process that asks for them."""
 
 
 class Bottleneck(Section):
@@ -113,6 +122,8 @@ class Train(Section):
     gradient_trajectories: Count = 4
     """Trajectories of such an iteration of which some tokens' gradients are measured one by one: a backward pass each, up to
     twenty a trajectory, which takes long with a large policy."""
+    asynchronous: Annotated[Int, Field(ge=0, le=1)] = 0
+    """1: while the policy is updated, ``rollout.workers`` play the next iteration's episodes with it as it was before."""
     lora: Lora | None = None
     """Adapters that are trained in place of the policy's weights; null: all weights are trained."""
 
@@ -286,6 +297,8 @@ class Config(Section):
             self._branches(name, method)
             self._updates_twice(name, method)
             self._adapters(name, method)
+            self._workers(name, method)
+        self._ahead()
         self._matched()
 
     def _matched(self) -> None:
@@ -334,6 +347,27 @@ class Config(Section):
                     f"methods.{name}.advantage.{key}.kind: 'model' is not allowed with train.lora: all of its trunk would be "
                     "trained; allowed: trunk"
                 )
+
+    def _workers(self, name: str, method: Method) -> None:
+        """A tree grows where what its branches begin with has been computed: in one engine, wave by wave."""
+        if self.rollout.workers is not None and method.branching.kind != "none":
+            raise ValueError(
+                f"methods.{name}.branching.kind: {method.branching.kind!r} is not allowed with rollout.workers, which play "
+                "whole episodes; allowed: none"
+            )
+
+    def _ahead(self) -> None:
+        """Sampling ahead wants somebody who samples meanwhile, and a part of the episodes to be looked at before an update."""
+        rollout, most = self.rollout, (self.rollout.groups - 1) * self.rollout.group_size
+        if self.train.asynchronous and rollout.workers is None:
+            raise ValueError(
+                "train.asynchronous: 1 needs rollout.workers, which play meanwhile; set these, or leave it at 0"
+            )
+        if self.train.asynchronous and (rollout.unit_episodes or most + 1) > most:
+            raise ValueError(
+                "rollout.unit_episodes: with train.asynchronous an update waits for the next iteration's first unit of work; "
+                f"allowed: at most {most}, the episodes of all groups but one"
+            )
 
     def _branches(self, name: str, method: Method) -> None:
         """What a method's branching asks of the rollout."""

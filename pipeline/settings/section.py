@@ -46,6 +46,7 @@ _NAME = r"^[a-z][a-z0-9_]*$"
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 _FOLDER = rf"^(\.|{_PART}(/{_PART})*)$"
 _ABOVE = rf"^(\.|\.\.(/\.\.)*(/{_PART})*)$"
+_ADDRESS = r"^(auto|[A-Za-z0-9._-]+:[0-9]{1,5})$"
 _FUNCTION = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
 Name = Annotated[str, Field(pattern=_NAME, max_length=100)]
 """A key that stands in commands, in names of files and in dotted keys."""
@@ -55,10 +56,13 @@ Above = Annotated[str, Field(pattern=_ABOVE, max_length=200)]
 """Path of the folder itself, or that leads upwards."""
 Function = Annotated[str, Field(pattern=_FUNCTION, max_length=200)]
 """A function of a module."""
+Address = Annotated[str, Field(pattern=_ADDRESS, max_length=200)]
+"""Where something runs."""
 PATTERNS = {
     _NAME: "a letter of a to z, then such letters, digits and _",
     _FOLDER: "a path in the project, of letters, digits, _, - and ., none of its parts beginning with - or .",
     _ABOVE: ". or a path that begins with .., of letters, digits, _, - and .",
+    _ADDRESS: "host:port, or auto",
     _FUNCTION: "module:name of a function",
 }
 """What is allowed, in words."""

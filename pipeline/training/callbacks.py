@@ -59,6 +59,7 @@ class Validation(Callback):
         done = len(module.curve)
         after, place = float(done > module.current_epoch), f"validation after {done} iterations"
         with module.phases.phase("validation"), span("validation:", after, after), located(place):
+            module.engine.sync(module.policy, done)
             played = validate(module.engine, module.policy.tokenizer, module.config, module.name, module.seed)
         return summary(played)
 
