@@ -21,7 +21,8 @@ def main(environment: EnvironmentName, params: ParamsFile = "params.yaml") -> st
     from pipeline.workspace.processes import run_in_processes
 
     section, slices = config.environments[environment], range(config.bottleneck.groups // config.rollout.groups)
-    settings = config.model_dump(mode="json", include={"policy", "rollout", "threads"})
+    settings = config.model_dump(mode="json", include={"policy", "threads"})
+    settings["rollout"] = config.rollout.model_dump(mode="json", exclude={"workers"})
     named = {environment: section.model_dump(mode="json"), "sources": of_environment(section)}
     made_of = settings | named | {"files": tree_hashes(layout.policy)}
     cache = Cache().slices(result_key("pipeline.rollout.slices", made_of))

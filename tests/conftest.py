@@ -24,7 +24,7 @@ torch.set_num_threads(1)
 # The same examples everywhere, and as long as they take: what fails on a slow machine fails on every other, too.
 settings.register_profile("repeatable", deadline=None, derandomize=True)
 settings.load_profile("repeatable")
-GROUPS = ("dag", "settings", "team", "sweep", "tracking", "browser")
+GROUPS = ("dag", "settings", "team", "sweep", "ray", "tracking", "browser")
 """Of tests that one process runs, the longest first; what is left at the end should be small."""
 
 

@@ -73,10 +73,10 @@ class Draw:
         self.draws = random.Random(seed)
 
     def section(self, section: type[Section], path: str = "") -> dict[str, Any]:
-        """Half of the settings that have a default keep it; adapters and engines have tests of their own."""
+        """Half of the settings that have a default keep it; adapters, engines and workers have tests of their own."""
         found = {}
         for name, field in section.model_fields.items():
-            if name in ("id", "settings", "lora", "cache_gigabytes", "engine", "correction"):
+            if name in ("id", "settings", "lora", "workers", "cache_gigabytes", "engine", "correction"):
                 continue
             if field.is_required() or self.draws.random() < 0.5:
                 found[name] = self.value(field.annotation, field.metadata, f"{path}.{name}")

@@ -50,6 +50,7 @@ def files_importing(package: str) -> set[str]:
         ("lightning", {"training"}),
         ("optuna", {"sweep"}),
         ("dvc", {"analysis"}),
+        ("ray", {"rollout"}),
         ("matplotlib", {"report", "sweep"}),
         ("simpy", {"planning"}),
         ("stages", set()),

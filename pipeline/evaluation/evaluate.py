@@ -13,9 +13,7 @@ import pyarrow as pa
 from pipeline.environments import initial_states, make
 from pipeline.model.loading import load_trained
 from pipeline.progress.display import span, within
-from pipeline.rollout.collector import collect
-from pipeline.rollout.engine import RolloutEngine
-from pipeline.rollout.making import make_engine
+from pipeline.rollout.sampler import Sampler, make_sampler, sample_episodes
 from pipeline.rollout.specs import EpisodeSpec, group_specs
 from pipeline.settings.params import Config
 from pipeline.trajectories.trajectory import CUT_OFF, RESPONSES, Role, Trajectories
@@ -37,12 +35,12 @@ def evaluation_specs(
 
 
 def evaluate(
-    engine: RolloutEngine, tokenizer: Any, config: Config, name: str, seed: int, temperature: float
+    sampler: Sampler, tokenizer: Any, config: Config, name: str, seed: int, temperature: float
 ) -> Trajectories:
     """Play the test split at one temperature, as ``evaluation`` in params.yaml says."""
     plan = config.evaluation
     specs = evaluation_specs(config, name, "test", plan.states, plan.rollouts, seed, f"test at {temperature:g}")
-    return collect(engine, tokenizer, config, name, specs, temperature)
+    return sample_episodes(sampler, tokenizer, config, name, specs, temperature)
 
 
 @dataclass(frozen=True)
@@ -61,16 +59,16 @@ def evaluate_policy(task: EvaluationTask, report: Tell) -> pa.Table:
     """Load a policy in a process of its own and play the test split; returns ``episode_results``."""
     within(0.0, "loading the policy", insist=True)
     policy = load_trained(task.policy, task.config)
-    engine, total = make_engine(task.config, policy), task.config.evaluation.states * task.config.evaluation.rollouts
+    sampler, total = make_sampler(task.config, policy), task.config.evaluation.states * task.config.evaluation.rollouts
     report(0, total, "episodes")
     with span("", 0, total), located(str(task.policy)):
-        played = evaluate(engine, policy.tokenizer, task.config, task.environment, task.seed, task.temperature)
+        played = evaluate(sampler, policy.tokenizer, task.config, task.environment, task.seed, task.temperature)
     labels = {name: getattr(task, name) for name in ("environment", "method", "seed", "temperature")}
     return episode_results(played, **labels)
 
 
 def validate(
-    engine: RolloutEngine,
+    sampler: Sampler,
     tokenizer: Any,
     config: Config,
     name: str,
@@ -83,7 +81,7 @@ def validate(
         config, name, "validation", plan.validation_states, plan.validation_rollouts, seed, "validation"
     )
     own = [specs[row] for row in own_rows([spec.group_id for spec in specs])]
-    return collect(engine, tokenizer, config, name, own, plan.temperatures[0])
+    return sample_episodes(sampler, tokenizer, config, name, own, plan.temperatures[0])
 
 
 def episode_results(trajectories: Trajectories, **labels: Any) -> pa.Table:

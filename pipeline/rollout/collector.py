@@ -1,6 +1,7 @@
 """Playing episodes: environments on one side, an engine on the other, ``Trajectories`` out."""
 
 from collections.abc import Iterable, Iterator, Sequence, Sized
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from pipeline.progress.display import beat, on_beat, within
@@ -30,9 +31,13 @@ def collect(
         UserError: the environment raised, or returned what it must not (see ``playing.step``); its openings differ
             within a group, or leave no room in ``context_tokens``.
     """
-    setup = Setup(tokenizer, config, name, phases, closing)
+    at_once = config.rollout.environments_at_once
+    setup = Setup(tokenizer, config, name, phases if at_once == 1 else None, closing)
     engine.forget()
-    episodes = play(engine, map(setup.begin, specs), temperature, len(specs))
+    if at_once > 1:
+        episodes = play_in_rounds(engine, setup, specs, temperature, at_once)
+    else:
+        episodes = play(engine, map(setup.begin, specs), temperature, len(specs))
     return build([episode.builder for episode in episodes])
 
 
@@ -68,6 +73,24 @@ def play(engine: RolloutEngine, episodes: Iterable[Episode], temperature: float,
     with on_beat(said):
         engine.generate(requests(), Sampling(temperature, END_OF_RESPONSE), follow)
     return played
+
+
+def play_in_rounds(
+    engine: RolloutEngine, setup: Setup, specs: Sequence[EpisodeSpec], temperature: float, at_once: int
+) -> list[Episode]:
+    """Play episodes to their end, round by round: all that go on are given a response, then their environments act, so many
+    at the same time, each in a thread."""
+    sampling = Sampling(temperature, END_OF_RESPONSE)
+    with ThreadPoolExecutor(at_once) as threads:
+        episodes = list(threads.map(setup.begin, specs))
+        for episode in episodes:
+            episode.builder.identity["temperature"] = temperature
+        going = episodes
+        while going:
+            answers = engine.generate([episode.request() for episode in going], sampling)
+            list(threads.map(Episode.take, going, answers))
+            going = [episode for episode in going if not episode.done]
+    return episodes
 
 
 def _course(played: Sequence[Episode], count: int, sampled: int, unfinished: int) -> tuple[float, str]:

@@ -9,8 +9,7 @@ from pathlib import Path
 
 from pipeline.model.loading import load_trained
 from pipeline.progress.display import begin, span, within
-from pipeline.rollout.collector import collect
-from pipeline.rollout.making import make_engine
+from pipeline.rollout.sampler import make_sampler, sample_episodes
 from pipeline.rollout.specs import iteration_specs
 from pipeline.settings.params import Config
 from pipeline.trajectories.table import kept
@@ -38,11 +37,11 @@ def sample_slices(task: SlicesTask, report: Tell) -> dict[int, Trajectories]:
     begin(size * sum(file.exists() for file in files.values()), size * len(files), "episodes")
     within(0.0, "loading the policy", insist=True)
     policy = load_trained(task.policy, config)
-    engine = make_engine(config, policy)
+    sampler = make_sampler(config, policy)
 
     def sample(seed: int) -> Trajectories:
         specs = iteration_specs(config, name, seed, 0)
-        return collect(engine, policy.tokenizer, config, name, specs, config.rollout.temperature)
+        return sample_episodes(sampler, policy.tokenizer, config, name, specs, config.rollout.temperature)
 
     result = {}
     for done, seed in enumerate(order):

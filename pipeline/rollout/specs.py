@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 from pipeline.environments import initial_states, make
@@ -46,3 +47,15 @@ def group_specs(
             noise, draws = generator(seed, "environment noise", *place).integers(2**31), (seed, "tokens", *place)
             specs.append(EpisodeSpec(f"{group_id}-{member}", group_id, state, seed, iteration, int(noise), draws))
     return specs
+
+
+def units(specs: Sequence[EpisodeSpec], episodes: int | None) -> list[Sequence[EpisodeSpec]]:
+    """Units of work in order: whole groups, as many as make so many ``episodes`` or more; None: a single one."""
+    if episodes is None:
+        return [specs]
+    found: list[list[EpisodeSpec]] = []
+    for _, group in groupby(specs, key=lambda spec: spec.group_id):
+        if not found or len(found[-1]) >= episodes:
+            found.append([])
+        found[-1] += group
+    return [*found]

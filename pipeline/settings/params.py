@@ -10,12 +10,12 @@ from typing import Annotated, Any, Literal, Self, Union
 
 from pydantic import AliasChoices, BeforeValidator, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
-from pipeline.settings.engine import TransformersSection, VllmSection
 from pipeline.settings.heads import HeadSection
 from pipeline.settings.method import Method
 from pipeline.settings.mistakes import explain, nearest
 from pipeline.settings.policy import PretrainedPolicy, ScratchPolicy
 from pipeline.settings.processes import check_processes
+from pipeline.settings.rollout import Rollout
 from pipeline.settings.section import (
     Above,
     Count,
@@ -24,7 +24,6 @@ from pipeline.settings.section import (
     Int,
     Name,
     Number,
-    Positive,
     Section,
     Seed,
     Temperature,
@@ -59,27 +58,6 @@ class Environment(Section):
     """Longest episode, in tokens; an episode that would outgrow it ends as ``context``."""
     format_penalty: Number = -0.1
     """Reward of a turn without a parsable, allowed action."""
-
-
-class Rollout(Section):
-    """How episodes are sampled for training."""
-
-    groups: Count = 8
-    """Initial states per iteration."""
-    group_size: Annotated[Int, Field(ge=2, le=1_000_000)] = 16
-    """Episodes per initial state (G)."""
-    temperature: Temperature = 1.0
-    """Sampling temperature; log-probabilities, ratio and entropy are those of the tempered policy."""
-    prefill: Literal["", "<think>"] = ""
-    """Text that the protocol forces at the start of each response; recorded as not sampled, never trained on."""
-    batch_episodes: Annotated[Int, Field(ge=1, le=4096)] = 128
-    """Episodes that an engine decodes together, where memory allows it (``cache_gigabytes``)."""
-    cache_gigabytes: Positive | None = None
-    """Gigabytes that an engine's keys and values may take; null: a quarter of the memory of the machine, or of the device,
-    divided by ``workers``. They take what is asked for. So many episodes are decoded together as fit if all of them get
-    context_tokens long; results are the same up to rounding."""
-    engine: Annotated[Union[TransformersSection, VllmSection], Field(discriminator="kind")] = TransformersSection()
-    """What samples."""
 
 
 class Bottleneck(Section):
@@ -267,6 +245,8 @@ class Config(Section):
             self._branches(name, method)
             self._updates_twice(name, method)
             self._adapters(name, method)
+            self._workers(name, method)
+        self._ahead()
         self._matched()
 
     def _sampler(self) -> None:
@@ -328,6 +308,31 @@ class Config(Section):
                     f"methods.{name}.advantage.{key}.kind: 'model' is not allowed with train.lora: all of its trunk would be "
                     "trained; allowed: trunk"
                 )
+
+    def _workers(self, name: str, method: Method) -> None:
+        """A tree grows where what its branches begin with has been computed: in one engine, wave by wave."""
+        if self.rollout.workers is not None and self.train.processes.number > 1:
+            raise ValueError(
+                "rollout.workers: not allowed with several processes of a training, which sample themselves"
+            )
+        if self.rollout.workers is not None and method.branching.kind != "none":
+            raise ValueError(
+                f"methods.{name}.branching.kind: {method.branching.kind!r} is not allowed with rollout.workers, which play "
+                "whole episodes; allowed: none"
+            )
+
+    def _ahead(self) -> None:
+        """Sampling ahead wants somebody who samples meanwhile, and a part of the episodes to be looked at before an update."""
+        rollout, most = self.rollout, (self.rollout.groups - 1) * self.rollout.group_size
+        if self.train.asynchronous and rollout.workers is None:
+            raise ValueError(
+                "train.asynchronous: 1 needs rollout.workers, which play meanwhile; set these, or leave it at 0"
+            )
+        if self.train.asynchronous and (rollout.unit_episodes or most + 1) > most:
+            raise ValueError(
+                "rollout.unit_episodes: with train.asynchronous an update waits for the next iteration's first unit of work; "
+                f"allowed: at most {most}, the episodes of all groups but one"
+            )
 
     def _branches(self, name: str, method: Method) -> None:
         """What a method's branching asks of the rollout."""

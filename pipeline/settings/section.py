@@ -47,6 +47,7 @@ _PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
 _FOLDER = rf"^(\.|{_PART}(/{_PART})*)$"
 _ABOVE = rf"^(\.|\.\.(/\.\.)*(/{_PART})*)$"
 _ADDRESS = r"^https?://[^\s/?#]+$"
+_CLUSTER = r"^(auto|[A-Za-z0-9._-]+:[0-9]{1,5})$"
 _FUNCTION = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"
 Name = Annotated[str, Field(pattern=_NAME, max_length=100)]
 """A key that stands in commands, in names of files and in dotted keys."""
@@ -58,11 +59,14 @@ Address = Annotated[str, Field(pattern=_ADDRESS, max_length=200)]
 """Of a server."""
 Function = Annotated[str, Field(pattern=_FUNCTION, max_length=200)]
 """A function of a module."""
+Cluster = Annotated[str, Field(pattern=_CLUSTER, max_length=200)]
+"""Of Ray's."""
 PATTERNS = {
     _NAME: "a letter of a to z, then such letters, digits and _",
     _FOLDER: "a path in the project, of letters, digits, _, - and ., none of its parts beginning with - or .",
     _ABOVE: ". or a path that begins with .., of letters, digits, _, - and .",
     _ADDRESS: "http://host:port",
+    _CLUSTER: "host:port, or auto",
     _FUNCTION: "module:name of a function",
 }
 """What is allowed, in words."""

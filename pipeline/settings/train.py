@@ -37,6 +37,8 @@ class Train(Section):
     gradient_trajectories: Count = 4
     """Trajectories of such an iteration of which some tokens' gradients are measured one by one: a backward pass each, up to
     twenty a trajectory, which takes long with a large policy."""
+    asynchronous: Annotated[Int, Field(ge=0, le=1)] = 0
+    """1: while the policy is updated, ``rollout.workers`` play the next iteration's episodes with it as it was before."""
     lora: Lora | None = None
     """Adapters that are trained in place of the policy's weights; null: all weights are trained."""
     processes: Processes = Processes()

@@ -14,8 +14,8 @@ def check_named(config: Config, params: str) -> None:
 
     Raises:
         UserError: ``params_file`` names another file, whose names commands would have that nobody has checked; a preset's
-            file is older than its overlay; vLLM is to be started and not installed; or a function of the user's cannot be
-            called as it would be.
+            file is older than its overlay; vLLM is to be started and not installed; a function of the user's cannot be
+            called as it would be; or ``rollout.workers`` cannot be had.
     """
     if os.path.abspath(config.params_file) != os.path.abspath(params):
         raise UserError(f"{params}: params_file: {config.params_file!r} is another file; allowed: {params}")
@@ -28,3 +28,7 @@ def check_named(config: Config, params: str) -> None:
         from pipeline.objective.custom import check_functions  # seconds, of which most params files need none
 
         check_functions(config, params)
+    if config.rollout.workers is not None:
+        from pipeline.rollout.ray_pool import check_workers  # likewise
+
+        check_workers(config, config.rollout.workers)

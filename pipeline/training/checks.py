@@ -107,13 +107,14 @@ def require_recomputed(found: Agreement, dtype: torch.dtype, first: float | None
         )
 
 
-def require_version(episodes: Trajectories, version: int) -> None:
-    """Refuse episodes that the engine has not sampled after it was given the weights of a version.
+def require_version(episodes: Trajectories, version: int, older: int = 0) -> None:
+    """Refuse episodes that the engine has not sampled after it was given the weights of a version, or of at most so many
+    ``older`` ones.
 
     Raises:
         NumericsError: some carry another version.
     """
-    others = sorted(set(episodes.episodes["policy_version"]) - {version})
+    others = sorted(set(episodes.episodes["policy_version"]) - {*range(version - older, version + 1)})
     if others:
         raise NumericsError(
             f"the engine samples from other weights: of version {', '.join(map(str, others))}, and the policy has {version}"

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import cast
 
 import numpy as np
 
@@ -12,13 +13,15 @@ from pipeline.progress.display import span
 from pipeline.progress.timing import Phases
 from pipeline.rollout.branch_scores import blank_tokens, branch_scores
 from pipeline.rollout.branching import updates_first
-from pipeline.rollout.collector import collect
 from pipeline.rollout.engine import RolloutEngine
 from pipeline.rollout.episode import Setup
 from pipeline.rollout.forest import Forest
-from pipeline.rollout.specs import iteration_specs
+from pipeline.rollout.sampler import Sampler, sample_episodes
+from pipeline.rollout.specs import EpisodeSpec, iteration_specs
 from pipeline.settings.branching import Branching, Independent, Positions
 from pipeline.settings.params import Config
+from pipeline.training.ahead import Ahead
+from pipeline.training.checks import Agreement, recomputed
 from pipeline.training.team import ALONE, Team
 from pipeline.trajectories.trajectory import Trajectories, concatenate
 from pipeline.workspace.randomness import generator
@@ -37,7 +40,8 @@ class Collection:
     seed: int
     branching: Branching
     """Where episodes come from."""
-    engine: RolloutEngine
+    engine: Sampler
+    """An engine, or workers that hold one each."""
     policy: Policy
     """What is trained; the engine samples from it, or from a copy in the precision of the reference policy."""
     reference: Policy
@@ -51,6 +55,8 @@ class Collection:
     """Episodes that are cut off end with the observation after their last response, of which a critic is asked."""
     team: Team = ALONE
     """Each of its processes samples and annotates groups of its own."""
+    ahead: Ahead | None = None
+    """Where workers sample one iteration ahead: what they have of the next one."""
 
     def collect(self, number: int) -> Iterator[list[Trajectories]]:
         """The episodes of an iteration, round by round, each sampled with the policy as it is when it is asked for.
@@ -60,21 +66,39 @@ class Collection:
         in waves, in the order of sampling; a wave is annotated already if it is from the table, or what branches begin in.
         """
         self.engine.sync(self.policy, number)
-        alone = isinstance(self.branching, Independent)
-        if alone and number == 0 and self.first is not None and not self.closing:
-            yield [self.team.own(self.first)]
+        if isinstance(self.branching, Independent):
+            yield [self._independent(number)]
             return
+        setup = Setup(self.policy.tokenizer, self.config, self.name, self.phases, self.closing)
+        engine = cast(RolloutEngine, self.engine)  # with workers there are no trees (see ``Config``)
+        temperature = self.config.rollout.temperature
+        yield from self._grow(Forest(engine, setup, self._specs(number), self.branching, temperature))
+
+    def _independent(self, number: int) -> Trajectories:
+        """An iteration's episodes without branches: from the table, sampled ahead, or sampled now; those of the next one are
+        begun then, if they are to be ahead."""
+        first = self.first if number == 0 and not self.closing else None
+        episodes = self._sampled(number) if first is None else self.team.own(first)
+        if self.ahead is not None and number + 1 < self.config.train.iterations:
+            temperature = self.config.rollout.temperature
+            self.ahead.begin(number + 1, self.name, self._specs(number + 1), temperature, self.closing)
+        return episodes
+
+    def _sampled(self, number: int) -> Trajectories:
+        if self.ahead is not None:
+            with self.phases.phase("collect"), span("sampling", *SAMPLING):
+                episodes = self.ahead.take(number)
+            if episodes is not None:
+                return episodes
+        specs = self._specs(number)
+        shared = self.policy.tokenizer, self.config, self.name, specs, self.config.rollout.temperature
+        with self.phases.phase("collect"), span("sampling", *SAMPLING):
+            return sample_episodes(self.engine, *shared, self.phases, self.closing)
+
+    def _specs(self, number: int) -> list[EpisodeSpec]:
         with self.phases.phase("reset"):  # states are drawn by resetting
             specs = iteration_specs(self.config, self.name, self.seed, number)
-        specs = [specs[row] for row in self.team.own_rows([spec.group_id for spec in specs])]
-        temperature, shared = self.config.rollout.temperature, (self.policy.tokenizer, self.config, self.name)
-        if alone:
-            with self.phases.phase("collect"), span("sampling", *SAMPLING):
-                sampled = collect(self.engine, *shared, specs, temperature, self.phases, self.closing)
-            yield [sampled]
-        else:
-            setup = Setup(*shared, self.phases, self.closing)
-            yield from self._grow(Forest(self.engine, setup, specs, self.branching, temperature))
+        return [specs[row] for row in self.team.own_rows([spec.group_id for spec in specs])]
 
     def _grow(self, forest: Forest) -> Iterator[list[Trajectories]]:
         waves: list[Trajectories] = []
@@ -133,6 +157,21 @@ class Collection:
             scores[tokens] = branch_scores(section, initial.select(rows), draws, shift[tokens], blank[tokens])
         return scores
 
+    def agreement(self, episodes: Trajectories, number: int) -> Agreement:
+        """How far some of an iteration's episodes are from what the policy gives them (see ``recomputed``).
+
+        Those that were sampled ahead were looked at in the iteration before, while the policy still had their weights; so
+        the next one's are looked at now, as soon as some of them have ended. It must not have been updated yet.
+        """
+        found = None if self.ahead is None else self.ahead.agreements.pop(number, None)
+        if found is None:
+            draws = generator(self.seed, "recomputed", number)
+            found = recomputed(episodes, self.now, draws, everything=number == 0)
+        if self.ahead is not None and (some := self.ahead.first()) is not None:
+            draws = generator(self.seed, "recomputed", number + 1)
+            self.ahead.agreements[number + 1] = recomputed(some, self.now, draws)
+        return found
+
     @property
     def mixed(self) -> bool:
         """Whether episodes are sampled in another precision than they are trained on, or by other code."""
@@ -142,11 +181,13 @@ class Collection:
     def rescored(self, trajectories: Trajectories) -> Trajectories:
         """Episodes with the log-probabilities and entropies that an update begins with, at ``rollout.temperature``.
 
-        Those are the policy's as it is where episodes were sampled in another precision or by other code, so that ratios
-        begin at 1; or at another temperature: REINFORCE has no ratio to what they were drawn from.
+        Those are the policy's as it is where episodes were sampled in another precision, by other code or ahead, so that
+        ratios begin at 1; or at another temperature: REINFORCE has no ratio to what they were drawn from.
         """
-        temperature = self.config.rollout.temperature
-        others = [e for e, own in enumerate(trajectories.episodes["temperature"]) if self.mixed or own != temperature]
+        usual = self.config.rollout.temperature, self.engine.policy_version if self.ahead is not None else None
+        versions = trajectories.episodes["policy_version"] if self.ahead is not None else [None] * len(trajectories)
+        sampled = zip(trajectories.episodes["temperature"], versions, strict=True)
+        others = [e for e, own in enumerate(sampled) if self.mixed or own != usual]
         if not others:
             return trajectories
         tokens = np.isin(trajectories.token_episode, others)

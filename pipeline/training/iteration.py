@@ -20,7 +20,7 @@ from pipeline.rollout.forest import branches_by_role
 from pipeline.settings.method import Method
 from pipeline.settings.train import Train
 from pipeline.training.budget import Rows
-from pipeline.training.checks import recomputed, require_recomputed, require_version
+from pipeline.training.checks import require_recomputed, require_version
 from pipeline.training.collection import Collection
 from pipeline.training.correcting import corrected
 from pipeline.training.gradients import gradient_share
@@ -71,7 +71,7 @@ def run_iteration(collection: Collection, learner: Learner, optimizer: Any, memo
         passed = select_groups(method, everything)
         metrics = _collection_metrics(method, rescored, everything, passed)
         metrics["sampling_error"] = _sampling_error(collection, episodes, earlier, metrics, curve)
-        metrics |= _sampler_difference(episodes, rescored) if collection.mixed else {}
+        metrics |= _sampler_metrics(collection, episodes, rescored, number)
         earlier = frozenset(episodes.episodes["episode_id"])
         kept, table, minibatches, remembered = np.flatnonzero(passed), NOTHING, list[np.ndarray](), memory
         if not len(kept):
@@ -175,21 +175,33 @@ def _sampling_error(
         NumericsError: that is not rounding (see ``require_recomputed``), or another version of the weights has sampled.
     """
     fresh = [row for row, name in enumerate(episodes.episodes["episode_id"]) if name not in earlier]
-    require_version(episodes.select(fresh), len(curve))
-    draws = generator(collection.seed, "recomputed", len(curve))
-    found = recomputed(episodes.select(fresh), collection.now, draws, everything=not curve)
+    fresh_episodes = episodes.select(fresh)
+    require_version(fresh_episodes, len(curve), collection.config.train.asynchronous)
+    found = collection.agreement(fresh_episodes, len(curve))
     first = curve[0]["sampling_error"] if curve else None
     everywhere = collection.config.rollout.temperature * metrics.get("recompute_error", 0.0)
     require_recomputed(found, collection.reference.model.dtype, first, everywhere)
     return found.error
 
 
-def _sampler_difference(sampled: Trajectories, rescored: Trajectories) -> dict[str, float]:
-    """How far log-probabilities of sampling are from those that ratios are of, in nats per token: mean and largest size."""
-    difference = np.abs(sampled.logprob - rescored.logprob)[sampled.trainable]
+def _sampler_metrics(
+    collection: Collection, sampled: Trajectories, rescored: Trajectories, number: int
+) -> dict[str, float]:
+    """What sampling has in another way than the update, over tokens: mean and largest size.
+
+    ``sampler_difference`` is between log-probabilities of sampling and those that ratios are of, in nats. ``weights_age``,
+    where episodes are sampled ahead, is how many iterations the policy has been updated for since it sampled a token.
+    """
+    tokens, found = sampled.trainable, dict[str, np.ndarray]()
+    if collection.mixed or collection.ahead is not None:
+        found["sampler_difference"] = np.abs(sampled.logprob - rescored.logprob)[tokens]
+    if collection.ahead is not None:
+        ages = number - np.array(sampled.episodes["policy_version"])
+        found["weights_age"] = ages[sampled.token_episode][tokens]
     return {
-        "sampler_difference": float(difference.mean()),
-        "sampler_difference_largest": float(difference.max()),
+        f"{name}{end}": float(of(values))
+        for name, values in found.items()
+        for end, of in (("", np.mean), ("_largest", np.max))
     }
 
 

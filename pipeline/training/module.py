@@ -14,10 +14,12 @@ from pipeline.model.policy import Policy
 from pipeline.model.shards import share_out
 from pipeline.objective.estimates import declared_heads, needed_behind
 from pipeline.progress.timing import Phases
-from pipeline.rollout.making import make_engine
+from pipeline.rollout.ray_pool import RayPool
+from pipeline.rollout.sampler import make_sampler
 from pipeline.settings.lora import Lora
 from pipeline.settings.method import Method
 from pipeline.settings.params import Config
+from pipeline.training.ahead import Ahead
 from pipeline.training.budget import progress, training_over
 from pipeline.training.checks import require_finite_training
 from pipeline.training.collection import Collection
@@ -69,11 +71,23 @@ class PolicyGradient(lightning.LightningModule):
         self.heads = torch.nn.ModuleList(heads)
         masters = masters_of(method, lora, policy, heads, f"{config.params_file}: methods.{method_name}")
         self.learner = Learner(config, method, policy, reference, heads, masters, self.sampled, team)
-        self.engine = make_engine(config, self.sampled)
+        self.engine = make_sampler(config, self.sampled)
         self.phases = Phases()
         closing = bool(needed_behind(method.advantage))
+        ahead = Ahead(self.engine) if config.train.asynchronous and isinstance(self.engine, RayPool) else None
         self.collection = Collection(
-            config, name, seed, method.branching, self.engine, policy, reference, self.phases, first, closing, team
+            config,
+            name,
+            seed,
+            method.branching,
+            self.engine,
+            policy,
+            reference,
+            self.phases,
+            first,
+            closing,
+            team,
+            ahead,
         )
         self.memory: Memory = {}
         """What adaptive slots keep from one iteration for the next."""
@@ -137,6 +151,8 @@ class PolicyGradient(lightning.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         tried = [masters.tried for masters in self.learner.masters]
         checkpoint |= {"curve": self.curve, "memory": self.memory, "tried": tried}
+        if (ahead := self.collection.ahead) is not None and not training_over(self.curve, self.config.train):
+            checkpoint["ahead"] = ahead.state()
         for name in self._frozen():
             del checkpoint["state_dict"][name]
 
@@ -146,6 +162,13 @@ class PolicyGradient(lightning.LightningModule):
         self.curve, self.memory = checkpoint["curve"], checkpoint["memory"]
         for masters, tried in zip(self.learner.masters, checkpoint["tried"], strict=True):
             masters.tried = tried
+        if self.collection.ahead is not None:
+            self.collection.ahead.restore(checkpoint.get("ahead", {}))
+
+    def teardown(self, stage: str) -> None:
+        """Workers end with the training."""
+        if isinstance(self.engine, RayPool):
+            self.engine.close()
 
     def _frozen(self) -> dict[str, torch.Tensor]:
         """What adapters are on: it is in the reference policy's files, and in no checkpoint."""

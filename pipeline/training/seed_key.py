@@ -59,7 +59,7 @@ def training_key(config: Config, environment: str, method: str, seed: int, polic
         raise UserError(f"methods.{method}: only its train stage trains it, which finds its learning rate first")
     resolved: dict[str, Any] = {
         "environment": {environment: config.environments[environment].model_dump(mode="json")},
-        "rollout": config.rollout.model_dump(mode="json"),
+        "rollout": config.rollout.model_dump(mode="json", exclude={"workers"}),
         "train": config.train.model_dump(mode="json", exclude={"processes"}),
         "method": config.methods[method].model_dump(mode="json", exclude={"source", "status", "matched_to"}),
         "evaluation": {
