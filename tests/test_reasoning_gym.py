@@ -198,6 +198,7 @@ def test_a_policy_is_bootstrapped_trained_and_evaluated_on_a_dataset() -> None:
         assert np.isfinite(list(row.values())).all()
     assert sum(row["updates"] for row in module.curve) > 0
 
+    module.result()
     played = evaluate(module.engine, module.policy.tokenizer, config, "sums", 0, 1.0)
     annotated = annotate(played, reference, 1.0, tokens_per_forward(config, reference))
     assert annotated.energy is not None

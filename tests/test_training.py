@@ -182,6 +182,7 @@ def test_grpo_learns_which_letter_is_rewarded() -> None:
     assert first["valid_action_rate"] > 0.9
     assert 0.25 < first["success"] < 0.75
     assert last["success"] > 0.9
+    module.result()
     played = evaluate(module.engine, module.policy.tokenizer, config, "letter", 0, 1.0)
     assert np.mean(played.episodes["success"]) > 0.9
     assert {split_of(key) for key in played.episodes["state_key"]} == {"test"}
