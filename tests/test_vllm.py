@@ -39,6 +39,8 @@ pytestmark = pytest.mark.vllm
 
 ROOT = Path(__file__).parents[1]
 PYTHON = str(ROOT / ".venv-vllm/bin/python")
+PATIENCE = 1800.0
+"""Seconds; a server takes 20 on two idle cores."""
 SMALL = {"hidden_size": 64, "heads": 2}
 """Heads of 32 numbers, the smallest that vLLM has on a processor."""
 
@@ -51,7 +53,13 @@ def policy(tmp_path_factory: pytest.TempPathFactory) -> Policy:
 def with_vllm(folder: Path, engine: dict[str, Any] | None = None, **changes: Any) -> Config:
     """Blocks of 32 tokens, so that short dialogues have some that are kept."""
     server = {} if (engine or {}).get("url") else {"python": PYTHON, "arguments": ["--block-size=32"]}
-    section = {"kind": "vllm", "weights": str(folder / "weights"), **server, **(engine or {})}
+    section = {
+        "kind": "vllm",
+        "weights": str(folder / "weights"),
+        "patience_seconds": PATIENCE,
+        **server,
+        **(engine or {}),
+    }
     return configured({"rollout": {"cache_gigabytes": 0.1, "engine": section}, **changes})
 
 
@@ -221,7 +229,7 @@ def other_server(
         *arguments,
     ]
     server = vllm_server.VllmServer(section, tmp_path / "policy", options, 1)  # type: ignore[arg-type]
-    vllm_server.wait_until_ready(server.url, 600, server)
+    vllm_server.wait_until_ready(server.url, PATIENCE, server)
     yield server
     server.close()
 
@@ -251,14 +259,14 @@ def test_a_server_that_cannot_be_used_is_refused_in_one_line(
 def served(policy: Policy, tmp_path: Path) -> Iterator[dict[str, Any]]:
     """`actfocus serve`, of a params file whose changes these are."""
     url = f"http://127.0.0.1:{vllm_server._free_port()}"
-    section = {"kind": "vllm", "url": url, "weights": str(tmp_path / "weights")}
+    section = {"kind": "vllm", "url": url, "weights": str(tmp_path / "weights"), "patience_seconds": PATIENCE}
     changes = {"workers": 1, "rollout": {"engine": section, "cache_gigabytes": 0.1}}
     with (tmp_path / "params.yaml").open("w") as file:
         YAML().dump(overlay(overlay(read_yaml(ROOT / "params.yaml"), TINY), changes), file)
     policy.save(tmp_path / "models/policy")
     command = [sys.executable, "-m", "pipeline.commands.app", "serve", "--python", PYTHON]
     with subprocess.Popen(command, cwd=tmp_path, env={**os.environ, "PYTHONPATH": str(ROOT)}) as process:
-        vllm_server.wait_until_ready(url, 600)
+        vllm_server.wait_until_ready(url, PATIENCE)
         yield changes
         ours = family(psutil.Process(process.pid))
         process.send_signal(signal.SIGINT)

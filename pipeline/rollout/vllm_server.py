@@ -75,7 +75,8 @@ class VllmServer:
 
     def why_ended(self) -> str:
         """The first error that its log names, or else the log's last line."""
-        lines = self.log.read_text(errors="replace").splitlines() or ["no word"]
+        log = self.log.read_text(errors="replace") if self.log.exists() else ""
+        lines = log.splitlines() or ["without a word"]
         told = [line for line in lines if " WARNING " not in line and " INFO " not in line]
         named = re.findall(r"\b\w*(?:Error|Exception): .+", "\n".join(told))
         return f"{(named or lines[-1:])[0].strip()[:300]} ({self.log})"
