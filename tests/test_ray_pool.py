@@ -352,7 +352,11 @@ def test_settings_that_workers_cannot_follow_are_one_line() -> None:
         "params.yaml: rollout.unit_episodes: with train.asynchronous an update waits for the next iteration's first unit of "
         "work; allowed: at most 4, the episodes of all groups but one"
     )
-    tree = {"methods": {"arpo": {"branching": {"kind": "entropy_rise"}}}}
+    together = {**workers, "workers": 2, "train": {"processes": {"number": 2, "strategy": "ddp"}}}
+    assert refused(together) == (
+        "params.yaml: rollout.workers: not allowed with several processes of a training, which sample themselves"
+    )
+    tree = {"methods": {"arpo": {"branching": {"kind": "entropy_rise", "initial": 2}}}}
     assert refused({**workers, **tree}) == (
         "params.yaml: methods.arpo.branching.kind: 'entropy_rise' is not allowed with rollout.workers, which play whole "
         "episodes; allowed: none"
