@@ -352,6 +352,11 @@ def test_settings_that_workers_cannot_follow_are_one_line() -> None:
         "params.yaml: rollout.unit_episodes: with train.asynchronous an update waits for the next iteration's first unit of "
         "work; allowed: at most 4, the episodes of all groups but one"
     )
+    corrected = {
+        "rollout": {**workers["rollout"], "unit_episodes": 4},
+        "train": {"asynchronous": 1, "correction": {"kind": "mask"}},
+    }
+    assert parse(overlay(overlay(read_yaml(ROOT / "params.yaml"), TINY), corrected)).train.correction is not None
     together = {**workers, "workers": 2, "train": {"processes": {"number": 2, "strategy": "ddp"}}}
     assert refused(together) == (
         "params.yaml: rollout.workers: not allowed with several processes of a training, which sample themselves"

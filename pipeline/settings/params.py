@@ -251,12 +251,12 @@ class Config(Section):
 
     def _sampler(self) -> None:
         """What samples, and what corrects for it."""
-        if self.rollout.engine.kind == "vllm":
-            if self.rollout.engine.url is not None and self.workers > 1:
-                raise ValueError(
-                    f"rollout.engine.url: one server has the weights of one process; workers ({self.workers}) must be 1"
-                )
-        elif self.train.correction is not None and getattr(self.policy, "dtype", "float32") == "float32":
+        if self.rollout.engine.kind == "vllm" and self.rollout.engine.url is not None and self.workers > 1:
+            raise ValueError(
+                f"rollout.engine.url: one server has the weights of one process; workers ({self.workers}) must be 1"
+            )
+        exactly = getattr(self.policy, "dtype", "float32") == "float32" and not self.train.asynchronous
+        if self.train.correction is not None and exactly and self.rollout.engine.kind != "vllm":
             raise ValueError(
                 "train.correction: the policy samples itself, in the precision that it is trained in, so that there is "
                 "nothing to correct; allowed: null"
