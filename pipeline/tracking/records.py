@@ -131,8 +131,8 @@ _KINDS: TypeAdapter[Any] = TypeAdapter(
 
 
 def lines_of(records: Iterable[Record]) -> bytes:
-    """A line for each record."""
-    return b"".join(_sealed(json.dumps(record).encode()) for record in records)
+    """A line for each record; halves of characters, which no store takes, are replaced."""
+    return b"".join(_sealed(json.dumps(record, ensure_ascii=False).encode(errors="replace")) for record in records)
 
 
 def _sealed(body: bytes) -> bytes:
@@ -153,6 +153,7 @@ def record_of(line: bytes) -> Record:
         found: Any = json.loads(body)
         if not sealed:
             _KINDS.validate_python(found)
+            json.dumps(found, ensure_ascii=False).encode()  # no halves of characters
     except ValidationError as error:
         first = error.errors(include_url=False, include_input=False)[0]
         where = ".".join(str(part) for part in first["loc"])[:60]

@@ -31,7 +31,7 @@ _LOCAL = re.compile(r"(sqlite(\+\w+)?|file)://", re.IGNORECASE)
 _SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 _AT = re.compile(r"@|%40")
 _QUERY = re.compile(r"[?#;&]")
-_PARAMETER = re.compile(r"[?#;&][^=]*=")
+_PARAMETER = re.compile(r"[?#;&][^?#;&=]*=")
 _NAMED = re.compile(
     r"((?:password|passwd|secret|token|api[_-]?key|access[_-]?key)=|\b(?:Bearer|Basic)\s+)[^\s,;)\]}]+", re.IGNORECASE
 )
@@ -106,13 +106,14 @@ def _secrets(address: str) -> Iterator[str]:
     ends = [found.start() for found in _AT.finditer(place + query)]
     if ends and not _LOCAL.fullmatch(scheme):
         user = (place + query)[: ends[-1]]
-        name, _, password = user.partition(":")
         if scheme or re.fullmatch(r"[^\s/:]+:\S+", user):  # else it is prose
-            # A name without a password is a token there.
-            yield from filter(None, [password or (name if scheme.lower().startswith("http") else "")])
-    for part in _QUERY.split(query):
-        key, _, value = part.partition("=")
-        if scheme and value and SECRET_NAME.fullmatch(unquote(key)):
+            # Of HTTP, what stands for a name is a token as often.
+            secret = user if scheme.lower().startswith("http") else user.partition(":")[2]
+            if secret.strip(HIDDEN):
+                yield secret
+    for found in _PARAMETER.finditer(query) if scheme else ():
+        value = query[found.end() :]  # to the end: what follows may be an unquoted part of it
+        if SECRET_NAME.fullmatch(unquote(found[0][1:-1])) and value.strip(HIDDEN):
             yield value
 
 
@@ -120,4 +121,4 @@ def _pieces(secret: str) -> Iterator[str]:
     """A secret whole, unquoted, and in the pieces that a library makes of an address that has it."""
     for form in {secret, unquote(secret)}:
         yield form
-        yield from filter(None, re.split(r"[/@:?#&=;%]+", form))
+        yield from filter(None, re.split(r"[/@:?#&=;%'\"\\\s]+", form))
