@@ -135,6 +135,7 @@ results: ## make the default comparison, its replay, the other pole and the cont
 	@$(MAKE) --no-print-directory publish
 
 ui: install ## MLflow's pages on http://127.0.0.1:5000
+	@python -c "import sys; from pipeline.tracking.database import ready; ready(sys.argv[1])" "sqlite:///$(CURDIR)/mlflow.db"
 	mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
 
 clean: ## delete outputs, caches and MLflow's store; keeps .venv

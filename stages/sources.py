@@ -25,6 +25,7 @@ def main(params: ParamsFile = "params.yaml") -> str:
         **{f"methods/{name}": of_row(config, name) for name in config.methods},
         "policy": of_policy(config.policy),
         "machine": of_machine(),
+        "sweep": config.sweep.model_dump(mode="json", exclude={"storage"}),  # an address belongs into no dvc.lock
         "seeds": list(config.seeds),
         "registration": registration,
     }

@@ -346,14 +346,36 @@ def _taken_for_dead(plan: SearchPlan) -> list[int]:
     return found
 
 
-def test_a_storage_that_cannot_be_used_is_one_line_without_the_password(tmp_path: Path) -> None:
-    plan = toy_plan(tmp_path, "postgresql+psycopg://me:secret@127.0.0.1:1/sweeps")
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql+psycopg://me:secret@127.0.0.1:1/sweeps", "postgresql+psycopg://…@127.0.0.1:1/sweeps"),
+        ("postgresql+psycopg://me:s/ecret@127.0.0.1:1/sweeps", "postgresql+psycopg://…@127.0.0.1:1/sweeps"),
+        ("postgresql+psycopg://me:secret@x@127.0.0.1:1/sweeps", "postgresql+psycopg://…@127.0.0.1:1/sweeps"),
+        (
+            "postgresql+psycopg://127.0.0.1:1/sweeps?user=me&password=secret",
+            "postgresql+psycopg://127.0.0.1:1/sweeps?…",
+        ),
+        ("postgresql+psycopg:/me:secret@127.0.0.1:1/sweeps", "…@127.0.0.1:1/sweeps"),
+    ],
+)
+def test_a_storage_that_cannot_be_used_is_one_line_without_the_password(
+    url: str, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = toy_plan(tmp_path)
+    monkeypatch.setenv("SWEEP_STORAGE", url)
     with pytest.raises(UserError) as error:
         run_search(SearchRun(plan, Toy(tmp_path / "log")), 1)
     text = str(error.value)
-    assert text.startswith("sweep.storage: postgresql+psycopg://…@127.0.0.1:1/sweeps: cannot be used: ")
-    assert "secret" not in text
+    assert text.startswith(f"sweep.storage: {shown}: cannot be used: ")
+    assert "ecret" not in text
     assert "\n" not in text
+
+
+def test_a_password_in_the_params_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"sweep\.storage: has a password.*SWEEP_STORAGE") as error:
+        toy_plan(tmp_path, "postgresql+psycopg://me:secret@127.0.0.1:1/sweeps")
+    assert "secret" not in str(error.value)
 
 
 def test_the_environment_names_a_storage_that_params_do_not(

@@ -10,6 +10,8 @@ from pipeline.analysis.comparison import headline
 from pipeline.analysis.intervals import Grid
 from pipeline.analysis.scores import balanced_scores, paired_grid
 from pipeline.analysis.verdicts import Difference, judge
+from pipeline.settings.credentials import committed_secrets
+from pipeline.workspace.addresses import HIDDEN, redacted
 
 
 @dataclass(frozen=True)
@@ -90,4 +92,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:
-    return str(values[key]) if key in values else "–"
+    """What an earlier revision has had in its params file may be what no params file may have now."""
+    if key not in values:
+        return "–"
+    return HIDDEN if committed_secrets({key: values[key]}, "") else redacted(str(values[key]))

@@ -11,10 +11,12 @@ import signal
 import subprocess
 import sys
 import time
+import traceback
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from functools import partial
 from pathlib import Path
+from types import TracebackType
 from typing import TYPE_CHECKING, Annotated, Any
 
 import psutil
@@ -22,6 +24,7 @@ import typer
 import typer.main
 
 from pipeline.progress.display import Display
+from pipeline.workspace.addresses import redacted
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.finite import NumericsError
 from pipeline.workspace.layout import Cache, Layout
@@ -122,6 +125,7 @@ def run(*mains: Callable[..., str]) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     name_the_user()
+    sys.excepthook = _unexpected
     before = signal.signal(signal.SIGTERM, _stop)
     if "DVC_STAGE" in os.environ:  # a killed `dvc repro` leaves nothing behind that writes beside the next one
         end_with_parent(signal.SIGTERM)
@@ -133,10 +137,10 @@ def run(*mains: Callable[..., str]) -> None:
     except typer.Exit as end:
         raise SystemExit(end.exit_code) from None
     except typer.TyperException as error:
-        print(" ".join(error.format_message().split()), file=sys.stderr)
+        print(redacted(" ".join(error.format_message().split())), file=sys.stderr)
         raise SystemExit(2) from None
     except (UserError, NumericsError) as error:
-        print(error, file=sys.stderr)
+        print(redacted(str(error)), file=sys.stderr)
         raise SystemExit(2) from None
     except BrokenProcessPool:
         print("a worker process was killed (out of memory?); run the same command again to go on", file=sys.stderr)
@@ -177,6 +181,11 @@ def name_the_user() -> None:
 
 def _stop(*_: Any) -> None:
     raise Stopped
+
+
+def _unexpected(kind: type[BaseException], error: BaseException, place: TracebackType | None) -> None:
+    """Say what nobody has expected as Python does, without what lets people in somewhere."""
+    print(redacted("".join(traceback.format_exception(kind, error, place))), end="", file=sys.stderr)
 
 
 def _age() -> float:

@@ -8,6 +8,7 @@ from pydantic import AliasChoices
 from pydantic.fields import FieldInfo
 
 from pipeline.settings.section import PATTERNS, Section
+from pipeline.workspace.addresses import redacted
 
 
 def nearest(name: str, allowed: Any) -> str:
@@ -18,6 +19,10 @@ def nearest(name: str, allowed: Any) -> str:
 
 def explain(schema: type[Section], source: str, error: Any) -> str:
     """One line of one of pydantic's errors: file, dotted key, what is wrong, what is allowed."""
+    return redacted(_explained(schema, source, error))
+
+
+def _explained(schema: type[Section], source: str, error: Any) -> str:
     path = _dotted(schema, error["loc"]).removesuffix(".[key]")
     value = error["input"]
     kind = error["type"]

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self, Union
 
 from pydantic import AliasChoices, BeforeValidator, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
+from pipeline.settings.credentials import committed_secrets
 from pipeline.settings.heads import HeadSection
 from pipeline.settings.method import Method
 from pipeline.settings.mistakes import explain, nearest
@@ -132,7 +133,7 @@ class Tracking(Section):
     """MLflow."""
 
     uri: str | None = None
-    """Tracking URI; null is MLFLOW_TRACKING_URI or else mlflow.db in the project's root."""
+    """Tracking URI, without a password; null is MLFLOW_TRACKING_URI or else mlflow.db in the project's root."""
     traces: Annotated[Int, Field(ge=0, le=1_000_000)] = 4
     """Episodes of a training's last iteration that are stored as traces, with a span per turn and every token's energy."""
     episodes: Annotated[Int, Field(ge=0, le=1_000_000)] = 16
@@ -367,6 +368,9 @@ def parse(raw: Any, source: str = "params.yaml") -> Config:
     """Check a parsed params file; ``source`` is what errors call it. Raises ``UserError`` like ``load``."""
     if not isinstance(raw, dict):
         raise UserError(f"{source}: must be a mapping of settings, got {type(raw).__name__}")
+    secrets = committed_secrets(raw, source)
+    if secrets:
+        raise UserError("\n".join(secrets))
     try:
         return Config.model_validate(raw)
     except ValidationError as error:

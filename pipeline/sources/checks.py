@@ -1,12 +1,19 @@
 """A params file is the file that it says it is, is made from what it says, and names functions that are there."""
 
+import configparser
 import os
 from pathlib import Path
 
 from pipeline.settings.custom import custom_sections
 from pipeline.settings.params import Config
 from pipeline.settings.presets import require_made
-from pipeline.workspace.errors import UserError
+from pipeline.workspace.addresses import SECRET_NAME, has_secret, redacted
+from pipeline.workspace.errors import UserError, line_of
+
+DVC_CONFIG = Path(".dvc/config")
+"""What Git has of DVC's settings; ``config.local`` beside it is what it does not have."""
+NAMED = ("ask_password", "auth")
+"""What is called like a secret, and says how one is asked for."""
 
 
 def check_named(config: Config, params: str) -> None:
@@ -15,11 +22,12 @@ def check_named(config: Config, params: str) -> None:
     Raises:
         UserError: ``params_file`` names another file, whose names commands would have that nobody has checked; a preset's
             file is older than its overlay; vLLM is to be started and not installed; a function of the user's cannot be
-            called as it would be; or ``rollout.workers`` cannot be had.
+            called as it would be; DVC's committed settings have a password; or ``rollout.workers`` cannot be had.
     """
     if os.path.abspath(config.params_file) != os.path.abspath(params):
         raise UserError(f"{params}: params_file: {config.params_file!r} is another file; allowed: {params}")
     require_made(Path(params), Path("."))
+    require_no_secrets(DVC_CONFIG)
     if config.rollout.engine.kind == "vllm":
         from pipeline.rollout.vllm_server import require_installed
 
@@ -32,3 +40,25 @@ def check_named(config: Config, params: str) -> None:
         from pipeline.rollout.ray_pool import check_workers  # likewise
 
         check_workers(config, config.rollout.workers)
+
+
+def require_no_secrets(settings: Path) -> None:
+    """Refuse DVC's settings, of remotes for example, that let people in, in a file that is committed.
+
+    Raises:
+        UserError: a line for each of them; or the file cannot be read.
+    """
+    found = configparser.RawConfigParser(strict=False, allow_no_value=True)
+    try:
+        found.read_string(settings.read_text(encoding="utf-8") if settings.exists() else "")
+    except (OSError, UnicodeDecodeError, configparser.Error) as error:
+        raise UserError(f"{settings}: cannot be read: {line_of(error)[:200]}") from None
+    wrong = [
+        f"{settings}: {redacted(section.strip(chr(39)))}: {name}: has a password, token or key, and this file is committed; "
+        f"allowed: {settings}.local (`dvc remote modify --local`), or a variable of the environment"
+        for section in found.sections()
+        for name, value in found.items(section)
+        if value and (has_secret(value) or (SECRET_NAME.fullmatch(name) and name not in NAMED))
+    ]
+    if wrong:
+        raise UserError("\n".join(wrong))

@@ -22,7 +22,8 @@ from optuna.storages.journal import JournalFileBackend
 from optuna.storages.journal._file import BaseJournalFileLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 
-from pipeline.workspace.errors import UserError
+from pipeline.workspace.addresses import shown
+from pipeline.workspace.errors import UserError, line_of
 from pipeline.workspace.files import drop_unfinished_line, lock
 
 SILENT_BEATS = 6
@@ -46,8 +47,7 @@ def open_storage(url: str | None, journal: Path) -> BaseStorage:
     try:
         return _database(url)
     except Exception as error:  # SQLAlchemy's and the driver's errors have no common base
-        shown = url if "@" not in url else f"{url.split('://')[0]}://…@{url.rsplit('@', 1)[1]}"
-        raise UserError(f"sweep.storage: {shown}: cannot be used: {str(error).splitlines()[0]}") from None
+        raise UserError(f"sweep.storage: {shown(url)}: cannot be used: {line_of(error, url)[:240]}") from None
 
 
 def _database(url: str) -> RDBStorage:

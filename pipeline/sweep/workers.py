@@ -20,6 +20,7 @@ from pipeline.sweep.plan import SearchPlan
 from pipeline.sweep.queue import FINISHED, Queue, open_storage
 from pipeline.sweep.sampler import NumberedSampler
 from pipeline.sweep.trial import Objective, Outcome, run_trial
+from pipeline.workspace.addresses import redacted
 from pipeline.workspace.layout import Cache
 from pipeline.workspace.processes import begin_worker, in_own_process
 
@@ -151,7 +152,7 @@ def _run(search: SearchRun, study: optuna.Study, queue: Queue, trial: Trial, sen
     except BrokenPipeError:
         raise
     except Exception as error:
-        queue.fail(trial._trial_id, f"{type(error).__name__}: {error}")
+        queue.fail(trial._trial_id, redacted(f"{type(error).__name__}: {error}", search.plan.storage or ""))
         raise
     # It may also be found out here.
     with contextlib.suppress(UpdateFinishedTrialError):

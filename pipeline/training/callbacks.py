@@ -1,6 +1,7 @@
 """What happens around each iteration of a training: clock, validation, progress, tracking, checkpoint, the end."""
 
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -95,12 +96,20 @@ class Log(Callback):
     def __init__(self, run: TrainingRun) -> None:
         self._run = run
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """A resumed training has all its iterations in MLflow, whatever has become of their records."""
+        for count in range(1, len(pl_module.curve) + 1):
+            self._log(pl_module.curve[:count], earlier=True)
+
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         with pl_module.phases.phase("tracking"):
-            row = dict(pl_module.curve[-1])
-            for name in ("episodes", "tokens"):
-                row[f"{name}_total"] = sum(earlier[name] for earlier in pl_module.curve)
-            self._run.log(row, int(row.pop("iteration")))
+            self._log(pl_module.curve)
+
+    def _log(self, curve: Sequence[Mapping[str, float]], earlier: bool = False) -> None:
+        row = dict(curve[-1])
+        for name in ("episodes", "tokens"):
+            row[f"{name}_total"] = sum(before[name] for before in curve)
+        self._run.log(row, int(row.pop("iteration")), earlier)
 
 
 class Checkpoint(Callback):

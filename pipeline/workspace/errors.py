@@ -3,14 +3,16 @@
 import traceback
 from pathlib import Path
 
+from pipeline.workspace.addresses import redacted
+
 
 class UserError(Exception):
     """A file or a setting of the user's that cannot be used; ``str()`` is one line per mistake."""
 
 
-def line_of(error: Exception) -> str:
-    """What an exception says, on one line."""
-    return " ".join(str(error).split())
+def line_of(error: Exception, *addresses: str) -> str:
+    """What an exception says, on one line, without what lets people in (see ``redacted``)."""
+    return " ".join(redacted(str(error), *addresses).split())
 
 
 def raised(error: Exception) -> str:

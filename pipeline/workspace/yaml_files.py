@@ -12,6 +12,7 @@ from ruamel.yaml import YAML
 from ruamel.yaml.error import YAMLError
 from ruamel.yaml.nodes import MappingNode, Node, SequenceNode
 
+from pipeline.workspace.addresses import redacted
 from pipeline.workspace.errors import UserError
 
 WRITE_OUT = "an edit of its values would change every place that shares them: write them out here"
@@ -33,7 +34,7 @@ def read_yaml(path: str | Path) -> Any:
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
     except (YAMLError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid YAML: {' '.join(str(error).split())}") from None
+        raise UserError(f"{path}: not valid YAML: {redacted(' '.join(str(error).split()))}") from None
     raise UserError("\n".join(f"{path}: {key}: *{anchor} is an alias; {WRITE_OUT}" for key, anchor in aliased))
 
 
