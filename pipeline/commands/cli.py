@@ -22,7 +22,8 @@ import typer
 import typer.main
 
 from pipeline.progress.display import Display
-from pipeline.workspace.errors import UserError
+from pipeline.workspace.errors import UserError, fitted, listed, shown
+from pipeline.workspace.faults import fault_line, writing
 from pipeline.workspace.finite import NumericsError
 from pipeline.workspace.layout import Cache, Layout
 from pipeline.workspace.processes import end_with_parent
@@ -58,7 +59,7 @@ def configured(params: str, environment: str | None = None, method: str | None =
     for section, name, extra in (("environments", environment, ()), ("methods", method, ("reference",))):
         allowed = [*getattr(config, section), *extra]
         if name is not None and name not in allowed:
-            raise UserError(f"{params}: {section}: {name!r} is not there; allowed: {', '.join(allowed)}")
+            raise UserError(f"{params}: {section}: {shown(name)} is not there; allowed: {listed(allowed)}")
     params = go_to_root(params, config.root)
     layout = Layout(Path(config.out) if Path.cwd() == here else Path.cwd() / config.out)
     return with_seeds_in_effect(config, layout.seeds_in_effect), layout, params
@@ -111,7 +112,7 @@ class Stopped(KeyboardInterrupt):
 def run(*mains: Callable[..., str]) -> None:
     """Run a stage, or one of several commands; print its one line of result, or its error, one line per mistake.
 
-    A mistake of the user's, in the command line too, ends with exit code 2. Elsewhere than on a terminal standard error
+    A mistake of the user's, in the command line too, ends with exit code 2, a full disk and the like with 1. Elsewhere than on a terminal standard error
     tells how far it is. Stopped by Ctrl-C or SIGTERM, it says so in one line.
 
     The parameters of ``mains`` are the options, their modules' docstrings the help. Several are commands, each named by its
@@ -129,14 +130,15 @@ def run(*mains: Callable[..., str]) -> None:
         with Display(_title(), [""], bars=False, age=_age()) as display:
             display.report("")(0, 0, "starting")
             result = _called(*mains)
-        print(result)
+        with writing(Path("standard output")):
+            print(result, flush=True)
     except typer.Exit as end:
         raise SystemExit(end.exit_code) from None
     except typer.TyperException as error:
         print(" ".join(error.format_message().split()), file=sys.stderr)
         raise SystemExit(2) from None
     except (UserError, NumericsError) as error:
-        print(error, file=sys.stderr)
+        print("\n".join(map(fitted, str(error).split("\n"))), file=sys.stderr)
         raise SystemExit(2) from None
     except BrokenProcessPool:
         print("a worker process was killed (out of memory?); run the same command again to go on", file=sys.stderr)
@@ -145,6 +147,13 @@ def run(*mains: Callable[..., str]) -> None:
         word, code = ("stopped", 143) if isinstance(stopped, Stopped) else ("interrupted", 130)
         print(f"{word}; run the same command again to go on", file=sys.stderr)
         raise SystemExit(code) from None
+    except Exception as error:
+        line = fault_line(error)
+        if line is None:
+            raise
+        _give_up_output()
+        print(line, file=sys.stderr)
+        raise SystemExit(1) from None
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -177,6 +186,14 @@ def name_the_user() -> None:
 
 def _stop(*_: Any) -> None:
     raise Stopped
+
+
+def _give_up_output() -> None:
+    """Python would say at its end, in several lines, that what has not been written still cannot be."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _age() -> float:

@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.workspace.faults import writing
 from pipeline.workspace.files import drop_unfinished_line, lock, replacing, write_json
 from pipeline.workspace.layout import Cache
 
@@ -42,7 +43,7 @@ class Spool:
     def append(self, *records: Record) -> None:
         """Add records at the end, after whatever a killed process has left there in one piece."""
         self.folder.mkdir(parents=True, exist_ok=True)
-        with open(self._records, "ab+") as file:
+        with writing(self._records), open(self._records, "ab+") as file:
             drop_unfinished_line(file)
             file.write(_lines(records))
 

@@ -10,7 +10,7 @@ from pipeline.tracking.store import open_store, run_settings, store_of
 from pipeline.training.matching import matched
 from pipeline.training.run import TrainingJob, train_one
 from pipeline.training.seed_key import training_task
-from pipeline.workspace.files import read_json, write_json
+from pipeline.workspace.files import read_json, replacing, write_json
 from pipeline.workspace.layout import Cache, Layout
 from pipeline.workspace.processes import in_own_process, run_in_processes
 
@@ -51,7 +51,6 @@ def train_seeds(config: Config, environment: str, method: str, layout: Layout) -
         seeds = {str(task.seed): read_json(task.result / f"{kind}.json") for task in tasks}
         found = {"matching": matching} if matching and kind == "curves" else {}
         write_json(place(environment, method), {"seeds": seeds, **found})
-    episodes = layout.episodes(environment, method)
-    episodes.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy2(tasks[0].result / "episodes.parquet", episodes)
+    with replacing(layout.episodes(environment, method)) as partial:
+        shutil.copy2(tasks[0].result / "episodes.parquet", partial)
     return Trained(target, len(jobs), matching)

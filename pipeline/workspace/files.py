@@ -11,6 +11,7 @@ from typing import Any, BinaryIO
 from filelock import FileLock, Timeout
 
 from pipeline.workspace.errors import UserError
+from pipeline.workspace.faults import writing
 from pipeline.workspace.finite import require_finite
 
 
@@ -42,12 +43,17 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    if partial.is_dir():
-        shutil.rmtree(partial)
-    yield partial
-    if path.is_dir():
-        shutil.rmtree(path)
-    partial.replace(path)
+    with writing(path):
+        if partial.is_dir() and not partial.is_symlink():
+            shutil.rmtree(partial)
+        else:  # what is written must not go where a link leads
+            partial.unlink(missing_ok=True)
+        yield partial
+        if path.is_symlink():
+            path.unlink()
+        elif path.is_dir():
+            shutil.rmtree(path)
+        partial.replace(path)
 
 
 def drop_unfinished_line(file: BinaryIO) -> None:
