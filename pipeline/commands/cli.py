@@ -26,6 +26,7 @@ from pipeline.workspace.errors import UserError, fitted, listed, shown
 from pipeline.workspace.faults import fault_line, writing
 from pipeline.workspace.finite import NumericsError
 from pipeline.workspace.layout import Cache, Layout
+from pipeline.workspace.ours import require_inside
 from pipeline.workspace.processes import end_with_parent
 from pipeline.workspace.yaml_files import read_yaml
 
@@ -50,7 +51,7 @@ def configured(params: str, environment: str | None = None, method: str | None =
     it is decided, the configuration has those in effect.
 
     Raises:
-        UserError: the file is wrong, or does not have that environment or method.
+        UserError: the file is wrong, or does not have that environment or method, or something leads out of the root.
     """
     from pipeline.settings.params import load  # takes half a second, and helps nobody who asks for --help
     from pipeline.sources.seeds_in_effect import with_seeds_in_effect
@@ -62,6 +63,10 @@ def configured(params: str, environment: str | None = None, method: str | None =
             raise UserError(f"{params}: {section}: {shown(name)} is not there; allowed: {listed(allowed)}")
     params = go_to_root(params, config.root)
     layout = Layout(Path(config.out) if Path.cwd() == here else Path.cwd() / config.out)
+    if not config.overwrite_outside_root:
+        engine = config.rollout.engine
+        weights = [Path(engine.weights)] if engine.kind == "vllm" else []
+        require_inside(Path.cwd(), [Path(params).parent, layout.out, *layout.folders, Cache().folder, *weights], params)
     return with_seeds_in_effect(config, layout.seeds_in_effect), layout, params
 
 
@@ -77,8 +82,8 @@ def go_to_root(params: str, root: str | None = None) -> str:
     if root is None:
         raw = read_yaml(params)
         root = str(raw.get("root", ".")) if isinstance(raw, dict) else "."
-    folder = (Path(params).parent / root).resolve()
-    if not folder.is_dir():
+    folder = Path(os.path.realpath(Path(params).parent / root))
+    if not os.path.isdir(folder):
         raise UserError(f"{params}: root: {root!r} is not a folder, from this file's folder")
     if folder != Path.cwd():
         params = os.path.abspath(params)

@@ -148,6 +148,9 @@ class Config(Section):
     """Folder under the root that receives data/, models/ and reports/."""
     params_file: Folder = "params.yaml"
     """This file, relative to the root."""
+    overwrite_outside_root: bool = False
+    """Whether what is made may go through links that lead out of the root, or to a ``rollout.engine.weights`` that lies
+    elsewhere; what is there is then overwritten and deleted like all else."""
     comparison: Name
     """Name that groups the comparison's runs in MLflow."""
     seeds: Annotated[list[Seed], BeforeValidator(first_seeds)] = Field(min_length=1)

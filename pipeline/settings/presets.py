@@ -1,9 +1,11 @@
 """Presets: overlays on params.yaml, resolved into a params file of their own that DVC can read."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 from pipeline.settings.params import Config, parse
+from pipeline.settings.section import PART
 from pipeline.workspace.errors import UserError, listed, shown
 from pipeline.workspace.files import write_text
 from pipeline.workspace.yaml_files import read_yaml, yaml_text
@@ -72,7 +74,7 @@ def preset_values(name: str, root: Path) -> dict[str, Any]:
         UserError: no such preset.
     """
     changes = root / "presets" / name / "overlay.yaml"
-    if not changes.exists():
+    if not re.fullmatch(PART, name) or not changes.exists():
         known = sorted(path.parent.name for path in (root / "presets").glob("*/overlay.yaml"))
         raise UserError(f"presets: {shown(name)} is not there; allowed: {listed(known, 240)}")
     below, above = read_yaml(root / "params.yaml"), read_yaml(changes)

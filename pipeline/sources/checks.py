@@ -1,4 +1,7 @@
-"""A params file is the file that it says it is, is made from what it says, and names functions that are there."""
+"""A params file is the file that it says it is, is made from what it says, and names functions that are there.
+
+What stands where its results will be was made here.
+"""
 
 import os
 from pathlib import Path
@@ -7,6 +10,29 @@ from pipeline.settings.custom import custom_sections
 from pipeline.settings.params import Config
 from pipeline.settings.presets import require_made
 from pipeline.workspace.errors import UserError
+from pipeline.workspace.layout import Layout
+from pipeline.workspace.ours import LISTED, require_ours
+from pipeline.workspace.yaml_files import LARGEST_LOCK, read_yaml
+
+
+def check_made(layout: Layout, noted: Path) -> None:
+    """Refuse policies that were not made here, where DVC would delete them before a stage runs.
+
+    One without a list of its files is known by the dvc.lock ``noted``.
+
+    Raises:
+        UserError: a file is named.
+    """
+    for folder in (layout.policy, *sorted(layout.trained("", "").parent.glob("*"))):
+        if folder.is_dir() and (any(folder.rglob(LISTED)) or os.path.relpath(folder) not in _outs(noted)):
+            require_ours(folder)
+
+
+def _outs(noted: Path) -> set[str]:
+    """Paths of what DVC has made, from the root."""
+    found = read_yaml(noted, LARGEST_LOCK) if noted.exists() else {}
+    stages = found.get("stages", {}) if isinstance(found, dict) else {}
+    return {str(out["path"]) for stage in stages.values() for out in stage.get("outs", ())}
 
 
 def check_named(config: Config, params: str) -> None:

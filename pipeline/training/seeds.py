@@ -12,6 +12,7 @@ from pipeline.training.run import TrainingJob, train_one
 from pipeline.training.seed_key import training_task
 from pipeline.workspace.files import read_json, replacing, write_json
 from pipeline.workspace.layout import Cache, Layout
+from pipeline.workspace.ours import remove_ours
 from pipeline.workspace.processes import in_own_process, run_in_processes
 
 
@@ -44,7 +45,7 @@ def train_seeds(config: Config, environment: str, method: str, layout: Layout) -
 
     doing("copying the results")
     target = layout.trained(environment, method)
-    shutil.rmtree(target, ignore_errors=True)
+    remove_ours(target)
     for task in tasks:
         shutil.copytree(task.result / "policy", layout.final_policy(environment, method, task.seed))
     for kind, place in (("curves", layout.curves), ("timings", layout.timings), ("runs", layout.runs)):
