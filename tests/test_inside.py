@@ -63,7 +63,7 @@ def test_a_link_behind_a_link_is_followed(root: Path) -> None:
     (root / "disk" / "curves" / "back").symlink_to(root / "disk")
     configured("params.yaml")
     (root / "disk" / "away").symlink_to(root.parent / "outside")
-    with pytest.raises(UserError, match="^data/away: leads out of the root"):
+    with pytest.raises(UserError, match=r"^data/away: leads out of the root"):
         configured("params.yaml")
 
 
@@ -124,7 +124,7 @@ def test_somebodys_folder_is_not_deleted(root: Path) -> None:
     made(Path("models/policy"))  # an empty one is nobody's loss
     Path("models/trained/lake-grpo/mine").mkdir(parents=True)
     Path("models/trained/lake-grpo/mine/manifest.json").write_text('{"mine": 1}')
-    with pytest.raises(UserError, match="mine/manifest.json: was not made here"):
+    with pytest.raises(UserError, match=r"mine/manifest.json: was not made here"):
         remove_ours(Path("models/trained/lake-grpo"))
     assert Path("models/trained/lake-grpo/mine/manifest.json").exists()
     Path("away").symlink_to(root.parent / "outside")
@@ -137,14 +137,14 @@ def test_a_policy_of_somebodys_is_refused_before_dvc_deletes_it(root: Path) -> N
     check_made(layout, noted)
     Path("models/policy").mkdir(parents=True)
     Path("models/policy/weights").write_text("mine")
-    with pytest.raises(UserError, match="^models/policy/weights: was not made here"):
+    with pytest.raises(UserError, match=r"^models/policy/weights: was not made here"):
         check_made(layout, noted)
     write_json(noted, {"schema": "2.0", "stages": {"policy": {"cmd": "x", "outs": [{"path": "models/policy"}]}}})
     check_made(layout, noted)  # made before there were lists
     write_manifest(Path("models/policy"))
     check_made(layout, noted)
     Path("models/policy/notes").write_text("mine")
-    with pytest.raises(UserError, match="^models/policy/notes: was not made here"):
+    with pytest.raises(UserError, match=r"^models/policy/notes: was not made here"):
         check_made(layout, noted)
 
 
@@ -172,5 +172,5 @@ def test_a_presets_name_is_no_path(root: Path) -> None:
         (root / "presets" / name).mkdir(parents=True, exist_ok=True)
         if name != "/etc":
             (root / "presets" / name / "overlay.yaml").write_text("workers: 1\n")
-        with pytest.raises(UserError, match="presets: '.*' is not there"):
+        with pytest.raises(UserError, match=r"presets: '.*' is not there"):
             preset_values(name, root)

@@ -66,7 +66,8 @@ def configured(params: str, environment: str | None = None, method: str | None =
     if not config.overwrite_outside_root:
         engine = config.rollout.engine
         weights = [Path(engine.weights)] if engine.kind == "vllm" else []
-        require_inside(Path.cwd(), [Path(params).parent, layout.out, *layout.folders, Cache().folder, *weights], params)
+        places = [Path(params).parent, layout.out, *weights]
+        require_inside(Path.cwd(), places, [*layout.folders, Cache().folder], params)
     return with_seeds_in_effect(config, layout.seeds_in_effect), layout, params
 
 

@@ -1,5 +1,6 @@
 """What is made stays in the project's root, and nothing is deleted there that was not made here."""
 
+import itertools
 import json
 import os
 import shutil
@@ -15,21 +16,21 @@ CACHE = Path(".cache")
 ALLOW = "overwrite_outside_root"
 
 
-def require_inside(root: Path, folders: Iterable[Path], params: str) -> None:
-    """Refuse folders that are not in the root, or from which a link to another folder leads out of it.
+def require_inside(root: Path, places: Iterable[Path], folders: Iterable[Path], params: str) -> None:
+    """Refuse places and folders that are not in the root, and folders from which a link to another one leads out of it.
 
     Raises:
         UserError: a line names the folder or link, where it leads, and the setting that allows it.
     """
     inside = Path(os.path.realpath(root))
-    for folder in folders:
-        for place in (folder, *_links(folder, set())):
-            target = Path(os.path.realpath(place))
-            if not target.is_relative_to(inside):
-                raise UserError(
-                    f"{place}: leads out of the root, to {target}, where things would be overwritten and deleted; allowed: a "
-                    f"folder of {inside}, or {ALLOW}: true in {params}"
-                )
+    met: set[str] = set()
+    for place in itertools.chain(places, *((folder, *_links(folder, met)) for folder in folders)):
+        target = Path(os.path.realpath(place))
+        if not target.is_relative_to(inside):
+            raise UserError(
+                f"{place}: leads out of the root, to {target}, where things would be overwritten and deleted; allowed: a "
+                f"folder in the root, or {ALLOW}: true in {params}"
+            )
 
 
 def require_ours(folder: Path) -> None:
