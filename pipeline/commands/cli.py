@@ -141,7 +141,7 @@ def run(*mains: Callable[..., str]) -> None:
     except typer.Exit as end:
         raise SystemExit(end.exit_code) from None
     except typer.TyperException as error:
-        print(" ".join(error.format_message().split()), file=sys.stderr)
+        print(fitted(" ".join(error.format_message().split())), file=sys.stderr)
         raise SystemExit(2) from None
     except (UserError, NumericsError) as error:
         print("\n".join(map(fitted, str(error).split("\n"))), file=sys.stderr)
