@@ -30,9 +30,11 @@ def check_made(layout: Layout, noted: Path) -> None:
 
 def _outs(noted: Path) -> set[str]:
     """Paths of what DVC has made, from the root."""
-    found = read_yaml(noted, LARGEST_LOCK) if noted.exists() else {}
-    stages = found.get("stages", {}) if isinstance(found, dict) else {}
-    return {str(out["path"]) for stage in stages.values() for out in stage.get("outs", ())}
+    try:
+        stages = read_yaml(noted, LARGEST_LOCK)["stages"].values() if noted.exists() else ()
+        return {str(out["path"]) for stage in stages for out in stage.get("outs", ())}
+    except (AttributeError, KeyError, TypeError):
+        raise UserError(f"{noted}: not a lock of DVC's; delete it, and `dvc repro` makes it anew") from None
 
 
 def check_named(config: Config, params: str) -> None:
