@@ -5,6 +5,7 @@ DVC runs this first and always: every other stage depends on what it writes, and
 
 import os
 from datetime import UTC, datetime
+from pathlib import Path
 
 from pipeline.commands.cli import ParamsFile, configured, next_command, run
 
@@ -12,12 +13,14 @@ from pipeline.commands.cli import ParamsFile, configured, next_command, run
 def main(params: ParamsFile = "params.yaml") -> str:
     config, layout, params = configured(os.path.normpath(params))
     from pipeline.analysis.registration import journal, register
-    from pipeline.sources.checks import check_named
+    from pipeline.sources.checks import check_made, check_named
     from pipeline.sources.code import of_machine
     from pipeline.sources.fingerprints import of_environment, of_policy, of_row
+    from pipeline.sources.noted import drop_earlier
     from pipeline.workspace.files import write_json
 
     check_named(config, params)
+    check_made(layout, Path(params).with_name("dvc.lock"))
     folder = layout.sources
     registration = register(config, layout.hypotheses)
     found = {
@@ -31,9 +34,7 @@ def main(params: ParamsFile = "params.yaml") -> str:
     }
     for name, fingerprint in found.items():
         write_json(folder / f"{name}.json", fingerprint)
-    for file in folder.rglob("*.json"):
-        if file.relative_to(folder).with_suffix("").as_posix() not in found:
-            file.unlink()
+    drop_earlier(folder, found)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     opened = any(layout.evaluations("", "").parent.glob("*.parquet"))
     write_json(layout.registered, journal(registration, layout.registered, opened, now))

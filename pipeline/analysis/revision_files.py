@@ -9,11 +9,11 @@ import dvc.api
 import pyarrow.parquet as pq
 from dvc.exceptions import DvcException
 from dvc.scm import RevError, SCMError
-from ruamel.yaml import YAML
 
 from pipeline.analysis.revisions import Revision
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.layout import Layout
+from pipeline.workspace.yaml_files import parse_yaml
 
 WORKSPACE = "workspace"
 """The files as they are."""
@@ -26,7 +26,9 @@ def read_revision(side: str, name: str, params_file: str) -> Revision:
         UserError: no such revision, or its params file or comparison cannot be had.
     """
     files = Files(side, name)
-    params: dict[str, Any] = YAML(typ="safe", pure=True).load(files.read(Path(params_file)))
+    params: Any = parse_yaml(files.read(Path(params_file)), f"{side}={name}: {params_file}")
+    if not isinstance(params, dict) or not isinstance(params.get("out", "."), str):
+        raise UserError(f"{side}={name}: {params_file}: not a params file")
     layout = Layout(Path(params.get("out", ".")))
     comparison = json.loads(files.read(layout.comparison))
     episodes = {}

@@ -25,9 +25,11 @@ import typer.main
 
 from pipeline.progress.display import Display
 from pipeline.workspace.addresses import redacted
-from pipeline.workspace.errors import UserError
+from pipeline.workspace.errors import UserError, fitted, listed, shown
+from pipeline.workspace.faults import fault_line, writing
 from pipeline.workspace.finite import NumericsError
 from pipeline.workspace.layout import Cache, Layout
+from pipeline.workspace.ours import require_inside
 from pipeline.workspace.processes import end_with_parent
 from pipeline.workspace.yaml_files import read_yaml
 
@@ -52,7 +54,7 @@ def configured(params: str, environment: str | None = None, method: str | None =
     it is decided, the configuration has those in effect.
 
     Raises:
-        UserError: the file is wrong, or does not have that environment or method.
+        UserError: the file is wrong, or does not have that environment or method, or something leads out of the root.
     """
     from pipeline.settings.params import load  # takes half a second, and helps nobody who asks for --help
     from pipeline.sources.seeds_in_effect import with_seeds_in_effect
@@ -61,9 +63,14 @@ def configured(params: str, environment: str | None = None, method: str | None =
     for section, name, extra in (("environments", environment, ()), ("methods", method, ("reference",))):
         allowed = [*getattr(config, section), *extra]
         if name is not None and name not in allowed:
-            raise UserError(f"{params}: {section}: {name!r} is not there; allowed: {', '.join(allowed)}")
+            raise UserError(f"{params}: {section}: {shown(name)} is not there; allowed: {listed(allowed)}")
     params = go_to_root(params, config.root)
     layout = Layout(Path(config.out) if Path.cwd() == here else Path.cwd() / config.out)
+    if not config.overwrite_outside_root:
+        engine = config.rollout.engine
+        weights = [Path(engine.weights)] if engine.kind == "vllm" else []
+        places = [Path(params).parent, layout.out, *weights]
+        require_inside(Path.cwd(), places, [*layout.folders, Cache().folder], params)
     return with_seeds_in_effect(config, layout.seeds_in_effect), layout, params
 
 
@@ -79,8 +86,8 @@ def go_to_root(params: str, root: str | None = None) -> str:
     if root is None:
         raw = read_yaml(params)
         root = str(raw.get("root", ".")) if isinstance(raw, dict) else "."
-    folder = (Path(params).parent / root).resolve()
-    if not folder.is_dir():
+    folder = Path(os.path.realpath(Path(params).parent / root))
+    if not os.path.isdir(folder):
         raise UserError(f"{params}: root: {root!r} is not a folder, from this file's folder")
     if folder != Path.cwd():
         params = os.path.abspath(params)
@@ -114,7 +121,7 @@ class Stopped(KeyboardInterrupt):
 def run(*mains: Callable[..., str]) -> None:
     """Run a stage, or one of several commands; print its one line of result, or its error, one line per mistake.
 
-    A mistake of the user's, in the command line too, ends with exit code 2. Elsewhere than on a terminal standard error
+    A mistake of the user's, in the command line too, ends with exit code 2, a full disk and the like with 1. Elsewhere than on a terminal standard error
     tells how far it is. Stopped by Ctrl-C or SIGTERM, it says so in one line.
 
     The parameters of ``mains`` are the options, their modules' docstrings the help. Several are commands, each named by its
@@ -133,14 +140,15 @@ def run(*mains: Callable[..., str]) -> None:
         with Display(_title(), [""], bars=False, age=_age()) as display:
             display.report("")(0, 0, "starting")
             result = _called(*mains)
-        print(result)
+        with writing(Path("standard output")):
+            print(result, flush=True)
     except typer.Exit as end:
         raise SystemExit(end.exit_code) from None
     except typer.TyperException as error:
-        print(redacted(" ".join(error.format_message().split())), file=sys.stderr)
+        print(fitted(redacted(" ".join(error.format_message().split()))), file=sys.stderr)
         raise SystemExit(2) from None
     except (UserError, NumericsError) as error:
-        print(redacted(str(error)), file=sys.stderr)
+        print("\n".join(map(fitted, redacted(str(error)).split("\n"))), file=sys.stderr)
         raise SystemExit(2) from None
     except BrokenProcessPool:
         print("a worker process was killed (out of memory?); run the same command again to go on", file=sys.stderr)
@@ -149,6 +157,13 @@ def run(*mains: Callable[..., str]) -> None:
         word, code = ("stopped", 143) if isinstance(stopped, Stopped) else ("interrupted", 130)
         print(f"{word}; run the same command again to go on", file=sys.stderr)
         raise SystemExit(code) from None
+    except Exception as error:
+        line = fault_line(error)
+        if line is None:
+            raise
+        _give_up_output()
+        print(line, file=sys.stderr)
+        raise SystemExit(1) from None
     finally:
         signal.signal(signal.SIGTERM, before)
 
@@ -186,6 +201,14 @@ def _stop(*_: Any) -> None:
 def _unexpected(kind: type[BaseException], error: BaseException, place: TracebackType | None) -> None:
     """Say what nobody has expected as Python does, without what lets people in somewhere."""
     print(redacted("".join(traceback.format_exception(kind, error, place))), end="", file=sys.stderr)
+
+
+def _give_up_output() -> None:
+    """Python would say at its end, in several lines, that what has not been written still cannot be."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _age() -> float:

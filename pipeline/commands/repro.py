@@ -16,7 +16,19 @@ from pipeline.commands.cli import ParamsFile, configured, reproduce
 if TYPE_CHECKING:
     from pipeline.settings.params import Config
 
-ASIDE = {"compare", "report", "root", "out", "params_file", "seeds", "seeds_until", "sweep", "tracking", "workers"}
+ASIDE = {
+    "compare",
+    "report",
+    "root",
+    "out",
+    "params_file",
+    "overwrite_outside_root",
+    "seeds",
+    "seeds_until",
+    "sweep",
+    "tracking",
+    "workers",
+}
 """Settings of which no training and no played episode knows anything."""
 
 

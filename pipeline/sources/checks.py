@@ -1,4 +1,7 @@
-"""A params file is the file that it says it is, is made from what it says, and names functions that are there."""
+"""A params file is the file that it says it is, is made from what it says, and names functions that are there.
+
+What stands where its results will be was made here.
+"""
 
 import configparser
 import os
@@ -9,11 +12,36 @@ from pipeline.settings.params import Config
 from pipeline.settings.presets import require_made
 from pipeline.workspace.addresses import SECRET_NAME, has_secret, redacted
 from pipeline.workspace.errors import UserError, line_of
+from pipeline.workspace.layout import Layout
+from pipeline.workspace.ours import LISTED, require_ours
+from pipeline.workspace.yaml_files import LARGEST_LOCK, read_yaml
 
 DVC_CONFIG = Path(".dvc/config")
 """What Git has of DVC's settings; ``config.local`` beside it is what it does not have."""
 NAMED = ("ask_password", "auth")
 """What is called like a secret, and says how one is asked for."""
+
+
+def check_made(layout: Layout, noted: Path) -> None:
+    """Refuse policies that were not made here, where DVC would delete them before a stage runs.
+
+    One without a list of its files is known by the dvc.lock ``noted``.
+
+    Raises:
+        UserError: a file is named.
+    """
+    for folder in (layout.policy, *sorted(layout.trained("", "").parent.glob("*"))):
+        if folder.is_dir() and (any(folder.rglob(LISTED)) or os.path.relpath(folder) not in _outs(noted)):
+            require_ours(folder)
+
+
+def _outs(noted: Path) -> set[str]:
+    """Paths of what DVC has made, from the root."""
+    try:
+        stages = read_yaml(noted, LARGEST_LOCK)["stages"].values() if noted.exists() else ()
+        return {str(out["path"]) for stage in stages for out in stage.get("outs", ())}
+    except (AttributeError, KeyError, TypeError):
+        raise UserError(f"{noted}: not a lock of DVC's; delete it, and `dvc repro` makes it anew") from None
 
 
 def check_named(config: Config, params: str) -> None:

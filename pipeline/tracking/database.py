@@ -75,12 +75,14 @@ def _file_url(uri: str) -> URL | None:
 
 
 def _finished(file: Path) -> bool:
-    """Whether there is nothing to be made: it has the tables of this MLflow, or holds runs, or is no database at all."""
+    """Whether there is nothing to be made: it has the tables of this MLflow, or holds runs, or is none of MLflow's."""
     if not file.exists() or not file.stat().st_size:
         return False
     try:
         with closing(sqlite3.connect(file)) as database:
             tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
+            if tables and "experiments" not in tables:
+                return True  # somebody's, of other things
             versions = (
                 database.execute("SELECT version_num FROM alembic_version") if "alembic_version" in tables else ()
             )

@@ -22,6 +22,7 @@ from filelock import Timeout
 
 from pipeline.tracking.records import DamagedError, Record, lines_of, record_of, whole_but_its_end
 from pipeline.workspace.errors import UserError
+from pipeline.workspace.faults import writing
 from pipeline.workspace.files import drop_unfinished_line, lock, replacing, write_json
 from pipeline.workspace.layout import Cache
 
@@ -58,7 +59,7 @@ class Spool:
 
     def append(self, *records: Record) -> None:
         """Add records at the end, after whatever a killed process has left there in one piece."""
-        with self._writing(), open(self._records, "ab+") as file:
+        with self._writing(), writing(self._records), open(self._records, "ab+") as file:
             drop_unfinished_line(file)
             file.write(lines_of(records))
 

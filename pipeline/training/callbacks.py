@@ -14,6 +14,7 @@ from pipeline.tracking.training import TrainingRun
 from pipeline.training.budget import progress, training_over
 from pipeline.training.module import PolicyGradient
 from pipeline.trajectories.table import write
+from pipeline.workspace.faults import writing
 from pipeline.workspace.files import replacing
 from pipeline.workspace.finite import located, require_finite
 from pipeline.workspace.processes import Tell
@@ -123,7 +124,8 @@ class Checkpoint(Callback):
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         if pl_module.team.first:
-            with open(self._folder / "begun.log", "a", encoding="utf-8") as log:
+            begun = self._folder / "begun.log"
+            with writing(begun), begun.open("a", encoding="utf-8") as log:
                 log.write(f"{trainer.current_epoch}\n")
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:

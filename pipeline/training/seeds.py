@@ -10,8 +10,9 @@ from pipeline.tracking.store import open_store, run_settings, store_of
 from pipeline.training.matching import matched
 from pipeline.training.run import TrainingJob, train_one
 from pipeline.training.seed_key import training_task
-from pipeline.workspace.files import read_json, write_json
+from pipeline.workspace.files import read_json, replacing, write_json
 from pipeline.workspace.layout import Cache, Layout
+from pipeline.workspace.ours import remove_ours
 from pipeline.workspace.processes import in_own_process, run_in_processes
 
 
@@ -44,14 +45,13 @@ def train_seeds(config: Config, environment: str, method: str, layout: Layout) -
 
     doing("copying the results")
     target = layout.trained(environment, method)
-    shutil.rmtree(target, ignore_errors=True)
+    remove_ours(target)
     for task in tasks:
         shutil.copytree(task.result / "policy", layout.final_policy(environment, method, task.seed))
     for kind, place in (("curves", layout.curves), ("timings", layout.timings), ("runs", layout.runs)):
         seeds = {str(task.seed): read_json(task.result / f"{kind}.json") for task in tasks}
         found = {"matching": matching} if matching and kind == "curves" else {}
         write_json(place(environment, method), {"seeds": seeds, **found})
-    episodes = layout.episodes(environment, method)
-    episodes.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy2(tasks[0].result / "episodes.parquet", episodes)
+    with replacing(layout.episodes(environment, method)) as partial:
+        shutil.copy2(tasks[0].result / "episodes.parquet", partial)
     return Trained(target, len(jobs), matching)

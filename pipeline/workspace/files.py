@@ -11,7 +11,9 @@ from typing import Any, BinaryIO
 from filelock import FileLock, Timeout
 
 from pipeline.workspace.errors import UserError
+from pipeline.workspace.faults import writing
 from pipeline.workspace.finite import require_finite
+from pipeline.workspace.ours import remove_ours
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -38,16 +40,19 @@ def write_text(path: Path, text: str) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Give a path for a new file or folder, which takes the place of what is at ``path`` once it is written.
 
-    Interrupted, what was there stays.
+    Interrupted, what was there stays. A folder that has what was not made here stays, too, with a UserError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    if partial.is_dir():
-        shutil.rmtree(partial)
-    yield partial
-    if path.is_dir():
-        shutil.rmtree(path)
-    partial.replace(path)
+    with writing(path):
+        if partial.is_dir() and not partial.is_symlink():
+            shutil.rmtree(partial)
+        else:  # what is written must not go where a link leads
+            partial.unlink(missing_ok=True)
+        yield partial
+        if path.is_dir():
+            remove_ours(path)
+        partial.replace(path)
 
 
 def drop_unfinished_line(file: BinaryIO) -> None:

@@ -7,12 +7,19 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
 
+from pipeline.workspace.ours import CACHE
+
 
 @dataclass(frozen=True)
 class Layout:
     """The paths of one run, a params file's: data/, models/, reports/ and sweeps/ in its folder ``out``."""
 
     out: Path
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """All that a run makes is in these."""
+        return tuple(self.out / name for name in ("data", "models", "reports", "sweeps"))
 
     @property
     def sources(self) -> Path:
@@ -134,7 +141,7 @@ class Layout:
 class Cache:
     """What commands keep for later ones in the root's folder ``.cache``; it may be deleted."""
 
-    folder: Path = Path(".cache")
+    folder: Path = CACHE
 
     @property
     def sweep(self) -> Path:

@@ -19,6 +19,7 @@ Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 _reports: Any = None
+_failed: Exception | None = None
 _together: Any = None
 
 
@@ -30,17 +31,22 @@ class Tell(Protocol):
 
 
 def _start(reports: Any, parent: int, threads: int) -> None:
-    global _reports
+    global _reports, _failed
     _reports = reports
     begin_worker(parent)
-    import torch
+    try:
+        import torch
 
-    torch.set_num_threads(threads)
+        torch.set_num_threads(threads)
+    except Exception as error:  # told as the task's: here it would be a traceback and a lost process
+        _failed = error
 
 
 def _run(function: Callable[[Any, Tell], Any], label: str, task: Any) -> Any:
     report = tell(lambda done, total, text: _reports.put((label, done, total, text)))
     report(0, 0, "starting")
+    if _failed is not None:
+        raise _failed
     return function(task, report)
 
 
