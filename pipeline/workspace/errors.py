@@ -5,12 +5,12 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from pipeline.workspace.addresses import redacted
+
 LONGEST = 290
 """Most characters of a line."""
 MOST_MISTAKES = 20
 """Lines of mistakes that are told at once."""
-
-from pipeline.workspace.addresses import redacted
 
 
 class UserError(Exception):
