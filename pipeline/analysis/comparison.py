@@ -12,6 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from pipeline.analysis import efficiency, hypotheses
+from pipeline.analysis.alarmed import alarmed, row_alarms
 from pipeline.analysis.curves import Curves
 from pipeline.analysis.hypotheses import ESTIMAND, Hypothesis
 from pipeline.analysis.intervals import LEVEL, Interval, interval
@@ -94,7 +95,8 @@ def compare(config: Config, inputs: Inputs) -> dict[str, Any]:
     ``difference_to_*`` of a row is paired over common seeds and states, has an interval from two seeds on, and of what is
     declared also the adjusted p and verdict. ``probability_of_improvement`` is over the uniform counterpart. The reference
     policy has rows of its own. ``tokens`` is the budget of every training, if there is one; ``iterations`` and ``SPENT``
-    are what it took. ``look`` is there where seeds are added until it is decided: where that stands.
+    are what it took. ``look`` is there where seeds are added until it is decided: where that stands; ``alarms`` and
+    ``alarmed`` where trainings have alarmed.
 
     Raises:
         ValueError: an evaluation is unbalanced or lacks a temperature, or two of them share no seed or state.
@@ -160,6 +162,7 @@ def difference_of(row: Mapping[str, Any], other: str) -> Difference | None:
         None if low is None else Interval(low, row[f"{name}_ci_high"]),
         tuple(row[f"{name}_by_seed"]),
         **{part: row[f"{name}_{part}"] for part in ("p", "p_adjusted", "verdict")},
+        alarmed=tuple(row.get(f"{name}_alarmed", ())),
     )
 
 
@@ -169,11 +172,7 @@ def _hypotheses(config: Config, inputs: Inputs, judged: Mapping[Hypothesis, Diff
         environment: efficiency.threshold_of([inputs.curves[environment, method] for method in config.methods])
         for environment in config.environments
     }
-    left_out = {(one.environment, one.method, str(one.seed)) for one in config.compare.exclusions}
-    curves = {
-        key: {seed: rows for seed, rows in seeds.items() if (*key, seed) not in left_out}
-        for key, seeds in inputs.curves.items()
-    }
+    curves = _without_excluded(config, inputs.curves)
     return [
         hypotheses.entry(
             one,
@@ -184,9 +183,21 @@ def _hypotheses(config: Config, inputs: Inputs, judged: Mapping[Hypothesis, Diff
                 curves[one.environment, one.against],
                 thresholds[one.environment],
             ),
+            alarmed({method: curves[one.environment, method] for method in (one.method, one.against)}),
         )
         for one, difference in judged.items()
     ]
+
+
+def _without_excluded(
+    config: Config, curves: Mapping[tuple[str, str], Curves]
+) -> dict[tuple[str, str], dict[str, list[dict[str, float]]]]:
+    """Curves of (environment, method) without the seeds of ``compare.exclusions``."""
+    left_out = {(one.environment, one.method, str(one.seed)) for one in config.compare.exclusions}
+    return {
+        key: {seed: rows for seed, rows in seeds.items() if (*key, seed) not in left_out}
+        for key, seeds in curves.items()
+    }
 
 
 def _rows(
@@ -200,7 +211,7 @@ def _rows(
     methods = [*config.methods, REFERENCE]
     scores = {method: all_scores[environment, method, temperature] for method in methods}
     paired = hypotheses.without_excluded(config, {(environment, method): one for method, one in scores.items()})
-    headlined = temperature == config.evaluation.temperatures[0]
+    headlined, counted = temperature == config.evaluation.temperatures[0], _without_excluded(config, inputs.curves)
     reference = _rate_interval(scores[REFERENCE])
     rows = []
     for method in methods:
@@ -234,6 +245,7 @@ def _rows(
                 "uniform": uniform,
                 "control": control,
                 **{key: value for k in others for key, value in _compared(k, differences.get(k)).items()},
+                **_alarmed(environment, method, others, counted),
                 "probability_of_improvement": rounded(improvement),
                 "collapsed_seeds": collapsed,
                 **_behaviour(
@@ -241,6 +253,7 @@ def _rows(
                     config.environments[environment].format_penalty,
                 ),
                 **_training(config, method, inputs.curves.get((environment, method))),
+                **row_alarms(inputs.curves.get((environment, method))),
                 **_matching(inputs.matchings.get((environment, method))),
                 **_matching(inputs.matchings.get((environment, method))),
             }
@@ -328,6 +341,18 @@ def _compared(kind: str, difference: Difference | None) -> dict[str, Any]:
         f"{name}_p_adjusted": significant(difference.p_adjusted),
         f"{name}_verdict": difference.verdict,
     }
+
+
+def _alarmed(
+    environment: str, method: str, others: Mapping[str, str | None], curves: Mapping[tuple[str, str], Curves]
+) -> dict[str, list[str]]:
+    """``difference_to_<kind>_alarmed``: in which of the two methods trainings have alarmed; nothing where in none."""
+    pairs = {kind: (method, other) for kind, other in others.items() if other is not None}
+    found = {
+        kind: alarmed({one: curves[environment, one] for one in pair if (environment, one) in curves})
+        for kind, pair in pairs.items()
+    }
+    return {f"difference_to_{kind}_alarmed": list(names) for kind, names in found.items() if names}
 
 
 def _bounds(name: str, bounds: Interval | None) -> dict[str, float | None]:

@@ -1,12 +1,12 @@
 """Two revisions of one comparison beside each other: success of every method, paired differences, changed settings."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
 
-from pipeline.analysis.comparison import headline
+from pipeline.analysis.comparison import Row, headline
 from pipeline.analysis.intervals import Grid
 from pipeline.analysis.scores import balanced_scores, paired_grid
 from pipeline.analysis.verdicts import Difference, judge
@@ -49,13 +49,21 @@ def changes(a: Revision, b: Revision) -> dict[tuple[str, str], Change]:
     shared = [(place, method) for place in old for method in old[place] if method in new.get(place, {})]
     grids = {key: grid for key in shared if (grid := _paired(a, b, *key)) is not None}
     settings = {"smallest_effect": b.comparison["smallest_effect"]} if "smallest_effect" in b.comparison else {}
-    judged = dict(zip(grids, judge(list(grids.values()), **settings), strict=True))
+    judged = {
+        key: replace(found, alarmed=tuple(name for name, rows in (("A", old), ("B", new)) if "alarms" in _at(rows, key)))
+        for key, found in zip(grids, judge(list(grids.values()), **settings), strict=True)
+    }
     return {
         (place, method): Change(judged[place, method].value, judged[place, method], grids[place, method].shape[1])
         if (place, method) in judged
         else Change(new[place][method]["success_mean"] - old[place][method]["success_mean"])
         for place, method in shared
     }
+
+
+def _at(rows: Mapping[str, Mapping[str, Row]], key: tuple[str, str]) -> Row:
+    environment, method = key
+    return rows[environment][method]
 
 
 def _paired(a: Revision, b: Revision, environment: str, method: str) -> Grid | None:

@@ -76,12 +76,15 @@ class TrainingRun:
         self._system = SystemMetrics()
         self._send()
 
-    def log(self, metrics: dict[str, float], iteration: int) -> None:
-        """All metrics of one iteration, and the machine's; one that was logged before a kill is not logged again."""
+    def log(self, metrics: dict[str, float], iteration: int, tags: Mapping[str, str] | None = None) -> None:
+        """All metrics of one iteration, and the machine's, and tags of the run; what was logged before a kill is not logged
+        again, nor tags that the run has."""
         if iteration > self._iteration:
             values = metrics | self._system.measure()
             self._spool.append({"kind": "metrics", "values": values, "step": iteration, "time": self._tick()})
             self._iteration = iteration
+        if tags and {"kind": "tags", "values": dict(tags)} not in self._spool.records:
+            self._spool.append({"kind": "tags", "values": dict(tags)})
         if time.monotonic() - self._tried >= EVERY:
             self._send()
 
