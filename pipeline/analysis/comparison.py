@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import product
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -32,6 +33,7 @@ from pipeline.settings.params import Config
 from pipeline.trajectories.trajectory import CUT_OFF, RESPONSES
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.files import read_json
+from pipeline.workspace.finite import NotFiniteError, require_finite
 from pipeline.workspace.layout import Layout
 
 REFERENCE = "reference"
@@ -61,7 +63,7 @@ def read_inputs(config: Config, layout: Layout) -> Inputs:
     """Read evaluations, curves and, where they exist, timings.
 
     Raises:
-        UserError: an evaluation or a curve is missing, or a file is not JSON.
+        UserError: an evaluation or a curve is missing, or a file is not JSON, or a number in one is not finite.
     """
     trained = list(product(config.environments, config.methods))
     played = [*trained, *((environment, REFERENCE) for environment in config.environments)]
@@ -70,11 +72,27 @@ def read_inputs(config: Config, layout: Layout) -> Inputs:
         raise UserError("\n".join(f"{file}: no such file; `dvc repro` makes it" for file in missing))
     read = {key: read_json(layout.curves(*key)) for key in trained}
     return Inputs(
-        {key: pq.read_table(layout.evaluations(*key)) for key in played},
+        {key: _read_played(layout.evaluations(*key)) for key in played},
         {key: found["seeds"] for key, found in read.items()},
         read_timings(config, layout),
         {key: found["matching"] for key, found in read.items() if "matching" in found},
     )
+
+
+def _read_played(file: Path) -> pa.Table:
+    """The per-episode results in a file; a return that is NaN, infinite or not there is named."""
+    table = pq.read_table(file)
+    returns = np.array(table["return"].to_pylist(), dtype=np.float64)
+
+    def place(row: int) -> str:
+        seed, state, rollout = (table[name][row].as_py() for name in ("seed", "state", "rollout"))
+        return f"row {row} (seed {seed}, episode {rollout} of state {state})"
+
+    try:
+        require_finite(f"{file}: column return", returns, place)
+    except NotFiniteError as error:
+        raise UserError(f"{error}; `dvc repro` makes it again once it is deleted") from None
+    return table
 
 
 def read_timings(config: Config, layout: Layout) -> dict[tuple[str, str], Curves]:

@@ -6,7 +6,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from pipeline.analysis.comparison import Row, headline
+from pipeline.analysis.comparison import headline
 from pipeline.analysis.intervals import Grid
 from pipeline.analysis.scores import balanced_scores, paired_grid
 from pipeline.analysis.verdicts import Difference, judge
@@ -49,21 +49,16 @@ def changes(a: Revision, b: Revision) -> dict[tuple[str, str], Change]:
     shared = [(place, method) for place in old for method in old[place] if method in new.get(place, {})]
     grids = {key: grid for key in shared if (grid := _paired(a, b, *key)) is not None}
     settings = {"smallest_effect": b.comparison["smallest_effect"]} if "smallest_effect" in b.comparison else {}
-    judged = {
-        key: replace(found, alarmed=tuple(name for name, rows in (("A", old), ("B", new)) if "alarms" in _at(rows, key)))
-        for key, found in zip(grids, judge(list(grids.values()), **settings), strict=True)
-    }
+    judged = dict(zip(grids, judge(list(grids.values()), **settings), strict=True))
+    for (place, method), found in judged.items():
+        alarmed = tuple(name for name, rows in (("A", old), ("B", new)) if "alarms" in rows[place][method])
+        judged[place, method] = replace(found, alarmed=alarmed)
     return {
         (place, method): Change(judged[place, method].value, judged[place, method], grids[place, method].shape[1])
         if (place, method) in judged
         else Change(new[place][method]["success_mean"] - old[place][method]["success_mean"])
         for place, method in shared
     }
-
-
-def _at(rows: Mapping[str, Mapping[str, Row]], key: tuple[str, str]) -> Row:
-    environment, method = key
-    return rows[environment][method]
 
 
 def _paired(a: Revision, b: Revision, environment: str, method: str) -> Grid | None:

@@ -99,7 +99,9 @@ class VllmEngine:
             count, finish = self._ended(request, ids, sampling.stop)
         begin = len(request.ids)
         require_finite(
-            "a log-probability of vLLM's", np.array(logprob), lambda i: f"token {begin + i} of episode {request.episode}"
+            "a log-probability of vLLM's",
+            np.array(logprob),
+            lambda i: f"token {begin + i} of episode {request.episode}",
         )
         unknown = [UNKNOWN] * count
         return Continuation(ids[:count], logprob[:count], unknown, finish, self.policy_version), computed
