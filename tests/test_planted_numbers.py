@@ -19,6 +19,7 @@ from safetensors.torch import load_file, save_file
 from pipeline.bootstrap.supervision import supervision_alarm
 from pipeline.energy.annotate import annotate, annotate_own
 from pipeline.evaluation.evaluate import EvaluationTask, evaluate_policy
+from pipeline.model.loading import load_policy
 from pipeline.model.policy import Policy
 from pipeline.rollout.collector import collect
 from pipeline.rollout.specs import iteration_specs
@@ -71,47 +72,61 @@ def test_a_stored_weight_that_is_no_number_is_named_before_anything_is_played(
         train_one(job(configured(), spoilt, tmp_path / "cache"), quiet)
 
 
+@pytest.fixture(scope="module")
+def annotated(directory: Path) -> Trajectories:
+    """The episodes of a training's first iteration, as the stage leaves them."""
+    reference = load_policy(directory)
+    return annotate_own(sampled(reference), reference, 1.0, 4096)
+
+
+def spoilt_table(made: Trajectories, column: str, bad: float, table: Path) -> str:
+    """Write episodes with a number that is none in a column; returns where it is."""
+    first, second = made.episodes["episode_id"][:2]
+    if column == "return":
+        write(replace(made, episodes={**made.episodes, column: [0.0, bad, *made.episodes[column][2:]]}), table)
+        return f"episode {second}"
+    if column == "turns.reward":
+        write(replace(made, turns={**made.turns, "reward": [bad, *made.turns["reward"][1:]]}), table)
+        return f"turn 0 of episode {first}"
+    values, token = getattr(made, column).copy(), int(np.flatnonzero(made.sampled)[2])
+    values[token] = bad
+    write(replace(made, **{column: values}), table)
+    return f"token {token} of episode {first}"
+
+
 @pytest.mark.parametrize("bad", BAD)
 @pytest.mark.parametrize("column", ["logprob", "entropy", "energy", "ref_logprob", "return", "turns.reward"])
-def test_a_number_of_a_stored_table_is_named_with_column_and_episode_by_the_training_that_reads_it(
-    policy: Policy, directory: Path, tmp_path: Path, column: str, bad: float
+def test_a_number_of_a_stored_table_is_named_with_column_and_episode(
+    annotated: Trajectories, tmp_path: Path, column: str, bad: float
 ) -> None:
-    made, table = annotate_own(sampled(policy), policy, 1.0, 4096), tmp_path / "table.parquet"
-    if column == "return":
-        made.episodes["return"][1] = bad
-    elif column == "turns.reward":
-        made.turns["reward"][0] = bad
-    else:
-        values = getattr(made, column).copy()
-        values[np.flatnonzero(made.sampled)[2]] = bad
-        made = replace(made, **{column: values})
-    write(made, table)
-    first, second = made.episodes["episode_id"][:2]
-    token = np.flatnonzero(made.sampled)[2]
-    where = {"return": f"episode {second}", "turns.reward": f"turn 0 of episode {first}"}
-    said = f"{table}: column {column} is {bad} at {where.get(column, f'token {token} of episode {first}')}"
-    with pytest.raises(TrajectoryError) as raised_by_reading:
-        read(table)
-    assert str(raised_by_reading.value) == said
-    with pytest.raises(TrajectoryError) as raised_by_training:
+    where = spoilt_table(annotated, column, bad, tmp_path / "table.parquet")
+    with pytest.raises(TrajectoryError) as error:
+        read(tmp_path / "table.parquet")
+    assert str(error.value) == f"{tmp_path / 'table.parquet'}: column {column} is {bad} at {where}"
+
+
+def test_a_training_does_not_begin_with_a_table_that_is_spoilt(
+    annotated: Trajectories, directory: Path, tmp_path: Path
+) -> None:
+    table = tmp_path / "table.parquet"
+    where = spoilt_table(annotated, "energy", float("nan"), table)
+    with pytest.raises(TrajectoryError, match=f"column energy is nan at {where}$"):
         train_one(job(configured(), directory, tmp_path / "cache", table=table), quiet)
-    assert said in str(raised_by_training.value)
 
 
 def test_entropies_that_no_engine_has_told_are_no_fault_until_the_table_is_annotated(
-    policy: Policy, tmp_path: Path
+    annotated: Trajectories, tmp_path: Path
 ) -> None:
-    played = sampled(policy)
-    untold = replace(played, entropy=np.where(played.sampled, np.nan, 0.0).astype(np.float32))
-    write(untold, tmp_path / "plain.parquet")
-    assert np.isnan(read(tmp_path / "plain.parquet").entropy).sum() == played.sampled.sum()
-    write(annotate(untold, policy, 1.0, 4096), tmp_path / "annotated.parquet")
+    untold = replace(annotated, entropy=np.where(annotated.sampled, np.nan, 0.0).astype(np.float32))
+    write(replace(untold, energy=None, ref_logprob=None, ref_entropy=None), tmp_path / "plain.parquet")
+    assert np.isnan(read(tmp_path / "plain.parquet").entropy).sum() == annotated.sampled.sum()
+    write(untold, tmp_path / "annotated.parquet")
     with pytest.raises(TrajectoryError, match="column entropy is nan"):
         read(tmp_path / "annotated.parquet")
 
 
-def test_a_number_that_is_missing_in_a_file_is_as_bad(policy: Policy, tmp_path: Path) -> None:
-    write(sampled(policy), tmp_path / "whole.parquet")
+def test_a_number_that_is_missing_in_a_file_is_as_bad(annotated: Trajectories, tmp_path: Path) -> None:
+    write(annotated, tmp_path / "whole.parquet")
     table = pq.read_table(tmp_path / "whole.parquet")
     place = table.schema.get_field_index("return")
     spoilt = table.set_column(place, "return", [[None, *table["return"].to_pylist()[1:]]])
@@ -152,8 +167,10 @@ def with_function(slot: str, **train: Any) -> Config:
     return configured({"methods": {"own": row}, "train": {"iterations": 3, **train}})
 
 
-@pytest.mark.parametrize("bad", BAD)
-@pytest.mark.parametrize("slot", ["reward", "advantage", "weight", "regulariser"])
+@pytest.mark.parametrize(
+    ("slot", "bad"),
+    [("weight", BAD[1]), *((slot, BAD[0]) for slot in ("reward", "advantage", "weight", "regulariser"))],
+)
 def test_what_a_function_returns_is_named_with_episode_and_token(
     own: Any, directory: Path, tmp_path: Path, slot: str, bad: float
 ) -> None:
