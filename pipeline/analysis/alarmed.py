@@ -17,7 +17,7 @@ def alarms_of(curves: Curves) -> dict[str, dict[str, Any]]:
             for key, value in row.items():
                 if not key.startswith(PREFIX):
                     continue
-                first = {"seeds": [], "iteration": iteration, "value": significant(value)}
+                first: dict[str, Any] = {"seeds": [], "iteration": iteration, "value": significant(value)}
                 one = found.setdefault(key.removeprefix(PREFIX), first)
                 one["seeds"] += [] if seed in one["seeds"] else [seed]
     return found
