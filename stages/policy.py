@@ -18,12 +18,13 @@ def main(params: ParamsFile = "params.yaml") -> str:
 
     from pipeline.bootstrap.demonstrations import expert_of
     from pipeline.bootstrap.scratch import bootstrap
+    from pipeline.bootstrap.supervision import supervision_alarm
     from pipeline.bootstrap.warm_start import warm_start
     from pipeline.environments import make
     from pipeline.environments.playing import reset
     from pipeline.model.adapters import merged
     from pipeline.model.loading import load_policy, longest_context
-    from pipeline.progress.display import Display, doing
+    from pipeline.progress.display import doing
     from pipeline.rollout.acceptance import accept
     from pipeline.workspace.errors import UserError
 
@@ -35,11 +36,7 @@ def main(params: ParamsFile = "params.yaml") -> str:
         if plan is not None:
             expert_of(environment, plan.reasoning)
 
-    def supervised(begin: Callable[[Callable[[int, int, float], None]], Policy]) -> Policy:
-        with Display("policy", ["supervising"]) as display:
-            report = display.report("supervising")
-            return begin(lambda step, total, loss: report(step, total, f"loss {loss:.3f}"))
-
+    losses: list[float] = []
     if settings.kind == "pretrained":
         doing(f"loading {settings.model}")
         policy = load_policy(
@@ -51,7 +48,7 @@ def main(params: ParamsFile = "params.yaml") -> str:
             context=longest_context(config),
         )
     else:
-        policy = supervised(partial(bootstrap, settings, config.environments))
+        policy = _supervised(partial(bootstrap, settings, config.environments), losses)
     longest = getattr(policy.model.config, "max_position_embeddings", None)
     for name, section in config.environments.items():
         if longest is not None and section.context_tokens > longest:
@@ -63,14 +60,29 @@ def main(params: ParamsFile = "params.yaml") -> str:
         accept(policy, settings.model, config)
         policy = merged(policy)
         if settings.demonstrations is not None:
-            policy = supervised(partial(warm_start, policy, settings.demonstrations, config))
+            policy = _supervised(partial(warm_start, policy, settings.demonstrations, config), losses)
         policy.model.to(getattr(torch, settings.dtype))
+    alarm = supervision_alarm(losses, len(policy.tokenizer)) if losses else ""
     note = "" if policy.tokenizer.chat_template else "It has no chat template: messages are lines like `user: …`. "
     doing("saving")
     policy.save(layout.policy)
     size = sum(p.numel() for p in policy.model.parameters())
     following = next_command(params, "python -m stages.rollout", environment=next(iter(config.environments)))
-    return f"{layout.policy}: {size / 1e6:.2f} M parameters, {len(policy.tokenizer)} tokens. {note}{following}"
+    return f"{layout.policy}: {size / 1e6:.2f} M parameters, {len(policy.tokenizer)} tokens. {alarm}{note}{following}"
+
+
+def _supervised(begin: Callable[[Callable[[int, int, float], None]], Policy], losses: list[float]) -> Policy:
+    """A policy that is being supervised meanwhile, which is shown; notes the loss of every step."""
+    from pipeline.progress.display import Display
+
+    with Display("policy", ["supervising"]) as display:
+        report = display.report("supervising")
+
+        def told(step: int, total: int, loss: float) -> None:
+            losses.append(loss)
+            report(step, total, f"loss {loss:.3f}")
+
+        return begin(told)
 
 
 if __name__ == "__main__":

@@ -32,6 +32,7 @@ def main(environment: EnvironmentName, method: MethodName, params: ParamsFile = 
             if found
             else ""
         )
+        + "".join(f"ALARM, seed {seed}: {text}. " for seed, text in done.alarms.items())
         + f"{next_command(params, 'python -m stages.evaluate', environment=environment, method=method)}"
     )
 

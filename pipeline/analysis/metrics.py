@@ -15,7 +15,7 @@ from pipeline.workspace.files import read_json, write_json, write_text
 RATES = ("valid_action_rate", "disallowed_rate", "malformed_rate", "cut_rate")
 
 METRICS = (
-    "success_mean", "success_ci_low", "success_ci_high", "return_mean", *RATES, "collapsed_seeds",
+    "success_mean", "success_ci_low", "success_ci_high", "return_mean", *RATES, "collapsed_seeds", "alarmed_seeds",
     "difference_to_uniform", "difference_to_uniform_ci_low", "difference_to_uniform_ci_high",
 )  # fmt: skip
 """Keys of a comparison's row; to `dvc metrics`, means are called by what they are of."""

@@ -1,7 +1,7 @@
 """Two revisions of one comparison beside each other: success of every method, paired differences, changed settings."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -52,6 +52,9 @@ def changes(a: Revision, b: Revision) -> dict[tuple[str, str], Change]:
     grids = {key: grid for key in shared if (grid := _paired(a, b, *key)) is not None}
     settings = {"smallest_effect": b.comparison["smallest_effect"]} if "smallest_effect" in b.comparison else {}
     judged = dict(zip(grids, judge(list(grids.values()), **settings), strict=True))
+    for (place, method), found in judged.items():
+        alarmed = tuple(name for name, rows in (("A", old), ("B", new)) if "alarms" in rows[place][method])
+        judged[place, method] = replace(found, alarmed=alarmed)
     return {
         (place, method): Change(judged[place, method].value, judged[place, method], grids[place, method].shape[1])
         if (place, method) in judged

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Callable, Sequence
+from statistics import mean
 from typing import NamedTuple
 
 import numpy as np
@@ -18,6 +19,9 @@ from pipeline.trajectories.parsing import decode, token_roles
 from pipeline.trajectories.prompting import Dialogue
 from pipeline.trajectories.trajectory import Role
 from pipeline.workspace.finite import require_finite
+
+LAST = 10
+"""Steps by whose mean loss it is judged how a supervision has ended."""
 
 StepReport = Callable[[int, int, float], None]
 """Told after each step: steps done, steps in all, the step's loss."""
@@ -80,6 +84,9 @@ def supervise(
 
     The ``learning_rate`` rises over ``warm_up`` steps and falls to zero as a cosine over all. No more than
     ``tokens_per_forward`` tokens of a batch pass through the policy at once; None: all of them. The gradients are the same.
+
+    Raises:
+        NumericsError: a loss is not finite, or a weight at the end.
     """
     weights = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
@@ -102,7 +109,23 @@ def supervise(
             require_finite(f"policy.demonstrations: the loss of step {step}", loss)
             report(step, total, loss)
     optimizer.zero_grad(set_to_none=True)
+    for name, weight in policy.model.named_parameters():
+        require_finite(f"policy.demonstrations: {name} after the last step", weight)
     policy.model.eval()
+
+
+def supervision_alarm(losses: Sequence[float], tokens: int) -> str:
+    """What is wrong with a supervision whose last losses are worse than a guess among so many tokens; empty if nothing is.
+
+    ``losses`` are those of all steps, in nats.
+    """
+    ended, guess = mean(losses[-LAST:]), math.log(tokens)
+    if ended <= guess:
+        return ""
+    return (
+        f"ALARM: the loss of policy.demonstrations ended at {ended:.3g} nats, and a guess has {guess:.3g}: try a smaller "
+        "policy.demonstrations.learning_rate. "
+    )
 
 
 def _accumulate_gradients(

@@ -21,6 +21,7 @@ from pipeline.analysis.timings import training_minutes
 from pipeline.report.answer_figures import answer_chart
 from pipeline.report.answers import (
     NOTHING_DECLARED,
+    alarm_lines,
     answers,
     costs_text,
     efficiency_texts,
@@ -112,6 +113,7 @@ def _first_screen(comparison: Mapping[str, Any], inputs: Inputs) -> dict[str, An
     """What the page begins with."""
     return {
         "answers": answers(comparison),
+        "alarms": alarm_lines(comparison),
         "shown_answers": SHOWN_ANSWERS,
         "nothing_declared": NOTHING_DECLARED,
         "leaders": [leader_text(comparison, name) for name in places(comparison)],

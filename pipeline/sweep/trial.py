@@ -13,6 +13,7 @@ from pipeline.settings.sweep import Constraints, Value
 from pipeline.settings.train import Train
 from pipeline.sweep.plan import SearchPlan
 from pipeline.sweep.space import suggest
+from pipeline.training.alarms import alarm_text
 from pipeline.training.budget import progress
 from pipeline.training.run import Curve, TrainingJob, train_until
 from pipeline.training.seed_key import training_task
@@ -84,7 +85,7 @@ def _shifted(report: Tell, others: Sequence[Curve], train: Train) -> Tell:
 
 
 def run_trial(trial: Trial, plan: SearchPlan, objective: Objective, report: Tell) -> Outcome:
-    """Draw a trial's settings and run it; constraints are set on the trial.
+    """Draw a trial's settings and run it; constraints are set on the trial, and what its seeds have alarmed of.
 
     Raises:
         TrialPruned: it was stopped early.
@@ -92,6 +93,8 @@ def run_trial(trial: Trial, plan: SearchPlan, objective: Objective, report: Tell
     values = suggest(trial, plan.search.space)
     trial.set_user_attr("values", values)
     outcome = objective(trial, values, report)
+    if alarmed := {str(seed): text for seed, curve in outcome.curves.items() if (text := alarm_text(curve))}:
+        trial.set_user_attr("alarms", alarmed)
     for name, excess in outcome.violations.items():
         trial.set_constraint(name, excess)
     return outcome

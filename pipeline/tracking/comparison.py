@@ -59,6 +59,10 @@ def log_comparison(
             for name in HEADLINES
             if row[name] is not None
         }
+        for row in rows:
+            if row["headline"] and "alarms" in row:
+                metrics[f"alarmed_seeds/{row['method']}"] = row["alarmed_seeds"]
+                tags[f"alarms.{row['method']}"] = ", ".join(row["alarms"])
         champion = None if best is None else _champion(config, environment, *best, trainings, layout)
         run = ParentRun(store_of(config, root), environment, config.comparison, comparison_identity(config), tags)
         log_parent(run, metrics, texts, _files(environment, layout), champion)

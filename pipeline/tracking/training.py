@@ -87,15 +87,20 @@ class TrainingRun:
         if missing:
             self._spool.append(*missing)
 
-    def log(self, metrics: dict[str, float], iteration: int, earlier: bool = False) -> None:
-        """All metrics of one iteration, and the machine's; one that was logged before a kill is not logged again.
+    def log(
+        self, metrics: dict[str, float], iteration: int, tags: Mapping[str, str] | None = None, earlier: bool = False
+    ) -> None:
+        """All metrics of one iteration, and the machine's, and tags of the run.
 
-        Of an ``earlier`` one, whose record was damaged, the machine's are lost.
+        What was logged before a kill is not logged again, nor tags that the run has. Of an ``earlier`` iteration, whose
+        record was damaged, the machine's metrics are lost.
         """
         if iteration not in self._logged:
             values = metrics if earlier else metrics | self._system.measure()
             self._spool.append({"kind": "metrics", "values": values, "step": iteration, "time": self._tick()})
             self._logged.add(iteration)
+        if tags and {"kind": "tags", "values": dict(tags)} not in self._spool.records:
+            self._spool.append({"kind": "tags", "values": dict(tags)})
         if time.monotonic() - self._tried >= EVERY:
             self._send()
 

@@ -10,7 +10,9 @@ from lightning.pytorch.callbacks import Callback
 
 from pipeline.evaluation.evaluate import summary, validate
 from pipeline.progress.display import span
+from pipeline.settings.alarms import PREFIX
 from pipeline.tracking.training import TrainingRun
+from pipeline.training.alarms import alarm_text, alarms
 from pipeline.training.budget import progress, training_over
 from pipeline.training.module import PolicyGradient
 from pipeline.trajectories.table import write
@@ -67,6 +69,14 @@ class Validation(Callback):
             return summary(module.team.gathered(validate(*shared, module.team.own_rows)))
 
 
+class Watch(Callback):
+    """Says in an iteration's row of which alarms it is one; it is whole by then."""
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        found = alarms(pl_module.curve, pl_module.config)
+        pl_module.curve[-1] |= {f"{PREFIX}{name}": value for name, value in found.items()}
+
+
 class Progress(Callback):
     """Reports after every iteration: how many of them, or of the tokens that may be sampled, have been spent."""
 
@@ -87,12 +97,14 @@ class Progress(Callback):
         }
         unit = [] if plan.tokens is None else [f"tokens, iteration {int(row['iteration']) + 1}:"]
         text = " ".join([*unit, *(f"{label} {row[key]:.3g}" for label, key in shown.items() if key in row)])
+        if alarmed := alarm_text(pl_module.curve):
+            text = f"ALARM: {alarmed}; {text}"
         with pl_module.phases.phase("progress"):
             self._report(*progress(pl_module.curve, plan), text)
 
 
 class Log(Callback):
-    """Sends each iteration's metrics to MLflow in one call."""
+    """Sends each iteration's metrics to MLflow in one call; what has been alarmed of is a tag."""
 
     def __init__(self, run: TrainingRun) -> None:
         self._run = run
@@ -110,7 +122,8 @@ class Log(Callback):
         row = dict(curve[-1])
         for name in ("episodes", "tokens"):
             row[f"{name}_total"] = sum(before[name] for before in curve)
-        self._run.log(row, int(row.pop("iteration")), earlier)
+        alarmed = alarm_text(curve)
+        self._run.log(row, int(row.pop("iteration")), {"alarms": alarmed} if alarmed else {}, earlier)
 
 
 class Checkpoint(Callback):

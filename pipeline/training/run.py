@@ -19,7 +19,7 @@ from pipeline.model.policy import Policy
 from pipeline.progress.display import begin, within
 from pipeline.tracking.training import RunSettings, TrainingRun
 from pipeline.training.budget import progress, training_over
-from pipeline.training.callbacks import Checkpoint, Clock, End, Log, Progress, Validation
+from pipeline.training.callbacks import Checkpoint, Clock, End, Log, Progress, Validation, Watch
 from pipeline.training.module import PolicyGradient
 from pipeline.training.seed_key import TrainingTask, table_slice
 from pipeline.training.team import ALONE, Team, join, require_room, trainer_settings
@@ -95,7 +95,9 @@ def _train(job: TrainingJob, iterations: int, report: Tell, team: Team) -> Curve
     module = PolicyGradient(task.config, task.environment, task.method, task.seed, policy, first, team)
     run = TrainingRun(job.tracking, task.cache) if job.tracking is not None and team.first else None
     own = [Progress(report), *([Log(run)] if run else [])] if team.first else []
-    trainer = make_trainer(task.cache, iterations, [Clock(), Validation(), *own, Checkpoint(task.cache), End()], team)
+    trainer = make_trainer(
+        task.cache, iterations, [Clock(), Validation(), Watch(), *own, Checkpoint(task.cache), End()], team
+    )
     with located(f"{task.environment}-{task.method}, seed {task.seed}"):
         trainer.fit(module, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
     if training_over(module.curve, task.config.train):

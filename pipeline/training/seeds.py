@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 from pipeline.progress.display import doing
 from pipeline.settings.params import Config
 from pipeline.tracking.store import open_store, run_settings, store_of
+from pipeline.training.alarms import alarm_text
 from pipeline.training.matching import matched
 from pipeline.training.run import TrainingJob, train_one
 from pipeline.training.seed_key import training_task
@@ -25,6 +26,8 @@ class Trained(NamedTuple):
     """How many seeds have been trained now."""
     matching: dict[str, Any]
     """How the learning rate was found, of a method that is matched to another (see ``matched``)."""
+    alarms: dict[int, str]
+    """What seeds have alarmed of, in words; none of those that have not."""
 
 
 def train_seeds(config: Config, environment: str, method: str, layout: Layout) -> Trained:
@@ -54,4 +57,5 @@ def train_seeds(config: Config, environment: str, method: str, layout: Layout) -
         write_json(place(environment, method), {"seeds": seeds, **found})
     with replacing(layout.episodes(environment, method)) as partial:
         shutil.copy2(tasks[0].result / "episodes.parquet", partial)
-    return Trained(target, len(jobs), matching)
+    alarmed = {task.seed: alarm_text(read_json(task.result / "curves.json")) for task in tasks}
+    return Trained(target, len(jobs), matching, {seed: text for seed, text in alarmed.items() if text})

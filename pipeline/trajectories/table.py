@@ -17,6 +17,7 @@ from pipeline.trajectories.trajectory import (
     offsets_of,
 )
 from pipeline.workspace.files import replacing
+from pipeline.workspace.finite import NotFiniteError, require_finite
 
 SCHEMA_VERSION = 3
 
@@ -42,7 +43,7 @@ def from_table(table: pa.Table) -> Trajectories:
     """Inverse of ``to_table``.
 
     Raises:
-        TrajectoryError: a column is missing, or the schema's version is another one.
+        TrajectoryError: a column is missing, or the schema's version is another one; or a number is NaN or infinite.
     """
     version = (table.schema.metadata or {}).get(b"trajectory_schema", b"none").decode()
     if version != str(SCHEMA_VERSION):
@@ -69,13 +70,33 @@ def from_table(table: pa.Table) -> Trajectories:
         if not np.array_equal(own_offsets, offsets):
             raise TrajectoryError(f"column {name} differs in length from input_ids")
         tokens[name] = values.to_numpy(zero_copy_only=False)
-    return Trajectories(
+    trajectories = Trajectories(
         episodes={name: table.column(name).to_pylist() for name in PER_EPISODE},
         offsets=offsets,
         turn_offsets=turn_offsets,
         turns={name: struct.field(name).to_pylist() for name in PER_TURN},
         **tokens,
     )
+    try:
+        _require_finite_columns(trajectories)
+    except NotFiniteError as error:
+        raise TrajectoryError(str(error)) from None
+    return trajectories
+
+
+def _require_finite_columns(trajectories: Trajectories) -> None:
+    """Refuse NaN, infinity and null, but for entropies that an engine could not tell and no annotation has told yet."""
+    names, owner = trajectories.episodes["episode_id"], np.diff(trajectories.turn_offsets)
+    turns = [f"turn {turn} of episode {name}" for name, n in zip(names, owner, strict=True) for turn in range(n)]
+    for column in ("return", "temperature"):
+        values = np.array(trajectories.episodes[column], dtype=np.float64)
+        require_finite(f"column {column}", values, lambda row: f"episode {names[row]}")
+    require_finite("column turns.reward", np.array(trajectories.turns["reward"], dtype=np.float64), turns.__getitem__)
+    for column in ("logprob", "entropy", *ANNOTATION):
+        values = getattr(trajectories, column)
+        if values is not None:
+            untold = np.isnan(values) if column == "entropy" and not trajectories.annotated else False
+            require_finite(f"column {column}", np.where(untold, 0.0, values), trajectories.place)
 
 
 def write(trajectories: Trajectories, path: str | Path, columns: Mapping[str, np.ndarray] | None = None) -> None:
