@@ -2,7 +2,7 @@
 
 import shutil
 
-from pipeline.commands.cli import EnvironmentName, ParamsFile, configured, next_command, run
+from pipeline.commands.cli import EnvironmentName, ParamsFile, configured, make_alone, next_command, run
 from pipeline.trajectories.table import read, write
 from pipeline.trajectories.trajectory import concatenate
 
@@ -10,6 +10,7 @@ from pipeline.trajectories.trajectory import concatenate
 def main(environment: EnvironmentName, params: ParamsFile = "params.yaml") -> str:
     config, layout, params = configured(params, environment)
     table = read(layout.trajectories(environment))
+    make_alone(layout, f"annotate {environment}")
     import transformers.models.auto.modeling_auto  # noqa: F401  (imported before the processes fork)
 
     from pipeline.energy.annotate import annotate_part

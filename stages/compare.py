@@ -1,12 +1,17 @@
-"""Compare all methods: reports/comparison.{json,md,txt}, reports/figures, reports/index.html, and a run in MLflow."""
+"""Compare all methods: reports/comparison.{json,md,txt}, reports/figures, reports/index.html, and a run in MLflow.
 
+Equal runs have equal reports: what has wall-clock in it is in data/timings/report.
+"""
+
+from dataclasses import replace
 from pathlib import Path
 
-from pipeline.commands.cli import ParamsFile, configured, run
+from pipeline.commands.cli import ParamsFile, configured, make_alone, run
 
 
 def main(params: ParamsFile = "params.yaml") -> str:
     config, layout, _ = configured(params)
+    make_alone(layout, "compare")
     from pipeline.analysis.comparison import compare, read_inputs
     from pipeline.analysis.examples import read_all_played
     from pipeline.analysis.interventions import read_interventions
@@ -15,7 +20,7 @@ def main(params: ParamsFile = "params.yaml") -> str:
     from pipeline.progress.display import doing
     from pipeline.report.answer_figures import write_answer_figure
     from pipeline.report.checklist import checklist_tables, policy_size
-    from pipeline.report.comparison_figures import write_comparison_figures
+    from pipeline.report.comparison_figures import write_comparison_figures, write_timed_figures
     from pipeline.report.comparison_tables import comparison_markdown, comparison_text
     from pipeline.report.declared import registration_foot, registration_warning
     from pipeline.report.html import report_html
@@ -44,7 +49,9 @@ def main(params: ParamsFile = "params.yaml") -> str:
     parameters = policy_size(layout.policy)
     doing("drawing figures")
     write_answer_figure(comparison, reports / "figures")
-    write_comparison_figures(comparison, inputs, reports / "figures")
+    timeless = replace(inputs, timings={})
+    write_comparison_figures(comparison, timeless, reports / "figures")
+    write_timed_figures(comparison, inputs, layout.timed)
     first = next(iter(config.environments))
     write_json(reports / "bottleneck.json", {**bottleneck[first], "schema": 1, "environments": bottleneck})
     write_json(layout.comparison, comparison)
@@ -57,14 +64,13 @@ def main(params: ParamsFile = "params.yaml") -> str:
     played = read_all_played(config, layout, annotated)
     episodes = viewer_data(config, SavedTokenizer.load(layout.policy), played)
     foot = registration_foot(comparison, layout)
-    page = report_html(
-        config, comparison, inputs, bottleneck, annotated, episodes, read_sweeps(layout), parameters, foot
-    )
-    write_text(reports / "index.html", page)
+    shown = bottleneck, annotated, episodes, read_sweeps(layout), parameters
+    write_text(reports / "index.html", report_html(config, comparison, timeless, *shown))
+    write_text(layout.timed / "index.html", report_html(config, comparison, inputs, *shown, foot))
     doing("logging to MLflow")
     log_comparison(config, Path("."), comparison, inputs.curves, episodes, layout)
     text = comparison_text(comparison, training_minutes(inputs.timings))
-    return f"{text}\n{reports / 'index.html'}: the report. Next: open it, or `make ui` for the runs"
+    return f"{text}\n{reports / 'index.html'}: the report; {layout.timed} has it with wall-clock. Next: open it, or `make ui` for the runs"
 
 
 if __name__ == "__main__":

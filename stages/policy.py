@@ -4,12 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.commands.cli import ParamsFile, configured, next_command, run
+from pipeline.commands.cli import ParamsFile, configured, make_alone, next_command, run
 
 if TYPE_CHECKING:
     from pipeline.model.policy import Policy
+    from pipeline.settings.params import Config
 
 
 def main(params: ParamsFile = "params.yaml") -> str:
@@ -23,9 +25,10 @@ def main(params: ParamsFile = "params.yaml") -> str:
     from pipeline.environments.playing import reset
     from pipeline.model.adapters import merged
     from pipeline.model.loading import load_policy, longest_context
-    from pipeline.progress.display import Display, doing
+    from pipeline.progress.display import Display, doing, within
     from pipeline.rollout.acceptance import accept
     from pipeline.workspace.errors import UserError
+    from pipeline.workspace.files import lock
 
     torch.set_num_threads(config.workers * config.threads)
     settings, plan = config.policy, config.policy.demonstrations
@@ -35,10 +38,15 @@ def main(params: ParamsFile = "params.yaml") -> str:
         if plan is not None:
             expert_of(environment, plan.reasoning)
 
-    def supervised(begin: Callable[[Callable[[int, int, float], None]], Policy]) -> Policy:
-        with Display("policy", ["supervising"]) as display:
+    checkpoint = None if plan is None else _checkpoint(config)
+    waiting = partial(within, 0.0, "waiting for another command, which does this supervision", insist=True)
+
+    def supervised(begin: Callable[..., Policy]) -> Policy:
+        assert checkpoint is not None
+        make_alone(layout, "policy")
+        with lock(checkpoint.with_suffix(".lock"), waiting=waiting), Display("policy", ["supervising"]) as display:
             report = display.report("supervising")
-            return begin(lambda step, total, loss: report(step, total, f"loss {loss:.3f}"))
+            return begin(lambda step, total, loss: report(step, total, f"loss {loss:.3f}"), checkpoint=checkpoint)
 
     if settings.kind == "pretrained":
         doing(f"loading {settings.model}")
@@ -67,10 +75,31 @@ def main(params: ParamsFile = "params.yaml") -> str:
         policy.model.to(getattr(torch, settings.dtype))
     note = "" if policy.tokenizer.chat_template else "It has no chat template: messages are lines like `user: …`. "
     doing("saving")
+    make_alone(layout, "policy")
     policy.save(layout.policy)
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
     size = sum(p.numel() for p in policy.model.parameters())
     following = next_command(params, "python -m stages.rollout", environment=next(iter(config.environments)))
     return f"{layout.policy}: {size / 1e6:.2f} M parameters, {len(policy.tokenizer)} tokens. {note}{following}"
+
+
+def _checkpoint(config: Config) -> Path:
+    """Where it is kept how far the supervision is, named by all that decides it."""
+    import torch
+
+    from pipeline.model.memory import total_memory
+    from pipeline.sources.code import result_key
+    from pipeline.sources.fingerprints import of_environment, of_policy
+    from pipeline.workspace.layout import Cache
+
+    settings = config.model_dump(mode="json", include={"policy", "environments", "workers", "threads"})
+    settings["forward"] = config.rollout.prefill, config.train.tokens_per_forward
+    if config.train.tokens_per_forward == "auto":
+        settings["memory"] = round(total_memory(torch.device("cpu")) / 2**30)
+    named = [*map(of_environment, config.environments.values()), of_policy(config.policy)]
+    way = "scratch" if config.policy.kind == "scratch" else "warm_start"
+    return Cache().supervision(result_key(f"pipeline.bootstrap.{way}", settings | {"sources": named}))
 
 
 if __name__ == "__main__":

@@ -2,11 +2,12 @@
 
 import shutil
 
-from pipeline.commands.cli import EnvironmentName, ParamsFile, configured, next_command, run
+from pipeline.commands.cli import EnvironmentName, ParamsFile, configured, make_alone, next_command, run
 
 
 def main(environment: EnvironmentName, params: ParamsFile = "params.yaml") -> str:
     config, layout, params = configured(params, environment)
+    make_alone(layout, f"rollout {environment}")
     import transformers.models.auto.modeling_auto  # noqa: F401  (imported before the processes fork)
 
     from pipeline.progress.display import doing

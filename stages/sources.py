@@ -6,7 +6,7 @@ DVC runs this first and always: every other stage depends on what it writes, and
 import os
 from datetime import UTC, datetime
 
-from pipeline.commands.cli import ParamsFile, configured, next_command, run
+from pipeline.commands.cli import ParamsFile, configured, make_alone, next_command, run
 
 
 def main(params: ParamsFile = "params.yaml") -> str:
@@ -18,6 +18,7 @@ def main(params: ParamsFile = "params.yaml") -> str:
     from pipeline.workspace.files import write_json
 
     check_named(config, params)
+    make_alone(layout, "sources")
     folder = layout.sources
     registration = register(config, layout.hypotheses)
     found = {

@@ -11,11 +11,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import psutil
 import typer
@@ -23,9 +22,19 @@ import typer.main
 
 from pipeline.progress.display import Display
 from pipeline.workspace.errors import UserError
+from pipeline.workspace.files import lock
 from pipeline.workspace.finite import NumericsError
 from pipeline.workspace.layout import Cache, Layout
-from pipeline.workspace.processes import end_with_parent
+from pipeline.workspace.processes import end_with_parent, start_with_parent
+from pipeline.workspace.stopping import (
+    PARENT_ENDED,
+    Stopped,
+    asked,
+    say_that_it_stops,
+    stop,
+    stop_if_asked,
+    until_saved,
+)
 from pipeline.workspace.yaml_files import read_yaml
 
 if TYPE_CHECKING:
@@ -40,6 +49,8 @@ MethodName = Annotated[
 StudyName = Annotated[str, typer.Option("--study", metavar="NAME", help="Study of the params file's sweep.")]
 NAMES = ("--environment", "--method", "--study", "--name")
 """Options whose values tell one run of a stage from another."""
+_locks: dict[Path, contextlib.ExitStack] = {}
+"""What this command makes and no other does meanwhile."""
 
 
 def configured(params: str, environment: str | None = None, method: str | None = None) -> tuple[Config, Layout, str]:
@@ -88,14 +99,70 @@ def go_to_root(params: str, root: str | None = None) -> str:
     return params
 
 
+def make_alone(layout: Layout, makes: str) -> None:
+    """From here on and until this command ends, no other one makes the same of the run; this one waits for it, and says so.
+
+    To be called where a mistake of the user's would have been found: a command that refuses leaves no file.
+    """
+    path = Cache().lock(f"{os.path.relpath(layout.out)}/{makes}")
+    if path in _locks:
+        return
+
+    def waiting() -> None:
+        who = ""
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            who = f" ({path.read_text(encoding='utf-8')})"
+        said = f"{makes}: another command makes the same{who}; this one waits for its end"
+        print(said, file=sys.stderr, flush=True)
+
+    held = _locks[path] = contextlib.ExitStack()
+    held.enter_context(lock(path, waiting=waiting))
+    with contextlib.suppress(OSError):
+        told = " ".join([_program(), *map(shlex.quote, sys.argv[1:])])
+        path.write_text(f"process {os.getpid()}: {told}", encoding="utf-8")
+
+
 def reproduce(pipeline: Path) -> None:
-    """``dvc repro`` of a dvc.yaml, with what it prints; if it fails, this process ends with its exit code."""
+    """``dvc repro`` of a dvc.yaml, with what it prints; if it fails, this process ends with its exit code.
+
+    Asked to stop, it waits for the stage that is at work, which ends at its next save.
+    """
     from pipeline.progress.display import still
 
-    with still():  # the stages speak for themselves
-        done = subprocess.run(["dvc", "repro", str(pipeline)], preexec_fn=partial(end_with_parent, signal.SIGKILL))
-    if done.returncode:
-        sys.exit(done.returncode)
+    with until_saved(), still():  # the stages speak for themselves
+        dvc = subprocess.Popen(["dvc", "repro", str(pipeline)], preexec_fn=start_with_parent(signal.SIGKILL))
+        told: set[psutil.Process] = set()
+        try:
+            while (code := _ended(dvc)) is None:
+                if asked():
+                    if not told:
+                        say_that_it_stops("unit of work that is next to be saved")
+                    for stage in _stages(dvc):
+                        if stage not in told:
+                            stage.send_signal(PARENT_ENDED)
+                        told.add(stage)
+        except Stopped:
+            for stage in _stages(dvc):
+                stage.terminate()
+            raise
+        finally:
+            dvc.kill()
+        stop_if_asked()
+    if code:
+        sys.exit(code)
+
+
+def _ended(process: subprocess.Popen[bytes]) -> int | None:
+    """The exit code of a process, or None if it has not ended within a moment."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return process.wait(0.2)
+    return None
+
+
+def _stages(dvc: subprocess.Popen[bytes]) -> Iterator[psutil.Process]:
+    """What DVC runs now."""
+    with contextlib.suppress(psutil.Error):
+        yield from psutil.Process(dvc.pid).children()
 
 
 def next_command(params: str, command: str, **options: str) -> str:
@@ -104,15 +171,11 @@ def next_command(params: str, command: str, **options: str) -> str:
     return " ".join([f"Next: {command}", *(f"--{name} {shlex.quote(value)}" for name, value in named.items())])
 
 
-class Stopped(KeyboardInterrupt):
-    """The stage was asked to end by a signal."""
-
-
 def run(*mains: Callable[..., str]) -> None:
     """Run a stage, or one of several commands; print its one line of result, or its error, one line per mistake.
 
     A mistake of the user's, in the command line too, ends with exit code 2. Elsewhere than on a terminal standard error
-    tells how far it is. Stopped by Ctrl-C or SIGTERM, it says so in one line.
+    tells how far it is. Stopped by Ctrl-C or SIGTERM, it says so in one line, once what can be gone on with is saved.
 
     The parameters of ``mains`` are the options, their modules' docstrings the help. Several are commands, each named by its
     module; to name none is to ask for help.
@@ -122,10 +185,10 @@ def run(*mains: Callable[..., str]) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     name_the_user()
-    before = signal.signal(signal.SIGTERM, _stop)
-    if "DVC_STAGE" in os.environ:  # a killed `dvc repro` leaves nothing behind that writes beside the next one
-        end_with_parent(signal.SIGTERM)
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, PARENT_ENDED)}
     try:
+        if "DVC_STAGE" in os.environ:  # a killed `dvc repro` leaves nothing behind that writes beside the next one
+            end_with_parent(PARENT_ENDED, os.getppid())
         with Display(_title(), [""], bars=False, age=_age()) as display:
             display.report("")(0, 0, "starting")
             result = _called(*mains)
@@ -142,11 +205,15 @@ def run(*mains: Callable[..., str]) -> None:
         print("a worker process was killed (out of memory?); run the same command again to go on", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt as stopped:
-        word, code = ("stopped", 143) if isinstance(stopped, Stopped) else ("interrupted", 130)
+        number = stopped.number if isinstance(stopped, Stopped) else signal.SIGINT
+        word = "interrupted" if number == signal.SIGINT else "stopped"
         print(f"{word}; run the same command again to go on", file=sys.stderr)
-        raise SystemExit(code) from None
+        raise SystemExit(128 + number) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        while _locks:
+            _locks.popitem()[1].close()
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _called(*mains: Callable[..., str]) -> str:
@@ -155,11 +222,9 @@ def _called(*mains: Callable[..., str]) -> str:
     for main in mains:
         about = sys.modules[main.__module__].__doc__ or ""
         app.command(main.__module__.rpartition(".")[2], help=about, short_help=about.split("\n")[0])(main)
-    spec = sys.modules["__main__"].__spec__
-    name = f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
     options = sys.argv[1:] or ["--help"] * (len(mains) > 1)
     # Its main() would hide which signal has stopped it.
-    with typer.main.get_command(app).make_context(name, options) as context:
+    with typer.main.get_command(app).make_context(_program(), options) as context:
         result: str = context.command.invoke(context)
     return result
 
@@ -175,16 +240,18 @@ def name_the_user() -> None:
         os.environ["USER"] = str(os.getuid())
 
 
-def _stop(*_: Any) -> None:
-    raise Stopped
-
-
 def _age() -> float:
     """Seconds that this process has spent on getting here; 0 if it has done something else before."""
     with contextlib.suppress(psutil.Error, OSError):
         age: float = time.time() - psutil.Process().create_time()
         return age if 0 < age < 3 else 0.0
     return 0.0
+
+
+def _program() -> str:
+    """What the command line begins with."""
+    spec = sys.modules["__main__"].__spec__
+    return f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
 
 
 def _title() -> str:

@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from pipeline.workspace.errors import UserError
-from pipeline.workspace.files import lock, write_json
+from pipeline.workspace.files import lock, read_json, write_json
 from pipeline.workspace.layout import Cache
 
 LARGE = 2**20
 """Bytes from which a file's hash is kept in ``KNOWN`` and used again while the file is untouched."""
 KNOWN = Cache().hashes
+MANIFEST = "manifest.json"
+"""In a folder that is finished, the hashes of all that it holds."""
 TICK = 2 * 10**9
 """Nanoseconds within which a file may be written twice and show the same times."""
 
@@ -72,3 +74,18 @@ def tree_hashes(path: Path) -> dict[str, str]:
             file = Path(folder, name)
             found[file.relative_to(path).as_posix()] = file_hash(file)
     return found
+
+
+def seal(folder: Path) -> None:
+    """Write a folder's manifest, once all else is there."""
+    write_json(folder / MANIFEST, tree_hashes(folder))
+
+
+def sealed(folder: Path) -> bool:
+    """Whether a folder holds what its manifest says, byte by byte, and nothing else."""
+    try:
+        manifest, found = read_json(folder / MANIFEST), tree_hashes(folder)
+    except UserError:
+        return False
+    found.pop(MANIFEST)
+    return bool(manifest == found)

@@ -30,6 +30,8 @@ SILENT_BEATS = 6
 OCCUPIED = (TrialState.RUNNING, TrialState.WAITING, TrialState.COMPLETE, TrialState.PRUNED)
 """States in which a trial holds its slot."""
 KILLED = "its worker was killed"
+STOPPED = "its command was asked to stop"
+"""Of a trial that is no attempt less: another one goes on with its trainings."""
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -116,7 +118,7 @@ class Queue:
         for slot in range(self._trials):
             if slot in held:
                 continue
-            if slot in last and last[slot].user_attrs.get("failure") == KILLED:
+            if slot in last and last[slot].user_attrs.get("failure") in (KILLED, STOPPED):
                 self._succeed(last[slot])
                 continue
             name, point = self._fixed[slot] if slot < len(self._fixed) else (None, {})
@@ -185,11 +187,11 @@ class Queue:
 
     def _succeed(self, trial: FrozenTrial) -> None:
         """Queue a killed trial's settings again, or, if they have been tried often enough, a new draw for its slot."""
-        attempt = trial.user_attrs.get("attempt", 1)
-        if attempt > self._retries:
+        attempt = trial.user_attrs.get("attempt", 1) + (trial.user_attrs["failure"] == KILLED)
+        if attempt > self._retries + 1:
             self._enqueue(trial.user_attrs["slot"], {}, {"instead_of": trial.number})
             return
-        attributes = {"retry_of": trial.number, "attempt": attempt + 1}
+        attributes = {"retry_of": trial.number, "attempt": attempt}
         if "baseline" in trial.user_attrs:
             attributes["baseline"] = trial.user_attrs["baseline"]
         # It may have been killed before all that was fixed was drawn.

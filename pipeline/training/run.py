@@ -17,6 +17,7 @@ from pipeline.model.adapters import save_trained
 from pipeline.model.loading import load_trained
 from pipeline.model.policy import Policy
 from pipeline.progress.display import begin, within
+from pipeline.sources.hashes import seal
 from pipeline.tracking.training import RunSettings, TrainingRun
 from pipeline.training.budget import progress, training_over
 from pipeline.training.callbacks import Checkpoint, Clock, End, Log, Progress, Validation
@@ -28,6 +29,7 @@ from pipeline.workspace.files import lock, read_json, replacing, write_json
 from pipeline.workspace.finite import located
 from pipeline.workspace.layout import Layout
 from pipeline.workspace.processes import Tell, run_together
+from pipeline.workspace.stopping import stop_if_asked
 
 Curve = list[dict[str, float]]
 """One row of metrics per finished iteration."""
@@ -42,6 +44,8 @@ class TrainingJob:
     """Annotated trajectories of the rollout stage, if the first iteration may come from there."""
     tracking: RunSettings | None
     """Where and under which tags MLflow holds the run; None for a training that has no run of its own."""
+    curves_only: bool = False
+    """Leave no policy and no episodes: of the training nothing else is asked."""
 
 
 def train_one(job: TrainingJob, report: Tell) -> Path:
@@ -55,6 +59,9 @@ def train_until(job: TrainingJob, iterations: int, report: Tell) -> Curve:
 
     It stops with a checkpoint; the result appears with the training's last iteration (see ``training_over``). Where another
     process does the same training, this one waits and goes on from there.
+
+    Raises:
+        Stopped: it was asked to stop, and has with a checkpoint of the iteration that was at work.
     """
     waiting = partial(within, 0.0, "waiting for another command, which does this training", insist=True)
     with nullcontext() if job.task.finished else lock(job.task.cache / "lock", waiting=waiting):
@@ -71,6 +78,7 @@ def _train_until(job: TrainingJob, iterations: int, report: Tell) -> Curve:
     over = training_over(saved, train)
     if len(saved) >= iterations and not over:
         return saved[:iterations]
+    stop_if_asked()
     begin(*progress(saved, train))
     task.cache.mkdir(parents=True, exist_ok=True)
     most = len(saved) if over else iterations  # killed after its last iteration, it has none to make
@@ -101,8 +109,10 @@ def _train(job: TrainingJob, iterations: int, report: Tell, team: Team) -> Curve
     if training_over(module.curve, task.config.train):
         trained = module.result()
         if team.first:
-            _leave_result(task, module, trained, run)
+            _leave_result(job, module, trained, run)
             checkpoint.unlink(missing_ok=True)
+    elif len(module.curve) < iterations:
+        stop_if_asked()
     return module.curve
 
 
@@ -135,19 +145,22 @@ def make_trainer(folder: Path, iterations: int, callbacks: list[Callback], team:
     )
 
 
-def _leave_result(task: TrainingTask, module: PolicyGradient, trained: Policy, run: TrainingRun | None) -> None:
+def _leave_result(job: TrainingJob, module: PolicyGradient, trained: Policy, run: TrainingRun | None) -> None:
     """Write what a finished training leaves, and make it appear at once; the curve then has no times."""
+    task = job.task
     episodes = task.cache / "episodes.parquet"
     timings = [
         {k: row.pop(k) for k in list(row) if k.startswith(("seconds", "tokens_per_second"))} for row in module.curve
     ]
     with replacing(task.result) as folder:
-        save_trained(trained, folder / "policy", Layout(Path()).base)
+        if not job.curves_only:
+            save_trained(trained, folder / "policy", Layout(Path()).base)
+            shutil.copy2(episodes, folder)
         write_json(folder / "curves.json", module.curve)
         write_json(folder / "timings.json", timings)
-        shutil.copy2(episodes, folder)
         if run is not None:
             # Killed after its last iteration, a training has none in memory.
             last = module.last_episodes or read(episodes)
             write_json(folder / "runs.json", run.finish(module.policy.tokenizer, last))
+        seal(folder)
     episodes.unlink(missing_ok=True)

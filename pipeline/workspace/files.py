@@ -12,6 +12,7 @@ from filelock import FileLock, Timeout
 
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.finite import require_finite
+from pipeline.workspace.stopping import asked, stop_if_asked
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -45,9 +46,12 @@ def replacing(path: Path) -> Iterator[Path]:
     if partial.is_dir():
         shutil.rmtree(partial)
     yield partial
-    if path.is_dir():
-        shutil.rmtree(path)
+    old = path.with_name(path.name + ".old.partial")
+    if path.is_dir():  # it goes at once, not file by file
+        shutil.rmtree(old, ignore_errors=True)
+        path.replace(old)
     partial.replace(path)
+    shutil.rmtree(old, ignore_errors=True)
 
 
 def drop_unfinished_line(file: BinaryIO) -> None:
@@ -73,6 +77,7 @@ def lock(path: Path, wait: bool = True, waiting: Callable[[], None] = lambda: No
     ``path`` is a file that is made for the lock, and stays; ``waiting`` is called once, if somebody has it.
 
     Raises:
+        Stopped: this process was asked to stop while it waited.
         filelock.Timeout: another process has it, and ``wait`` is off.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -83,7 +88,11 @@ def lock(path: Path, wait: bool = True, waiting: Callable[[], None] = lambda: No
         if not wait:
             raise
         waiting()
-        held.acquire()
+        try:
+            held.acquire(cancel_check=asked)
+        except Timeout:
+            stop_if_asked()
+            raise
     try:
         yield
     finally:

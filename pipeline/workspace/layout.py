@@ -105,6 +105,11 @@ class Layout:
         """Wall-clock of every iteration, by seed."""
         return self.out / "data" / "timings" / f"{environment}-{method}.json"
 
+    @property
+    def timed(self) -> Path:
+        """Folder of the report and of figures with wall-clock."""
+        return self.out / "data" / "timings" / "report"
+
     def runs(self, environment: str, method: str) -> Path:
         """MLflow's runs of a method's trainings, by seed."""
         return self.all_runs / f"{environment}-{method}.json"
@@ -169,6 +174,10 @@ class Cache:
     def training(self, key: str) -> Path:
         """Folder of a training: checkpoint while it runs, result when it is finished."""
         return self.folder / "train" / key
+
+    def supervision(self, key: str) -> Path:
+        """File that holds how far the supervision of a policy is, while it goes on."""
+        return self.folder / "supervision" / key
 
     def slices(self, key: str) -> Path:
         """Folder of a table's slices that are finished, while the others are made."""
