@@ -14,8 +14,6 @@ from pipeline.workspace.layout import Cache
 LARGE = 2**20
 """Bytes from which a file's hash is kept in ``KNOWN`` and used again while the file is untouched."""
 KNOWN = Cache().hashes
-MANIFEST = "manifest.json"
-"""In a folder that is finished, the hashes of all that it holds."""
 TICK = 2 * 10**9
 """Nanoseconds within which a file may be written twice and show the same times."""
 
@@ -76,16 +74,9 @@ def tree_hashes(path: Path) -> dict[str, str]:
     return found
 
 
-def seal(folder: Path) -> None:
-    """Write a folder's manifest, once all else is there."""
-    write_json(folder / MANIFEST, tree_hashes(folder))
-
-
-def sealed(folder: Path) -> bool:
-    """Whether a folder holds what its manifest says, byte by byte, and nothing else."""
+def holds(folder: Path, manifest: Path) -> bool:
+    """Whether a folder holds byte by byte what a manifest says, a file of its ``tree_hashes``, and nothing else."""
     try:
-        manifest, found = read_json(folder / MANIFEST), tree_hashes(folder)
+        return bool(read_json(manifest) == tree_hashes(folder))
     except UserError:
         return False
-    found.pop(MANIFEST)
-    return bool(manifest == found)

@@ -30,8 +30,6 @@ SILENT_BEATS = 6
 OCCUPIED = (TrialState.RUNNING, TrialState.WAITING, TrialState.COMPLETE, TrialState.PRUNED)
 """States in which a trial holds its slot."""
 KILLED = "its worker was killed"
-STOPPED = "its command was asked to stop"
-"""Of a trial that is no attempt less: another one goes on with its trainings."""
 FINISHED = (TrialState.COMPLETE, TrialState.PRUNED)
 
 
@@ -118,7 +116,7 @@ class Queue:
         for slot in range(self._trials):
             if slot in held:
                 continue
-            if slot in last and last[slot].user_attrs.get("failure") in (KILLED, STOPPED):
+            if slot in last and last[slot].user_attrs.get("failure") == KILLED:
                 self._succeed(last[slot])
                 continue
             name, point = self._fixed[slot] if slot < len(self._fixed) else (None, {})
@@ -150,6 +148,12 @@ class Queue:
             return self._storage.set_trial_state_values(trial_id, TrialState.FAIL)
         except UpdateFinishedTrialError:
             return False
+
+    def give_back(self, trial_id: int) -> None:
+        """End a trial whose worker was asked to stop: another one goes on with its trainings, and no attempt is lost."""
+        with contextlib.suppress(UpdateFinishedTrialError):
+            self._storage.set_trial_user_attr(trial_id, "stopped", True)
+        self.fail(trial_id, KILLED)
 
     def finished(self) -> int:
         """Slots whose trial has ended, completely or stopped by the pruner."""
@@ -187,11 +191,11 @@ class Queue:
 
     def _succeed(self, trial: FrozenTrial) -> None:
         """Queue a killed trial's settings again, or, if they have been tried often enough, a new draw for its slot."""
-        attempt = trial.user_attrs.get("attempt", 1) + (trial.user_attrs["failure"] == KILLED)
-        if attempt > self._retries + 1:
+        attempt = trial.user_attrs.get("attempt", 1)
+        if attempt > self._retries and not trial.user_attrs.get("stopped"):
             self._enqueue(trial.user_attrs["slot"], {}, {"instead_of": trial.number})
             return
-        attributes = {"retry_of": trial.number, "attempt": attempt}
+        attributes = {"retry_of": trial.number, "attempt": attempt + (not trial.user_attrs.get("stopped"))}
         if "baseline" in trial.user_attrs:
             attributes["baseline"] = trial.user_attrs["baseline"]
         # It may have been killed before all that was fixed was drawn.

@@ -60,7 +60,7 @@ class TrainingObjective:
                 others = [curve for seed, curve in curves.items() if seed != task.seed]
                 shifted = _shifted(report, others, config.train)
                 try:
-                    curves[task.seed] = train_until(TrainingJob(task, None, None, curves_only=True), rung, shifted)
+                    curves[task.seed] = train_until(TrainingJob(task, None, None, keeps_policy=False), rung, shifted)
                 except NotFiniteError as error:  # settings under which a training diverges are no worse than bad ones
                     raise TrialPruned(str(error)) from None
             if not sweep.fewer_tokens:  # Optuna takes no intermediate values of two objectives

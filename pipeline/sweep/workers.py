@@ -17,7 +17,7 @@ from optuna.trial import FrozenTrial, Trial, TrialState
 
 from pipeline.progress.display import Display, still, tell
 from pipeline.sweep.plan import SearchPlan
-from pipeline.sweep.queue import FINISHED, STOPPED, Queue, open_storage
+from pipeline.sweep.queue import FINISHED, Queue, open_storage
 from pipeline.sweep.sampler import NumberedSampler
 from pipeline.sweep.trial import Objective, Outcome, run_trial
 from pipeline.workspace.layout import Cache
@@ -158,7 +158,7 @@ def _run(search: SearchRun, study: optuna.Study, queue: Queue, trial: Trial, sen
     except UpdateFinishedTrialError:
         return  # another worker has taken this one for dead; the trial's successor is what counts
     except Stopped:
-        queue.fail(trial._trial_id, STOPPED)
+        queue.give_back(trial._trial_id)
         return
     except BrokenPipeError:
         raise

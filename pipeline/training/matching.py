@@ -108,8 +108,8 @@ def matched(config: Config, environment: str, method: str, layout: Layout) -> tu
     def moved(name: str, rate: float) -> float:
         short = shortened(with_rate(config, name, rate), name)
         tasks = [training_task(short, environment, name, seed, layout.policy, Cache().matching) for seed in seeds]
-        jobs = {f"seed {t.seed}": TrainingJob(t, layout.annotated(environment), None, curves_only=True) for t in tasks}
-        jobs = {name: job for name, job in jobs.items() if not job.task.finished}
+        plain = [TrainingJob(task, layout.annotated(environment), None, keeps_policy=False) for task in tasks]
+        jobs = {f"seed {job.task.seed}": job for job in plain if not job.task.finished}
         title = f"match {method}: {name} at {rate:.3g}"
         run_in_processes(train_one, jobs, config.trainings, title, config.threads, saved="iterations at work")
         found = [kl for task in tasks for kl in first_updates(read_json(task.result / "curves.json"))]

@@ -17,7 +17,7 @@ from pipeline.model.adapters import save_trained
 from pipeline.model.loading import load_trained
 from pipeline.model.policy import Policy
 from pipeline.progress.display import begin, within
-from pipeline.sources.hashes import seal
+from pipeline.sources.hashes import tree_hashes
 from pipeline.tracking.training import RunSettings, TrainingRun
 from pipeline.training.budget import progress, training_over
 from pipeline.training.callbacks import Checkpoint, Clock, End, Log, Progress, Validation
@@ -44,8 +44,8 @@ class TrainingJob:
     """Annotated trajectories of the rollout stage, if the first iteration may come from there."""
     tracking: RunSettings | None
     """Where and under which tags MLflow holds the run; None for a training that has no run of its own."""
-    curves_only: bool = False
-    """Leave no policy and no episodes: of the training nothing else is asked."""
+    keeps_policy: bool = True
+    """Whether the result has the trained policy; the learning curve may be all that is asked for."""
 
 
 def train_one(job: TrainingJob, report: Tell) -> Path:
@@ -153,14 +153,14 @@ def _leave_result(job: TrainingJob, module: PolicyGradient, trained: Policy, run
         {k: row.pop(k) for k in list(row) if k.startswith(("seconds", "tokens_per_second"))} for row in module.curve
     ]
     with replacing(task.result) as folder:
-        if not job.curves_only:
+        if job.keeps_policy:
             save_trained(trained, folder / "policy", Layout(Path()).base)
-            shutil.copy2(episodes, folder)
         write_json(folder / "curves.json", module.curve)
         write_json(folder / "timings.json", timings)
+        shutil.copy2(episodes, folder)
         if run is not None:
             # Killed after its last iteration, a training has none in memory.
             last = module.last_episodes or read(episodes)
             write_json(folder / "runs.json", run.finish(module.policy.tokenizer, last))
-        seal(folder)
+        write_json(task.manifest, tree_hashes(folder))
     episodes.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.settings.params import Config
 from pipeline.sources.code import result_key
 from pipeline.sources.fingerprints import of_environment, of_method
-from pipeline.sources.hashes import sealed, tree_hashes
+from pipeline.sources.hashes import holds, tree_hashes
 from pipeline.trajectories.trajectory import Trajectories
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.layout import Cache
@@ -30,13 +30,18 @@ class TrainingTask:
 
     @property
     def result(self) -> Path:
-        """Folder of the finished result: policy/, curves.json, episodes.parquet, timings.json, runs.json, manifest.json."""
+        """Folder of the finished result: policy/, curves.json, episodes.parquet, timings.json, runs.json."""
         return self.cache / "result"
+
+    @property
+    def manifest(self) -> Path:
+        """Hashes of all that the finished result holds."""
+        return self.cache / "manifest.json"
 
     @property
     def finished(self) -> bool:
         """Whether the result is there, as it was written: it appears all at once, and is made again where it has changed."""
-        return sealed(self.result)
+        return holds(self.result, self.manifest)
 
 
 def training_task(config: Config, environment: str, method: str, seed: int, policy: Path, cache: Path) -> TrainingTask:
