@@ -15,8 +15,8 @@ import pytest
 
 from pipeline.workspace.processes import Tell, run_in_processes, run_together
 from pipeline.workspace.stopping import PARENT_ENDED, Stopped, asked, stop_if_asked
-from tests.trainings import ROOT
 
+ROOT = Path(__file__).parents[1]
 UNITS = 200
 
 

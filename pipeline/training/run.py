@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import lightning.pytorch as lightning
 import torch
@@ -105,7 +106,7 @@ def _train(job: TrainingJob, iterations: int, report: Tell, team: Team) -> Curve
     own = [Progress(report), *([Log(run)] if run else [])] if team.first else []
     trainer = make_trainer(task.cache, iterations, [Clock(), Validation(), *own, Checkpoint(task.cache), End()], team)
     with located(f"{task.environment}-{task.method}, seed {task.seed}"):
-        trainer.fit(module, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
+        _fit(trainer, module, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
     if training_over(module.curve, task.config.train):
         trained = module.result()
         if team.first:
@@ -119,8 +120,16 @@ def _train(job: TrainingJob, iterations: int, report: Tell, team: Team) -> Curve
 def try_iteration(module: PolicyGradient) -> dict[str, float]:
     """Make a training's first iteration, which leaves no file; returns its row of the curve, with its times."""
     with TemporaryDirectory() as folder:
-        make_trainer(Path(folder), 1, [Clock()]).fit(module)
+        _fit(make_trainer(Path(folder), 1, [Clock()]), module)
     return module.curve[0]
+
+
+def _fit(trainer: lightning.Trainer, module: PolicyGradient, **options: Any) -> None:
+    """``Trainer.fit``, which makes an exit with code 1 of a signal that has ended the work: that stays what it was."""
+    try:
+        trainer.fit(module, **options)
+    except SystemExit as end:
+        raise end.__context__ if isinstance(end.__context__, KeyboardInterrupt) else end from None
 
 
 def make_trainer(folder: Path, iterations: int, callbacks: list[Callback], team: Team = ALONE) -> lightning.Trainer:
