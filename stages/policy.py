@@ -25,10 +25,9 @@ def main(params: ParamsFile = "params.yaml") -> str:
     from pipeline.environments.playing import reset
     from pipeline.model.adapters import merged
     from pipeline.model.loading import load_policy, longest_context
-    from pipeline.progress.display import Display, doing, within
+    from pipeline.progress.display import doing
     from pipeline.rollout.acceptance import accept
     from pipeline.workspace.errors import UserError
-    from pipeline.workspace.files import lock
 
     torch.set_num_threads(config.workers * config.threads)
     settings, plan = config.policy, config.policy.demonstrations
@@ -38,16 +37,7 @@ def main(params: ParamsFile = "params.yaml") -> str:
         if plan is not None:
             expert_of(environment, plan.reasoning)
 
-    checkpoint = None if plan is None else _checkpoint(config)
-    waiting = partial(within, 0.0, "waiting for another command, which does this supervision", insist=True)
-
-    def supervised(begin: Callable[..., Policy]) -> Policy:
-        assert checkpoint is not None
-        make_alone(layout, "policy")
-        with lock(checkpoint.with_suffix(".lock"), waiting=waiting), Display("policy", ["supervising"]) as display:
-            report = display.report("supervising")
-            return begin(lambda step, total, loss: report(step, total, f"loss {loss:.3f}"), checkpoint=checkpoint)
-
+    checkpoint = _checkpoint(config)
     if settings.kind == "pretrained":
         doing(f"loading {settings.model}")
         policy = load_policy(
@@ -59,7 +49,8 @@ def main(params: ParamsFile = "params.yaml") -> str:
             context=longest_context(config),
         )
     else:
-        policy = supervised(partial(bootstrap, settings, config.environments))
+        make_alone(layout, "policy")
+        policy = _supervised(partial(bootstrap, settings, config.environments), checkpoint)
     longest = getattr(policy.model.config, "max_position_embeddings", None)
     for name, section in config.environments.items():
         if longest is not None and section.context_tokens > longest:
@@ -71,17 +62,28 @@ def main(params: ParamsFile = "params.yaml") -> str:
         accept(policy, settings.model, config)
         policy = merged(policy)
         if settings.demonstrations is not None:
-            policy = supervised(partial(warm_start, policy, settings.demonstrations, config))
+            make_alone(layout, "policy")
+            policy = _supervised(partial(warm_start, policy, settings.demonstrations, config), checkpoint)
         policy.model.to(getattr(torch, settings.dtype))
     note = "" if policy.tokenizer.chat_template else "It has no chat template: messages are lines like `user: …`. "
     doing("saving")
     make_alone(layout, "policy")
     policy.save(layout.policy)
-    if checkpoint is not None:
-        checkpoint.unlink(missing_ok=True)
+    checkpoint.unlink(missing_ok=True)
     size = sum(p.numel() for p in policy.model.parameters())
     following = next_command(params, "python -m stages.rollout", environment=next(iter(config.environments)))
     return f"{layout.policy}: {size / 1e6:.2f} M parameters, {len(policy.tokenizer)} tokens. {note}{following}"
+
+
+def _supervised(begin: Callable[..., Policy], checkpoint: Path) -> Policy:
+    """What a supervision makes, which keeps in a file how far it is; one that another command does is waited for."""
+    from pipeline.progress.display import Display, within
+    from pipeline.workspace.files import lock
+
+    waiting = partial(within, 0.0, "waiting for another command, which does this supervision", insist=True)
+    with lock(checkpoint.with_suffix(".lock"), waiting=waiting), Display("policy", ["supervising"]) as display:
+        report = display.report("supervising")
+        return begin(lambda step, total, loss: report(step, total, f"loss {loss:.3f}"), checkpoint=checkpoint)
 
 
 def _checkpoint(config: Config) -> Path:

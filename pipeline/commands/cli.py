@@ -11,7 +11,7 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Container
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -131,22 +131,19 @@ def reproduce(pipeline: Path) -> None:
 
     with until_saved(), still():  # the stages speak for themselves
         dvc = subprocess.Popen(["dvc", "repro", str(pipeline)], preexec_fn=start_with_parent(signal.SIGKILL))
-        told: set[psutil.Process] = set()
+        told = {dvc.pid}
         try:
             while (code := _ended(dvc)) is None:
                 if asked():
-                    if not told:
+                    if len(told) == 1:
                         say_that_it_stops("unit of work that is next to be saved")
-                    for stage in _stages(dvc):
-                        if stage not in told:
-                            stage.send_signal(PARENT_ENDED)
-                        told.add(stage)
+                    told |= _tell_stage(dvc, PARENT_ENDED, told)  # the next one, too, where DVC was between two
         except Stopped:
-            for stage in _stages(dvc):
-                stage.terminate()
+            _tell_stage(dvc, signal.SIGKILL)
             raise
         finally:
             dvc.kill()
+            dvc.wait()
         stop_if_asked()
     if code:
         sys.exit(code)
@@ -159,10 +156,15 @@ def _ended(process: subprocess.Popen[bytes]) -> int | None:
     return None
 
 
-def _stages(dvc: subprocess.Popen[bytes]) -> Iterator[psutil.Process]:
-    """What DVC runs now."""
+def _tell_stage(dvc: subprocess.Popen[bytes], number: int, told: Container[int] = ()) -> set[int]:
+    """Send a signal to what DVC runs now, but for those who were told; returns their process ids."""
+    found = set[int]()
     with contextlib.suppress(psutil.Error):
-        yield from psutil.Process(dvc.pid).children()
+        for stage in psutil.Process(dvc.pid).children():
+            if stage.pid not in told:
+                stage.send_signal(number)
+            found.add(stage.pid)
+    return found
 
 
 def next_command(params: str, command: str, **options: str) -> str:
@@ -206,6 +208,8 @@ def run(*mains: Callable[..., str]) -> None:
         raise SystemExit(1) from None
     except KeyboardInterrupt as stopped:
         number = stopped.number if isinstance(stopped, Stopped) else signal.SIGINT
+        for signalled in (signal.SIGINT, *before):  # it is over
+            signal.signal(signalled, signal.SIG_IGN)
         word = "interrupted" if number == signal.SIGINT else "stopped"
         print(f"{word}; run the same command again to go on", file=sys.stderr)
         raise SystemExit(128 + number) from None

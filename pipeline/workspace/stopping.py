@@ -8,18 +8,23 @@ import mmap
 import signal
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 ASKS = (signal.SIGINT, signal.SIGTERM)
 """Signals of people and of schedulers. A second one, while the next save is awaited, ends the work at once."""
+TOGETHER = 2.0
+"""Seconds within which SIGTERM counts once: sent to a process group, it is passed on by some that have it, make for one."""
 PARENT_ENDED = signal.SIGUSR1
 """What a command is sent when the process that runs it has ended, or passes on that it was asked itself; however often, it
 asks once."""
 
 _asked = mmap.mmap(-1, 1)
 """The number of the signal that has asked, 0 if none has; processes that are forked from this one share it."""
+_heard = float("-inf")
+"""When this process was last told by something that counted."""
 
 
 class Stopped(KeyboardInterrupt):
@@ -48,7 +53,8 @@ def stop_if_asked() -> None:
 
 def stop(number: int, _: Any = None) -> None:
     """A handler of signals where nothing is to be saved: it ends the work with ``Stopped``."""
-    raise Stopped(signal.SIGTERM if number == PARENT_ENDED else number)
+    if _counts(number):
+        raise Stopped(signal.SIGTERM if number == PARENT_ENDED else number)
 
 
 @contextmanager
@@ -85,7 +91,18 @@ def say_that_it_stops(unit: str) -> None:
 
 
 def _note(number: int, _: Any) -> None:
-    if asked() and number in ASKS:
-        raise Stopped(number)
+    counts = _counts(number)
     if not asked():
         _asked[0] = signal.SIGTERM if number == PARENT_ENDED else number
+    elif counts and number in ASKS:
+        raise Stopped(number)
+
+
+def _counts(number: int) -> bool:
+    """Whether a signal is one of its own; Ctrl-C always is."""
+    global _heard
+    before, now = _heard, time.monotonic()
+    if number != signal.SIGINT and now - before < TOGETHER:
+        return False
+    _heard = now
+    return True
