@@ -40,18 +40,17 @@ def main(params: ParamsFile = "params.yaml") -> str:
         comparison = compare(config, inputs)
     except ValueError as error:
         raise UserError(f"{layout.out / 'data' / 'evaluations'}: {error}; `dvc repro` brings it up to date") from None
-    registered = layout.registration  # not there where no stage before this one has run
-    comparison["registration"] = read_json(registered) if registered.exists() else None
+    # It is not there where no stage before this one has run.
+    comparison["registration"] = read_json(layout.registration) if layout.registration.exists() else None
     if intervened := read_interventions(config, layout):
         comparison["interventions"] = intervened
     unlike = registration_warning(comparison["registration"])
     comparison["warnings"] = comparison_warnings(config, inputs.curves, comparison) + ([unlike] if unlike else [])
     doing("drawing figures")
     write_answer_figure(comparison, reports / "figures")
-    timeless = replace(inputs, timings={})
-    write_comparison_figures(comparison, timeless, reports / "figures")
+    write_comparison_figures(comparison, timeless := replace(inputs, timings={}), reports / "figures")
     write_timed_figures(comparison, inputs, layout.timed)
-    first = bottleneck[next(iter(config.environments))]
+    first = bottleneck[next(iter(bottleneck))]
     write_json(reports / "bottleneck.json", {**first, "schema": 1, "environments": bottleneck})
     write_json(layout.comparison, comparison)
     write_metrics(comparison, inputs.curves, reports)

@@ -187,7 +187,9 @@ def run(*mains: Callable[..., str]) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     name_the_user()
-    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, PARENT_ENDED)}
+    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, PARENT_ENDED)}
+    for number in (signal.SIGTERM, PARENT_ENDED):
+        signal.signal(number, stop)
     try:
         if "DVC_STAGE" in os.environ:  # a killed `dvc repro` leaves nothing behind that writes beside the next one
             end_with_parent(PARENT_ENDED, os.getppid())
@@ -208,8 +210,8 @@ def run(*mains: Callable[..., str]) -> None:
         raise SystemExit(1) from None
     except KeyboardInterrupt as stopped:
         number = stopped.number if isinstance(stopped, Stopped) else signal.SIGINT
-        for signalled in (signal.SIGINT, *before):  # it is over
-            signal.signal(signalled, signal.SIG_IGN)
+        while before:  # it is over: whoever passes the signal on, or ends, may do so later
+            signal.signal(before.popitem()[0], signal.SIG_IGN)
         word = "interrupted" if number == signal.SIGINT else "stopped"
         print(f"{word}; run the same command again to go on", file=sys.stderr)
         raise SystemExit(128 + number) from None
