@@ -114,7 +114,7 @@ def supervise(
             schedule.step()
             require_finite(f"policy.demonstrations: the loss of step {step}", loss)
             report(step, total, loss)
-            saving.save(step, insist=asked() or step == total)
+            saving.save(step, insist=asked())
             stop_if_asked()
     optimizer.zero_grad(set_to_none=True)
     policy.model.eval()
