@@ -187,9 +187,9 @@ def run(*mains: Callable[..., str]) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     name_the_user()
-    before = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM, PARENT_ENDED)}
-    for number in (signal.SIGTERM, PARENT_ENDED):
-        signal.signal(number, stop)
+    before = {asking: signal.getsignal(asking) for asking in (signal.SIGINT, signal.SIGTERM, PARENT_ENDED)}
+    for asking in (signal.SIGTERM, PARENT_ENDED):
+        signal.signal(asking, stop)
     try:
         if "DVC_STAGE" in os.environ:  # a killed `dvc repro` leaves nothing behind that writes beside the next one
             end_with_parent(PARENT_ENDED, os.getppid())
@@ -209,7 +209,7 @@ def run(*mains: Callable[..., str]) -> None:
         print("a worker process was killed (out of memory?); run the same command again to go on", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt as stopped:
-        number = stopped.number if isinstance(stopped, Stopped) else signal.SIGINT
+        number: int = stopped.number if isinstance(stopped, Stopped) else signal.SIGINT
         while before:  # it is over: whoever passes the signal on, or ends, may do so later
             signal.signal(before.popitem()[0], signal.SIG_IGN)
         word = "interrupted" if number == signal.SIGINT else "stopped"
@@ -218,8 +218,8 @@ def run(*mains: Callable[..., str]) -> None:
     finally:
         while _locks:
             _locks.popitem()[1].close()
-        for number, handler in before.items():
-            signal.signal(number, handler)
+        for asking, handler in before.items():
+            signal.signal(asking, handler)
 
 
 def _called(*mains: Callable[..., str]) -> str:

@@ -71,7 +71,7 @@ def until_saved() -> Iterator[None]:
     before = {
         number: handler
         for number, handler in handled.items()
-        if handler not in (signal.SIG_IGN, None) and (number in ASKS or handler == stop)
+        if handler is not None and handler != signal.SIG_IGN and (number in ASKS or handler == stop)
     }
     outside, _asked = _asked, mmap.mmap(-1, 1)
     for number in before:
