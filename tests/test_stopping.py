@@ -148,6 +148,26 @@ run(main)
 """
 
 
+ORPHAN = """
+import os, time
+from pipeline.commands.cli import run
+
+parent = os.getpid()
+if os.fork():
+    os._exit(0)
+while os.getppid() == parent:
+    time.sleep(0.01)
+run(lambda: "done")
+"""
+
+
+def test_a_stage_whose_dvc_ended_before_it_began_does_not_begin() -> None:
+    variables = {**os.environ, "DVC_STAGE": "train"}
+    command = [sys.executable, "-c", ORPHAN]
+    done = subprocess.run(command, cwd=ROOT, env=variables, capture_output=True, text=True, timeout=120)
+    assert (done.stdout, done.stderr) == ("", "stopped; run the same command again to go on\n")
+
+
 @pytest.mark.parametrize(
     ("number", "code", "said"),
     [(signal.SIGTERM, 143, "stopped"), (signal.SIGINT, 130, "interrupted"), (PARENT_ENDED, 143, "stopped")],

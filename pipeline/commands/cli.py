@@ -25,7 +25,7 @@ from pipeline.workspace.errors import UserError
 from pipeline.workspace.files import lock
 from pipeline.workspace.finite import NumericsError
 from pipeline.workspace.layout import Cache, Layout
-from pipeline.workspace.processes import end_with_parent, start_with_parent
+from pipeline.workspace.processes import end_with_parent, is_orphan, start_with_parent
 from pipeline.workspace.stopping import (
     PARENT_ENDED,
     Stopped,
@@ -193,6 +193,8 @@ def run(*mains: Callable[..., str]) -> None:
     try:
         if "DVC_STAGE" in os.environ:  # a killed `dvc repro` leaves nothing behind that writes beside the next one
             end_with_parent(PARENT_ENDED, os.getppid())
+            if is_orphan():
+                stop(PARENT_ENDED)
         with Display(_title(), [""], bars=False, age=_age()) as display:
             display.report("")(0, 0, "starting")
             result = _called(*mains)

@@ -181,6 +181,14 @@ def end_with_parent(number: int, parent: int) -> None:
         os.kill(os.getpid(), number)
 
 
+def is_orphan() -> bool:
+    """Whether the process that had started this one, in its own group, is gone: another one is the parent then."""
+    try:
+        return os.getpgid(os.getppid()) != os.getpgrp()
+    except ProcessLookupError:
+        return True
+
+
 def _watch(parent: int, number: int) -> None:
     """Where the kernel does not tell: look once a second."""
     while os.getppid() == parent:
