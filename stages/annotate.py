@@ -10,7 +10,6 @@ from pipeline.trajectories.trajectory import concatenate
 def main(environment: EnvironmentName, params: ParamsFile = "params.yaml") -> str:
     config, layout, params = configured(params, environment)
     table = read(layout.trajectories(environment))
-    make_alone(layout, f"annotate {environment}")
     import transformers.models.auto.modeling_auto  # noqa: F401  (imported before the processes fork)
 
     from pipeline.energy.annotate import annotate_part
@@ -24,6 +23,7 @@ def main(environment: EnvironmentName, params: ParamsFile = "params.yaml") -> st
     )
     made_of = {"table": tree_hashes(layout.trajectories(environment)), "policy": tree_hashes(layout.policy)}
     cache = Cache().slices(result_key("pipeline.energy.annotate", settings | made_of))
+    make_alone(layout, f"annotate {environment}", cache)
     slice_size = config.rollout.groups * config.rollout.group_size
     size = -(-len(table) // (slice_size * config.workers)) * slice_size
     tasks = {

@@ -49,7 +49,7 @@ def main(params: ParamsFile = "params.yaml") -> str:
             context=longest_context(config),
         )
     else:
-        make_alone(layout, "policy")
+        make_alone(layout, "policy", checkpoint)
         policy = _supervised(partial(bootstrap, settings, config.environments), checkpoint)
     longest = getattr(policy.model.config, "max_position_embeddings", None)
     for name, section in config.environments.items():
@@ -62,7 +62,7 @@ def main(params: ParamsFile = "params.yaml") -> str:
         accept(policy, settings.model, config)
         policy = merged(policy)
         if settings.demonstrations is not None:
-            make_alone(layout, "policy")
+            make_alone(layout, "policy", checkpoint)
             policy = _supervised(partial(warm_start, policy, settings.demonstrations, config), checkpoint)
         policy.model.to(getattr(torch, settings.dtype))
     note = "" if policy.tokenizer.chat_template else "It has no chat template: messages are lines like `user: …`. "
@@ -76,12 +76,10 @@ def main(params: ParamsFile = "params.yaml") -> str:
 
 
 def _supervised(begin: Callable[..., Policy], checkpoint: Path) -> Policy:
-    """What a supervision makes, which keeps in a file how far it is; one that another command does is waited for."""
-    from pipeline.progress.display import Display, within
-    from pipeline.workspace.files import lock
+    """What a supervision makes, which keeps in a file how far it is."""
+    from pipeline.progress.display import Display
 
-    waiting = partial(within, 0.0, "waiting for another command, which does this supervision", insist=True)
-    with lock(checkpoint.with_suffix(".lock"), waiting=waiting), Display("policy", ["supervising"]) as display:
+    with Display("policy", ["supervising"]) as display:
         report = display.report("supervising")
         return begin(lambda step, total, loss: report(step, total, f"loss {loss:.3f}"), checkpoint=checkpoint)
 

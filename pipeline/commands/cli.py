@@ -99,12 +99,18 @@ def go_to_root(params: str, root: str | None = None) -> str:
     return params
 
 
-def make_alone(layout: Layout, makes: str) -> None:
+def make_alone(layout: Layout, makes: str, shared: Path | None = None) -> None:
     """From here on and until this command ends, no other one makes the same of the run; this one waits for it, and says so.
 
-    To be called where a mistake of the user's would have been found: a command that refuses leaves no file.
+    Nor does another one, of whatever run, work in what is ``shared`` of the cache. To be called where a mistake of the user's
+    would have been found: a command that refuses leaves no file.
     """
-    path = Cache().lock(f"{os.path.relpath(layout.out)}/{makes}")
+    _lock(Cache().lock(f"{os.path.relpath(layout.out)}/{makes}"), makes)
+    if shared is not None:
+        _lock(shared.with_name(f"{shared.name}.lock"), makes)
+
+
+def _lock(path: Path, makes: str) -> None:
     if path in _locks:
         return
 
