@@ -37,7 +37,7 @@ def main(params: ParamsFile = "params.yaml") -> str:
         if plan is not None:
             expert_of(environment, plan.reasoning)
 
-    checkpoint = _checkpoint(config)
+    checkpoint = None if plan is None else _checkpoint(config)
     if settings.kind == "pretrained":
         doing(f"loading {settings.model}")
         policy = load_policy(
@@ -69,13 +69,14 @@ def main(params: ParamsFile = "params.yaml") -> str:
     doing("saving")
     make_alone(layout, "policy")
     policy.save(layout.policy)
-    checkpoint.unlink(missing_ok=True)
+    if checkpoint is not None:
+        checkpoint.unlink(missing_ok=True)
     size = sum(p.numel() for p in policy.model.parameters())
     following = next_command(params, "python -m stages.rollout", environment=next(iter(config.environments)))
     return f"{layout.policy}: {size / 1e6:.2f} M parameters, {len(policy.tokenizer)} tokens. {note}{following}"
 
 
-def _supervised(begin: Callable[..., Policy], checkpoint: Path) -> Policy:
+def _supervised(begin: Callable[..., Policy], checkpoint: Path | None) -> Policy:
     """What a supervision makes, which keeps in a file how far it is."""
     from pipeline.progress.display import Display
 
