@@ -85,10 +85,12 @@ def run_in_processes(
                 with contextlib.suppress(queue.Empty):
                     while True:
                         display.update(*reports.get_nowait())
-                if asked() and not told:
+                if asked():  # all of them are waited for, however they end
+                    if not told:
+                        say_that_it_stops(saved)
                     told = True
-                    say_that_it_stops(saved)
-                for future in () if asked() else done:  # who stops waits for all of them, however they end
+                    continue
+                for future in done:
                     future.result()
                     display.finish(futures[future])
         stop_if_asked()
