@@ -21,7 +21,7 @@ def main(
 ) -> str:
     target = to.absolute()  # before the working folder changes
     config, layout, _ = configured(params, environment, method)
-    make_alone(layout, f"export {target}")
+    make_alone(layout, "export")
     from pipeline.model.adapters import find_adapters, merged
     from pipeline.model.loading import load_trained
     from pipeline.progress.display import doing
