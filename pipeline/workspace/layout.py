@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -185,4 +186,5 @@ class Cache:
 
     def lock(self, name: str) -> Path:
         """The lock of whoever makes what has this name."""
-        return self.folder / "locks" / quote(name, safe="")
+        file = quote(name, safe="")
+        return self.folder / "locks" / (file if len(file) < 200 else hashlib.sha256(name.encode()).hexdigest())
