@@ -7,7 +7,7 @@ import os
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pipeline.commands.cli import ParamsFile, configured, next_command, run
+from pipeline.commands.cli import ParamsFile, configured, make_alone, next_command, run
 
 
 def main(params: ParamsFile = "params.yaml") -> str:
@@ -21,6 +21,7 @@ def main(params: ParamsFile = "params.yaml") -> str:
 
     check_named(config, params)
     check_made(layout, Path(params).with_name("dvc.lock"))
+    make_alone(layout, "sources")
     folder = layout.sources
     registration = register(config, layout.hypotheses)
     found = {

@@ -28,6 +28,7 @@ from pipeline.sweep.workers import SearchRun, run_search
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.layout import Cache
 from pipeline.workspace.processes import in_own_process
+from pipeline.workspace.stopping import asked, stop_if_asked
 from tests.queue_cases import TRIALS, Toy, check, database, ended, latest_begun, toy_plan
 from tests.searches import (
     ALPHA,
@@ -201,6 +202,35 @@ class Deadly(Toy):
             poison.write_text(repr(values))
         if poison.exists() and poison.read_text() == repr(values):
             os.kill(os.getpid(), signal.SIGKILL)
+
+
+@dataclass(frozen=True)
+class Stoppable(Toy):
+    """Trials last until the search is asked to stop, or for ever."""
+
+    def work(self, trial: Trial, values: dict[str, Any]) -> None:
+        if not self.log.with_name("go").exists():
+            awaited(asked)
+            stop_if_asked()
+
+
+def test_a_search_that_is_asked_to_stop_goes_on_with_the_same_settings_and_as_many_tries(tmp_path: Path) -> None:
+    plan, toy = toy_plan(tmp_path, trials=4, retries=0), Stoppable(tmp_path / "log")
+    process = begin(plan, toy, 2)
+    awaited(lambda: len(written(toy.log)) == 2)
+    assert process.pid is not None
+    os.killpg(process.pid, signal.SIGTERM)
+    process.join()
+    assert "Stopped" in Path("session.txt").read_text()
+    stopped = trials_of(plan)
+    assert [trial.state for trial in stopped] == [TrialState.FAIL] * 2
+    (tmp_path / "go").touch()
+    run(plan, toy)
+    trials = check(plan, toy.log)
+    for trial in stopped:
+        (again,) = (t for t in trials if t.user_attrs.get("retry_of") == trial.number)
+        assert again.params == trial.params
+        assert again.user_attrs["attempt"] == 1
 
 
 @pytest.mark.parametrize("slot", [1, 2])

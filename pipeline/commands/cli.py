@@ -12,12 +12,11 @@ import subprocess
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import psutil
 import typer
@@ -27,10 +26,20 @@ from pipeline.progress.display import Display
 from pipeline.workspace.addresses import redacted
 from pipeline.workspace.errors import UserError, fitted, listed, shown
 from pipeline.workspace.faults import fault_line, writing
+from pipeline.workspace.files import lock
 from pipeline.workspace.finite import NumericsError
 from pipeline.workspace.layout import Cache, Layout
 from pipeline.workspace.ours import require_inside
-from pipeline.workspace.processes import end_with_parent
+from pipeline.workspace.processes import end_with_parent, is_orphan, start_with_parent
+from pipeline.workspace.stopping import (
+    PARENT_ENDED,
+    Stopped,
+    asked,
+    say_that_it_stops,
+    stop,
+    stop_if_asked,
+    until_saved,
+)
 from pipeline.workspace.yaml_files import read_yaml
 
 if TYPE_CHECKING:
@@ -45,6 +54,8 @@ MethodName = Annotated[
 StudyName = Annotated[str, typer.Option("--study", metavar="NAME", help="Study of the params file's sweep.")]
 NAMES = ("--environment", "--method", "--study", "--name")
 """Options whose values tell one run of a stage from another."""
+_locks: dict[Path, contextlib.ExitStack] = {}
+"""What this command makes and no other does meanwhile."""
 
 
 def configured(params: str, environment: str | None = None, method: str | None = None) -> tuple[Config, Layout, str]:
@@ -98,14 +109,78 @@ def go_to_root(params: str, root: str | None = None) -> str:
     return params
 
 
+def make_alone(layout: Layout, makes: str, shared: Path | None = None) -> None:
+    """From here on and until this command ends, no other one makes the same of the run; this one waits for it, and says so.
+
+    Nor does another one, of whatever run, work in what is ``shared`` of the cache. To be called where a mistake of the user's
+    would have been found: a command that refuses leaves no file.
+    """
+    _lock(Cache().lock(f"{os.path.relpath(layout.out)}/{makes}"), makes)
+    if shared is not None:
+        _lock(shared.with_name(f"{shared.name}.lock"), makes)
+
+
+def _lock(path: Path, makes: str) -> None:
+    if path in _locks:
+        return
+
+    def waiting() -> None:
+        who = ""
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            who = f" ({path.read_text(encoding='utf-8')})"
+        said = f"{makes}: another command makes the same{who}; this one waits for its end"
+        print(said, file=sys.stderr, flush=True)
+
+    held = _locks[path] = contextlib.ExitStack()
+    held.enter_context(lock(path, waiting=waiting))
+    with contextlib.suppress(OSError):
+        told = " ".join([_program(), *map(shlex.quote, sys.argv[1:])])
+        path.write_text(f"process {os.getpid()}: {told}", encoding="utf-8")
+
+
 def reproduce(pipeline: Path) -> None:
-    """``dvc repro`` of a dvc.yaml, with what it prints; if it fails, this process ends with its exit code."""
+    """``dvc repro`` of a dvc.yaml, with what it prints; if it fails, this process ends with its exit code.
+
+    Asked to stop, it waits for the stage that is at work, which ends at its next save.
+    """
     from pipeline.progress.display import still
 
-    with still():  # the stages speak for themselves
-        done = subprocess.run(["dvc", "repro", str(pipeline)], preexec_fn=partial(end_with_parent, signal.SIGKILL))
-    if done.returncode:
-        sys.exit(done.returncode)
+    with until_saved(), still():  # the stages speak for themselves
+        dvc = subprocess.Popen(["dvc", "repro", str(pipeline)], preexec_fn=start_with_parent(signal.SIGKILL))
+        told = {dvc.pid}
+        try:
+            while (code := _ended(dvc)) is None:
+                if asked():
+                    if len(told) == 1:
+                        say_that_it_stops("unit of work that is next to be saved")
+                    told |= _tell_stage(dvc, PARENT_ENDED, told)  # the next one, too, where DVC was between two
+        except Stopped:
+            _tell_stage(dvc, signal.SIGKILL)
+            raise
+        finally:
+            dvc.kill()
+            dvc.wait()
+        stop_if_asked()
+    if code:
+        sys.exit(code)
+
+
+def _ended(process: subprocess.Popen[bytes]) -> int | None:
+    """The exit code of a process, or None if it has not ended within a moment."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return process.wait(0.2)
+    return None
+
+
+def _tell_stage(dvc: subprocess.Popen[bytes], number: int, told: Container[int] = ()) -> set[int]:
+    """Send a signal to what DVC runs now, but for those who were told; returns their process ids."""
+    found = set[int]()
+    with contextlib.suppress(psutil.Error):
+        for stage in psutil.Process(dvc.pid).children():
+            if stage.pid not in told:
+                stage.send_signal(number)
+            found.add(stage.pid)
+    return found
 
 
 def next_command(params: str, command: str, **options: str) -> str:
@@ -114,15 +189,12 @@ def next_command(params: str, command: str, **options: str) -> str:
     return " ".join([f"Next: {command}", *(f"--{name} {shlex.quote(value)}" for name, value in named.items())])
 
 
-class Stopped(KeyboardInterrupt):
-    """The stage was asked to end by a signal."""
-
-
 def run(*mains: Callable[..., str]) -> None:
     """Run a stage, or one of several commands; print its one line of result, or its error, one line per mistake.
 
-    A mistake of the user's, in the command line too, ends with exit code 2, a full disk and the like with 1. Elsewhere than on a terminal standard error
-    tells how far it is. Stopped by Ctrl-C or SIGTERM, it says so in one line.
+    A mistake of the user's, in the command line too, ends with exit code 2, a full disk and the like with 1. Elsewhere than on
+    a terminal standard error tells how far it is. Stopped by Ctrl-C or SIGTERM, it says so in one line, once what can be gone
+    on with is saved.
 
     The parameters of ``mains`` are the options, their modules' docstrings the help. Several are commands, each named by its
     module; to name none is to ask for help.
@@ -133,10 +205,14 @@ def run(*mains: Callable[..., str]) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     name_the_user()
     sys.excepthook = _unexpected
-    before = signal.signal(signal.SIGTERM, _stop)
-    if "DVC_STAGE" in os.environ:  # a killed `dvc repro` leaves nothing behind that writes beside the next one
-        end_with_parent(signal.SIGTERM)
+    before = {asking: signal.getsignal(asking) for asking in (signal.SIGINT, signal.SIGTERM, PARENT_ENDED)}
+    for asking in (signal.SIGTERM, PARENT_ENDED):
+        signal.signal(asking, stop)
     try:
+        if "DVC_STAGE" in os.environ:  # a killed `dvc repro` leaves nothing behind that writes beside the next one
+            end_with_parent(PARENT_ENDED, os.getppid())
+            if is_orphan():
+                stop(PARENT_ENDED)
         with Display(_title(), [""], bars=False, age=_age()) as display:
             display.report("")(0, 0, "starting")
             result = _called(*mains)
@@ -154,9 +230,12 @@ def run(*mains: Callable[..., str]) -> None:
         print("a worker process was killed (out of memory?); run the same command again to go on", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt as stopped:
-        word, code = ("stopped", 143) if isinstance(stopped, Stopped) else ("interrupted", 130)
+        number: int = stopped.number if isinstance(stopped, Stopped) else signal.SIGINT
+        while before:  # it is over: whoever passes the signal on, or ends, may do so later
+            signal.signal(before.popitem()[0], signal.SIG_IGN)
+        word = "interrupted" if number == signal.SIGINT else "stopped"
         print(f"{word}; run the same command again to go on", file=sys.stderr)
-        raise SystemExit(code) from None
+        raise SystemExit(128 + number) from None
     except Exception as error:
         line = fault_line(error)
         if line is None:
@@ -165,7 +244,10 @@ def run(*mains: Callable[..., str]) -> None:
         print(line, file=sys.stderr)
         raise SystemExit(1) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        while _locks:
+            _locks.popitem()[1].close()
+        for asking, handler in before.items():
+            signal.signal(asking, handler)
 
 
 def _called(*mains: Callable[..., str]) -> str:
@@ -174,11 +256,9 @@ def _called(*mains: Callable[..., str]) -> str:
     for main in mains:
         about = sys.modules[main.__module__].__doc__ or ""
         app.command(main.__module__.rpartition(".")[2], help=about, short_help=about.split("\n")[0])(main)
-    spec = sys.modules["__main__"].__spec__
-    name = f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
     options = sys.argv[1:] or ["--help"] * (len(mains) > 1)
     # Its main() would hide which signal has stopped it.
-    with typer.main.get_command(app).make_context(name, options) as context:
+    with typer.main.get_command(app).make_context(_program(), options) as context:
         result: str = context.command.invoke(context)
     return result
 
@@ -192,10 +272,6 @@ def name_the_user() -> None:
         getpass.getuser()
     except (KeyError, OSError, ImportError):
         os.environ["USER"] = str(os.getuid())
-
-
-def _stop(*_: Any) -> None:
-    raise Stopped
 
 
 def _unexpected(kind: type[BaseException], error: BaseException, place: TracebackType | None) -> None:
@@ -217,6 +293,12 @@ def _age() -> float:
         age: float = time.time() - psutil.Process().create_time()
         return age if 0 < age < 3 else 0.0
     return 0.0
+
+
+def _program() -> str:
+    """What the command line begins with."""
+    spec = sys.modules["__main__"].__spec__
+    return f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
 
 
 def _title() -> str:

@@ -11,7 +11,7 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.commands.cli import ParamsFile, configured, reproduce
+from pipeline.commands.cli import ParamsFile, configured, make_alone, reproduce
 
 if TYPE_CHECKING:
     from pipeline.settings.params import Config
@@ -34,6 +34,7 @@ ASIDE = {
 
 def main(params: ParamsFile = "params.yaml") -> str:
     config, layout, params = configured(params)
+    make_alone(layout, "repro")
     from pipeline.report.declared import look_line
     from pipeline.sources.seeds_in_effect import in_effect, note
     from pipeline.workspace.files import read_json, write_json

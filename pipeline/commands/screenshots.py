@@ -5,13 +5,14 @@ Needs Chromium.
 
 from pathlib import Path
 
-from pipeline.commands.cli import ParamsFile, configured
+from pipeline.commands.cli import ParamsFile, configured, make_alone
 
 PICTURES = ("report", "viewer", "mlflow")
 
 
 def main(params: ParamsFile = "params.yaml") -> str:
     config, layout, _ = configured(params)
+    make_alone(layout, "screenshots")
     from pipeline.progress.display import doing
     from pipeline.report.screenshots import chromium, shoot_mlflow, shoot_report
     from pipeline.tracking.noted import noted_runs

@@ -21,7 +21,7 @@ from requests.adapters import HTTPAdapter
 from pipeline.settings.engine import VllmSection
 from pipeline.workspace.addresses import redacted, shown
 from pipeline.workspace.errors import UserError
-from pipeline.workspace.processes import end_with_parent
+from pipeline.workspace.processes import start_with_parent
 
 MODEL = "actfocus"
 """What a server calls the model that it serves: one that serves another is not meant for this."""
@@ -56,7 +56,7 @@ class VllmServer:
                 stderr=subprocess.STDOUT,
                 env=server_environment(threads, "--enforce-eager" in options),
                 start_new_session=True,  # its own processes are in a group of which all are ended
-                preexec_fn=lambda: end_with_parent(signal.SIGTERM),
+                preexec_fn=start_with_parent(signal.SIGTERM),
             )
         self.close = Finalize(self, _end, (self._process, folder, self.log), exitpriority=10)
         """End the server and all its processes; called at this process's end, too."""

@@ -1,6 +1,5 @@
 """One trial: a training per seed, validated at the same iterations and stopped or kept together, and how it is judged."""
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -62,7 +61,7 @@ class TrainingObjective:
                 others = [curve for seed, curve in curves.items() if seed != task.seed]
                 shifted = _shifted(report, others, config.train)
                 try:
-                    curves[task.seed] = train_until(TrainingJob(task, None, None), rung, shifted)
+                    curves[task.seed] = train_until(TrainingJob(task, None, None, keeps_policy=False), rung, shifted)
                 except NotFiniteError as error:  # settings under which a training diverges are no worse than bad ones
                     raise TrialPruned(str(error)) from None
             if not sweep.fewer_tokens:  # Optuna takes no intermediate values of two objectives
@@ -72,8 +71,6 @@ class TrainingObjective:
                     with lock(task.cache / "lock"):  # another trial may have the same settings
                         (task.cache / "checkpoint.ckpt").unlink(missing_ok=True)
                 raise TrialPruned(f"stopped after {rung} iterations")
-        for task in tasks:  # a sweep leaves settings and curves, not policies
-            shutil.rmtree(task.result / "policy", ignore_errors=True)
         values_found = (success(curves, sweep.score), *((tokens(curves),) if sweep.fewer_tokens else ()))
         return Outcome(values_found, violations(curves, sweep.constraints), curves)
 

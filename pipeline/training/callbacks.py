@@ -20,6 +20,7 @@ from pipeline.workspace.faults import writing
 from pipeline.workspace.files import replacing
 from pipeline.workspace.finite import located, require_finite
 from pipeline.workspace.processes import Tell
+from pipeline.workspace.stopping import asked
 
 
 class Clock(Callback):
@@ -153,7 +154,8 @@ class Checkpoint(Callback):
 
 
 class End(Callback):
-    """Ends a training whose tokens are spent."""
+    """Ends a training whose tokens are spent, or that was asked to stop: all its processes after the same iteration."""
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        trainer.should_stop = training_over(pl_module.curve, pl_module.config.train)
+        stopped = pl_module.team.summed({"asked": float(asked())})["asked"]
+        trainer.should_stop = training_over(pl_module.curve, pl_module.config.train) or stopped > 0

@@ -13,7 +13,6 @@ from pipeline.training.run import TrainingJob, train_one
 from pipeline.training.seed_key import training_task
 from pipeline.workspace.files import read_json, replacing, write_json
 from pipeline.workspace.layout import Cache, Layout
-from pipeline.workspace.ours import remove_ours
 from pipeline.workspace.processes import in_own_process, run_in_processes
 
 
@@ -44,13 +43,15 @@ def train_seeds(config: Config, environment: str, method: str, layout: Layout) -
     if jobs:
         doing("opening MLflow's store")
         in_own_process(open_store, store_of(config, Path(".")), environment)
-    run_in_processes(train_one, jobs, config.trainings, f"train {environment}-{method}", config.threads)
+    title = f"train {environment}-{method}"
+    run_in_processes(train_one, jobs, config.trainings, title, config.threads, saved="iterations at work")
 
     doing("copying the results")
     target = layout.trained(environment, method)
-    remove_ours(target)
-    for task in tasks:
-        shutil.copytree(task.result / "policy", layout.final_policy(environment, method, task.seed))
+    with replacing(target) as partial:
+        for task in tasks:
+            place = layout.final_policy(environment, method, task.seed)
+            shutil.copytree(task.result / "policy", partial / place.relative_to(target))
     for kind, place in (("curves", layout.curves), ("timings", layout.timings), ("runs", layout.runs)):
         seeds = {str(task.seed): read_json(task.result / f"{kind}.json") for task in tasks}
         found = {"matching": matching} if matching and kind == "curves" else {}

@@ -13,7 +13,8 @@ from filelock import FileLock, Timeout
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.faults import writing
 from pipeline.workspace.finite import require_finite
-from pipeline.workspace.ours import remove_ours
+from pipeline.workspace.ours import require_removable
+from pipeline.workspace.stopping import asked, stop_if_asked
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -44,15 +45,21 @@ def replacing(path: Path) -> Iterator[Path]:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
+    old = path.with_name(path.name + ".old.partial")
     with writing(path):
         if partial.is_dir() and not partial.is_symlink():
             shutil.rmtree(partial)
         else:  # what is written must not go where a link leads
             partial.unlink(missing_ok=True)
         yield partial
-        if path.is_dir():
-            remove_ours(path)
+        if path.is_symlink():
+            path.unlink()
+        elif path.is_dir():  # it goes at once, not file by file
+            require_removable(path)
+            shutil.rmtree(old, ignore_errors=True)
+            path.replace(old)
         partial.replace(path)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def drop_unfinished_line(file: BinaryIO) -> None:
@@ -82,6 +89,7 @@ def lock(path: Path, wait: bool = True, waiting: Callable[[], None] = lambda: No
     ``path`` is a file that is made for the lock, and stays; ``waiting`` is called once, if somebody has it.
 
     Raises:
+        Stopped: this process was asked to stop while it waited.
         filelock.Timeout: another process has it, and ``wait`` is off.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -92,7 +100,11 @@ def lock(path: Path, wait: bool = True, waiting: Callable[[], None] = lambda: No
         if not wait:
             raise
         waiting()
-        held.acquire()
+        try:
+            held.acquire(cancel_check=asked)
+        except Timeout:
+            stop_if_asked()
+            raise
     try:
         yield
     finally:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -112,6 +113,11 @@ class Layout:
         """Wall-clock of every iteration, by seed."""
         return self.out / "data" / "timings" / f"{environment}-{method}.json"
 
+    @property
+    def timed(self) -> Path:
+        """Folder of the report and of figures with wall-clock."""
+        return self.out / "data" / "timings" / "report"
+
     def runs(self, environment: str, method: str) -> Path:
         """MLflow's runs of a method's trainings, by seed."""
         return self.all_runs / f"{environment}-{method}.json"
@@ -177,10 +183,15 @@ class Cache:
         """Folder of a training: checkpoint while it runs, result when it is finished."""
         return self.folder / "train" / key
 
+    def supervision(self, key: str) -> Path:
+        """File that holds how far the supervision of a policy is, while it goes on."""
+        return self.folder / "supervision" / key
+
     def slices(self, key: str) -> Path:
         """Folder of a table's slices that are finished, while the others are made."""
         return self.folder / "slices" / key
 
     def lock(self, name: str) -> Path:
         """The lock of whoever makes what has this name."""
-        return self.folder / "locks" / quote(name, safe="")
+        file = quote(name, safe="")
+        return self.folder / "locks" / (file if len(file) < 200 else hashlib.sha256(name.encode()).hexdigest())

@@ -3,7 +3,6 @@
 import itertools
 import json
 import os
-import shutil
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
@@ -47,18 +46,14 @@ def require_ours(folder: Path) -> None:
         )
 
 
-def remove_ours(folder: Path) -> None:
-    """Remove a folder, if it is there, of which every file was put there by this project, and no link's target.
+def require_removable(folder: Path) -> None:
+    """As ``require_ours``; but in the cache everything was made here, listed or not.
 
     Raises:
-        UserError: it holds something else; it is left as it was.
+        UserError: it holds something else.
     """
-    if folder.is_symlink():
-        folder.unlink()
-    elif folder.is_dir():
-        if not folder.absolute().is_relative_to(CACHE.absolute()):
-            require_ours(folder)
-        shutil.rmtree(folder)
+    if not folder.absolute().is_relative_to(CACHE.absolute()):
+        require_ours(folder)
 
 
 def _links(folder: Path, met: set[str]) -> Iterator[Path]:
