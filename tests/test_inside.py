@@ -17,7 +17,7 @@ from pipeline.workspace.errors import UserError
 from pipeline.workspace.files import replacing, write_json, write_text
 from pipeline.workspace.layout import Layout
 from pipeline.workspace.manifest import write_manifest
-from pipeline.workspace.ours import remove_ours
+from pipeline.workspace.ours import require_removable
 from pipeline.workspace.yaml_files import read_yaml
 from tests.config_cases import ROOT, put
 
@@ -125,10 +125,13 @@ def test_somebodys_folder_is_not_deleted(root: Path) -> None:
     Path("models/trained/lake-grpo/mine").mkdir(parents=True)
     Path("models/trained/lake-grpo/mine/manifest.json").write_text('{"mine": 1}')
     with pytest.raises(UserError, match=r"mine/manifest.json: was not made here"):
-        remove_ours(Path("models/trained/lake-grpo"))
+        require_removable(Path("models/trained/lake-grpo"))
     assert Path("models/trained/lake-grpo/mine/manifest.json").exists()
     Path("away").symlink_to(root.parent / "outside")
-    remove_ours(Path("away"))
+    with replacing(Path("away")) as partial:
+        partial.mkdir()
+    assert Path("away").is_dir()
+    assert not Path("away").is_symlink()
     assert (root.parent / "outside" / "mine").exists()
 
 
