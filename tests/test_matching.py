@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import math
 import multiprocessing
 import os
 import signal
@@ -88,6 +89,20 @@ def test_a_search_that_does_not_come_close_gives_the_nearest_that_it_has_measure
 def test_a_policy_that_does_not_move_is_no_reason_to_leave_the_rates_that_are_allowed() -> None:
     tried = search(lambda rate: 0.0, 0.04, 0.5)
     assert [match.rate for match in tried] == [0.5, 1.0]
+
+
+def test_rates_at_which_a_policy_falls_apart_bound_the_search_and_are_never_found() -> None:
+    """The wanted KL lies beyond the last rate that holds: the search closes in on it from both sides."""
+    tried = search(lambda rate: 40 * rate**2 if rate < 3e-3 else math.inf, 40 * 0.02**2, 1e-3)
+    assert len(tried) == TRIES
+    broken, whole = ([m.rate for m in tried if math.isinf(m.kl) == side] for side in (True, False))
+    assert max(whole) < 3e-3 <= min(broken)
+    assert nearest(tried, 40 * 0.02**2).rate == max(whole) > 2.5e-3
+
+
+def test_a_search_that_begins_where_policies_fall_apart_comes_down() -> None:
+    tried = search(lambda rate: 40 * rate**2 if rate < 1e-3 else math.inf, 40 * 5e-4**2, 0.3)
+    assert nearest(tried, 40 * 5e-4**2).off(40 * 5e-4**2) < CLOSE
 
 
 # -------------------------------------------------------------------------------------------------------- real trainings

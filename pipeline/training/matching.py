@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from pipeline.objective.estimates import declared_heads
 from pipeline.settings.params import Config, every_seed
+from pipeline.training.alarms import raised
 from pipeline.training.run import TrainingJob, train_one
 from pipeline.training.seed_key import training_task
 from pipeline.training.update_kl import FIRST, first_updates
@@ -27,6 +28,8 @@ STEEPNESS = 1.0, 4.0
 LARGEST_STEP = 8.0
 LOWEST, HIGHEST = 1e-7, 1.0
 """Learning rates that params.yaml takes."""
+FELL = {"success", "valid_actions"}
+"""Alarms of a policy that has fallen apart."""
 
 
 class Match(NamedTuple):
@@ -34,6 +37,7 @@ class Match(NamedTuple):
 
     rate: float
     kl: float
+    """Infinite where a policy fell apart on the way: that is too far, however far it was."""
 
     def off(self, wanted: float) -> float:
         """Relative distance to another KL."""
@@ -63,9 +67,13 @@ def next_rate(tried: Sequence[Match], wanted: float) -> float:
     """Where a line through the nearest tries, in logarithms, has the KL that is wanted; to three significant digits.
 
     It goes through the middle of the two nearest, or of more where that rate has been tried: measurements scatter. Its
-    steepness is theirs, or 2 where that cannot be.
+    steepness is theirs, or 2 where that cannot be. Rates at which a policy fell apart are bounds, and no points.
     """
-    points = [(math.log(match.rate), math.log(max(match.kl, 1e-300) / wanted)) for match in tried]
+    whole = [match for match in tried if math.isfinite(match.kl)]
+    limit = min((match.rate for match in tried if match not in whole), default=math.inf)
+    if not whole:
+        return _three(limit / LARGEST_STEP)
+    points = [(math.log(match.rate), math.log(max(match.kl, 1e-300) / wanted)) for match in whole]
     points.sort(key=lambda point: abs(point[1]))
     steepness, most = 2.0, math.log(LARGEST_STEP)
     if len(points) > 1:
@@ -76,9 +84,11 @@ def next_rate(tried: Sequence[Match], wanted: float) -> float:
     for count in range(min(2, len(points)), len(points) + 1):
         x, y = (sum(column) / count for column in zip(*points[:count], strict=True))
         step = min(most, max(-most, x - y / steepness - points[0][0]))
-        found = float(f"{min(HIGHEST, max(LOWEST, math.exp(points[0][0] + step))):.3g}")
+        found = _three(math.exp(points[0][0] + step))
         if found not in [match.rate for match in tried]:
             break
+    if found >= limit:  # between the highest rate that holds and the lowest that does not
+        found = _three(math.sqrt(limit * max(match.rate for match in whole if match.rate < limit)))
     return found
 
 
@@ -94,11 +104,11 @@ def matched(config: Config, environment: str, method: str, layout: Layout) -> tu
 
     Returns:
         The params, in which the method is an ordinary row; and ``matched_to``, ``seeds``, ``learning_rate`` found,
-        ``wanted`` KL, ``found`` KL, ``off`` (relative), and ``tries``: a learning rate and its KL each. Nothing of a method
-        that is not matched.
+        ``wanted`` KL, ``found`` KL, ``off`` (relative), and ``tries``: a learning rate and its KL each, null where a
+        policy fell apart. Nothing of a method that is not matched.
 
     Raises:
-        UserError: the method to be matched moves no action token.
+        UserError: the method to be matched moves no action token, or falls apart, or this one does whatever its rate.
     """
     to = config.methods[method].matched_to
     if to is None:
@@ -112,10 +122,18 @@ def matched(config: Config, environment: str, method: str, layout: Layout) -> tu
         jobs = {f"seed {job.task.seed}": job for job in plain if not job.task.finished}
         title = f"match {method}: {name} at {rate:.3g}"
         run_in_processes(train_one, jobs, config.trainings, title, config.threads, saved="iterations at work")
-        found = [kl for task in tasks for kl in first_updates(read_json(task.result / "curves.json"))]
+        curves = [read_json(task.result / "curves.json") for task in tasks]
+        if any(not FELL.isdisjoint(raised(row)) for curve in curves for row in curve):
+            return math.inf
+        found = [kl for curve in curves for kl in first_updates(curve)]
         return sum(found) / len(found) if found else 0.0
 
     wanted = moved(to, config.methods[to].learning_rate)
+    if math.isinf(wanted):
+        raise UserError(
+            f"{config.params_file}: methods.{method}.matched_to: {to} falls apart in its first {FIRST} iterations on "
+            f"{environment} (train.alarms.success or valid_actions); lower its learning_rate"
+        )
     if not wanted > 0:
         raise UserError(
             f"{config.params_file}: methods.{method}.matched_to: {to} moves no action token in its first {FIRST} iterations "
@@ -123,6 +141,11 @@ def matched(config: Config, environment: str, method: str, layout: Layout) -> tu
         )
     tried = search(lambda rate: moved(method, rate), wanted, config.methods[method].learning_rate)
     best = nearest(tried, wanted)
+    if math.isinf(best.kl):
+        raise UserError(
+            f"{config.params_file}: methods.{method}.matched_to: at every learning rate tried, down to "
+            f"{min(match.rate for match in tried):g}, {method} falls apart on {environment}"
+        )
     return with_rate(config, method, best.rate), {
         "matched_to": to,
         "seeds": seeds,
@@ -130,7 +153,10 @@ def matched(config: Config, environment: str, method: str, layout: Layout) -> tu
         "wanted": _six(wanted),
         "found": _six(best.kl),
         "off": round(best.off(wanted), 6),
-        "tries": [{"learning_rate": match.rate, "kl_update_action": _six(match.kl)} for match in tried],
+        "tries": [
+            {"learning_rate": match.rate, "kl_update_action": _six(match.kl) if math.isfinite(match.kl) else None}
+            for match in tried
+        ],
     }
 
 
@@ -155,6 +181,11 @@ def shortened(config: Config, method: str) -> Config:
             "evaluation": config.evaluation.model_copy(update=evaluation),
         }
     )
+
+
+def _three(rate: float) -> float:
+    """An allowed rate, to three significant digits."""
+    return float(f"{min(HIGHEST, max(LOWEST, rate)):.3g}")
 
 
 def _six(value: float) -> float:
