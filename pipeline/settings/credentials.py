@@ -45,7 +45,9 @@ def _texts(raw: Any) -> Iterator[tuple[str, str]]:
     waiting: list[tuple[str, Any]] = [("", raw)]
     while waiting:
         key, value = waiting.pop()
-        below = list(value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ())
+        below: list[tuple[Any, Any]] = []
+        if isinstance(value, dict | list):
+            below = list(value.items() if isinstance(value, dict) else enumerate(value))
         waiting += [(f"{key}.{name}" if key else str(name), part) for name, part in reversed(below)]
         if not below:
             yield key, value if isinstance(value, str) else ""

@@ -174,7 +174,7 @@ class Spool:
     def _look(self) -> tuple[list[Record], str | None]:
         """All records that are whole, if it can be told whose they are, and the first damage in words."""
         whole: list[Record] = []
-        damage, number = None, 0
+        damage: str | None = None
         try:
             for number, (_, line) in enumerate(self._lines(0), 1):
                 try:
