@@ -135,7 +135,7 @@ def _lock(path: Path, makes: str) -> None:
     held.enter_context(lock(path, waiting=waiting))
     with contextlib.suppress(OSError):
         told = " ".join([_program(), *map(shlex.quote, sys.argv[1:])])
-        path.write_text(f"process {os.getpid()}: {told}", encoding="utf-8")
+        path.write_text(f"process {os.getpid()}: {redacted(told)}", encoding="utf-8")
 
 
 def reproduce(pipeline: Path) -> None:

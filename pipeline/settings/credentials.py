@@ -41,11 +41,13 @@ def _setting(key: str) -> str:
 
 
 def _texts(raw: Any) -> Iterator[tuple[str, str]]:
-    """Dotted key and value of every text in a parsed file, in their order."""
+    """Dotted key of every value in a parsed file, in their order; and the value, if it is a text, else nothing."""
     waiting: list[tuple[str, Any]] = [("", raw)]
     while waiting:
         key, value = waiting.pop()
-        below = value.items() if isinstance(value, dict) else enumerate(value) if isinstance(value, list) else ()
-        waiting += [(f"{key}.{name}" if key else str(name), part) for name, part in reversed(list(below))]
-        if isinstance(value, str):
-            yield key, value
+        below: list[tuple[Any, Any]] = []
+        if isinstance(value, dict | list):
+            below = list(value.items() if isinstance(value, dict) else enumerate(value))
+        waiting += [(f"{key}.{name}" if key else str(name), part) for name, part in reversed(below)]
+        if not below:
+            yield key, value if isinstance(value, str) else ""

@@ -373,7 +373,7 @@ def parse(raw: Any, source: str = "params.yaml") -> Config:
         raise UserError(f"{source}: must be a mapping of settings, got {type(raw).__name__}")
     secrets = committed_secrets(raw, source)
     if secrets:
-        raise UserError("\n".join(secrets))
+        raise mistakes(secrets)
     try:
         return Config.model_validate(raw)
     except ValidationError as error:

@@ -57,7 +57,7 @@ class Sender:
         except Timeout:  # another process sends these very records
             return False
         except SpoolError as error:
-            told(f"{error}; not sent now")
+            told(f"{error.line}; not sent now")
             return False
         except Exception as error:  # of MLflow, and of libraries that it hands things on to
             self._run = None

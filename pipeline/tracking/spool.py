@@ -21,14 +21,17 @@ from typing import Any
 from filelock import Timeout
 
 from pipeline.tracking.records import DamagedError, Record, lines_of, record_of, whole_but_its_end
-from pipeline.workspace.errors import UserError
-from pipeline.workspace.faults import writing
 from pipeline.workspace.files import drop_unfinished_line, lock, replacing, write_json
 from pipeline.workspace.layout import Cache
 
 
-class SpoolError(UserError):
-    """A spool cannot be read or written, nor set aside; ``str()`` is one line with its path."""
+class SpoolError(OSError):
+    """A spool cannot be read or written, nor set aside, for which no store is to blame."""
+
+    @property
+    def line(self) -> str:
+        """Its path, and what is the matter."""
+        return f"{self.filename}: {self.strerror}"
 
 
 @dataclass(frozen=True)
@@ -59,7 +62,7 @@ class Spool:
 
     def append(self, *records: Record) -> None:
         """Add records at the end, after whatever a killed process has left there in one piece."""
-        with self._writing(), writing(self._records), open(self._records, "ab+") as file:
+        with self._writing(), open(self._records, "ab+") as file:
             drop_unfinished_line(file)
             file.write(lines_of(records))
 
@@ -171,7 +174,7 @@ class Spool:
     def _look(self) -> tuple[list[Record], str | None]:
         """All records that are whole, if it can be told whose they are, and the first damage in words."""
         whole: list[Record] = []
-        damage, number = None, 0
+        damage: str | None = None
         try:
             for number, (_, line) in enumerate(self._lines(0), 1):
                 try:
@@ -231,7 +234,7 @@ class Spool:
         except Timeout:
             raise
         except OSError as error:
-            raise SpoolError(f"{error.filename or self.folder}: {error.strerror or error}") from None
+            raise SpoolError(error.errno, error.strerror or str(error), error.filename or str(self.folder)) from None
 
 
 def waiting(cache: Path) -> list[Spool]:
@@ -244,7 +247,7 @@ def waiting(cache: Path) -> list[Spool]:
             if spool.waiting:
                 found.append(spool)
         except SpoolError as error:
-            told(f"{error}; passed over")
+            told(f"{error.line}; passed over")
     return found
 
 
@@ -261,7 +264,7 @@ def forget(cache: Path) -> None:
         try:
             spool.mark(0, spool.sent.run_id)
         except SpoolError as error:
-            told(f"{error}; passed over")
+            told(f"{error.line}; passed over")
 
 
 def run_record(
