@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def test_files_gone_wrong_are_loaded_or_refused_in_time_and_in_lines(tmp_path: P
         assert not wrong(found), f"seed {seed}"
 
 
-@pytest.mark.parametrize("text", RAW)
+@pytest.mark.parametrize("text", RAW, ids=count())
 def test_whatever_stands_behind_a_key_is_loaded_or_refused(tmp_path: Path, text: str) -> None:
     lines = (ROOT / "params.yaml").read_text(encoding="utf-8").replace("threads: 1 ", f"threads: {text}\n#")
     found = tried(tmp_path, "", lines.encode())
@@ -57,6 +58,7 @@ BASE = (ROOT / "params.yaml").read_text(encoding="utf-8")
         (b"a: .inf", "a: input should be a finite number, got inf"),
         (b"a: !mine 1", "could not determine a constructor for the tag '!mine'"),
     ],
+    ids=count(),
 )  # fmt: skip
 def test_a_file_that_holds_no_settings_is_refused_by_what_it_holds(tmp_path: Path, content: bytes, line: str) -> None:
     file = tmp_path / "params.yaml"
@@ -88,6 +90,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
         ("seeds", 10**5000),
         ("environments.frozen_lake.max_turns", {"a": [["b" * 500] * 50]}),
     ],
+    ids=count(),
 )
 def test_a_long_value_is_shown_in_part(key: str, value: Any) -> None:
     with pytest.raises(UserError) as error:
