@@ -120,7 +120,7 @@ def test_a_line_keeps_its_beginning_and_its_end() -> None:
     assert fitted("x" * LONGEST) == "x" * LONGEST
     assert len(shown({"a": list(range(1000))})) == 80
     assert listed(["a", "b"]) == "a, b"
-    assert listed([f"name{n}" for n in range(100)]).endswith("name19 and 80 more")
+    assert listed([f"name{n}" for n in range(100)]).endswith("name20 and 79 more")
 
 
 def test_a_lock_of_dvcs_may_be_larger() -> None:
