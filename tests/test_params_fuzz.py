@@ -48,6 +48,7 @@ BASE = (ROOT / "params.yaml").read_text(encoding="utf-8")
         (b"a: " + b"9" * 5000, "not valid YAML: a value is not of its tag (Exceeds the limit"),
         (b"a: 0x" + b"f" * 5000, "a: a very large int is not allowed; allowed: whole numbers below 2 ** 64"),
         (b"a: 2001-01-01", "a: datetime.date(2001, 1, 1) is not allowed; allowed: text (dates in quotes), numbers"),
+        (b"a: {" + b"x" * 501 + b": 2}", "' is too long; allowed: 500 characters"),
         (b"a: {1: 2}", "a: the key 1 is not text; allowed: text, in quotes if need be"),
         (b'a: "\\ud800"', "a: has the character U+D800; allowed: text without control characters"),
         (b'a: "\\e[31m"', "a: has the character U+001B; allowed: text without control characters"),
