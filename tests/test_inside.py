@@ -77,8 +77,9 @@ def test_out_may_be_no_link_out_of_the_root(root: Path) -> None:
 
 def test_a_root_holds_its_params_file(root: Path) -> None:
     configure("root", "../outside")
-    with pytest.raises(UserError, match="leads out of the root"):
+    with pytest.raises(UserError, match=r"root: '../outside' is a folder that does not hold this file"):
         configured("params.yaml")
+    assert Path.cwd() == root
     assert [path.name for path in (root.parent / "outside").iterdir()] == ["mine"]
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +27,7 @@ def test_files_gone_wrong_are_loaded_or_refused_in_time_and_in_lines(tmp_path: P
         assert not wrong(found), f"seed {seed}"
 
 
-@pytest.mark.parametrize("text", RAW)
+@pytest.mark.parametrize("text", RAW, ids=count())
 def test_whatever_stands_behind_a_key_is_loaded_or_refused(tmp_path: Path, text: str) -> None:
     lines = (ROOT / "params.yaml").read_text(encoding="utf-8").replace("threads: 1 ", f"threads: {text}\n#")
     found = tried(tmp_path, "", lines.encode())
@@ -47,6 +48,7 @@ BASE = (ROOT / "params.yaml").read_text(encoding="utf-8")
         (b"a: " + b"9" * 5000, "not valid YAML: a value is not of its tag (Exceeds the limit"),
         (b"a: 0x" + b"f" * 5000, "a: a very large int is not allowed; allowed: whole numbers below 2 ** 64"),
         (b"a: 2001-01-01", "a: datetime.date(2001, 1, 1) is not allowed; allowed: text (dates in quotes), numbers"),
+        (b"a: {" + b"x" * 501 + b": 2}", "' is too long; allowed: 500 characters"),
         (b"a: {1: 2}", "a: the key 1 is not text; allowed: text, in quotes if need be"),
         (b'a: "\\ud800"', "a: has the character U+D800; allowed: text without control characters"),
         (b'a: "\\e[31m"', "a: has the character U+001B; allowed: text without control characters"),
@@ -57,6 +59,7 @@ BASE = (ROOT / "params.yaml").read_text(encoding="utf-8")
         (b"a: .inf", "a: input should be a finite number, got inf"),
         (b"a: !mine 1", "could not determine a constructor for the tag '!mine'"),
     ],
+    ids=count(),
 )  # fmt: skip
 def test_a_file_that_holds_no_settings_is_refused_by_what_it_holds(tmp_path: Path, content: bytes, line: str) -> None:
     file = tmp_path / "params.yaml"
@@ -88,6 +91,7 @@ def test_what_is_no_file_is_not_waited_for(tmp_path: Path) -> None:
         ("seeds", 10**5000),
         ("environments.frozen_lake.max_turns", {"a": [["b" * 500] * 50]}),
     ],
+    ids=count(),
 )
 def test_a_long_value_is_shown_in_part(key: str, value: Any) -> None:
     with pytest.raises(UserError) as error:
@@ -117,7 +121,7 @@ def test_a_line_keeps_its_beginning_and_its_end() -> None:
     assert fitted("x" * LONGEST) == "x" * LONGEST
     assert len(shown({"a": list(range(1000))})) == 80
     assert listed(["a", "b"]) == "a, b"
-    assert listed([f"name{n}" for n in range(100)]).endswith("name19 and 80 more")
+    assert listed([f"name{n}" for n in range(100)]).endswith("name20 and 79 more")
 
 
 def test_a_lock_of_dvcs_may_be_larger() -> None:

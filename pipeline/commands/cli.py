@@ -80,8 +80,7 @@ def configured(params: str, environment: str | None = None, method: str | None =
     if not config.overwrite_outside_root:
         engine = config.rollout.engine
         weights = [Path(engine.weights)] if engine.kind == "vllm" else []
-        places = [Path(params).parent, layout.out, *weights]
-        require_inside(Path.cwd(), places, [*layout.folders, Cache().folder], params)
+        require_inside(Path.cwd(), [layout.out, *weights], [*layout.folders, Cache().folder], params)
     return with_seeds_in_effect(config, layout.seeds_in_effect), layout, params
 
 
@@ -92,7 +91,7 @@ def go_to_root(params: str, root: str | None = None) -> str:
     Returns a path of the params file that is right from there.
 
     Raises:
-        UserError: there is no such folder, or without ``root`` no such file.
+        UserError: there is no such folder, or it does not hold the file; or without ``root`` there is no such file.
     """
     if root is None:
         raw = read_yaml(params)
@@ -100,6 +99,8 @@ def go_to_root(params: str, root: str | None = None) -> str:
     folder = Path(os.path.realpath(Path(params).parent / root))
     if not os.path.isdir(folder):
         raise UserError(f"{params}: root: {root!r} is not a folder, from this file's folder")
+    if not Path(os.path.realpath(Path(params).parent)).is_relative_to(folder):
+        raise UserError(f"{params}: root: {root!r} is a folder that does not hold this file; allowed: one that does")
     if folder != Path.cwd():
         params = os.path.abspath(params)
         os.chdir(folder)

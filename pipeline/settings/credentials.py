@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from pipeline.workspace.addresses import has_secret, redacted
+from pipeline.workspace.yaml_files import LONGEST_KEY
 
 PLACES = {
     "tracking.uri": "MLFLOW_TRACKING_USERNAME and MLFLOW_TRACKING_PASSWORD, or MLFLOW_TRACKING_URI as a whole",
@@ -32,7 +33,7 @@ def committed_secrets(raw: Any, source: str) -> list[str]:
 def _lets_in(key: str, value: str) -> bool:
     option = value.partition("=")[0]
     named = _NAMES.fullmatch(key.rpartition(".")[2]) or (option.startswith("--") and _NAMES.fullmatch(option[2:]))
-    return bool(value and named) or has_secret(value) or has_secret(key)
+    return bool(value and named) or has_secret(value) or has_secret(key[-LONGEST_KEY:])
 
 
 def _setting(key: str) -> str:

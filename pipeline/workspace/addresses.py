@@ -7,6 +7,7 @@ An address is cut by the rules of URLs where it keeps to them. Where it does not
 import os
 import re
 from collections.abc import Iterator
+from itertools import islice
 from urllib.parse import unquote
 
 HIDDEN = "…"
@@ -28,7 +29,10 @@ SECRET_NAME = re.compile(
 """What a setting is called, or a parameter of an address, that lets people in."""
 _LOCAL = re.compile(r"(sqlite(\+\w+)?|file)://", re.IGNORECASE)
 """Files: their paths may have an @."""
-_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
+_SCHEME = re.compile(r"[A-Za-z][A-Za-z0-9+.-]{0,40}://")
+"""Of a length that is looked for in a long text in time."""
+_MOST = 20
+"""Addresses in one word that are looked at."""
 _AT = re.compile(r"@|%40")
 _QUERY = re.compile(r"[?#;&]")
 _PARAMETER = re.compile(r"[?#;&][^?#;&=]*=")
@@ -61,7 +65,7 @@ def has_secret(text: str) -> bool:
     """
     if not _AT.search(text) and "://" not in text:
         return False  # as nearly all texts
-    within = [word[found.start() :] for word in text.split() for found in _SCHEME.finditer(word)]
+    within = [word[found.start() :] for word in text.split() for found in islice(_SCHEME.finditer(word), _MOST)]
     return any(any(_secrets(address)) for address in (text, *within))
 
 

@@ -30,6 +30,8 @@ LARGEST_LOCK = 16 * 2**20
 """Bytes of a dvc.lock, which has all settings that every stage has read."""
 BYTES_A_VALUE = 10
 """A file may have a key or value for each so many bytes that it may have: 0.1 ms each."""
+LONGEST_KEY = 500
+"""Characters of a key."""
 GREATEST = 2**64
 """A whole number is smaller."""
 
@@ -119,7 +121,9 @@ def _foreign(value: Any, place: tuple[str, ...]) -> Iterator[str]:
     where = f"{'.'.join(place)}: " if place else ""
     if type(value) is dict:
         for key, part in value.items():
-            if isinstance(key, str) and not _unwritable(key):
+            if isinstance(key, str) and len(key) > LONGEST_KEY:
+                yield f"{where}the key {shown(key)} is too long; allowed: {LONGEST_KEY} characters"
+            elif isinstance(key, str) and not _unwritable(key):
                 yield from _foreign(part, (*place, key))
             else:
                 yield f"{where}the key {shown(key)} is not text; allowed: text, in quotes if need be"
