@@ -30,6 +30,7 @@ from pipeline.training.matching import (
     Match,
     matched,
     matching_seeds,
+    mean_kl,
     nearest,
     search,
     shortened,
@@ -98,6 +99,13 @@ def test_rates_at_which_a_policy_falls_apart_bound_the_search_and_are_never_foun
     broken, whole = ([m.rate for m in tried if math.isinf(m.kl) == side] for side in (True, False))
     assert max(whole) < 3e-3 <= min(broken)
     assert nearest(tried, 40 * 0.02**2).rate == max(whole) > 2.5e-3
+
+
+def test_a_policy_that_fell_apart_has_moved_too_far_whatever_was_measured() -> None:
+    whole = [{"kl_update_action": 0.25}, {"kl_update_action": 0.75}]
+    assert mean_kl([whole, [{"kl_update_action": 0.5}]]) == 0.5
+    assert mean_kl([whole, [{"kl_update_action": 0.5, "alarm_valid_actions": 0.1}]]) == math.inf
+    assert mean_kl([[{"success": 0.5}]]) == 0.0
 
 
 def test_a_search_that_begins_where_policies_fall_apart_comes_down() -> None:

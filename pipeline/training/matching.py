@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 from pipeline.objective.estimates import declared_heads
 from pipeline.settings.params import Config, every_seed
 from pipeline.training.alarms import raised
+from pipeline.training.budget import Rows
 from pipeline.training.run import TrainingJob, train_one
 from pipeline.training.seed_key import training_task
 from pipeline.training.update_kl import FIRST, first_updates
@@ -122,11 +123,7 @@ def matched(config: Config, environment: str, method: str, layout: Layout) -> tu
         jobs = {f"seed {job.task.seed}": job for job in plain if not job.task.finished}
         title = f"match {method}: {name} at {rate:.3g}"
         run_in_processes(train_one, jobs, config.trainings, title, config.threads, saved="iterations at work")
-        curves = [read_json(task.result / "curves.json") for task in tasks]
-        if any(not FELL.isdisjoint(raised(row)) for curve in curves for row in curve):
-            return math.inf
-        found = [kl for curve in curves for kl in first_updates(curve)]
-        return sum(found) / len(found) if found else 0.0
+        return mean_kl([read_json(task.result / "curves.json") for task in tasks])
 
     wanted = moved(to, config.methods[to].learning_rate)
     if math.isinf(wanted):
@@ -158,6 +155,14 @@ def matched(config: Config, environment: str, method: str, layout: Layout) -> tu
             for match in tried
         ],
     }
+
+
+def mean_kl(curves: Sequence[Rows]) -> float:
+    """Mean KL of the updates of several short trainings; 0 if none was measured, infinite if one policy fell apart."""
+    if any(not FELL.isdisjoint(raised(row)) for curve in curves for row in curve):
+        return math.inf
+    found = [kl for curve in curves for kl in first_updates(curve)]
+    return sum(found) / len(found) if found else 0.0
 
 
 def with_rate(config: Config, method: str, rate: float) -> Config:
