@@ -35,7 +35,7 @@ HEALTHY = {
     "updates": 8.0,
     "non_finite_losses": 0.0,
     "skipped_steps": 0.0,
-    "critic_explained_variance": 0.3,
+    "value_to_return": 1.0,
 }
 """A row as those of the default comparison are."""
 
@@ -77,7 +77,7 @@ PLANTED: dict[str, tuple[list[dict[str, Any]], set[str]]] = {
     "held back": ([{"skipped_steps": 8.0}] * 3, {"steps"}),
     "not finite": ([{"non_finite_losses": 1.0}], {"skipped"}),
     "sampler": ([{"sampler_difference": 0.21}], {"sampler"}),
-    "critic": ([{"critic_explained_variance": -1e8}], {"heads"}),
+    "critic": ([{"value_to_return": 1e4}], {"heads"}),
 }
 
 
@@ -105,8 +105,8 @@ def test_a_null_switches_an_alarm_off(name: str) -> None:
         [{"success": 0.05}],
         [{"gradient_norm": 0.0}] * 2,
         [{"gradient_norm": 0.0}] * 2 + [{"gradient_norm": 0.5}],
-        [{"critic_explained_variance": -1e8}, {"critic_explained_variance": 0.5}],
-        [{"critic_explained_variance": -900.0}],
+        [{"value_to_return": 1e4}, {"value_to_return": 2.0}],
+        [{"value_to_return": 99.0}],
         [{"sampler_difference": 0.19}],
         [{"repetition": 0.3}],
         [{"tokens_per_episode": 20.0}, {"entropy": 0.02}, {"entropy": 1.9}],
@@ -146,7 +146,7 @@ ROWS = st.fixed_dictionaries(
     },
     optional={
         "gradient_norm": NUMBERS, "non_finite_losses": st.integers(0, 100).map(float), "sampler_difference": NUMBERS,
-        "kl_update_action": NUMBERS, "critic_explained_variance": st.floats(-1e9, 1), "validation_success": RATES,
+        "kl_update_action": NUMBERS, "value_to_return": NUMBERS, "validation_success": RATES,
         "validation_valid_action_rate": RATES, "validation_success_before": RATES,
     },
 )  # fmt: skip

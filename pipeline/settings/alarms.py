@@ -33,8 +33,8 @@ class Alarms(Section):
     """A larger share of an iteration's updates was left out because a number was not finite."""
     sampler: Positive | None = 0.2
     """Log-probabilities of sampling and of the update differ by more, in nats, mean over tokens; where they can differ."""
-    heads: Factor | None = 1000.0
-    """The error of a critic or Q function has more than so many times the variance of what it should foresee, in each of
+    heads: Factor | None = 100.0
+    """Estimates of a critic or Q function are more than so many times as large as returns, by root mean squares, in each of
     the last iterations, up to three."""
 
 
@@ -52,6 +52,6 @@ SAID = {
     "steps": "steps vanish, the gradient's norm is {:.3g}",
     "skipped": "{:.3g} of the updates were left out, not finite",
     "sampler": "sampler and trainer are {:.3g} nats apart",
-    "heads": "the error of a critic or Q function is {:.3g} times what varies",
+    "heads": "estimates of a critic or Q function are {:.3g} times as large as returns",
 }
 """What an alarm says of a training, by its name, with the worst that was measured."""

@@ -135,11 +135,10 @@ def _sampler(curve: Rows, limit: float, _: Config) -> float | None:
 
 
 def _heads(curve: Rows, limit: float, _: Config) -> float | None:
-    """Before its first update a head has foreseen nothing, and need not have."""
-    recent = curve[1:][-RECENT:]
-    explained = [[value for key, value in row.items() if key.endswith("_explained_variance")] for row in recent]
-    errors = [1 - min(values) for values in explained if values]
-    return errors[-1] if errors and min(errors) > limit else None
+    """In each of the recent iterations: one in which hardly anything was returned makes any estimate large."""
+    sizes = [[value for key, value in row.items() if key.endswith("_to_return")] for row in curve[1:][-RECENT:]]
+    largest = [max(values) for values in sizes if values]
+    return largest[-1] if largest and min(largest) > limit else None
 
 
 RULES: Mapping[str, Callable[[Rows, Any, Config], float | None]] = {

@@ -38,6 +38,9 @@ Memory = Mapping[str, Mapping[str, float]]
 UPDATES = 0.7, 1.0
 """About which part of an iteration they are; it is only for telling how far it is."""
 
+LEAST_RETURN = 0.01
+"""A root mean square of returns counts as so much, where it is less: those of an iteration without any success."""
+
 NOTHING = TokenTable(torch.zeros(0, dtype=torch.long), {})
 """What is trained on where no group has passed the filter."""
 
@@ -90,7 +93,7 @@ def run_iteration(collection: Collection, learner: Learner, optimizer: Any, memo
             weight = token_weights(method, batch)
         terms, state = entropy_terms(method, batch, memory.get("regulariser"))
         remembered = {"advantage": estimate.state, "regulariser": state}
-        metrics |= _explained_variances(values, estimate)
+        metrics |= _explained_variances(values, estimate) | _sizes(values, estimate, batch)
         metrics |= {f"{slot}_{key}": value for slot, own in remembered.items() for key, value in own.items()}
 
         table = token_table(episodes, kept, batch, values, estimate, weight, terms)
@@ -251,6 +254,16 @@ def _explained_variances(values: Mapping[str, Tensor], estimate: AdvantageEstima
             error, spread = (target - values[name])[mask].var(unbiased=False), target[mask].var(unbiased=False)
             result[f"{name}_explained_variance"] = float(1 - error / spread) if spread > 0 else 0.0
     return result
+
+
+def _sizes(values: Mapping[str, Tensor], estimate: AdvantageEstimate, batch: TokenBatch) -> dict[str, float]:
+    """How large each head's estimates are against the returns, by root mean squares."""
+    returns = max(LEAST_RETURN, float(batch.returns.square().mean().sqrt()))
+    return {
+        f"{name}_to_return": float(values[name][mask].double().square().mean().sqrt()) / returns
+        for name, (_, mask) in estimate.targets.items()
+        if name in values and bool(mask.any())
+    }
 
 
 def _mean(values: Tensor) -> float:
