@@ -93,7 +93,7 @@ def run_iteration(collection: Collection, learner: Learner, optimizer: Any, memo
             weight = token_weights(method, batch)
         terms, state = entropy_terms(method, batch, memory.get("regulariser"))
         remembered = {"advantage": estimate.state, "regulariser": state}
-        metrics |= _explained_variances(values, estimate) | _sizes(values, estimate, batch)
+        metrics |= _explained_variances(values, estimate) | _sizes(values, batch)
         metrics |= {f"{slot}_{key}": value for slot, own in remembered.items() for key, value in own.items()}
 
         table = token_table(episodes, kept, batch, values, estimate, weight, terms)
@@ -256,13 +256,12 @@ def _explained_variances(values: Mapping[str, Tensor], estimate: AdvantageEstima
     return result
 
 
-def _sizes(values: Mapping[str, Tensor], estimate: AdvantageEstimate, batch: TokenBatch) -> dict[str, float]:
-    """How large each head's estimates are against the returns, by root mean squares."""
+def _sizes(values: Mapping[str, Tensor], batch: TokenBatch) -> dict[str, float]:
+    """How large the heads' estimates are against the returns, by root mean squares."""
     returns = max(LEAST_RETURN, float(batch.returns.square().mean().sqrt()))
     return {
-        f"{name}_to_return": float(values[name][mask].double().square().mean().sqrt()) / returns
-        for name, (_, mask) in estimate.targets.items()
-        if name in values and bool(mask.any())
+        f"{name}_to_return": float(column[batch.trainable].double().square().mean().sqrt()) / returns
+        for name, column in values.items()
     }
 
 
