@@ -28,7 +28,6 @@ def main(params: ParamsFile = "params.yaml") -> str:
     from pipeline.model.loading import load_policy, longest_context
     from pipeline.progress.display import doing
     from pipeline.rollout.acceptance import accept
-    from pipeline.workspace.errors import UserError
 
     torch.set_num_threads(config.workers * config.threads)
     settings, plan = config.policy, config.policy.demonstrations
@@ -53,13 +52,7 @@ def main(params: ParamsFile = "params.yaml") -> str:
     else:
         make_alone(layout, "policy", checkpoint)
         policy = _supervised(partial(bootstrap, settings, config.environments), losses, checkpoint)
-    longest = getattr(policy.model.config, "max_position_embeddings", None)
-    for name, section in config.environments.items():
-        if longest is not None and section.context_tokens > longest:
-            raise UserError(
-                f"{params}: environments.{name}.context_tokens: {section.context_tokens} is more than the "
-                f"model's {longest} positions"
-            )
+    _require_positions(policy, config, params)
     if settings.kind == "pretrained":
         accept(policy, settings.model, config)
         policy = merged(policy)
@@ -77,6 +70,19 @@ def main(params: ParamsFile = "params.yaml") -> str:
     size = sum(p.numel() for p in policy.model.parameters())
     following = next_command(params, "python -m stages.rollout", environment=next(iter(config.environments)))
     return f"{layout.policy}: {size / 1e6:.2f} M parameters, {len(policy.tokenizer)} tokens. {alarm}{note}{following}"
+
+
+def _require_positions(policy: Policy, config: Config, params: str) -> None:
+    """Refuse a model that has fewer positions than an episode may have tokens."""
+    from pipeline.workspace.errors import UserError
+
+    longest = getattr(policy.model.config, "max_position_embeddings", None)
+    for name, section in config.environments.items():
+        if longest is not None and section.context_tokens > longest:
+            raise UserError(
+                f"{params}: environments.{name}.context_tokens: {section.context_tokens} is more than the "
+                f"model's {longest} positions"
+            )
 
 
 def _supervised(begin: Callable[..., Policy], losses: list[float], checkpoint: Path | None) -> Policy:
