@@ -25,18 +25,19 @@ def main(params: ParamsFile = "params.yaml") -> str:
     from pipeline.tracking.comparison import log_comparison
     from pipeline.trajectories.table import read
     from pipeline.workspace.errors import UserError
-    from pipeline.workspace.files import read_json, write_json, write_text
+    from pipeline.workspace.files import read_record, write_json, write_text
+    from pipeline.workspace.manifest import write_manifest
 
     reports = layout.reports
     inputs = read_inputs(config, layout)
-    bottleneck = {name: read_json(layout.bottleneck(name) / "bottleneck.json") for name in config.environments}
+    bottleneck = {name: read_record(layout.bottleneck(name) / "bottleneck.json") for name in config.environments}
     doing("statistics")
     try:
         comparison = compare(config, inputs)
     except ValueError as error:
         raise UserError(f"{layout.out / 'data' / 'evaluations'}: {error}; `dvc repro` brings it up to date") from None
     registered = layout.registration  # not there where no stage before this one has run
-    comparison["registration"] = read_json(registered) if registered.exists() else None
+    comparison["registration"] = read_record(registered) if registered.exists() else None
     if intervened := read_interventions(config, layout):
         comparison["interventions"] = intervened
     unlike = registration_warning(comparison["registration"])
@@ -61,6 +62,7 @@ def main(params: ParamsFile = "params.yaml") -> str:
         config, comparison, inputs, bottleneck, annotated, episodes, read_sweeps(layout), parameters, foot
     )
     write_text(reports / "index.html", page)
+    write_manifest(layout.plots, [layout.comparison, reports / "comparison.md", reports / "comparison.txt"])
     doing("logging to MLflow")
     log_comparison(config, Path("."), comparison, inputs.curves, episodes, layout)
     text = comparison_text(comparison, training_minutes(inputs.timings))

@@ -5,6 +5,7 @@ DVC runs this first and always: every other stage depends on what it writes, and
 
 import os
 from datetime import UTC, datetime
+from pathlib import Path
 
 from pipeline.commands.cli import ParamsFile, configured, next_command, run
 
@@ -14,10 +15,12 @@ def main(params: ParamsFile = "params.yaml") -> str:
     from pipeline.analysis.registration import journal, register
     from pipeline.sources.checks import check_named
     from pipeline.sources.code import of_machine
+    from pipeline.sources.dvc_cache import drop_damaged
     from pipeline.sources.fingerprints import of_environment, of_policy, of_row
-    from pipeline.workspace.files import write_json
+    from pipeline.workspace.files import write_record
 
     check_named(config, params)
+    drop_damaged(Path(params).with_name("dvc.lock"))
     folder = layout.sources
     registration = register(config, layout.hypotheses)
     found = {
@@ -25,17 +28,17 @@ def main(params: ParamsFile = "params.yaml") -> str:
         **{f"methods/{name}": of_row(config, name) for name in config.methods},
         "policy": of_policy(config.policy),
         "machine": of_machine(),
-        "seeds": list(config.seeds),
+        "seeds": {"seeds": list(config.seeds)},
         "registration": registration,
     }
     for name, fingerprint in found.items():
-        write_json(folder / f"{name}.json", fingerprint)
+        write_record(folder / f"{name}.json", fingerprint)
     for file in folder.rglob("*.json"):
         if file.relative_to(folder).with_suffix("").as_posix() not in found:
             file.unlink()
     now = datetime.now(UTC).isoformat(timespec="seconds")
     opened = any(layout.evaluations("", "").parent.glob("*.parquet"))
-    write_json(layout.registered, journal(registration, layout.registered, opened, now))
+    write_record(layout.registered, {"states": journal(registration, layout.registered, opened, now)})
     rule = config.seeds_until
     more = (
         ""

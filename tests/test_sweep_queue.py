@@ -181,9 +181,8 @@ def test_a_lock_that_a_killed_worker_held_delays_nobody(tmp_path: Path) -> None:
 
 
 def _die_holding_the_lock() -> None:
-    storage = open_storage(None, Cache().sweep / "journal.log")
-    storage._backend._lock.acquire()  # type: ignore[attr-defined]
-    os.kill(os.getpid(), signal.SIGKILL)
+    with lock(Cache().sweep / "journal.lock"):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 # ------------------------------------------------------------------------------------------------- objectives that go wrong

@@ -16,11 +16,11 @@ def main(params: ParamsFile = "params.yaml") -> str:
     from pipeline.report.screenshots import chromium, shoot_mlflow, shoot_report
     from pipeline.tracking.store import store_of
     from pipeline.workspace.errors import UserError
-    from pipeline.workspace.files import read_json
+    from pipeline.workspace.files import read_record
 
     folder = Path("docs/figures")
     environment = next(iter(config.environments))
-    noted = [read_json(layout.runs(environment, method)) for method in config.methods]
+    noted = [read_record(layout.runs(environment, method)) for method in config.methods]
     first = str(config.seeds[0])
     runs = [entry["seeds"][first]["run_id"] for entry in noted if entry["seeds"][first]["run_id"]]
     if not runs:

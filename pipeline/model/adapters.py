@@ -19,6 +19,7 @@ from pipeline.settings.lora import Lora
 from pipeline.settings.mistakes import nearest
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.files import read_json, replacing, write_json
+from pipeline.workspace.manifest import write_manifest
 from pipeline.workspace.randomness import key
 
 CONFIG, WEIGHTS, PREFIX = "adapter_config.json", "adapter_model.safetensors", "base_model.model."
@@ -100,6 +101,7 @@ def save_trained(policy: Policy, directory: Path, base: str) -> None:
         save_file({PREFIX + name: w.contiguous() for name, w in weights.items()}, partial / WEIGHTS, {"format": "pt"})
         write_json(partial / CONFIG, {k: sorted(v) if isinstance(v, set) else v for k, v in settings.items()})
         policy.tokenizer.save_pretrained(partial)
+        write_manifest(partial)
 
 
 class Adapters(NamedTuple):

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline.model.shards import whole
 from pipeline.workspace.files import replacing
+from pipeline.workspace.manifest import write_manifest
 
 
 @dataclass(frozen=True)
@@ -80,13 +81,14 @@ class Policy:
             own.copy_(whole(weight))
 
     def save(self, directory: Path) -> None:
-        """Write weights (safetensors), configuration and tokenizer; equal policies give equal bytes.
+        """Write weights (safetensors), configuration, tokenizer and a list of their checksums; equal policies give equal bytes.
 
         An existing directory is replaced at the end, so that an interrupted save leaves it as it was.
         """
         with replacing(directory) as partial:
             self.model.save_pretrained(partial)
             self.tokenizer.save_pretrained(partial)
+            write_manifest(partial)
 
 
 def soft_capped(logits: Float[Tensor, "*n"], cap: float | None) -> Float[Tensor, "*n"]:

@@ -5,7 +5,6 @@ from itertools import pairwise
 from typing import Any
 
 from pipeline.report.commits import committed
-from pipeline.workspace.files import read_json
 from pipeline.workspace.layout import Layout
 
 SHORT = 12
@@ -47,7 +46,7 @@ def registration_lines(
 
 def registration_foot(comparison: Mapping[str, Any], layout: Layout) -> list[str]:
     """``registration_lines`` with all dates, for the report's foot."""
-    entries = read_json(layout.registered) if layout.registered.exists() else []
+    entries = registered_states(layout.registered)
     return registration_lines(comparison["registration"], entries, committed(layout.hypotheses))
 
 

@@ -11,6 +11,7 @@ from pipeline.tracking.parents import ParentRun, log_parent
 from pipeline.tracking.spool import Record
 from pipeline.tracking.store import comparison_identity, provenance, quiet, resolved_params, store_of
 from pipeline.tracking.training import TABLE_TAG, episode_table
+from pipeline.workspace.files import read_record
 from pipeline.workspace.layout import Layout
 
 HEADLINES = ("success_mean", "difference_to_reference", "difference_to_uniform", "difference_to_control")
@@ -84,7 +85,7 @@ def _trainings(config: Config, environment: str, layout: Layout) -> list[dict[st
     found = []
     for method in config.methods:
         file = layout.runs(environment, method)
-        known = json.loads(file.read_text(encoding="utf-8"))["seeds"] if file.exists() else {}
+        known = read_record(file)["seeds"] if file.exists() else {}
         found += [{"method": method, "seed": seed, **(known.get(str(seed)) or {})} for seed in config.seeds]
     return found
 

@@ -67,11 +67,11 @@ class Away:
         """Note that a try failed, and warn if no process of this command has."""
         self._file.parent.mkdir(parents=True, exist_ok=True)
         command = str(os.getpgrp())
-        with open(self._file, "a+", encoding="utf-8") as file:
+        with open(self._file, "ab+") as file:
             file.seek(0)
-            known = file.read() == command
+            known = file.read() == command.encode()
             file.truncate(0)
-            file.write(command)
+            file.write(command.encode())
         if not known:
             warn(self._uri, reason)
 

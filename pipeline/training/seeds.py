@@ -10,8 +10,10 @@ from pipeline.tracking.store import open_store, run_settings, store_of
 from pipeline.training.matching import matched
 from pipeline.training.run import TrainingJob, train_one
 from pipeline.training.seed_key import training_task
-from pipeline.workspace.files import read_json, write_json
+from pipeline.trajectories.parquet import copy_parquet
+from pipeline.workspace.files import read_json, write_record
 from pipeline.workspace.layout import Cache, Layout
+from pipeline.workspace.manifest import copy_whole
 from pipeline.workspace.processes import in_own_process, run_in_processes
 
 
@@ -46,12 +48,10 @@ def train_seeds(config: Config, environment: str, method: str, layout: Layout) -
     target = layout.trained(environment, method)
     shutil.rmtree(target, ignore_errors=True)
     for task in tasks:
-        shutil.copytree(task.result / "policy", layout.final_policy(environment, method, task.seed))
+        copy_whole(task.result / "policy", layout.final_policy(environment, method, task.seed))
     for kind, place in (("curves", layout.curves), ("timings", layout.timings), ("runs", layout.runs)):
         seeds = {str(task.seed): read_json(task.result / f"{kind}.json") for task in tasks}
         found = {"matching": matching} if matching and kind == "curves" else {}
-        write_json(place(environment, method), {"seeds": seeds, **found})
-    episodes = layout.episodes(environment, method)
-    episodes.parent.mkdir(parents=True, exist_ok=True)
-    shutil.copy2(tasks[0].result / "episodes.parquet", episodes)
+        write_record(place(environment, method), {"seeds": seeds, **found})
+    copy_parquet(tasks[0].result / "episodes.parquet", layout.episodes(environment, method))
     return Trained(target, len(jobs), matching)

@@ -1,11 +1,17 @@
 """The error of a person who can mend it."""
 
+import sys
 import traceback
 from pathlib import Path
 
 
 class UserError(Exception):
     """A file or a setting of the user's that cannot be used; ``str()`` is one line per mistake."""
+
+
+def warn(text: str) -> None:
+    """Say on standard error, in one line, what was found wrong and could be mended here."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def line_of(error: Exception) -> str:
