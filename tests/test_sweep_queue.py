@@ -26,6 +26,7 @@ from pipeline.sweep.queue import KILLED, SILENT_BEATS, Queue, open_storage
 from pipeline.sweep.trial import Outcome
 from pipeline.sweep.workers import SearchRun, run_search
 from pipeline.workspace.errors import UserError
+from pipeline.workspace.files import lock
 from pipeline.workspace.layout import Cache
 from pipeline.workspace.processes import in_own_process
 from tests.queue_cases import TRIALS, Toy, check, database, ended, latest_begun, toy_plan

@@ -4,6 +4,7 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from pipeline.analysis.registration import registered_states
 from pipeline.report.commits import committed
 from pipeline.workspace.layout import Layout
 

@@ -103,8 +103,8 @@ def replacing(path: Path) -> Iterator[Path]:
     yield partial
     for written in [partial, *(partial.rglob("*") if partial.is_dir() else ())]:
         flush(written)
-    if path.is_dir():
-        shutil.rmtree(path)
+    if path.is_dir() or partial.is_dir():
+        remove(path)
     partial.replace(path)
     flush(path.parent)
 
