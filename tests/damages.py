@@ -120,7 +120,7 @@ def record(place: Callable[[int], Path]) -> Kind:
 
 
 def states(which: int) -> Path:
-    path = Path(f"{which}/timings/registration.json")
+    path = Path(f"timings{which}/registration.json")
     write_record(path, {"states": [content(which)]})
     return path
 
@@ -297,7 +297,7 @@ def kinds() -> Mapping[str, Kind]:
     }
     return {
         **{name: record(place) for name, place in records.items()},
-        "registration": Kind(states, lambda which: registered_states(Path(f"{which}/timings/registration.json"))),
+        "registration": Kind(states, lambda which: registered_states(Path(f"timings{which}/registration.json"))),
         "comparison": Kind(comparison, read_comparison),
         "trajectories": Kind(table, lambda which: plain(read(LAYOUT.annotated(f"lake{which}")))),
         "episodes": Kind(last_episodes, read_last),

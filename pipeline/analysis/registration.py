@@ -6,6 +6,7 @@ apart, beside the other times.
 """
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def registered_states(file: Path) -> list[dict[str, Any]]:
     Raises:
         UserError: it is damaged.
     """
-    if not file.exists():
+    if not os.path.lexists(file):
         return []
     try:
         record = read_record(file)

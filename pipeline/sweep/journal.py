@@ -1,7 +1,7 @@
 """Optuna's journal of operations in a file whose lines have checksums.
 
-A line is an operation as JSON, a tab, and 16 hex digits of the SHA-256 of the digits before it and its own JSON. So a line
-that was changed, lost, doubled or moved is noticed, with its number.
+A line is an operation as JSON, a tab, and 16 hex digits of a SHA-256: of the digits before it (before the first line, the
+file's name) and its own JSON. So a line that was changed, lost, doubled or moved is noticed, with its number.
 """
 
 import hashlib
@@ -15,7 +15,7 @@ from optuna.storages.journal import BaseJournalBackend
 
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.files import drop_unfinished_line, lock
-from pipeline.workspace.seals import DamagedError
+from pipeline.workspace.seals import DamagedError, name_of
 
 DIGITS = 16
 
@@ -28,8 +28,8 @@ class Journal(BaseJournalBackend):
 
     def __init__(self, path: Path) -> None:
         self._path = path
-        self._ends: list[tuple[int, bytes]] = [(0, b"")]
-        """Where each line read so far ends, and its digits, behind those of an empty file."""
+        self._ends: list[tuple[int, bytes]] = [(0, name_of(path).encode())]
+        """Where each line read so far ends, and its digits; before the first one stands the file's name."""
 
     def read_logs(self, log_number_from: int) -> Iterator[dict[str, Any]]:
         """Operations from a number on; a last line that is being written is none yet.

@@ -1,5 +1,6 @@
 """A training's last two checkpoints: where the last one is damaged, the training goes on from the one before."""
 
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -31,7 +32,7 @@ def sound(folder: Path) -> Iterator[Path]:
     Of those that are not a line tells, and they are removed.
     """
     for name in (LAST, BEFORE):
-        if (folder / name).exists():
+        if os.path.lexists(folder / name):
             try:
                 require_sealed_file(folder / name, _name(folder))
             except DamagedError as error:

@@ -25,7 +25,7 @@ from pipeline.training.seed_key import TrainingTask, table_slice
 from pipeline.training.team import ALONE, Team, join, require_room, trainer_settings
 from pipeline.trajectories.parquet import copy_parquet
 from pipeline.trajectories.table import read
-from pipeline.trajectories.trajectory import TrajectoryError
+from pipeline.trajectories.trajectory import TrajectoryError, require_known_ids
 from pipeline.workspace.files import lock, read_json, replacing, write_json
 from pipeline.workspace.finite import located
 from pipeline.workspace.layout import Layout
@@ -113,7 +113,9 @@ def _train(job: TrainingJob, iterations: int, report: Tell, team: Team, checkpoi
     within(0.0, "loading the policy", insist=True)
     policy = load_trained(task.policy, task.config)
     if job.table is not None and checkpoint is None:
-        first = table_slice(read(job.table), task.config, task.environment, task.seed)
+        table = read(job.table)
+        require_known_ids(table, policy.model.get_input_embeddings().weight.shape[0])
+        first = table_slice(table, task.config, task.environment, task.seed)
     module = PolicyGradient(task.config, task.environment, task.method, task.seed, policy, first, team)
     run = TrainingRun(job.tracking, task.cache) if job.tracking is not None and team.first else None
     own = [Progress(report), *([Log(run)] if run else [])] if team.first else []

@@ -42,7 +42,7 @@ def read_results(path: Path) -> pa.Table:
         TrajectoryError: it is missing, damaged, of another schema, or holds what no episode can have; it is named.
     """
     table = read_parquet(path)
-    version = (table.schema.metadata or {}).get(VERSION_KEY, b"none").decode(errors="replace")
+    version = (table.schema.metadata or {}).get(VERSION_KEY, b"1").decode(errors="replace")  # it had none at first
     if version != str(SCHEMA_VERSION):
         raise TrajectoryError(
             f"{path}: another version of this code wrote it, `dvc repro` makes it again: "

@@ -1,5 +1,6 @@
 """Trajectories as an Arrow table of one row per episode, and as a Parquet file."""
 
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -161,7 +162,7 @@ def read_with(path: Path, names: Iterable[str]) -> tuple[Trajectories, dict[str,
 
 def kept(path: Path, make: Callable[[], Trajectories]) -> Trajectories:
     """What a file holds; where there is none, or a damaged one, what is made now, which it holds from then on."""
-    if path.exists():
+    if os.path.lexists(path):
         try:
             return read(path)
         except TrajectoryError as error:

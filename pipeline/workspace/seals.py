@@ -1,19 +1,22 @@
 """Checksums that files carry: what this project wrote is known to be whole, and to be what it says, when it is read.
 
-A seal is ``seal:`` and 64 hex digits somewhere in a file: the SHA-256 of the file's name and of all its bytes, these digits
-taken as zeros. The name counts so that a file that stands in another's place is noticed. It is the last two parts of the
+A seal is ``seal:`` and 64 hex digits somewhere in a file: a SHA-256 of the file's name and of those of all its blocks, these
+digits taken as zeros. The name counts so that a file that stands in another's place is noticed. It is the last two parts of the
 path: results may be moved with the folder that they are in.
 """
 
 import hashlib
 import mmap
 import os
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from pipeline.workspace.errors import UserError
 
 MARK = b"seal:"
 _DIGITS = 64
+_BLOCK = 2**26
+"""Bytes that are hashed by themselves."""
 BLANK = MARK + b"0" * _DIGITS
 """What a file must hold once to be sealed."""
 
@@ -83,10 +86,22 @@ def require_sealed_file(path: Path, name: str) -> None:
 
 def _digest(content: bytes | mmap.mmap, place: int, name: str) -> bytes:
     """64 hex digits; those at ``place`` count as zeros."""
-    hashed = hashlib.sha256(os.fsencode(name) + b"\0")
     with memoryview(content) as view:
-        for part in (view[:place], BLANK[len(MARK) :], view[place + _DIGITS :]):
+        blocks = range(0, len(view), _BLOCK)
+        if len(blocks) == 1:
+            found = [_block(view, 0, place)]
+        else:  # of a large model, in as many threads as there are cores
+            with ThreadPoolExecutor() as threads:
+                found = [*threads.map(lambda start: _block(view, start, place), blocks)]
+    return hashlib.sha256(b"\0".join([os.fsencode(name), *found])).hexdigest().encode()
+
+
+def _block(view: memoryview, start: int, place: int) -> bytes:
+    """SHA-256 of a block, in which the digits at ``place`` count as zeros."""
+    end = min(start + _BLOCK, len(view))
+    first, last = (min(max(start, at), end) for at in (place, place + _DIGITS))
+    hashed = hashlib.sha256()
+    with view[start:first] as before, view[last:end] as behind:  # else a mapping could not be closed
+        for part in (before, b"0" * (last - first), behind):
             hashed.update(part)
-            if isinstance(part, memoryview):
-                part.release()  # else a mapping could not be closed
-    return hashed.hexdigest().encode()
+    return hashed.digest()

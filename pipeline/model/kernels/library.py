@@ -83,7 +83,7 @@ def library() -> Library | None:
 
     They are for the widest instruction set of the machine, or for the one that ``ACTFOCUS_KERNELS`` names. A line tells if
     they do not compile: results have other last digits without them, and other keys (``build``). They are kept beside the
-    source or, where that cannot be, in the user's cache; see ``private`` for what is loaded from there.
+    source or, where that cannot be, in the user's cache; what others could have put there is not loaded.
 
     Raises:
         UserError: ``ACTFOCUS_KERNELS`` names what is no instruction set, or none of this machine.
@@ -165,7 +165,7 @@ def _load(name: str) -> ctypes.CDLL:
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             if (found := _kept(folder / file)) is not None:
                 return found
-            if why := not_private(folder):
+            if why := _why_not_private(folder):
                 reason = f"{folder} {why}"
                 continue
             return _built(command, folder / file)
@@ -185,7 +185,7 @@ def _kept(target: Path) -> ctypes.CDLL | None:
     tells, and None is returned, as where there is none."""
     if not os.path.lexists(target):
         return None
-    why = not_private(target) or not_private(target.parent)
+    why = _why_not_private(target) or _why_not_private(target.parent)
     if why:
         warn(f"kernels: {target} is not loaded, it or its folder {why}; compiled again")
         return None
@@ -197,7 +197,7 @@ def _kept(target: Path) -> ctypes.CDLL | None:
     return _opened(target)
 
 
-def not_private(path: Path) -> str | None:
+def _why_not_private(path: Path) -> str | None:
     """Why others than this user and root could have written a file or folder, or None. What is kept in it is executed."""
     status = path.lstat()
     if stat.S_ISLNK(status.st_mode):
