@@ -1,8 +1,15 @@
 """Compare all methods: reports/comparison.{json,md,txt}, reports/figures, reports/index.html, and a run in MLflow."""
 
+from __future__ import annotations
+
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 from pipeline.commands.cli import ParamsFile, configured, run
+
+if TYPE_CHECKING:
+    from pipeline.report.tables import Table
+    from pipeline.workspace.layout import Layout
 
 
 def main(params: ParamsFile = "params.yaml") -> str:
@@ -16,7 +23,7 @@ def main(params: ParamsFile = "params.yaml") -> str:
     from pipeline.report.answer_figures import write_answer_figure
     from pipeline.report.checklist import checklist_tables, policy_size
     from pipeline.report.comparison_figures import write_comparison_figures
-    from pipeline.report.comparison_tables import comparison_markdown, comparison_text
+    from pipeline.report.comparison_tables import comparison_text
     from pipeline.report.declared import registration_foot, registration_warning
     from pipeline.report.html import report_html
     from pipeline.report.sweep import read_sweeps
@@ -26,7 +33,6 @@ def main(params: ParamsFile = "params.yaml") -> str:
     from pipeline.trajectories.table import read
     from pipeline.workspace.errors import UserError
     from pipeline.workspace.files import read_record, write_json, write_text
-    from pipeline.workspace.manifest import write_manifest
 
     reports = layout.reports
     inputs = read_inputs(config, layout)
@@ -48,11 +54,8 @@ def main(params: ParamsFile = "params.yaml") -> str:
     write_comparison_figures(comparison, inputs, reports / "figures")
     first = next(iter(config.environments))
     write_json(reports / "bottleneck.json", {**bottleneck[first], "schema": 1, "environments": bottleneck})
-    write_json(layout.comparison, comparison)
     write_metrics(comparison, inputs.curves, reports)
-    checklist = checklist_tables(config, comparison, inputs, parameters, timed=False)
-    write_text(reports / "comparison.md", comparison_markdown(comparison, checklist))
-    write_text(reports / "comparison.txt", comparison_text(comparison))
+    _write_comparison(layout, comparison, checklist_tables(config, comparison, inputs, parameters, timed=False))
     doing("writing the report")
     annotated = {name: read(layout.annotated(name)) for name in config.environments}
     played = read_all_played(config, layout, annotated)
@@ -62,11 +65,23 @@ def main(params: ParamsFile = "params.yaml") -> str:
         config, comparison, inputs, bottleneck, annotated, episodes, read_sweeps(layout), parameters, foot
     )
     write_text(reports / "index.html", page)
-    write_manifest(layout.plots, [layout.comparison, reports / "comparison.md", reports / "comparison.txt"])
     doing("logging to MLflow")
     log_comparison(config, Path("."), comparison, inputs.curves, episodes, layout)
     text = comparison_text(comparison, training_minutes(inputs.timings))
     return f"{text}\n{reports / 'index.html'}: the report. Next: open it, or `make ui` for the runs"
+
+
+def _write_comparison(layout: Layout, comparison: dict[str, Any], checklist: list[Table]) -> None:
+    """Write comparison.{json,md,txt}, with their checksums in a list beside the numbers for plots."""
+    from pipeline.report.comparison_tables import comparison_markdown, comparison_text
+    from pipeline.workspace.files import write_json, write_text
+    from pipeline.workspace.manifest import write_manifest
+
+    markdown, text = (layout.reports / f"comparison.{kind}" for kind in ("md", "txt"))
+    write_json(layout.comparison, comparison)
+    write_text(markdown, comparison_markdown(comparison, checklist))
+    write_text(text, comparison_text(comparison))
+    write_manifest(layout.plots, [layout.comparison, markdown, text])
 
 
 if __name__ == "__main__":

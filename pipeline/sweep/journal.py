@@ -42,8 +42,8 @@ class Journal(BaseJournalBackend):
         place, digits = self._ends[number]
         for line in self._lines(place):
             number, place = number + 1, place + len(line)
-            operation, _, own = line.removesuffix(b"\n").rpartition(b"\t")
-            if not line.endswith(b"\n") and len(own) <= DIGITS:
+            operation, tab, own = line.removesuffix(b"\n").rpartition(b"\t")
+            if not line.endswith(b"\n") and (not tab or len(own) <= DIGITS):
                 return  # it is being written, or was when its writer was killed
             if not line.endswith(b"\n") or own != _digits(digits, operation):
                 raise DamagedError(

@@ -30,13 +30,7 @@ def read_parquet(path: Path) -> pa.Table:
     Raises:
         TrajectoryError: it is missing or not as it was written; the message names the file.
     """
-    try:
-        content = read_bytes(path)
-        if not never_sealed(content):
-            require_sealed(content, path)
-    except UserError as error:
-        raise TrajectoryError(str(error)) from None
-    return parquet_table(content, str(path))
+    return parquet_table(_whole(path), str(path))
 
 
 def parquet_table(content: bytes, place: str) -> pa.Table:
@@ -58,9 +52,19 @@ def copy_parquet(source: Path, target: Path) -> None:
     Raises:
         TrajectoryError: the source is missing or not as it was written.
     """
-    content = read_bytes(source)
-    require_sealed(content, source)
-    write_bytes(target, sealed(content, name_of(target)))
+    content = _whole(source)
+    write_bytes(target, content if never_sealed(content) else sealed(content, name_of(target)))
+
+
+def _whole(path: Path) -> bytes:
+    """The content of a file that is as it was written, or of before there were checksums."""
+    try:
+        content = read_bytes(path)
+        if not never_sealed(content):
+            require_sealed(content, path)
+    except UserError as error:
+        raise TrajectoryError(str(error)) from None
+    return content
 
 
 def mistakes(table: pa.Table, types: Mapping[str, pa.DataType], optional: Collection[str] = ()) -> Iterator[str]:

@@ -102,6 +102,7 @@ def _block(view: memoryview, start: int, place: int) -> bytes:
     first, last = (min(max(start, at), end) for at in (place, place + _DIGITS))
     hashed = hashlib.sha256()
     with view[start:first] as before, view[last:end] as behind:  # else a mapping could not be closed
-        for part in (before, b"0" * (last - first), behind):
-            hashed.update(part)
+        hashed.update(before)
+        hashed.update(b"0" * (last - first))
+        hashed.update(behind)
     return hashed.digest()

@@ -95,7 +95,7 @@ def library() -> Library | None:
     if choice is not None and choice not in names:
         allowed = ", ".join(["off", *names])
         raise UserError(f"{CHOICE}: {choice!r} is not an instruction set of this machine; allowed: {allowed}")
-    failed = {} if names else _broken_compiler()
+    failed: dict[str, str] = {} if names else _broken_compiler()
     for name in names if choice is None else [choice]:
         try:
             functions = _load(name)
