@@ -10,6 +10,9 @@ ifeq ($(shell whoami 2>/dev/null),)
 export USER ?= $(shell id -u)
 export HOME ?= $(CURDIR)/.cache/home
 endif
+# What is given stays as it is written: Make would look for variables and functions in it.
+GIVEN = PRESET STUDY METHODS METHOD SEED TEMPERATURE EPISODE A B ARGS DEVICE ISA
+$(foreach name,$(GIVEN),$(if $(filter command environment,$(firstword $(origin $(name)))),$(eval override $(name) := $$(value $(name)))))
 # Checked before it is part of any command; what else is given by name reaches commands in the environment, in quotes.
 PRESETS = $(notdir $(patsubst %/overlay.yaml,%,$(wildcard presets/*/overlay.yaml)))
 ifneq ($(PRESET),$(filter $(PRESETS),$(PRESET)))
@@ -52,7 +55,7 @@ repro: preset ## the whole pipeline: policy, rollouts, energies, training, evalu
 	@actfocus repro --params $(PARAMS)
 
 export STUDY ?= $(if $(filter all,$(METHODS)),learning_rates,actfocus)
-export METHOD SEED TEMPERATURE EPISODE A B
+export METHOD SEED TEMPERATURE EPISODE A B ARGS DEVICE ISA
 SWEEPS = $(if $(PRESET),presets/$(PRESET)/sweeps,sweeps)
 
 sweep: preset ## search settings on validation states (STUDY=actfocus, METHODS=all for every method's learning rate)
@@ -86,7 +89,7 @@ sync: preset ## send to MLflow what was kept in .cache while its server was away
 
 replay: preset ## what would reweighting change? (ARGS="--groups 256 --alpha 0.1 --alpha 1")
 	@dvc repro --quiet $(PIPELINE):annotate
-	@actfocus replay --params $(PARAMS) $(ARGS)
+	@actfocus replay --params $(PARAMS) $$ARGS
 
 bottleneck: preset ## does token energy go with the variance of returns? (PRESET=smollm2_bottleneck; needs no training)
 	dvc repro $(PIPELINE):bottleneck
@@ -94,12 +97,12 @@ bottleneck: preset ## does token energy go with the variance of returns? (PRESET
 
 decisions: preset ## which signal finds the tokens that decide? (PRESET=branching; ARGS="--positions 4 --candidates 4")
 	@dvc repro --quiet $(PIPELINE):policy
-	@actfocus decisions --params $(PARAMS) $(ARGS)
+	@actfocus decisions --params $(PARAMS) $$ARGS
 
 bench: preset .venv-trl/.installed ## measure speed against the machine's floor, plain transformers and TRL (DEVICE=cuda, ISA=avx2)
 	dvc repro --quiet annotate
-	$(if $(ISA),ACTFOCUS_KERNELS=$(ISA)) python -m benchmarks.bench --params $(PARAMS) --trl .venv-trl/bin/python \
-	  $(if $(DEVICE),--device $(DEVICE)) $(if $(ISA),--out reports/bench-$(ISA).json)
+	$(if $(ISA),ACTFOCUS_KERNELS="$$ISA") python -m benchmarks.bench --params $(PARAMS) --trl .venv-trl/bin/python \
+	  $(if $(DEVICE),--device "$$DEVICE") $(if $(ISA),--out "reports/bench-$$ISA.json")
 
 .venv-trl/.installed: benchmarks/trl_requirements.txt constraints.txt
 	$(PYTHON) -m venv .venv-trl
@@ -135,6 +138,7 @@ results: ## make the default comparison, its replay, the other pole and the cont
 	@$(MAKE) --no-print-directory publish
 
 ui: install ## MLflow's pages on http://127.0.0.1:5000
+	@python -c "import sys; from pipeline.tracking.database import ready; ready(sys.argv[1])" "sqlite:///$(CURDIR)/mlflow.db"
 	mlflow ui --host 127.0.0.1 --port 5000 --backend-store-uri sqlite:///$(CURDIR)/mlflow.db
 
 clean: ## delete outputs, caches and MLflow's store; keeps .venv

@@ -30,7 +30,7 @@ from pipeline.trajectories.trajectory import TrajectoryError
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.files import write_json
 from pipeline.workspace.layout import Layout
-from pipeline.workspace.yaml_files import read_yaml
+from pipeline.workspace.yaml_files import LARGEST_LOCK, read_yaml
 
 
 def dvc_cost(repeats: int = 2) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def dvc_cost(repeats: int = 2) -> dict[str, Any]:
     through = ["dvc", "repro", "--quiet", "--force", "presets/smoke/dvc.yaml"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL, "check": True}
     subprocess.run(through, **quiet)  # type: ignore[call-overload]
-    commands = [stage["cmd"] for stage in read_yaml(lock)["stages"].values()]
+    commands = [stage["cmd"] for stage in read_yaml(lock, LARGEST_LOCK)["stages"].values()]
     rounds: dict[str, list[float]] = {"dvc": [], "commands": []}
     for _ in range(repeats):
         began = time.perf_counter()

@@ -2,7 +2,7 @@
 
 import shutil
 
-from pipeline.commands.cli import EnvironmentName, ParamsFile, configured, next_command, run
+from pipeline.commands.cli import EnvironmentName, ParamsFile, configured, make_alone, next_command, run
 from pipeline.trajectories.table import read, write
 from pipeline.trajectories.trajectory import concatenate
 
@@ -23,6 +23,7 @@ def main(environment: EnvironmentName, params: ParamsFile = "params.yaml") -> st
     )
     made_of = {"table": tree_hashes(layout.trajectories(environment)), "policy": tree_hashes(layout.policy)}
     cache = Cache().slices(result_key("pipeline.energy.annotate", settings | made_of))
+    make_alone(layout, f"annotate {environment}", cache)
     slice_size = config.rollout.groups * config.rollout.group_size
     size = -(-len(table) // (slice_size * config.workers)) * slice_size
     tasks = {

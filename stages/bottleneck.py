@@ -1,11 +1,12 @@
 """Measure the Action Bottleneck, and draw it: reports/bottleneck/<environment>."""
 
-from pipeline.commands.cli import EnvironmentName, ParamsFile, configured, next_command, run
+from pipeline.commands.cli import EnvironmentName, ParamsFile, configured, make_alone, next_command, run
 from pipeline.trajectories.table import read
 
 
 def main(environment: EnvironmentName, params: ParamsFile = "params.yaml") -> str:
     config, layout, params = configured(params, environment)
+    make_alone(layout, f"bottleneck {environment}")
     annotated = read(layout.annotated(environment))
     from pipeline.analysis.bottleneck import bottleneck
     from pipeline.progress.display import doing

@@ -1,11 +1,15 @@
-"""Compare all methods: reports/comparison.{json,md,txt}, reports/figures, reports/index.html, and a run in MLflow."""
+"""Compare all methods: reports/comparison.{json,md,txt}, reports/figures, reports/index.html, and a run in MLflow.
+
+Equal runs have equal reports: what has wall-clock in it is in data/timings/report.
+"""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from pipeline.commands.cli import ParamsFile, configured, run
+from pipeline.commands.cli import ParamsFile, configured, make_alone, run
 
 if TYPE_CHECKING:
     from pipeline.report.tables import Table
@@ -14,6 +18,7 @@ if TYPE_CHECKING:
 
 def main(params: ParamsFile = "params.yaml") -> str:
     config, layout, _ = configured(params)
+    make_alone(layout, "compare")
     from pipeline.analysis.comparison import compare, read_inputs
     from pipeline.analysis.examples import read_all_played
     from pipeline.analysis.interventions import read_interventions
@@ -22,7 +27,7 @@ def main(params: ParamsFile = "params.yaml") -> str:
     from pipeline.progress.display import doing
     from pipeline.report.answer_figures import write_answer_figure
     from pipeline.report.checklist import checklist_tables, policy_size
-    from pipeline.report.comparison_figures import write_comparison_figures
+    from pipeline.report.comparison_figures import write_comparison_figures, write_timed_figures
     from pipeline.report.comparison_tables import comparison_text
     from pipeline.report.declared import registration_foot, registration_warning
     from pipeline.report.html import report_html
@@ -42,33 +47,33 @@ def main(params: ParamsFile = "params.yaml") -> str:
         comparison = compare(config, inputs)
     except ValueError as error:
         raise UserError(f"{layout.out / 'data' / 'evaluations'}: {error}; `dvc repro` brings it up to date") from None
-    registered = layout.registration  # not there where no stage before this one has run
-    comparison["registration"] = read_record(registered) if registered.exists() else None
+    # It is not there where no stage before this one has run.
+    comparison["registration"] = read_record(layout.registration) if layout.registration.exists() else None
     if intervened := read_interventions(config, layout):
         comparison["interventions"] = intervened
     unlike = registration_warning(comparison["registration"])
     comparison["warnings"] = comparison_warnings(config, inputs.curves, comparison) + ([unlike] if unlike else [])
-    parameters = policy_size(layout.policy)
     doing("drawing figures")
     write_answer_figure(comparison, reports / "figures")
-    write_comparison_figures(comparison, inputs, reports / "figures")
-    first = next(iter(config.environments))
-    write_json(reports / "bottleneck.json", {**bottleneck[first], "schema": 1, "environments": bottleneck})
+    write_comparison_figures(comparison, timeless := replace(inputs, timings={}), reports / "figures")
+    write_timed_figures(comparison, inputs, layout.timed)
+    first = bottleneck[next(iter(bottleneck))]
+    write_json(reports / "bottleneck.json", {**first, "schema": 1, "environments": bottleneck})
     write_metrics(comparison, inputs.curves, reports)
-    _write_comparison(layout, comparison, checklist_tables(config, comparison, inputs, parameters, timed=False))
+    checklist = checklist_tables(config, comparison, inputs, policy_size(layout.policy), timed=False)
+    _write_comparison(layout, comparison, checklist)
     doing("writing the report")
     annotated = {name: read(layout.annotated(name)) for name in config.environments}
     played = read_all_played(config, layout, annotated)
     episodes = viewer_data(config, SavedTokenizer.load(layout.policy), played)
-    foot = registration_foot(comparison, layout)
-    page = report_html(
-        config, comparison, inputs, bottleneck, annotated, episodes, read_sweeps(layout), parameters, foot
-    )
-    write_text(reports / "index.html", page)
+    shown = bottleneck, annotated, episodes, read_sweeps(layout), policy_size(layout.policy)
+    write_text(reports / "index.html", report_html(config, comparison, timeless, *shown))
+    timed = report_html(config, comparison, inputs, *shown, registration_foot(comparison, layout))
+    write_text(layout.timed / "index.html", timed)
     doing("logging to MLflow")
     log_comparison(config, Path("."), comparison, inputs.curves, episodes, layout)
     text = comparison_text(comparison, training_minutes(inputs.timings))
-    return f"{text}\n{reports / 'index.html'}: the report. Next: open it, or `make ui` for the runs"
+    return f"{text}\n{reports / 'index.html'}: the report; {layout.timed} has it with wall-clock. Next: open it, or `make ui` for the runs"
 
 
 def _write_comparison(layout: Layout, comparison: dict[str, Any], checklist: list[Table]) -> None:

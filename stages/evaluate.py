@@ -1,10 +1,11 @@
 """Play held-out initial states with a method's final policies, or with the reference policy (--method reference)."""
 
-from pipeline.commands.cli import EnvironmentName, MethodName, ParamsFile, configured, next_command, run
+from pipeline.commands.cli import EnvironmentName, MethodName, ParamsFile, configured, make_alone, next_command, run
 
 
 def main(environment: EnvironmentName, method: MethodName, params: ParamsFile = "params.yaml") -> str:
     config, layout, params = configured(params, environment, method)
+    make_alone(layout, f"evaluate {environment}-{method}")
     import pyarrow as pa
     import pyarrow.compute as pc
     import transformers.models.auto.modeling_auto  # noqa: F401  (imported before the processes fork)

@@ -1,10 +1,11 @@
 """Whether the reference policy uses its reasoning: data/interventions/<environment>.json."""
 
-from pipeline.commands.cli import EnvironmentName, ParamsFile, configured, next_command, run
+from pipeline.commands.cli import EnvironmentName, ParamsFile, configured, make_alone, next_command, run
 
 
 def main(environment: EnvironmentName, params: ParamsFile = "params.yaml") -> str:
     config, layout, params = configured(params, environment)
+    make_alone(layout, f"intervene {environment}")
     import transformers.models.auto.modeling_auto  # noqa: F401  (imported before the processes fork)
 
     from pipeline.analysis.interventions import intervention

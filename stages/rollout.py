@@ -2,7 +2,7 @@
 
 import shutil
 
-from pipeline.commands.cli import EnvironmentName, ParamsFile, configured, next_command, run
+from pipeline.commands.cli import EnvironmentName, ParamsFile, configured, make_alone, next_command, run
 
 
 def main(environment: EnvironmentName, params: ParamsFile = "params.yaml") -> str:
@@ -26,6 +26,7 @@ def main(environment: EnvironmentName, params: ParamsFile = "params.yaml") -> st
     named = {environment: section.model_dump(mode="json"), "sources": of_environment(section)}
     made_of = settings | named | {"files": tree_hashes(layout.policy)}
     cache = Cache().slices(result_key("pipeline.rollout.slices", made_of))
+    make_alone(layout, f"rollout {environment}", cache)
     tasks = {
         f"slice {n}": SlicesTask(config, environment, layout.policy, list(slices[n :: config.workers]), cache)
         for n in range(min(config.workers, len(slices)))

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from pipeline.commands.cli import ParamsFile, StudyName, configured, run
+from pipeline.commands.cli import ParamsFile, StudyName, configured, make_alone, run
 
 
 def main(study: StudyName, params: ParamsFile = "params.yaml") -> str:
@@ -28,6 +28,7 @@ def main(study: StudyName, params: ParamsFile = "params.yaml") -> str:
         in_own_process(open_store, store_of(config, root), plan.environment)
         search = SearchRun(plan, TrainingObjective(plan), observer(plan, root))
         found.append(SearchResult(plan, run_search(search, config.trainings, config.threads)))
+    make_alone(layout, f"sweep {study}")  # many may search, on machines that share this folder
     doing("drawing figures")
     write_text(target / "trials.csv", trials_table(found).to_csv(index=False))
     write_text(target / "best.yaml", best_overlay(found))

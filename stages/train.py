@@ -1,28 +1,19 @@
 """Train a method on an environment, one policy per seed: models/trained/<environment>-<method>/seed-<seed>."""
 
-import sys
-
-from pipeline.commands.cli import EnvironmentName, MethodName, ParamsFile, configured, next_command, run
+from pipeline.commands.cli import EnvironmentName, MethodName, ParamsFile, configured, make_alone, next_command, run
 from pipeline.trajectories.table import read
 from pipeline.trajectories.trajectory import TrajectoryError
-from pipeline.workspace.files import lock
-from pipeline.workspace.layout import Cache
 
 
 def main(environment: EnvironmentName, method: MethodName, params: ParamsFile = "params.yaml") -> str:
     config, layout, params = configured(params, environment, method)
-    name = f"{environment}-{method}"
     table = layout.annotated(environment)
     if not read(table).annotated:
         raise TrajectoryError(f"{table}: not annotated; run `python -m stages.annotate --environment {environment}`")
+    make_alone(layout, f"train {environment}-{method}")
+    from pipeline.training.seeds import train_seeds  # takes seconds
 
-    def waiting() -> None:
-        print(f"train {name}: another command makes the same; this one waits for its end", file=sys.stderr, flush=True)
-
-    with lock(Cache().lock(f"{config.out}/train/{name}"), waiting=waiting):
-        from pipeline.training.seeds import train_seeds  # takes seconds
-
-        done = train_seeds(config, environment, method, layout)
+    done = train_seeds(config, environment, method, layout)
     found = done.matching
     return (
         f"{done.target}: {len(config.seeds)} seeds ({done.now} trained now, {len(config.seeds) - done.now} kept). "
@@ -32,6 +23,7 @@ def main(environment: EnvironmentName, method: MethodName, params: ParamsFile = 
             if found
             else ""
         )
+        + "".join(f"ALARM, seed {seed}: {text}. " for seed, text in done.alarms.items())
         + f"{next_command(params, 'python -m stages.evaluate', environment=environment, method=method)}"
     )
 

@@ -113,7 +113,11 @@ WRONG: dict[str, tuple[str, Callable[..., Any], str]] = {
     "text": ("weight", lambda batch: "heavy", "returned a str; allowed: a tensor of shape"),
     "shape": ("weight", lambda batch: batch.returns, "returned a tensor of shape (12,)"),
     "dtype": ("advantage", lambda batch: batch.entropy.double(), "torch.float64, on cpu; allowed: a tensor of shape"),
-    "not finite": ("reward", lambda batch: batch.entropy / 0, "returned a number that is not finite"),
+    "not finite": (
+        "reward",
+        lambda batch: batch.entropy / 0,
+        "returned nan for token 0 of trajectory 0; allowed: finite numbers",
+    ),
     "elsewhere": ("advantage", lambda batch: batch.entropy + 1, "for a token that the policy did not choose"),
     "negative": ("weight", lambda batch: -batch.entropy, "returned the weight -"),
     "no truth": ("filter", lambda batch: batch.returns, "allowed: a tensor of shape (12,), torch.bool, on cpu"),

@@ -43,11 +43,11 @@ def repro(folder: Path, *options: str) -> list[str]:
 
 
 def digests(folder: Path) -> dict[str, str]:
-    """Hash of every output but wall-clock times, run ids and what is drawn from the times."""
+    """Hash of every output but wall-clock times, what is drawn from them, and run ids."""
     found = {}
     for path in sorted((folder / OUT).rglob("*")):
         name = path.relative_to(folder / OUT).as_posix()
-        timed = name.startswith(("data/timings", "data/runs")) or "learning" in name or name == "reports/index.html"
+        timed = name.startswith(("data/timings", "data/runs"))
         if path.is_file() and name.split("/")[0] in ("data", "models", "reports") and not timed:
             found[name] = hashlib.sha256(path.read_bytes()).hexdigest()
     return found

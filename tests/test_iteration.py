@@ -181,7 +181,7 @@ def test_a_round_before_there_are_branches_has_one_pass(policy: Policy) -> None:
     config = configured({"methods": {"moved": {"branching": branching, "advantage": {"kind": "prefix_credit"}}}})
     minibatches: list[TokenTable] = []
 
-    def move(learner: Any, optimizer: Any, minibatch: TokenTable, number: int) -> dict[str, float]:
+    def move(learner: Any, optimizer: Any, minibatch: TokenTable, *_: Any) -> dict[str, float]:
         minibatches.append(minibatch)
         with torch.no_grad():
             for parameter in policy.model.parameters():

@@ -140,6 +140,10 @@ def test_a_presets_params_file_is_checked_from_the_root(folder: Path) -> None:
         ("play", "METHOD"),
         ("match", "TO"),
         ("compare", "A"),
+        ("replay", "ARGS"),
+        ("decisions", "ARGS"),
+        ("bench", "DEVICE"),
+        ("bench", "ISA"),
     ],
 )
 def test_make_runs_nothing_of_what_it_is_given_by_name(folder: Path, target: str, variable: str) -> None:
@@ -147,6 +151,10 @@ def test_make_runs_nothing_of_what_it_is_given_by_name(folder: Path, target: str
     command = ["make", "--dry-run", target, *(f"{k}={v}" for k, v in {**given, variable: "x; touch PWNED #"}.items())]
     done = started(folder, *command)
     assert "touch PWNED" not in done.stdout, "a shell would read it"
+    started(
+        folder, "make", "--dry-run", target, *(f"{k}={v}" for k, v in given.items()), f"{variable}=$(shell touch PWNED)"
+    )
+    assert not any(folder.rglob("PWNED*")), "Make would read it"
     if variable == "PRESET":
         assert done.returncode != 0
         assert "PRESET: 'x; touch PWNED #' is not there; allowed: " in done.stderr

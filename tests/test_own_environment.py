@@ -319,7 +319,9 @@ def refusals(project: Path) -> dict[str, subprocess.CompletedProcess[str]]:
 def test_a_mistake_is_one_line(project: Path, refusals: dict[str, subprocess.CompletedProcess[str]], name: str) -> None:
     done = refusals[name]
     assert (done.returncode, done.stdout) == (2, "")
-    assert complaints(done.stderr.replace("tails", "heads")) == [MISTAKES[name][-1]]
+    said = re.sub(r" \(in turn 1 of episode \S+\)", "", done.stderr.replace("tails", "heads"))
+    assert complaints(said) == [MISTAKES[name][-1]]
+    assert ("in turn 1 of episode" in done.stderr) == (name in ("reward", "exception"))
     assert not (project / "data" / "trajectories" / "wrong.parquet").exists()
 
 

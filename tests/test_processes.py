@@ -83,7 +83,7 @@ def test_a_worker_whose_parent_was_gone_before_it_began_ends() -> None:
     worker = multiprocessing.get_context("fork").Process(target=begin_worker, args=(os.getpid() + 1,))
     worker.start()
     worker.join(20)
-    assert worker.exitcode == 1
+    assert worker.exitcode == -signal.SIGKILL
 
 
 def test_where_the_kernel_does_not_tell_of_a_parents_end_a_worker_looks_itself() -> None:

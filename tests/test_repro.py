@@ -141,6 +141,21 @@ def test_seeds_are_added_until_it_is_decided_killed_in_between_or_not(tmp_path: 
     assert read_record(straight / "data/sources/seeds.json") == {"seeds": list(range(seeds))}
 
 
+def test_asked_to_stop_it_waits_for_the_stage_at_work_and_says_one_line(tmp_path: Path) -> None:
+    folder = project(tmp_path / "stopped", {})
+    with subprocess.Popen(COMMAND, cwd=folder, env=variables(SLOW="0.3"), stderr=subprocess.PIPE, text=True) as process:
+        deadline, log = time.monotonic() + 240, folder / ".cache/trained"
+        while time.monotonic() < deadline and not log.exists():
+            time.sleep(0.05)
+        children = psutil.Process(process.pid).children(recursive=True)
+        process.send_signal(signal.SIGTERM)
+        error = process.communicate(timeout=240)[1]
+    assert process.returncode == 143
+    assert error.splitlines()[-1] == "stopped; run the same command again to go on"
+    assert not psutil.wait_procs(children, timeout=60)[1]
+    assert not (folder / "reports").exists(), "it went on with the next stage"
+
+
 def test_looks_begin_anew_where_trainings_or_played_episodes_would_be_others() -> None:
     def key(**changes: Any) -> str:
         return settings_hash(parse(overlay(read_yaml(ROOT / "params.yaml"), changes)))

@@ -29,6 +29,7 @@ from pipeline.workspace.errors import UserError
 from pipeline.workspace.files import lock
 from pipeline.workspace.layout import Cache
 from pipeline.workspace.processes import in_own_process
+from pipeline.workspace.stopping import asked, stop_if_asked
 from tests.queue_cases import TRIALS, Toy, check, database, ended, latest_begun, toy_plan
 from tests.searches import (
     ALPHA,
@@ -203,6 +204,35 @@ class Deadly(Toy):
             os.kill(os.getpid(), signal.SIGKILL)
 
 
+@dataclass(frozen=True)
+class Stoppable(Toy):
+    """Trials last until the search is asked to stop, or for ever."""
+
+    def work(self, trial: Trial, values: dict[str, Any]) -> None:
+        if not self.log.with_name("go").exists():
+            awaited(asked)
+            stop_if_asked()
+
+
+def test_a_search_that_is_asked_to_stop_goes_on_with_the_same_settings_and_as_many_tries(tmp_path: Path) -> None:
+    plan, toy = toy_plan(tmp_path, trials=4, retries=0), Stoppable(tmp_path / "log")
+    process = begin(plan, toy, 2)
+    awaited(lambda: len(written(toy.log)) == 2)
+    assert process.pid is not None
+    os.killpg(process.pid, signal.SIGTERM)
+    process.join()
+    assert "Stopped" in Path("session.txt").read_text()
+    stopped = trials_of(plan)
+    assert [trial.state for trial in stopped] == [TrialState.FAIL] * 2
+    (tmp_path / "go").touch()
+    run(plan, toy)
+    trials = check(plan, toy.log)
+    for trial in stopped:
+        (again,) = (t for t in trials if t.user_attrs.get("retry_of") == trial.number)
+        assert again.params == trial.params
+        assert again.user_attrs["attempt"] == 1
+
+
 @pytest.mark.parametrize("slot", [1, 2])
 def test_settings_that_kill_every_worker_are_given_up(tmp_path: Path, slot: int) -> None:
     plan = toy_plan(tmp_path, trials=4, retries=2)
@@ -346,14 +376,36 @@ def _taken_for_dead(plan: SearchPlan) -> list[int]:
     return found
 
 
-def test_a_storage_that_cannot_be_used_is_one_line_without_the_password(tmp_path: Path) -> None:
-    plan = toy_plan(tmp_path, "postgresql+psycopg://me:secret@127.0.0.1:1/sweeps")
+@pytest.mark.parametrize(
+    ("url", "shown"),
+    [
+        ("postgresql+psycopg://me:secret@127.0.0.1:1/sweeps", "postgresql+psycopg://…@127.0.0.1:1/sweeps"),
+        ("postgresql+psycopg://me:s/ecret@127.0.0.1:1/sweeps", "postgresql+psycopg://…@127.0.0.1:1/sweeps"),
+        ("postgresql+psycopg://me:secret@x@127.0.0.1:1/sweeps", "postgresql+psycopg://…@127.0.0.1:1/sweeps"),
+        (
+            "postgresql+psycopg://127.0.0.1:1/sweeps?user=me&password=secret",
+            "postgresql+psycopg://127.0.0.1:1/sweeps?…",
+        ),
+        ("postgresql+psycopg:/me:secret@127.0.0.1:1/sweeps", "…@127.0.0.1:1/sweeps"),
+    ],
+)
+def test_a_storage_that_cannot_be_used_is_one_line_without_the_password(
+    url: str, shown: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = toy_plan(tmp_path)
+    monkeypatch.setenv("SWEEP_STORAGE", url)
     with pytest.raises(UserError) as error:
         run_search(SearchRun(plan, Toy(tmp_path / "log")), 1)
     text = str(error.value)
-    assert text.startswith("sweep.storage: postgresql+psycopg://…@127.0.0.1:1/sweeps: cannot be used: ")
-    assert "secret" not in text
+    assert text.startswith(f"sweep.storage: {shown}: cannot be used: ")
+    assert "ecret" not in text
     assert "\n" not in text
+
+
+def test_a_password_in_the_params_file_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"sweep\.storage: has a password.*SWEEP_STORAGE") as error:
+        toy_plan(tmp_path, "postgresql+psycopg://me:secret@127.0.0.1:1/sweeps")
+    assert "secret" not in str(error.value)
 
 
 def test_the_environment_names_a_storage_that_params_do_not(

@@ -39,6 +39,7 @@ class Row:
     tokens: float | None = None
     pruned: bool = False
     baseline: str | None = None
+    alarm: float | None = None
 
 
 def found(plan: SearchPlan, rows: Sequence[Row]) -> SearchResult:
@@ -67,7 +68,8 @@ def ending(row: Row) -> Any:
             trial.report(row.success, 10)
         if row.pruned:
             raise TrialPruned
-        return Outcome((row.success, *(() if row.tokens is None else (row.tokens,))), {"kl": row.kl}, {})
+        curves = {} if row.alarm is None else {100: [{"success": 0.5}, {"success": 0.1, "alarm_kl": row.alarm}]}
+        return Outcome((row.success, *(() if row.tokens is None else (row.tokens,))), {"kl": row.kl}, curves)
 
     return objective
 
@@ -131,6 +133,17 @@ def test_without_a_trial_that_keeps_the_constraints_there_is_no_best(plan: Searc
     assert "methods" not in YAML(typ="safe").load(best_overlay([search]))
     with pytest.raises(UserError, match="no trial of grpo_actfocus kept all constraints, nothing to confirm"):
         confirmation([plan], [summary(search)], "out", ".")
+
+
+def test_what_the_best_and_the_baselines_have_alarmed_of_is_said(plan: SearchPlan) -> None:
+    rows = [replace(row, alarm=alarm) for row, alarm in zip(ROWS, (None, 3.0, 7.5, None, 9.0, None), strict=True)]
+    outcome, text = summary(found(plan, rows)), report_text([found(plan, rows)])
+    assert outcome["best"]["alarms"] == {"100": "KL rose to 7.5 nats per token (iteration 1)"}
+    assert [line for line in text.splitlines() if "ALARM" in line] == [
+        "  ALARM, paper, seed 100: KL rose to 3 nats per token (iteration 1)",
+        "  ALARM, best, seed 100: KL rose to 7.5 nats per token (iteration 1)",
+    ]
+    assert "ALARM" not in report_text([found(plan, ROWS)])
 
 
 def test_the_text_names_baselines_best_and_both_importances(plan: SearchPlan) -> None:

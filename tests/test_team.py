@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import signal
+import time
 from collections.abc import Callable
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
@@ -23,7 +25,8 @@ from pipeline.training.seed_key import TrainingTask, training_task
 from pipeline.training.team import ALONE, Team, join
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.files import read_json
-from pipeline.workspace.processes import run_together
+from pipeline.workspace.processes import run_in_processes, run_together
+from pipeline.workspace.stopping import Stopped
 from tests.team_cases import METHODS, Trained, difference, numbers, team_config, trained
 from tests.trainings import LAKE, configured, quiet
 
@@ -115,6 +118,24 @@ def test_a_training_that_goes_on_with_another_number_of_processes_ends_as_an_uni
         assert row.keys() == expected.keys()
         for name, number in numbers(expected).items():
             torch.testing.assert_close(numbers(row)[name], number, rtol=1e-3, atol=1e-5, msg=name)
+
+
+def test_processes_that_are_asked_to_stop_have_all_made_the_same_iterations(directory: Path, tmp_path: Path) -> None:
+    train = {"iterations": 500, "processes": {"number": 2}, "validate_every": 500}
+    task = training_task(configured({"train": train}), LAKE, "grpo", 0, directory, tmp_path)
+    begun, child = task.cache / "begun.log", os.fork()
+    if not child:
+        with contextlib.suppress(Stopped):
+            run_in_processes(train_one, {"seed": TrainingJob(task, None, None)}, 1, "train", saved="iterations")
+        os._exit(0 if (task.cache / "checkpoint.ckpt").exists() else 1)
+    deadline = time.monotonic() + 300
+    while not (begun.exists() and "1" in begun.read_text().split()):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    os.kill(child, signal.SIGTERM)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 0
+    saved = torch.load(task.cache / "checkpoint.ckpt", weights_only=True)["curve"]
+    assert [str(int(row["iteration"])) for row in saved] == begun.read_text().split()
 
 
 # ------------------------------------------------------------------------------------------------------ what it is made of

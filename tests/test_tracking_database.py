@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import multiprocessing
 import os
+import random
 import shutil
 import sqlite3
 import time
@@ -17,13 +18,17 @@ import pytest
 from mlflow import MlflowClient
 
 from pipeline.tracking.database import SIDE_FILES
+from pipeline.tracking.spool import Spool, now, run_record
 from pipeline.tracking.store import open_store
 from pipeline.tracking.training import Store
 from pipeline.workspace.errors import UserError
+from pipeline.workspace.layout import Cache
 from tests.tracked import apart
 
 pytestmark = pytest.mark.xdist_group("tracking")
 fork = multiprocessing.get_context("fork")
+KILLS = int(os.environ.get("FAULTS", "1"))
+"""Stores whose making is killed at random, three times each: ``FAULTS=20`` for more."""
 
 
 @pytest.fixture
@@ -40,20 +45,22 @@ def tables(database: Path) -> int:
         return 0
 
 
-def killed(function: Callable[..., Any], arguments: tuple[Any, ...], database: Path, least: int) -> None:
-    """Kill a process as soon as a database that it makes has so many tables."""
+def killed(
+    function: Callable[..., Any], arguments: tuple[Any, ...], reached: Callable[[], bool], delay: float = 0.0
+) -> None:
+    """Kill a process that makes a database so many seconds after something is reached, or when it has ended."""
     process = fork.Process(target=function, args=arguments)
     process.start()
-    while tables(database) < least:
-        assert process.is_alive(), "it has ended already"
-        time.sleep(0.01)
+    while process.is_alive() and not reached():
+        time.sleep(0.005)
+    time.sleep(delay)
     process.kill()
     process.join()
 
 
 def works(store: Store, folder: Path) -> None:
     """The store takes a run, and nothing lies beside it but what was set aside."""
-    assert apart(open_store, store, "lake") == (0, 0)
+    assert apart(open_store, store, "lake")[1] == 0
     assert apart(_names, store.uri) == ["Default", "lake"]
     assert {file.name for file in folder.iterdir()} <= {"mlflow.db", "mlflow.db.lock", "mlflow.db.unfinished"}
 
@@ -62,16 +69,47 @@ def _names(uri: str) -> list[str]:
     return sorted(found.name for found in MlflowClient(uri).search_experiments())
 
 
-def test_a_kill_while_the_database_is_made_leaves_none_and_the_next_command_makes_it(
-    store: Store, tmp_path: Path
+def spooled(store: Store, name: str) -> Spool:
+    """A training of an iteration whose records nobody has been sent."""
+    spool = Spool(Cache(store.cache).training(name) / "tracking")
+    spool.append(
+        run_record("lake", name, {"tracking.id": name}, None, now()),
+        {"kind": "metrics", "values": {"success": 0.5}, "step": 0, "time": now()},
+        {"kind": "end", "status": "FINISHED", "time": now()},
+    )
+    return spool
+
+
+def tracked(uri: str) -> list[tuple[str, float, str]]:
+    client = MlflowClient(uri)
+    found = client.search_runs([experiment.experiment_id for experiment in client.search_experiments()])
+    return sorted((run.data.tags["tracking.id"], run.data.metrics["success"], run.info.status) for run in found)
+
+
+def size_of(database: Path) -> int:
+    return database.stat().st_size if database.exists() else 0
+
+
+@pytest.mark.parametrize("seed", range(KILLS))
+def test_a_store_whose_migration_is_killed_at_any_moment_is_made_anew_with_all_runs(
+    seed: int, migrated: Path, store: Store, tmp_path: Path
 ) -> None:
-    folder = tmp_path / "store"
-    for least in (1, 10, 25):
-        killed(open_store, (store, "lake"), folder / "mlflow.db.partial", least)
-        assert not (folder / "mlflow.db").exists()
+    """First as MLflow makes one, where it is to be, then as it is made now, twice; each killed at a random size."""
+    draws, whole, folder = random.Random(seed), size_of(migrated), tmp_path / "store"
+    folder.mkdir()
+    earlier, _ = spooled(store, "sent"), spooled(store, "unsent")
+    earlier.mark(earlier.read()[-1][0], "in another store")
+    for function, arguments, name in (
+        (_names, (store.uri,), "mlflow.db"),
+        *[(open_store, (store, "lake"), "mlflow.db.partial")] * 2,
+    ):
+        least = draws.randrange(whole)
+        killed(function, arguments, lambda: size_of(folder / name) >= least, draws.random() / 20)  # noqa: B023
     for end in SIDE_FILES:  # as an earlier database of that name may have left them
-        (folder / f"mlflow.db{end}").write_bytes(b"of another database")
+        if not (folder / "mlflow.db").exists():
+            (folder / f"mlflow.db{end}").write_bytes(b"of another database")
     works(store, folder)
+    assert apart(tracked, store.uri) == [("sent", 0.5, "FINISHED"), ("unsent", 0.5, "FINISHED")]
 
 
 def test_two_commands_at_once_make_one_database(store: Store, tmp_path: Path) -> None:
@@ -90,7 +128,7 @@ def test_a_half_made_database_of_an_earlier_version_is_made_anew_and_said_in_a_l
 ) -> None:
     folder = tmp_path / "store"
     folder.mkdir()
-    killed(_names, (store.uri,), folder / "mlflow.db", 10)
+    killed(_names, (store.uri,), lambda: tables(folder / "mlflow.db") >= 10)
     capfd.readouterr()
     works(store, folder)
     (line,) = capfd.readouterr().err.splitlines()

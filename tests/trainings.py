@@ -54,10 +54,10 @@ def configured(changes: dict[str, Any] | None = None) -> Config:
     return parse(overlay(overlay(read_yaml(ROOT / "params.yaml"), TINY), changes or {}))
 
 
-def supervised(config: Config) -> Policy:
+def supervised(config: Config, report: Callable[[int, int, float], None] | None = None) -> Policy:
     """The reference policy of a configuration; that of ``configured()`` is the fixture ``policy``."""
     assert config.policy.kind == "scratch"
-    return bootstrap(config.policy, config.environments, quiet)
+    return bootstrap(config.policy, config.environments, report or quiet)
 
 
 def quiet(done: int, total: int, what: Any = None) -> None:

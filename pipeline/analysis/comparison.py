@@ -4,6 +4,7 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import product
+from pathlib import Path
 from statistics import mean
 from typing import Any
 
@@ -12,6 +13,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from pipeline.analysis import efficiency, hypotheses
+from pipeline.analysis.alarmed import alarmed, row_alarms
 from pipeline.analysis.curves import Curves
 from pipeline.analysis.hypotheses import ESTIMAND, Hypothesis
 from pipeline.analysis.intervals import LEVEL, Interval, interval
@@ -32,6 +34,7 @@ from pipeline.trajectories.results import read_results
 from pipeline.trajectories.trajectory import CUT_OFF, RESPONSES
 from pipeline.workspace.errors import UserError, line_of
 from pipeline.workspace.files import read_record
+from pipeline.workspace.finite import NotFiniteError, require_finite
 from pipeline.workspace.layout import Layout
 from pipeline.workspace.manifest import listed_text
 
@@ -62,7 +65,7 @@ def read_inputs(config: Config, layout: Layout) -> Inputs:
     """Read evaluations, curves and, where they exist, timings.
 
     Raises:
-        UserError: an evaluation or a curve is missing or damaged.
+        UserError: an evaluation or a curve is missing or damaged, or a number in one is not finite.
     """
     trained = list(product(config.environments, config.methods))
     played = [*trained, *((environment, REFERENCE) for environment in config.environments)]
@@ -71,11 +74,27 @@ def read_inputs(config: Config, layout: Layout) -> Inputs:
         raise UserError("\n".join(f"{file}: no such file; `dvc repro` makes it" for file in missing))
     read = {key: read_record(layout.curves(*key)) for key in trained}
     return Inputs(
-        {key: read_results(layout.evaluations(*key)) for key in played},
+        {key: _read_played(layout.evaluations(*key)) for key in played},
         {key: found["seeds"] for key, found in read.items()},
         read_timings(config, layout),
         {key: found["matching"] for key, found in read.items() if "matching" in found},
     )
+
+
+def _read_played(file: Path) -> pa.Table:
+    """The per-episode results in a file; a return that is NaN, infinite or not there is named."""
+    table = read_results(file)
+    returns = np.array(table["return"].to_pylist(), dtype=np.float64)
+
+    def place(row: int) -> str:
+        seed, state, rollout = (table[name][row].as_py() for name in ("seed", "state", "rollout"))
+        return f"row {row} (seed {seed}, episode {rollout} of state {state})"
+
+    try:
+        require_finite(f"{file}: column return", returns, place)
+    except NotFiniteError as error:
+        raise UserError(f"{error}; `dvc repro` makes it again once it is deleted") from None
+    return table
 
 
 def read_timings(config: Config, layout: Layout) -> dict[tuple[str, str], Curves]:
@@ -110,7 +129,8 @@ def compare(config: Config, inputs: Inputs) -> dict[str, Any]:
     ``difference_to_*`` of a row is paired over common seeds and states, has an interval from two seeds on, and of what is
     declared also the adjusted p and verdict. ``probability_of_improvement`` is over the uniform counterpart. The reference
     policy has rows of its own. ``tokens`` is the budget of every training, if there is one; ``iterations`` and ``SPENT``
-    are what it took. ``look`` is there where seeds are added until it is decided: where that stands.
+    are what it took. ``look`` is there where seeds are added until it is decided: where that stands; ``alarms`` and
+    ``alarmed`` where trainings have alarmed.
 
     Raises:
         ValueError: an evaluation is unbalanced or lacks a temperature, or two of them share no seed or state.
@@ -176,6 +196,7 @@ def difference_of(row: Mapping[str, Any], other: str) -> Difference | None:
         None if low is None else Interval(low, row[f"{name}_ci_high"]),
         tuple(row[f"{name}_by_seed"]),
         **{part: row[f"{name}_{part}"] for part in ("p", "p_adjusted", "verdict")},
+        alarmed=tuple(row.get(f"{name}_alarmed", ())),
     )
 
 
@@ -185,11 +206,7 @@ def _hypotheses(config: Config, inputs: Inputs, judged: Mapping[Hypothesis, Diff
         environment: efficiency.threshold_of([inputs.curves[environment, method] for method in config.methods])
         for environment in config.environments
     }
-    left_out = {(one.environment, one.method, str(one.seed)) for one in config.compare.exclusions}
-    curves = {
-        key: {seed: rows for seed, rows in seeds.items() if (*key, seed) not in left_out}
-        for key, seeds in inputs.curves.items()
-    }
+    curves = _without_excluded(config, inputs.curves)
     return [
         hypotheses.entry(
             one,
@@ -200,9 +217,21 @@ def _hypotheses(config: Config, inputs: Inputs, judged: Mapping[Hypothesis, Diff
                 curves[one.environment, one.against],
                 thresholds[one.environment],
             ),
+            alarmed({method: curves[one.environment, method] for method in (one.method, one.against)}),
         )
         for one, difference in judged.items()
     ]
+
+
+def _without_excluded(
+    config: Config, curves: Mapping[tuple[str, str], Curves]
+) -> dict[tuple[str, str], dict[str, list[dict[str, float]]]]:
+    """Curves of (environment, method) without the seeds of ``compare.exclusions``."""
+    left_out = {(one.environment, one.method, str(one.seed)) for one in config.compare.exclusions}
+    return {
+        key: {seed: rows for seed, rows in seeds.items() if (*key, seed) not in left_out}
+        for key, seeds in curves.items()
+    }
 
 
 def _rows(
@@ -216,7 +245,7 @@ def _rows(
     methods = [*config.methods, REFERENCE]
     scores = {method: all_scores[environment, method, temperature] for method in methods}
     paired = hypotheses.without_excluded(config, {(environment, method): one for method, one in scores.items()})
-    headlined = temperature == config.evaluation.temperatures[0]
+    headlined, counted = temperature == config.evaluation.temperatures[0], _without_excluded(config, inputs.curves)
     reference = _rate_interval(scores[REFERENCE])
     rows = []
     for method in methods:
@@ -250,6 +279,7 @@ def _rows(
                 "uniform": uniform,
                 "control": control,
                 **{key: value for k in others for key, value in _compared(k, differences.get(k)).items()},
+                **_alarmed(environment, method, others, counted),
                 "probability_of_improvement": rounded(improvement),
                 "collapsed_seeds": collapsed,
                 **_behaviour(
@@ -257,7 +287,7 @@ def _rows(
                     config.environments[environment].format_penalty,
                 ),
                 **_training(config, method, inputs.curves.get((environment, method))),
-                **_matching(inputs.matchings.get((environment, method))),
+                **row_alarms(inputs.curves.get((environment, method))),
                 **_matching(inputs.matchings.get((environment, method))),
             }
         )
@@ -344,6 +374,18 @@ def _compared(kind: str, difference: Difference | None) -> dict[str, Any]:
         f"{name}_p_adjusted": significant(difference.p_adjusted),
         f"{name}_verdict": difference.verdict,
     }
+
+
+def _alarmed(
+    environment: str, method: str, others: Mapping[str, str | None], curves: Mapping[tuple[str, str], Curves]
+) -> dict[str, list[str]]:
+    """``difference_to_<kind>_alarmed``: in which of the two methods trainings have alarmed; nothing where in none."""
+    pairs = {kind: (method, other) for kind, other in others.items() if other is not None}
+    found = {
+        kind: alarmed({one: curves[environment, one] for one in pair if (environment, one) in curves})
+        for kind, pair in pairs.items()
+    }
+    return {f"difference_to_{kind}_alarmed": list(names) for kind, names in found.items() if names}
 
 
 def _bounds(name: str, bounds: Interval | None) -> dict[str, float | None]:

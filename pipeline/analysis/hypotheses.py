@@ -84,11 +84,16 @@ def family_entry(compare: Compare, size: int) -> dict[str, Any]:
 
 
 def entry(
-    hypothesis: Hypothesis, difference: Difference, smallest_effect: float, efficiency: Mapping[str, Any]
+    hypothesis: Hypothesis,
+    difference: Difference,
+    smallest_effect: float,
+    efficiency: Mapping[str, Any],
+    alarmed: Mapping[str, list[str]],
 ) -> dict[str, Any]:
     """A hypothesis as comparison.json has it; ``seeds`` is how many are paired.
 
-    Differences in success have 6 digits, p values 6 significant ones. ``efficiency`` is from ``efficiency.compared``.
+    Differences in success have 6 digits, p values 6 significant ones. ``efficiency`` is from ``efficiency.compared``,
+    ``alarmed`` from ``alarmed.alarmed``, and left out where it is empty.
     """
     low, high = difference.interval or (None, None)
     return {
@@ -112,4 +117,5 @@ def entry(
         "states_needed": difference.states_needed,
         "smallest_effect": smallest_effect,
         "efficiency": dict(efficiency),
+        **({"alarmed": dict(alarmed)} if alarmed else {}),
     }

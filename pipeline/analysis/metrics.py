@@ -2,7 +2,6 @@
 
 import csv
 import io
-import shutil
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,12 +10,12 @@ import numpy as np
 
 from pipeline.analysis.comparison import headline
 from pipeline.analysis.curves import Curves
-from pipeline.workspace.files import write_json, write_text
+from pipeline.workspace.files import read_json, write_json, write_text
 
 RATES = ("valid_action_rate", "disallowed_rate", "malformed_rate", "cut_rate")
 
 METRICS = (
-    "success_mean", "success_ci_low", "success_ci_high", "return_mean", *RATES, "collapsed_seeds",
+    "success_mean", "success_ci_low", "success_ci_high", "return_mean", *RATES, "collapsed_seeds", "alarmed_seeds",
     "difference_to_uniform", "difference_to_uniform_ci_low", "difference_to_uniform_ci_high",
 )  # fmt: skip
 """Keys of a comparison's row; to `dvc metrics`, means are called by what they are of."""
@@ -31,9 +30,11 @@ CURVES = (
 def write_metrics(comparison: Mapping[str, Any], curves: Mapping[tuple[str, str], Curves], reports: Path) -> None:
     """Write ``metrics/<environment>/<method>.json`` and ``plots/curves.csv``; equal input gives equal bytes.
 
-    Metrics of methods that are no longer compared are removed.
+    Metrics of methods that are no longer compared are removed: files that hold nothing but ``METRICS``.
     """
-    shutil.rmtree(reports / "metrics", ignore_errors=True)
+    for file in (reports / "metrics").glob("*/*.json"):
+        if set(read_json(file)) <= {key.removesuffix("_mean") for key in METRICS}:
+            file.unlink()
     for environment, methods in headline_metrics(comparison).items():
         for method, values in methods.items():
             write_json(reports / "metrics" / environment / f"{method}.json", values)

@@ -1,15 +1,12 @@
 """What a git revision, a DVC experiment or the workspace holds of a comparison."""
 
 import json
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import dvc.api
 from dvc.exceptions import DvcException
 from dvc.scm import RevError, SCMError
-from ruamel.yaml import YAML
-from ruamel.yaml.error import YAMLError
 
 from pipeline.analysis.revisions import Revision
 from pipeline.trajectories.results import results_of
@@ -17,6 +14,7 @@ from pipeline.workspace.errors import UserError, line_of
 from pipeline.workspace.files import never_sealed
 from pipeline.workspace.layout import Layout
 from pipeline.workspace.seals import require_sealed
+from pipeline.workspace.yaml_files import parse_yaml
 
 WORKSPACE = "workspace"
 """The files as they are."""
@@ -29,9 +27,11 @@ def read_revision(side: str, name: str, params_file: str) -> Revision:
         UserError: no such revision, or its params file or comparison cannot be had, or a file is damaged.
     """
     files = Files(side, name)
-    params = _mapping(files, Path(params_file), lambda content: YAML(typ="safe", pure=True).load(content))
+    params: Any = parse_yaml(files.read(Path(params_file)), f"{side}={name}: {params_file}")
+    if not isinstance(params, dict) or not isinstance(params.get("out", "."), str):
+        raise UserError(f"{side}={name}: {params_file}: not a params file")
     layout = Layout(Path(params.get("out", ".")))
-    comparison = _mapping(files, layout.comparison, json.loads)
+    comparison = _comparison(files, layout.comparison)
     episodes = {}
     for environment, method in {(row["environment"], row["method"]) for row in comparison["rows"]}:
         try:
@@ -45,14 +45,13 @@ def read_revision(side: str, name: str, params_file: str) -> Revision:
     return Revision(files.name, params, comparison, episodes)
 
 
-def _mapping(files: "Files", path: Path, parse: Callable[[bytes], Any]) -> dict[str, Any]:
-    content = files.read(path)
+def _comparison(files: "Files", path: Path) -> dict[str, Any]:
     try:
-        found = parse(content)
-    except (ValueError, YAMLError, RecursionError) as error:
+        found = json.loads(files.read(path))
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{files.name}: {path}: cannot be read: {line_of(error)}") from None
     if not isinstance(found, dict):
-        raise UserError(f"{files.name}: {path}: not a mapping")
+        raise UserError(f"{files.name}: {path}: not a comparison")
     return found
 
 

@@ -1,7 +1,7 @@
 """Two revisions of one comparison beside each other: success of every method, paired differences, changed settings."""
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import pyarrow as pa
@@ -10,6 +10,8 @@ from pipeline.analysis.comparison import headline
 from pipeline.analysis.intervals import Grid
 from pipeline.analysis.scores import balanced_scores, paired_grid
 from pipeline.analysis.verdicts import Difference, judge
+from pipeline.settings.credentials import committed_secrets
+from pipeline.workspace.addresses import HIDDEN, redacted
 
 
 @dataclass(frozen=True)
@@ -50,6 +52,9 @@ def changes(a: Revision, b: Revision) -> dict[tuple[str, str], Change]:
     grids = {key: grid for key in shared if (grid := _paired(a, b, *key)) is not None}
     settings = {"smallest_effect": b.comparison["smallest_effect"]} if "smallest_effect" in b.comparison else {}
     judged = dict(zip(grids, judge(list(grids.values()), **settings), strict=True))
+    for (place, method), found in judged.items():
+        alarmed = tuple(name for name, rows in (("A", old), ("B", new)) if "alarms" in rows[place][method])
+        judged[place, method] = replace(found, alarmed=alarmed)
     return {
         (place, method): Change(judged[place, method].value, judged[place, method], grids[place, method].shape[1])
         if (place, method) in judged
@@ -90,4 +95,7 @@ def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, An
 
 
 def _shown(values: Mapping[str, Any], key: str) -> str:
-    return str(values[key]) if key in values else "–"
+    """What an earlier revision has had in its params file may be what no params file may have now."""
+    if key not in values:
+        return "–"
+    return HIDDEN if committed_secrets({key: values[key]}, "") else redacted(str(values[key]))

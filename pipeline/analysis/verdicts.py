@@ -53,6 +53,8 @@ class Difference:
     """About how many seeds on these states would decide it."""
     states_needed: int | None = None
     """About how many states it would take, where more seeds alone cannot decide it."""
+    alarmed: tuple[str, ...] = ()
+    """Of what is compared that in which trainings have alarmed."""
 
 
 def judge(

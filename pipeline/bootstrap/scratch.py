@@ -4,6 +4,7 @@ It ends up knowing the task and playing it badly, which is where reinforcement l
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -22,8 +23,10 @@ WARM_UP = 20
 """Steps until the learning rate is at its peak."""
 
 
-def bootstrap(settings: ScratchPolicy, environments: dict[str, Environment], report: StepReport) -> Policy:
-    """Make tokenizer and model, and supervise the model on demonstrations of all environments.
+def bootstrap(
+    settings: ScratchPolicy, environments: dict[str, Environment], report: StepReport, checkpoint: Path | None = None
+) -> Policy:
+    """Make tokenizer and model, and supervise the model on demonstrations of all environments (see ``supervise``).
 
     Returns the reference policy, in evaluation mode.
 
@@ -43,7 +46,7 @@ def bootstrap(settings: ScratchPolicy, environments: dict[str, Environment], rep
         [encode(dialogues[name], demonstration, environments[name].context_tokens) for name, demonstration in demos]
         for demos in phases
     ]
-    supervise(policy, plan, examples, plan.learning_rate, WARM_UP, report)
+    supervise(policy, plan, examples, plan.learning_rate, WARM_UP, report, checkpoint=checkpoint)
     return policy
 
 

@@ -2,6 +2,8 @@
 
 import math
 from collections.abc import Callable, Sequence
+from pathlib import Path
+from statistics import mean
 from typing import NamedTuple
 
 import numpy as np
@@ -9,6 +11,7 @@ import torch
 from jaxtyping import Bool, Int
 
 from pipeline.bootstrap.demonstrations import Demonstration, Turn
+from pipeline.bootstrap.saving import Saving
 from pipeline.model.policy import Policy
 from pipeline.model.scoring import batches_of, predicting_hidden, score_tokens
 from pipeline.progress.display import begin, within
@@ -18,6 +21,10 @@ from pipeline.trajectories.parsing import decode, token_roles
 from pipeline.trajectories.prompting import Dialogue
 from pipeline.trajectories.trajectory import Role
 from pipeline.workspace.finite import require_finite
+from pipeline.workspace.stopping import asked, stop_if_asked, until_saved
+
+LAST = 10
+"""Steps by whose mean loss it is judged how a supervision has ended."""
 
 StepReport = Callable[[int, int, float], None]
 """Told after each step: steps done, steps in all, the step's loss."""
@@ -75,11 +82,17 @@ def supervise(
     warm_up: int,
     report: StepReport,
     tokens_per_forward: int | None = None,
+    checkpoint: Path | None = None,
 ) -> None:
     """Train a policy's weights, those that ask for gradients, on the examples of each phase; it ends in evaluation mode.
 
     The ``learning_rate`` rises over ``warm_up`` steps and falls to zero as a cosine over all. No more than
     ``tokens_per_forward`` tokens of a batch pass through the policy at once; None: all of them. The gradients are the same.
+    In the file ``checkpoint`` is kept how far it is: killed, it goes on from there, in the same bytes.
+
+    Raises:
+        NumericsError: a loss is not finite, or a weight at the end.
+        Stopped: it was asked to stop, and has with its checkpoint.
     """
     weights = [parameter for parameter in policy.model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.AdamW(weights, lr=learning_rate, betas=(0.9, 0.98), weight_decay=0.01)
@@ -87,22 +100,45 @@ def supervise(
     schedule = torch.optim.lr_scheduler.LambdaLR(
         optimizer, lambda step: min((step + 1) / warm_up, 0.5 * (1 + math.cos(math.pi * step / total)))
     )
+    saving = Saving(checkpoint, weights, optimizer, schedule)
     policy.model.train()
-    begin(0, total)
-    step = 0
-    for examples, phase in zip(phases, plan.phases, strict=True):
-        for batch in range(phase.steps):
+    done = saving.restore()
+    begin(done, total)
+    batches = (
+        (examples, batch) for examples, phase in zip(phases, plan.phases, strict=True) for batch in range(phase.steps)
+    )
+    with until_saved():
+        for step, (examples, batch) in enumerate(batches, start=1):
+            if step <= done:
+                continue
             chosen = [examples[(batch * plan.batch_episodes + i) % len(examples)] for i in range(plan.batch_episodes)]
             optimizer.zero_grad(set_to_none=True)
             loss = _accumulate_gradients(policy, chosen, plan.action_weight, tokens_per_forward)
             torch.nn.utils.clip_grad_norm_(weights, 1.0)
             optimizer.step()
             schedule.step()
-            step += 1
             require_finite(f"policy.demonstrations: the loss of step {step}", loss)
             report(step, total, loss)
+            saving.save(step, insist=asked())
+            stop_if_asked()
     optimizer.zero_grad(set_to_none=True)
+    for name, weight in policy.model.named_parameters():
+        require_finite(f"policy.demonstrations: {name} after the last step", weight)
     policy.model.eval()
+
+
+def supervision_alarm(losses: Sequence[float], tokens: int) -> str:
+    """What is wrong with a supervision whose last losses are worse than a guess among so many tokens; empty if nothing is.
+
+    ``losses`` are those of all steps, in nats.
+    """
+    ended, guess = mean(losses[-LAST:]), math.log(tokens)
+    if ended <= guess:
+        return ""
+    return (
+        f"ALARM: the loss of policy.demonstrations ended at {ended:.3g} nats, and a guess has {guess:.3g}: try a smaller "
+        "policy.demonstrations.learning_rate. "
+    )
 
 
 def _accumulate_gradients(

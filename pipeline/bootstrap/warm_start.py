@@ -5,6 +5,7 @@ Supervision is by the scripted expert, in the policy's own tokens and chat templ
 
 import math
 from collections.abc import Sequence
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -24,7 +25,9 @@ WARM_UP = 0.1
 """Share of all steps until the learning rate is at its peak."""
 
 
-def warm_start(policy: Policy, plan: WarmStart, config: Config, report: StepReport) -> Policy:
+def warm_start(
+    policy: Policy, plan: WarmStart, config: Config, report: StepReport, checkpoint: Path | None = None
+) -> Policy:
     """Supervise a policy with float32 weights on demonstrations of all environments: in place, or by adapters on it.
 
     Returns the reference policy, in evaluation mode; adapters are merged.
@@ -39,7 +42,7 @@ def warm_start(policy: Policy, plan: WarmStart, config: Config, report: StepRepo
     rate, budget = plan.learning_rate, tokens_per_forward(config, policy)
     if plan.lora is not None:
         policy, rate = with_adapters(policy, plan.lora, plan.seed), rate * plan.lora.learning_rate_factor
-    supervise(policy, plan, examples, rate, warm_up, report, budget)
+    supervise(policy, plan, examples, rate, warm_up, report, budget, checkpoint)
     return merged(policy)
 
 

@@ -3,11 +3,12 @@
 Does token energy go with the variance of returns? The stage of this name has measured it.
 """
 
-from pipeline.commands.cli import ParamsFile, configured
+from pipeline.commands.cli import ParamsFile, configured, make_alone
 
 
 def main(params: ParamsFile = "params.yaml") -> str:
     config, layout, params = configured(params)
+    make_alone(layout, "bottleneck")
     from pipeline.report.bottleneck_table import bottleneck_table
     from pipeline.report.tables import aligned, markdown
     from pipeline.trajectories.table import read

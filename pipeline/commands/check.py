@@ -54,10 +54,10 @@ def main(
 
 def _tried(config: "Config", layout: "Layout", params: str) -> str:
     """Whether the policy is ready: the one that is made, or else the pretrained model as it is."""
-    from pipeline.workspace.yaml_files import read_yaml
+    from pipeline.workspace.yaml_files import LARGEST_LOCK, read_yaml
 
     dag, lock = Path(params).with_name("dvc.yaml"), Path(params).with_name("dvc.lock")
-    noted = read_yaml(lock)["stages"] if lock.exists() else {}
+    noted = read_yaml(lock, LARGEST_LOCK)["stages"] if lock.exists() else {}
     settings = noted.get("policy", {}).get("params", {}).get(config.params_file, {})
     written = read_yaml(params)
     made = layout.policy.is_dir() and all(settings.get(key) == written[key] for key in ("policy", "environments"))

@@ -11,21 +11,35 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Container
 from concurrent.futures.process import BrokenProcessPool
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from types import TracebackType
+from typing import TYPE_CHECKING, Annotated
 
 import psutil
 import typer
 import typer.main
 
 from pipeline.progress.display import Display
-from pipeline.workspace.errors import UserError
+from pipeline.workspace.addresses import redacted
+from pipeline.workspace.errors import UserError, fitted, listed, shown
+from pipeline.workspace.faults import fault_line, writing
+from pipeline.workspace.files import lock
 from pipeline.workspace.finite import NumericsError
 from pipeline.workspace.layout import Cache, Layout
-from pipeline.workspace.processes import end_with_parent
+from pipeline.workspace.ours import require_inside
+from pipeline.workspace.processes import end_with_parent, is_orphan, start_with_parent
+from pipeline.workspace.stopping import (
+    PARENT_ENDED,
+    Stopped,
+    asked,
+    say_that_it_stops,
+    stop,
+    stop_if_asked,
+    until_saved,
+)
 from pipeline.workspace.yaml_files import read_yaml
 
 if TYPE_CHECKING:
@@ -40,6 +54,8 @@ MethodName = Annotated[
 StudyName = Annotated[str, typer.Option("--study", metavar="NAME", help="Study of the params file's sweep.")]
 NAMES = ("--environment", "--method", "--study", "--name")
 """Options whose values tell one run of a stage from another."""
+_locks: dict[Path, contextlib.ExitStack] = {}
+"""What this command makes and no other does meanwhile."""
 
 
 def configured(params: str, environment: str | None = None, method: str | None = None) -> tuple[Config, Layout, str]:
@@ -49,7 +65,7 @@ def configured(params: str, environment: str | None = None, method: str | None =
     it is decided, the configuration has those in effect.
 
     Raises:
-        UserError: the file is wrong, or does not have that environment or method.
+        UserError: the file is wrong, or does not have that environment or method, or something leads out of the root.
     """
     from pipeline.settings.params import load  # takes half a second, and helps nobody who asks for --help
     from pipeline.sources.seeds_in_effect import with_seeds_in_effect
@@ -58,9 +74,14 @@ def configured(params: str, environment: str | None = None, method: str | None =
     for section, name, extra in (("environments", environment, ()), ("methods", method, ("reference",))):
         allowed = [*getattr(config, section), *extra]
         if name is not None and name not in allowed:
-            raise UserError(f"{params}: {section}: {name!r} is not there; allowed: {', '.join(allowed)}")
+            raise UserError(f"{params}: {section}: {shown(name)} is not there; allowed: {listed(allowed)}")
     params = go_to_root(params, config.root)
     layout = Layout(Path(config.out) if Path.cwd() == here else Path.cwd() / config.out)
+    if not config.overwrite_outside_root:
+        engine = config.rollout.engine
+        weights = [Path(engine.weights)] if engine.kind == "vllm" else []
+        places = [Path(params).parent, layout.out, *weights]
+        require_inside(Path.cwd(), places, [*layout.folders, Cache().folder], params)
     return with_seeds_in_effect(config, layout.seeds_in_effect), layout, params
 
 
@@ -76,8 +97,8 @@ def go_to_root(params: str, root: str | None = None) -> str:
     if root is None:
         raw = read_yaml(params)
         root = str(raw.get("root", ".")) if isinstance(raw, dict) else "."
-    folder = (Path(params).parent / root).resolve()
-    if not folder.is_dir():
+    folder = Path(os.path.realpath(Path(params).parent / root))
+    if not os.path.isdir(folder):
         raise UserError(f"{params}: root: {root!r} is not a folder, from this file's folder")
     if folder != Path.cwd():
         params = os.path.abspath(params)
@@ -88,14 +109,78 @@ def go_to_root(params: str, root: str | None = None) -> str:
     return params
 
 
+def make_alone(layout: Layout, makes: str, shared: Path | None = None) -> None:
+    """From here on and until this command ends, no other one makes the same of the run; this one waits for it, and says so.
+
+    Nor does another one, of whatever run, work in what is ``shared`` of the cache. To be called where a mistake of the user's
+    would have been found: a command that refuses leaves no file.
+    """
+    _lock(Cache().lock(f"{os.path.relpath(layout.out)}/{makes}"), makes)
+    if shared is not None:
+        _lock(shared.with_name(f"{shared.name}.lock"), makes)
+
+
+def _lock(path: Path, makes: str) -> None:
+    if path in _locks:
+        return
+
+    def waiting() -> None:
+        who = ""
+        with contextlib.suppress(OSError, UnicodeDecodeError):
+            who = f" ({path.read_text(encoding='utf-8')})"
+        said = f"{makes}: another command makes the same{who}; this one waits for its end"
+        print(said, file=sys.stderr, flush=True)
+
+    held = _locks[path] = contextlib.ExitStack()
+    held.enter_context(lock(path, waiting=waiting))
+    with contextlib.suppress(OSError):
+        told = " ".join([_program(), *map(shlex.quote, sys.argv[1:])])
+        path.write_text(f"process {os.getpid()}: {told}", encoding="utf-8")
+
+
 def reproduce(pipeline: Path) -> None:
-    """``dvc repro`` of a dvc.yaml, with what it prints; if it fails, this process ends with its exit code."""
+    """``dvc repro`` of a dvc.yaml, with what it prints; if it fails, this process ends with its exit code.
+
+    Asked to stop, it waits for the stage that is at work, which ends at its next save.
+    """
     from pipeline.progress.display import still
 
-    with still():  # the stages speak for themselves
-        done = subprocess.run(["dvc", "repro", str(pipeline)], preexec_fn=partial(end_with_parent, signal.SIGKILL))
-    if done.returncode:
-        sys.exit(done.returncode)
+    with until_saved(), still():  # the stages speak for themselves
+        dvc = subprocess.Popen(["dvc", "repro", str(pipeline)], preexec_fn=start_with_parent(signal.SIGKILL))
+        told = {dvc.pid}
+        try:
+            while (code := _ended(dvc)) is None:
+                if asked():
+                    if len(told) == 1:
+                        say_that_it_stops("unit of work that is next to be saved")
+                    told |= _tell_stage(dvc, PARENT_ENDED, told)  # the next one, too, where DVC was between two
+        except Stopped:
+            _tell_stage(dvc, signal.SIGKILL)
+            raise
+        finally:
+            dvc.kill()
+            dvc.wait()
+        stop_if_asked()
+    if code:
+        sys.exit(code)
+
+
+def _ended(process: subprocess.Popen[bytes]) -> int | None:
+    """The exit code of a process, or None if it has not ended within a moment."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        return process.wait(0.2)
+    return None
+
+
+def _tell_stage(dvc: subprocess.Popen[bytes], number: int, told: Container[int] = ()) -> set[int]:
+    """Send a signal to what DVC runs now, but for those who were told; returns their process ids."""
+    found = set[int]()
+    with contextlib.suppress(psutil.Error):
+        for stage in psutil.Process(dvc.pid).children():
+            if stage.pid not in told:
+                stage.send_signal(number)
+            found.add(stage.pid)
+    return found
 
 
 def next_command(params: str, command: str, **options: str) -> str:
@@ -104,15 +189,12 @@ def next_command(params: str, command: str, **options: str) -> str:
     return " ".join([f"Next: {command}", *(f"--{name} {shlex.quote(value)}" for name, value in named.items())])
 
 
-class Stopped(KeyboardInterrupt):
-    """The stage was asked to end by a signal."""
-
-
 def run(*mains: Callable[..., str]) -> None:
     """Run a stage, or one of several commands; print its one line of result, or its error, one line per mistake.
 
-    A mistake of the user's, in the command line too, ends with exit code 2. Elsewhere than on a terminal standard error
-    tells how far it is. Stopped by Ctrl-C or SIGTERM, it says so in one line.
+    A mistake of the user's, in the command line too, ends with exit code 2, a full disk and the like with 1. Elsewhere than on
+    a terminal standard error tells how far it is. Stopped by Ctrl-C or SIGTERM, it says so in one line, once what can be gone
+    on with is saved.
 
     The parameters of ``mains`` are the options, their modules' docstrings the help. Several are commands, each named by its
     module; to name none is to ask for help.
@@ -122,31 +204,50 @@ def run(*mains: Callable[..., str]) -> None:
     os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     name_the_user()
-    before = signal.signal(signal.SIGTERM, _stop)
-    if "DVC_STAGE" in os.environ:  # a killed `dvc repro` leaves nothing behind that writes beside the next one
-        end_with_parent(signal.SIGTERM)
+    sys.excepthook = _unexpected
+    before = {asking: signal.getsignal(asking) for asking in (signal.SIGINT, signal.SIGTERM, PARENT_ENDED)}
+    for asking in (signal.SIGTERM, PARENT_ENDED):
+        signal.signal(asking, stop)
     try:
+        if "DVC_STAGE" in os.environ:  # a killed `dvc repro` leaves nothing behind that writes beside the next one
+            end_with_parent(PARENT_ENDED, os.getppid())
+            if is_orphan():
+                stop(PARENT_ENDED)
         with Display(_title(), [""], bars=False, age=_age()) as display:
             display.report("")(0, 0, "starting")
             result = _called(*mains)
-        print(result)
+        with writing(Path("standard output")):
+            print(result, flush=True)
     except typer.Exit as end:
         raise SystemExit(end.exit_code) from None
     except typer.TyperException as error:
-        print(" ".join(error.format_message().split()), file=sys.stderr)
+        print(fitted(redacted(" ".join(error.format_message().split()))), file=sys.stderr)
         raise SystemExit(2) from None
     except (UserError, NumericsError) as error:
-        print(error, file=sys.stderr)
+        print("\n".join(map(fitted, redacted(str(error)).split("\n"))), file=sys.stderr)
         raise SystemExit(2) from None
     except BrokenProcessPool:
         print("a worker process was killed (out of memory?); run the same command again to go on", file=sys.stderr)
         raise SystemExit(1) from None
     except KeyboardInterrupt as stopped:
-        word, code = ("stopped", 143) if isinstance(stopped, Stopped) else ("interrupted", 130)
+        number: int = stopped.number if isinstance(stopped, Stopped) else signal.SIGINT
+        while before:  # it is over: whoever passes the signal on, or ends, may do so later
+            signal.signal(before.popitem()[0], signal.SIG_IGN)
+        word = "interrupted" if number == signal.SIGINT else "stopped"
         print(f"{word}; run the same command again to go on", file=sys.stderr)
-        raise SystemExit(code) from None
+        raise SystemExit(128 + number) from None
+    except Exception as error:
+        line = fault_line(error)
+        if line is None:
+            raise
+        _give_up_output()
+        print(line, file=sys.stderr)
+        raise SystemExit(1) from None
     finally:
-        signal.signal(signal.SIGTERM, before)
+        while _locks:
+            _locks.popitem()[1].close()
+        for asking, handler in before.items():
+            signal.signal(asking, handler)
 
 
 def _called(*mains: Callable[..., str]) -> str:
@@ -155,11 +256,9 @@ def _called(*mains: Callable[..., str]) -> str:
     for main in mains:
         about = sys.modules[main.__module__].__doc__ or ""
         app.command(main.__module__.rpartition(".")[2], help=about, short_help=about.split("\n")[0])(main)
-    spec = sys.modules["__main__"].__spec__
-    name = f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
     options = sys.argv[1:] or ["--help"] * (len(mains) > 1)
     # Its main() would hide which signal has stopped it.
-    with typer.main.get_command(app).make_context(name, options) as context:
+    with typer.main.get_command(app).make_context(_program(), options) as context:
         result: str = context.command.invoke(context)
     return result
 
@@ -175,8 +274,17 @@ def name_the_user() -> None:
         os.environ["USER"] = str(os.getuid())
 
 
-def _stop(*_: Any) -> None:
-    raise Stopped
+def _unexpected(kind: type[BaseException], error: BaseException, place: TracebackType | None) -> None:
+    """Say what nobody has expected as Python does, without what lets people in somewhere."""
+    print(redacted("".join(traceback.format_exception(kind, error, place))), end="", file=sys.stderr)
+
+
+def _give_up_output() -> None:
+    """Python would say at its end, in several lines, that what has not been written still cannot be."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _age() -> float:
@@ -185,6 +293,12 @@ def _age() -> float:
         age: float = time.time() - psutil.Process().create_time()
         return age if 0 < age < 3 else 0.0
     return 0.0
+
+
+def _program() -> str:
+    """What the command line begins with."""
+    spec = sys.modules["__main__"].__spec__
+    return f"python -m {spec.name}" if spec else Path(sys.argv[0]).name
 
 
 def _title() -> str:

@@ -6,11 +6,12 @@ Trains them, and plays test states.
 import os
 from pathlib import Path
 
-from pipeline.commands.cli import ParamsFile, StudyName, configured, reproduce
+from pipeline.commands.cli import ParamsFile, StudyName, configured, make_alone, reproduce
 
 
 def main(study: StudyName, params: ParamsFile = "params.yaml") -> str:
     config, layout, params = configured(params)
+    make_alone(layout, f"confirm {study}")
     from pipeline.analysis.comparison import read_comparison
     from pipeline.sweep.confirm import confirmation, confirmation_text
     from pipeline.sweep.plan import plans

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.cli import ParamsFile, configured
+from pipeline.commands.cli import ParamsFile, configured, make_alone
 
 SEEDS = [300, 301, 302, 303]
 MOVES = "One iteration of it moves the policy. Default: the first that does not branch."
@@ -23,6 +23,7 @@ def main(
     continuations: Annotated[int, typer.Option(min=1, metavar="N", help="Of each candidate.")] = 4,
 ) -> str:
     config, layout, _ = configured(params, environment, method)
+    make_alone(layout, "decisions")
     import transformers.models.auto.modeling_auto  # noqa: F401  (imported before the processes fork)
 
     from pipeline.analysis.decisions import SampleSizes, decisions

@@ -8,7 +8,7 @@ from typing import Annotated
 
 import typer
 
-from pipeline.commands.cli import FirstEnvironment, MethodName, ParamsFile, configured
+from pipeline.commands.cli import FirstEnvironment, MethodName, ParamsFile, configured, make_alone
 
 
 def main(
@@ -20,6 +20,7 @@ def main(
 ) -> str:
     target = to.absolute()  # before the working folder changes
     config, layout, _ = configured(params, environment, method)
+    make_alone(layout, "export")
     from pipeline.model.adapters import find_adapters, merged
     from pipeline.model.loading import load_trained
     from pipeline.progress.display import doing

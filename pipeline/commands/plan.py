@@ -43,10 +43,10 @@ def main(
     from pipeline.planning.plan import iteration_time, longest_method, make_plan, planned
     from pipeline.planning.shapes import shape_of
     from pipeline.report.plan import plan_text, trained_text
-    from pipeline.workspace.errors import UserError
+    from pipeline.workspace.errors import UserError, listed, shown
 
     if method is not None and method not in config.methods:
-        raise UserError(f"{params}: methods: {method!r} is not there; allowed: {', '.join(config.methods)}")
+        raise UserError(f"{params}: methods: {shown(method)} is not there; allowed: {listed(config.methods)}")
     if not 1 <= count <= 1024:
         raise UserError(f"--count: {count}; allowed: 1 to 1024")
     if spread is not None and not 0 <= spread <= 10:

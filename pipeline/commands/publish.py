@@ -1,10 +1,11 @@
 """Put the latest results into README.md, docs/ and docs/figures."""
 
-from pipeline.commands.cli import ParamsFile, configured
+from pipeline.commands.cli import ParamsFile, configured, make_alone
 
 
 def main(params: ParamsFile = "params.yaml") -> str:
-    config, *_ = configured(params)
+    config, layout, _ = configured(params)
+    make_alone(layout, "publish")
     from pipeline.report.publishing import publish
 
     return (

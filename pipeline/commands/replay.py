@@ -7,7 +7,7 @@ from typing import Annotated, get_args
 
 from typer import Option
 
-from pipeline.commands.cli import FirstEnvironment, ParamsFile, configured
+from pipeline.commands.cli import FirstEnvironment, ParamsFile, configured, make_alone
 
 GRID = ([0.0, 0.1, 0.5, 1.0], [0.0, 0.5, 2.0], [1.0], ["reference_energy", "reference_entropy"])
 WHOSE = "Whose advantages and tag weights are used. Default: the first with ActFocus weights and no critic."
@@ -28,6 +28,7 @@ def main(
     signal: Annotated[list[str], Option(metavar="NAME", help="What redistributes; repeat for more.")] = GRID[3],
 ) -> str:
     config, layout, _ = configured(params, environment, method)
+    make_alone(layout, "replay")
     import torch
     import transformers.models.auto.modeling_auto  # noqa: F401  (imported before the processes fork)
 

@@ -11,17 +11,30 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipeline.commands.cli import ParamsFile, configured, reproduce
+from pipeline.commands.cli import ParamsFile, configured, make_alone, reproduce
 
 if TYPE_CHECKING:
     from pipeline.settings.params import Config
 
-ASIDE = {"compare", "report", "root", "out", "params_file", "seeds", "seeds_until", "sweep", "tracking", "workers"}
+ASIDE = {
+    "compare",
+    "report",
+    "root",
+    "out",
+    "params_file",
+    "overwrite_outside_root",
+    "seeds",
+    "seeds_until",
+    "sweep",
+    "tracking",
+    "workers",
+}
 """Settings of which no training and no played episode knows anything."""
 
 
 def main(params: ParamsFile = "params.yaml") -> str:
     config, layout, params = configured(params)
+    make_alone(layout, "repro")
     from pipeline.analysis.comparison import read_comparison
     from pipeline.report.declared import look_line
     from pipeline.sources.seeds_in_effect import in_effect, note

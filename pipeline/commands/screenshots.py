@@ -5,24 +5,25 @@ Needs Chromium.
 
 from pathlib import Path
 
-from pipeline.commands.cli import ParamsFile, configured
+from pipeline.commands.cli import ParamsFile, configured, make_alone
 
 PICTURES = ("report", "viewer", "mlflow")
 
 
 def main(params: ParamsFile = "params.yaml") -> str:
     config, layout, _ = configured(params)
+    make_alone(layout, "screenshots")
     from pipeline.progress.display import doing
     from pipeline.report.screenshots import chromium, shoot_mlflow, shoot_report
+    from pipeline.tracking.noted import noted_runs
     from pipeline.tracking.store import store_of
     from pipeline.workspace.errors import UserError
-    from pipeline.workspace.files import read_record
 
     folder = Path("docs/figures")
     environment = next(iter(config.environments))
-    noted = [read_record(layout.runs(environment, method)) for method in config.methods]
+    noted = [noted_runs(layout.runs(environment, method)) for method in config.methods]
     first = str(config.seeds[0])
-    runs = [entry["seeds"][first]["run_id"] for entry in noted if entry["seeds"][first]["run_id"]]
+    runs = [seeds[first]["run_id"] for seeds in noted if first in seeds and seeds[first]["run_id"]]
     if not runs:
         raise UserError(f"{layout.all_runs}: no run of {environment} has reached MLflow's store")
     folder.mkdir(parents=True, exist_ok=True)

@@ -50,7 +50,7 @@ def score_trajectories(
         if due():
             within(done / len(trajectories), f"{done} of {len(trajectories)} episodes")
     for name, values in zip(TokenScores._fields, result, strict=True):
-        require_finite(f"{name} of a token under the policy that scores it", values)
+        require_finite(f"{name} of a token under the policy that scores it", values, trajectories.place)
     return result
 
 

@@ -13,6 +13,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from pipeline.environments.text_environment import TextEnvironment, id_of
+from pipeline.settings.section import MOST
 from pipeline.trajectories.trajectory import CUT_OFF
 from pipeline.workspace.errors import UserError, raised
 
@@ -34,7 +35,8 @@ def step(environment: TextEnvironment, action: str) -> tuple[str, float, bool]:
 def transition(environment: TextEnvironment, action: str) -> tuple[str, float, bool, bool]:
     """Act; returns observation, reward, terminated and truncated, as Python's own types.
 
-    A reward is any finite number, of NumPy too, or a truth value; a flag is a truth value, Python's or NumPy's.
+    A reward is any finite number of at most ``MOST``, of NumPy too, or a truth value; a flag is a truth value, Python's or
+    NumPy's.
     """
     place = ("step", action)
     returned = _called(environment, place, environment.step, action)
@@ -126,7 +128,7 @@ def _parts(environment: TextEnvironment, returned: Any, place: Place, names: str
 
 
 def _reward(environment: TextEnvironment, value: Any, place: Place) -> float:
-    if type(value) is float and math.isfinite(value):  # nearly always; the rest takes a microsecond
+    if type(value) is float and abs(value) <= MOST:  # nearly always; the rest takes a microsecond
         return value
     try:
         number = float(value) if isinstance(value, (Real, np.bool_)) else math.nan
@@ -134,6 +136,8 @@ def _reward(environment: TextEnvironment, value: Any, place: Place) -> float:
         number = math.inf
     if not math.isfinite(number):
         _refuse(environment, f"the reward {reprlib.repr(value)}", place, "a finite number")
+    if abs(number) > MOST:
+        _refuse(environment, f"the reward {number:g}", place, f"of a size of at most {MOST:g}")
     return number
 
 

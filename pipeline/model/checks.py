@@ -64,6 +64,11 @@ def check_weights(policy: Policy, loading: dict[str, Any], name: str) -> None:
         raise UserError(f"{name}: its weights are not those of its config.json: {wrong}")
     if getattr(policy.model.config, "quantization_config", None) is not None:
         raise UserError(f"{name}: its weights are quantised, which cannot be trained")
+    check_finite(policy, name)
+
+
+def check_finite(policy: Policy, name: str) -> None:
+    """Refuse weights that are NaN or infinite, by their tensor."""
     for key, value in policy.model.state_dict().items():
         if value.is_floating_point() and not bool(torch.isfinite(value).all()):
             raise UserError(f"{name}: {key} holds numbers that are not finite in {str(value.dtype)[6:]}")

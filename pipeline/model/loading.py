@@ -9,7 +9,7 @@ from transformers.models.auto.tokenization_auto import get_tokenizer_config
 from transformers.utils.hub import cached_file
 
 from pipeline.model.adapters import Adapters, find_adapters, put_on
-from pipeline.model.checks import check_family, check_forward, check_tokenizer, check_weights
+from pipeline.model.checks import check_family, check_finite, check_forward, check_tokenizer, check_weights
 from pipeline.model.files import check_files, check_pointers, short
 from pipeline.model.gguf import check_gguf, finish
 from pipeline.model.origin import origin
@@ -86,6 +86,7 @@ def _adapted(on: Policy, adapters: Adapters, options: dict[str, Any], name: str,
     try:
         tokenizer = _load_tokenizer(adapters.source, options) if adapters.tokenizer else on.tokenizer
         policy = put_on(Policy(on.model, tokenizer), adapters)
+        check_finite(policy, name)
         check_tokenizer(policy, name)
         check_forward(policy, name, context)
     except UserError:

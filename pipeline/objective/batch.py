@@ -1,6 +1,6 @@
 """What the slots see: an iteration's annotated tokens as flat tensors."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -62,6 +62,8 @@ class TokenBatch:
     """Sampled at ``rollout.temperature``."""
     advantage: Float[Tensor, " n"] | Float[Tensor, "0"] = field(default_factory=lambda: torch.zeros(0))
     """A_t, once the advantage slot has been asked; empty before."""
+    names: Sequence[str] = ()
+    """Of the trajectories' episodes, for errors; empty where they are not known."""
 
     def of(self, *roles: Role) -> Bool[Tensor, " n"]:
         """Mask of the trainable tokens with one of these roles."""
@@ -72,6 +74,12 @@ class TokenBatch:
     def trajectories(self) -> int:
         """E, the number of trajectories."""
         return len(self.returns)
+
+    def place(self, token: int) -> str:
+        """Where a token is, in words."""
+        row = int(self.trajectory[token])
+        before = int((self.trajectory < row).sum())
+        return f"token {token - before} of " + (f"episode {self.names[row]}" if self.names else f"trajectory {row}")
 
     def per_trajectory(self, values: Float[Tensor, " n"]) -> Float[Tensor, " e"]:
         """Sums over each trajectory's trainable tokens."""
@@ -118,6 +126,7 @@ def token_batch(
         parent=tensor(trajectories.parents, torch.long),
         split=tensor(trajectories.splits, torch.long),
         regular=torch.from_numpy(temperatures == temperature) | (temperature is None),
+        names=trajectories.episodes["episode_id"],
     )
 
 

@@ -138,9 +138,11 @@ def regulariser(batch: TokenBatch, state: SlotMemory, section: Custom) -> tuple[
     """The entropy terms of each token; it remembers nothing."""
     given = _called(section, batch)
     if not isinstance(given, EntropyTerms):
-        return without_band(_shaped(section, given, batch.entropy)), {}
+        return without_band(_shaped(section, given, batch.entropy, place=batch.place)), {}
     for name, values in given._asdict().items():
-        _shaped(section, values, batch.entropy, finite=name in ("bonus", "penalty"))
+        _shaped(section, values, batch.entropy, finite=name in ("bonus", "penalty"), place=batch.place)
+        if bool(values.isnan().any()):
+            _refuse(section, f"{name} nan", "a number, or infinity")
     return given, {}
 
 
@@ -153,20 +155,26 @@ def _called(section: Custom, *given: Any) -> Any:
 
 
 def _of_tokens(section: Custom, given: Any, batch: TokenBatch) -> Float[Tensor, " n"]:
-    values = _shaped(section, given, batch.reward)
+    values = _shaped(section, given, batch.reward, place=batch.place)
     if bool((values[~batch.trainable] != 0).any()):
         _refuse(section, "another number than 0 for a token that the policy did not choose", "0 there")
     return values
 
 
-def _shaped(section: Custom, given: Any, like: Tensor, finite: bool = True) -> Tensor:
-    """What has the shape, the dtype and the device of another tensor, and only finite numbers."""
+def _shaped(
+    section: Custom, given: Any, like: Tensor, finite: bool = True, place: Callable[[int], str] = "token {}".format
+) -> Tensor:
+    """What has the shape, the dtype and the device of another tensor, and only finite numbers.
+
+    ``place`` says in words where a number is.
+    """
     if not isinstance(given, Tensor):
         _refuse(section, f"a {type(given).__name__}", _said(like))
     if (given.shape, given.dtype, given.device) != (like.shape, like.dtype, like.device):
         _refuse(section, _said(given), _said(like))
     if finite and not bool(given.isfinite().all()):
-        _refuse(section, "a number that is not finite", "finite numbers")
+        first = int((~given.isfinite()).nonzero()[0])
+        _refuse(section, f"{float(given[first])} for {place(first)}", "finite numbers")
     return given
 
 

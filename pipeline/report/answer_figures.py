@@ -90,7 +90,8 @@ def label_of(comparison: Mapping[str, Any], found: Mapping[str, Any]) -> str:
     """Of a row: both methods, the environment where there are several, and the verdict."""
     several = len({each["environment"] for each in comparison["hypotheses"]}) > 1
     where = f", {found['environment']}" if several else ""
-    return f"{found['method']} − {found['against']}{where}: {found['verdict'] or 'no verdict'}"
+    alarmed = ", alarms" if "alarmed" in found else ""
+    return f"{found['method']} − {found['against']}{where}: {found['verdict'] or 'no verdict'}{alarmed}"
 
 
 def _range(declared: Sequence[Mapping[str, Any]], smallest: float) -> tuple[float, float]:

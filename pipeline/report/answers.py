@@ -6,6 +6,7 @@ from typing import Any
 
 from pipeline.analysis.comparison import REFERENCE, Row, headline
 from pipeline.report.differences import p_text, seeds_advice
+from pipeline.settings.alarms import SAID
 
 CORRECTIONS = {
     "holm": "Holm's correction",
@@ -60,6 +61,7 @@ def opening(comparison: Mapping[str, Any], minutes: Mapping[tuple[str, str], flo
         minutes: see ``costs_text``.
     """
     lines = [answer.text for answer in answers(comparison)] or [NOTHING_DECLARED]
+    lines += alarm_lines(comparison)
     for environment in headline(comparison):
         lines += [leader_text(comparison, environment), costs_text(comparison, environment, minutes or {})]
     return [*lines, *reasoning_texts(comparison)]
@@ -67,6 +69,22 @@ def opening(comparison: Mapping[str, Any], minutes: Mapping[tuple[str, str], flo
 
 NOTHING_DECLARED = "No comparison was declared (compare.uniform and compare.control are empty), so nothing was tested: what follows describes."
 """Stands where there are no answers."""
+
+
+def alarm_lines(comparison: Mapping[str, Any]) -> list[str]:
+    """A sentence for each method whose trainings have alarmed: how many did, and of what (docs/usage.md)."""
+    lines = []
+    for environment, rows in headline(comparison).items():
+        for name, row in rows.items():
+            said = [
+                f"{SAID[alarm].format(one['value'])} (from iteration {one['iteration']} on; "
+                f"seed{'s' * (len(one['seeds']) > 1)} {', '.join(one['seeds'])})"
+                for alarm, one in row.get("alarms", {}).items()
+            ]
+            if said:
+                trainings = f"{row['alarmed_seeds']} of {row['seeds']} trainings of {name} on {environment}"
+                lines.append(f"Alarms in {trainings}: {'; '.join(said)}.")
+    return lines
 
 
 def leader_text(comparison: Mapping[str, Any], environment: str) -> str:
@@ -177,6 +195,8 @@ def _answer(comparison: Mapping[str, Any], found: Mapping[str, Any]) -> Answer:
         against=f"{found['against']} ({_role(found['kind'], other)})",
         smallest=found["smallest_effect"],
     )
+    if alarmed := [f"{len(seeds)} of {name}" for name, seeds in found.get("alarmed", {}).items()]:
+        claim += f", but trainings have alarmed ({', '.join(alarmed)})"
     numbers = (
         f"Success {own['success_mean']:.3f} against {other['success_mean']:.3f}, a difference of {found['value']:+.3f} "
         f"({'; '.join(_evidence(comparison, found))})."

@@ -5,7 +5,7 @@ import subprocess
 from collections.abc import Iterable
 from pathlib import Path
 
-from pipeline.workspace.files import read_record
+from pipeline.tracking.noted import noted_runs
 
 MADE = re.compile(r"\n\nMade by (?:commits? |an unknown commit).*\.$")
 """The line at the end of a block that says so, and the empty one before it."""
@@ -18,7 +18,7 @@ def noted_revisions(runs: Path) -> list[str]:
 
     Empty if there are no such trainings, or one has noted nothing (it was made before this was noted).
     """
-    entries = [entry for file in sorted(runs.glob("*.json")) for entry in read_record(file)["seeds"].values()]
+    entries = [entry for file in sorted(runs.glob("*.json")) for entry in noted_runs(file).values()]
     found = [str(entry.get("revision", UNKNOWN)) for entry in entries]
     return [] if UNKNOWN in found else list(dict.fromkeys(found))
 

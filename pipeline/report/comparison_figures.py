@@ -29,6 +29,12 @@ def write_comparison_figures(comparison: Mapping[str, Any], inputs: Inputs, fold
     }
 
 
+def write_timed_figures(comparison: Mapping[str, Any], inputs: Inputs, folder: Path) -> None:
+    """Write the learning curves with what they have taken in seconds, which no two runs have in common."""
+    for environment in places(comparison):
+        save(_learning(comparison, inputs, environment), folder / f"{environment}-learning")
+
+
 def success_figure(comparison: Mapping[str, Any], environment: str) -> Figure:
     """Final success of every method with its intervals and seeds, a panel per temperature."""
     temperatures = places(comparison)[environment]
@@ -130,13 +136,18 @@ def health_figure(curves: Mapping[str, Curves], tokens: int | None = None) -> Fi
 def _figures(comparison: Mapping[str, Any], inputs: Inputs, environment: str) -> dict[str, Figure]:
     """Name -> figure."""
     curves = {method: curve for (place, method), curve in inputs.curves.items() if place == environment}
-    timings = {method: timing for (place, method), timing in inputs.timings.items() if place == environment}
-    tokens, crowd = comparison["tokens"], len(curves) > CROWD
     return {
         "success": success_figure(comparison, environment),
-        "learning": learning_panels(curves, tokens) if crowd else learning_figure(curves, timings, tokens),
-        "health": health_figure(curves, tokens),
+        "learning": _learning(comparison, inputs, environment),
+        "health": health_figure(curves, comparison["tokens"]),
     }
+
+
+def _learning(comparison: Mapping[str, Any], inputs: Inputs, environment: str) -> Figure:
+    curves = {method: curve for (place, method), curve in inputs.curves.items() if place == environment}
+    timings = {method: timing for (place, method), timing in inputs.timings.items() if place == environment}
+    tokens, crowd = comparison["tokens"], len(curves) > CROWD
+    return learning_panels(curves, tokens) if crowd else learning_figure(curves, timings, tokens)
 
 
 def _success_panel(axes: Axes, rows: Sequence[Mapping[str, Any]], temperature: float) -> None:

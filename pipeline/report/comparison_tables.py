@@ -89,13 +89,14 @@ def training_table(comparison: Mapping[str, Any], environment: str) -> Table:
     """
     rows = [r for r in comparison["rows"] if r["environment"] == environment and r["headline"] and r["regulariser"]]
     differ, sourced = len({_terms(row["regulariser"]) for row in rows}) > 1, any(row["source"] for row in rows)
-    custom = any("custom" in row for row in rows)
+    custom, alarmed = any("custom" in row for row in rows), any("alarms" in row for row in rows)
     return Table(
         f"{environment}, training" + (f" to {comparison['tokens']} sampled tokens" if comparison["tokens"] else ""),
         ["method", *(["status", "source"] if sourced else []), "iterations", "episodes per training",
          "sampled tokens per training", "paths per initial state", "learning rate",
          "KL per update on action tokens, first 3 iterations", "action tokens' share of the gradient, measured",
-         "skipped non-finite updates", *(["entropy and KL terms"] if differ else []), *(["own functions"] if custom else [])],
+         "skipped non-finite updates", *(["entropy and KL terms"] if differ else []), *(["own functions"] if custom else []),
+         *(["alarms"] if alarmed else [])],
         [
             [
                 row["method"],
@@ -110,6 +111,7 @@ def training_table(comparison: Mapping[str, Any], environment: str) -> Table:
                 str(row["non_finite_losses"]),
                 *([_terms(row["regulariser"])] if differ else []),
                 *([_functions(row.get("custom", {}))] if custom else []),
+                *([", ".join(row.get("alarms", {})) or "–"] if alarmed else []),
             ]
             for row in rows
         ],
@@ -146,8 +148,9 @@ def verdicts_markdown(comparisons: Sequence[Mapping[str, Any]]) -> str:
             found = comparison.get("interventions", {}).get(one["environment"], {})
             interval = None if one["ci_low"] is None else Interval(one["ci_low"], one["ci_high"])
             difference = Difference(
-                one["value"], interval, tuple(one["by_seed"]), one["p"], one["p_adjusted"], verdict=one["verdict"]
-            )
+                one["value"], interval, tuple(one["by_seed"]), one["p"], one["p_adjusted"], verdict=one["verdict"],
+                alarmed=tuple(one.get("alarmed", ())),
+            )  # fmt: skip
             pair = f"`{one['method']}` − `{one['against']}`"
             kind = found.get("reasoning") or "–"
             rows.append([comparison["comparison"], one["environment"], kind, pair, difference_text(difference)])

@@ -17,7 +17,8 @@ def difference_text(difference: Difference, against: str = "") -> str:
     if difference.p_adjusted is None:
         return text
     text += f" p_adj {p_text(difference.p_adjusted)}"
-    return text if difference.verdict is None else f"{text}: {difference.verdict}"
+    alarmed = f" (alarms in {', '.join(difference.alarmed)})" if difference.alarmed else ""
+    return text if difference.verdict is None else f"{text}: {difference.verdict}{alarmed}"
 
 
 def p_text(p: float) -> str:

@@ -21,6 +21,7 @@ from pipeline.analysis.timings import training_minutes
 from pipeline.report.answer_figures import answer_chart
 from pipeline.report.answers import (
     NOTHING_DECLARED,
+    alarm_lines,
     answers,
     costs_text,
     efficiency_texts,
@@ -64,7 +65,7 @@ def report_html(
     """Answers, warnings, tables, charts and the trajectory viewer of a comparison as a self-contained page.
 
     Args:
-        inputs: what the comparison was made from.
+        inputs: what the comparison was made from; without timings the page has no wall-clock, and equal runs have equal pages.
         bottleneck: environment -> its Action Bottleneck diagnostics (``analysis.bottleneck.bottleneck``).
         annotated: environment -> the episodes that were diagnosed.
         episodes: what ``viewer_data`` gave; without it there is no viewer.
@@ -91,7 +92,7 @@ def report_html(
         **_first_screen(comparison, inputs),
         answer_chart=answer,
         registration=registration,
-        checklist=checklist_tables(config, comparison, inputs, parameters, timed=True),
+        checklist=checklist_tables(config, comparison, inputs, parameters, timed=bool(inputs.timings)),
         reading=READING,
         terms=common_terms(comparison),
         sections=sections,
@@ -112,6 +113,7 @@ def _first_screen(comparison: Mapping[str, Any], inputs: Inputs) -> dict[str, An
     """What the page begins with."""
     return {
         "answers": answers(comparison),
+        "alarms": alarm_lines(comparison),
         "shown_answers": SHOWN_ANSWERS,
         "nothing_declared": NOTHING_DECLARED,
         "leaders": [leader_text(comparison, name) for name in places(comparison)],

@@ -9,13 +9,14 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from contextlib import closing, contextmanager
+from http.client import HTTPException
 from pathlib import Path
 from typing import Any
-from urllib.error import URLError
 from urllib.parse import urlencode
 from urllib.request import urlopen
 
-from pipeline.workspace.errors import UserError
+from pipeline.workspace.addresses import shown
+from pipeline.workspace.errors import UserError, line_of
 
 SIZE = {"width": 1280, "height": 860}
 PATIENCE = 90.0
@@ -88,8 +89,10 @@ def shoot_mlflow(browser: Any, uri: str, experiment: str, runs: Sequence[str], t
             asked = urlencode({"experiment_name": experiment})
             with urlopen(f"{address}/api/2.0/mlflow/experiments/get-by-name?{asked}", timeout=PATIENCE) as answer:
                 number = json.load(answer)["experiment"]["experiment_id"]
-        except URLError as error:
-            raise UserError(f"screenshots: {address}: no experiment {experiment!r} ({error})") from None
+        except (OSError, ValueError, HTTPException) as error:
+            raise UserError(
+                f"screenshots: {shown(address)}: no experiment {experiment!r} ({line_of(error, address)})"
+            ) from None
         chosen = {"runs": list(runs), "experiments": [number], "metric": METRIC, "plot_metric_keys": [METRIC]}
         page.goto(f"{address}/#/metric?{urlencode({key: json.dumps(value) for key, value in chosen.items()})}")
         page.locator("svg.main-svg").first.wait_for(timeout=PATIENCE * 1000)
@@ -124,9 +127,10 @@ def _server(uri: str) -> Iterator[str]:
         port = free.getsockname()[1]
     command = [sys.executable, "-m", "mlflow", "ui", "--host", "127.0.0.1", "--port", str(port)]
     server = subprocess.Popen(
-        ["sh", "-c", SERVED, "sh", *command, "--backend-store-uri", uri],
+        ["sh", "-c", SERVED, "sh", *command],
         stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL, start_new_session=True,
-        env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true"},
+        # Not among its arguments, which all users of a machine can see.
+        env={**os.environ, "MLFLOW_DISABLE_TELEMETRY": "true", "MLFLOW_BACKEND_STORE_URI": uri},
     )  # fmt: skip
     address = f"http://127.0.0.1:{port}"
     try:

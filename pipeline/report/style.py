@@ -8,6 +8,8 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.figure import Figure
 
+from pipeline.workspace.files import replacing
+
 PALETTE = {
     "blue": "#0072b2",
     "vermillion": "#d55e00",
@@ -109,9 +111,10 @@ def looks(plotly: bool = False) -> Iterator[tuple[str, str, str]]:
 
 def save(figure: Figure, stem: Path) -> tuple[Path, Path]:
     """Write a figure as ``stem.png`` and ``stem.svg``; equal figures are equal bytes. Folders are made."""
-    stem.parent.mkdir(parents=True, exist_ok=True)
     png, svg = (stem.with_name(f"{stem.name}.{ending}") for ending in ("png", "svg"))
     with rc_context(STYLE):
-        figure.savefig(png, **PNG)
-        figure.savefig(svg, metadata={"Date": None, "Creator": None})
+        with replacing(png) as partial:
+            figure.savefig(partial, format="png", **PNG)
+        with replacing(svg) as partial:
+            figure.savefig(partial, format="svg", metadata={"Date": None, "Creator": None})
     return png, svg

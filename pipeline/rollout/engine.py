@@ -29,6 +29,8 @@ class Request:
     """float64 (m,) in [0, 1): one named draw per token to come; m is the longest allowed continuation."""
     forced: int = 0
     """How many tokens at the prefix's end open this response (they count towards the stop text)."""
+    episode: str = ""
+    """Whose response it is, for errors."""
 
 
 @dataclass(frozen=True)

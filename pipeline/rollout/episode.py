@@ -104,7 +104,8 @@ class Episode:
         """Ask for a response, or for the rest of it."""
         uniforms = self.draws.random(self.section.response_tokens)[len(self._begun) :]
         room = self.section.context_tokens - len(self.builder)
-        return Request(self.builder.ids, uniforms[: max(1, room)], forced=len(self.builder) - self._start)
+        forced = len(self.builder) - self._start
+        return Request(self.builder.ids, uniforms[: max(1, room)], forced, self.spec.episode_id)
 
     def take(self, answer: Continuation) -> None:
         """Record a response, act on it and prepare the next turn."""
@@ -160,7 +161,10 @@ class Episode:
         for action in actions:
             if over or (executed and parse_action(self.environment, action) is None):
                 break
-            self.observation, reward, over = step(self.environment, action)
+            try:
+                self.observation, reward, over = step(self.environment, action)
+            except UserError as error:
+                raise UserError(f"{error} (in turn {self.turn} of episode {self.spec.episode_id})") from error.__cause__
             executed, total = [*executed, action], total + reward
         return executed, total, over
 

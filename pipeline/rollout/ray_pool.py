@@ -7,11 +7,14 @@ is given the policy, the weights and the unit again.
 
 from __future__ import annotations
 
+import contextlib
 import itertools
 import logging
 import os
+import signal
 import socket
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
 from multiprocessing.util import Finalize
 from typing import Any
 
@@ -136,13 +139,25 @@ def connected(config: Config, settings: RayWorkers) -> Any:
             os.environ.setdefault(setting, value)
         own: dict[str, Any] = {} if settings.address else {"num_cpus": cores(), "include_dashboard": False}
         try:
-            ray.init(settings.address or "local", logging_level=logging.ERROR, log_to_driver=False, **own)
+            with _handlers_kept():
+                ray.init(settings.address or "local", logging_level=logging.ERROR, log_to_driver=False, **own)
         except Exception as error:  # of many kinds
             asked = f"address: {settings.address}" if settings.address else "kind: ray"
             raise UserError(f"{_where(config)}.{asked}: Ray does not answer: {line_of(error)[:200]}") from None
         Finalize(None, ray.shutdown, exitpriority=0)  # also in processes that are forked
     _require_cores(config, settings, int(ray.cluster_resources().get("CPU", 0)))
     return ray
+
+
+@contextlib.contextmanager
+def _handlers_kept() -> Iterator[None]:
+    """Ray has SIGTERM exit at once, with a code of its own."""
+    before = signal.getsignal(signal.SIGTERM)
+    try:
+        yield
+    finally:
+        if threading.current_thread() is threading.main_thread():
+            signal.signal(signal.SIGTERM, before)
 
 
 def check_workers(config: Config, settings: RayWorkers) -> None:

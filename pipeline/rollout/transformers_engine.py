@@ -11,7 +11,7 @@ always goes on, and nothing is computed twice for want of memory. What they do n
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -252,7 +252,11 @@ class TransformersEngine:
     def _sample(self, rows: list[_Row], logits: Tensor, sampling: Sampling) -> list[_Row]:
         """One token for every row; returns the rows whose continuation is now complete."""
         draws = np.array([row.request.uniforms[len(row.ids)] for row in rows])
-        sampled = sample(logits, sampling.temperature, torch.from_numpy(draws).to(logits.device))
+
+        def place(index: int) -> str:
+            return f"token {rows[index].length} of episode {rows[index].request.episode}"
+
+        sampled = sample(logits, sampling.temperature, torch.from_numpy(draws).to(logits.device), place)
         ends, eos, complete = self._may_end(sampling.stop), self.policy.ends, []
         for row, token, logprob, entropy in zip(rows, *(column.tolist() for column in sampled), strict=True):
             row.started = True
@@ -321,9 +325,14 @@ class _Row:
 
 
 def sample(
-    logits: Float[Tensor, "rows vocabulary"], temperature: float, draws: Float64[Tensor, " rows"]
+    logits: Float[Tensor, "rows vocabulary"],
+    temperature: float,
+    draws: Float64[Tensor, " rows"],
+    place: Callable[[int], str] | None = None,
 ) -> tuple[Int[Tensor, " rows"], Float32[Tensor, " rows"], Float32[Tensor, " rows"]]:
     """Invert the cumulative distribution at one uniform draw, in [0, 1), per row; the temperature divides the raw logits.
+
+    ``place`` says in words which token a row is to give.
 
     Returns:
         Token, its log-probability and the distribution's entropy in nats.
@@ -331,7 +340,7 @@ def sample(
     Raises:
         NotFiniteError: a logit is NaN or infinite, or all of a row are minus infinity; minus infinity is an impossible token.
     """
-    require_finite("the policy's largest logit", logits.amax(-1))
+    require_finite("the policy's largest logit", logits.amax(-1), place)
     if native.scores(logits):
         return native.sample(logits, temperature, draws)
     return sample_by_torch(logits, temperature, draws)

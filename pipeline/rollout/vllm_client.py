@@ -19,7 +19,8 @@ from pipeline.rollout.engine import Sampling
 from pipeline.rollout.vllm_server import MODEL, ServerAway, VllmServer, own_server, session, wait_until_ready
 from pipeline.rollout.vllm_weights import write_weights
 from pipeline.settings.engine import VllmSection
-from pipeline.workspace.errors import UserError
+from pipeline.workspace.addresses import redacted, shown
+from pipeline.workspace.errors import UserError, line_of
 
 NEEDED = (
     "/inference/v1/generate",
@@ -130,7 +131,9 @@ class VllmClient:
         asked = {"method": "reload_weights", "kwargs": {"weights_path": str(folder)}}
         response = self._send("/collective_rpc", asked, self.section.patience_seconds)
         if not response.ok:
-            raise UserError(f"rollout.engine: vLLM at {self._url} cannot take the policy's weights: {_said(response)}")
+            raise UserError(
+                f"rollout.engine: vLLM at {shown(self._url)} cannot take the policy's weights: {_said(response)}"
+            )
 
     def reset_prefix_cache(self) -> None:
         """Drop keys and values of everything."""
@@ -144,7 +147,7 @@ class VllmClient:
     def given_up(self, why: Exception) -> UserError:
         """What is said when a server has gone away too often."""
         return UserError(
-            f"rollout.engine: vLLM at {self._url} has gone away again and again: {why}; what is finished is kept, and the "
+            f"rollout.engine: vLLM at {shown(self._url)} has gone away again and again: {why}; what is finished is kept, and the "
             "same command goes on from there"
         )
 
@@ -155,36 +158,36 @@ class VllmClient:
         if missing:
             version = self._get("/version").json().get("version", "of an unknown version")
             raise UserError(
-                f"rollout.engine: vLLM {version} at {self._url} lacks {', '.join(missing)}; needed is vLLM {OLDEST} or "
+                f"rollout.engine: vLLM {version} at {shown(self._url)} lacks {', '.join(missing)}; needed is vLLM {OLDEST} or "
                 "later, started with VLLM_SERVER_DEV_MODE=1"
             )
         served = [model["id"] for model in self._get("/v1/models").json()["data"]]
         if MODEL not in served:
             raise UserError(
-                f"rollout.engine: vLLM at {self._url} serves {', '.join(served)}; allowed: --served-model-name {MODEL}"
+                f"rollout.engine: vLLM at {shown(self._url)} serves {', '.join(served)}; allowed: --served-model-name {MODEL}"
             )
 
     def _get(self, path: str) -> requests.Response:
         try:
             return self._session.get(self._url + path, timeout=CONNECT_SECONDS)
         except requests.RequestException as error:
-            raise ServerAway(str(error)) from None
+            raise ServerAway(line_of(error, self._url)) from None
 
     def _post(self, path: str, body: dict[str, Any], seconds: float = 60.0) -> requests.Response:
         response = self._send(path, body, seconds)
         if response.status_code >= 500:
             raise ServerAway(_said(response))
         if not response.ok:
-            raise UserError(f"rollout.engine: vLLM at {self._url} refuses {path}: {_said(response)}")
+            raise UserError(f"rollout.engine: vLLM at {shown(self._url)} refuses {path}: {_said(response)}")
         return response
 
     def _send(self, path: str, body: dict[str, Any], seconds: float) -> requests.Response:
         try:
             return self._session.post(self._url + path, json=body, timeout=(CONNECT_SECONDS, seconds))
         except requests.RequestException as error:
-            raise ServerAway(str(error)) from None
+            raise ServerAway(line_of(error, self._url)) from None
 
 
 def _said(response: requests.Response) -> str:
     """A server's own words, on one line."""
-    return " ".join(response.text.split())[:300]
+    return redacted(" ".join(response.text.split()))[:300]

@@ -97,7 +97,12 @@ class VllmEngine:
             ids, logprob = ids + choice.ids, logprob + choice.logprob
             computed += len(prefix) - choice.reused + len(choice.ids) - 1  # the last one has not passed
             count, finish = self._ended(request, ids, sampling.stop)
-        require_finite("a log-probability of vLLM's", np.array(logprob))
+        begin = len(request.ids)
+        require_finite(
+            "a log-probability of vLLM's",
+            np.array(logprob),
+            lambda i: f"token {begin + i} of episode {request.episode}",
+        )
         unknown = [UNKNOWN] * count
         return Continuation(ids[:count], logprob[:count], unknown, finish, self.policy_version), computed
 

@@ -19,8 +19,9 @@ import requests
 from requests.adapters import HTTPAdapter
 
 from pipeline.settings.engine import VllmSection
+from pipeline.workspace.addresses import redacted, shown
 from pipeline.workspace.errors import UserError
-from pipeline.workspace.processes import end_with_parent
+from pipeline.workspace.processes import start_with_parent
 
 MODEL = "actfocus"
 """What a server calls the model that it serves: one that serves another is not meant for this."""
@@ -55,7 +56,7 @@ class VllmServer:
                 stderr=subprocess.STDOUT,
                 env=server_environment(threads, "--enforce-eager" in options),
                 start_new_session=True,  # its own processes are in a group of which all are ended
-                preexec_fn=lambda: end_with_parent(signal.SIGTERM),
+                preexec_fn=start_with_parent(signal.SIGTERM),
             )
         self.close = Finalize(self, _end, (self._process, folder, self.log), exitpriority=10)
         """End the server and all its processes; called at this process's end, too."""
@@ -79,7 +80,7 @@ class VllmServer:
         lines = log.splitlines() or ["without a word"]
         told = [line for line in lines if " WARNING " not in line and " INFO " not in line]
         named = re.findall(r"\b\w*(?:Error|Exception): .+", "\n".join(told))
-        return f"{(named or lines[-1:])[0].strip()[:300]} ({self.log})"
+        return f"{redacted((named or lines[-1:])[0].strip())[:300]} ({self.log})"
 
 
 def require_installed(section: VllmSection) -> None:
@@ -128,9 +129,15 @@ def server_command(python: str, host: str, port: int, folder: Path, options: Seq
 
 
 def session(at_once: int = 1) -> requests.Session:
-    """For so many requests at a time, which go to the server itself, whatever proxy there is."""
+    """For so many requests at a time, which go to the server itself, whatever proxy there is.
+
+    They carry the key that a server asks for that was started with VLLM_API_KEY, or with ``--api-key``.
+    """
     found = requests.Session()
     found.trust_env = False
+    key = os.environ.get("VLLM_API_KEY")
+    if key:
+        found.headers["Authorization"] = f"Bearer {key}"
     found.mount("http", HTTPAdapter(pool_maxsize=at_once))
     return found
 
@@ -151,7 +158,7 @@ def wait_until_ready(url: str, seconds: float, server: VllmServer | None = None)
                 raise UserError(f"rollout.engine: vLLM has ended: {server.why_ended()}")
             if time.monotonic() > deadline:
                 raise UserError(
-                    f"rollout.engine: vLLM at {url} has not answered for {seconds:g} seconds (patience_seconds); what is "
+                    f"rollout.engine: vLLM at {shown(url)} has not answered for {seconds:g} seconds (patience_seconds); what is "
                     "finished is kept, and the same command goes on from there"
                 )
             time.sleep(pause)

@@ -7,6 +7,7 @@ from safetensors.torch import save_file
 from pipeline.model.adapters import merged
 from pipeline.model.policy import Policy
 from pipeline.workspace.files import read_json, replacing, write_json
+from pipeline.workspace.manifest import write_manifest
 
 HEAD_FILE = "model-head.safetensors"
 
@@ -29,3 +30,4 @@ def write_weights(policy: Policy, directory: Path) -> None:
             save_file({f"{head}.weight": weight}, partial / HEAD_FILE, {"format": "pt"})
         config = partial / "config.json"
         write_json(config, read_json(config) | {"tie_word_embeddings": False})
+        write_manifest(partial)

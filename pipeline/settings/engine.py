@@ -21,7 +21,8 @@ class VllmSection(Section):
 
     kind: Literal["vllm"]
     url: Address | None = None
-    """Address of a server that runs already, http://host:port; null: each process that samples starts its own and ends it."""
+    """Address of a server that runs already, http://host:port; null: each process that samples starts its own and ends it.
+    A key that it asks for is read from VLLM_API_KEY."""
     python: AnyPath = ".venv-vllm/bin/python"
     """Interpreter with vLLM, of a server that is started here (``make install-vllm``)."""
     arguments: list[str] = Field(default=[])

@@ -8,16 +8,22 @@ from pydantic import AliasChoices
 from pydantic.fields import FieldInfo
 
 from pipeline.settings.section import PATTERNS, Section
+from pipeline.workspace.addresses import redacted
+from pipeline.workspace.errors import fitted, listed, shown
 
 
 def nearest(name: str, allowed: Any) -> str:
     """The end of a message about an unknown name: which one was meant, or all that are allowed."""
-    close = difflib.get_close_matches(str(name), [str(a) for a in allowed], n=1, cutoff=0.5)
-    return f"; did you mean {close[0]!r}?" if close else f"; allowed: {', '.join(sorted(map(str, allowed)))}"
+    close = difflib.get_close_matches(fitted(name, 100), [str(a) for a in allowed], n=1, cutoff=0.5)
+    return f"; did you mean {close[0]!r}?" if close else f"; allowed: {listed(sorted(map(str, allowed)))}"
 
 
 def explain(schema: type[Section], source: str, error: Any) -> str:
     """One line of one of pydantic's errors: file, dotted key, what is wrong, what is allowed."""
+    return redacted(_explained(schema, source, error))
+
+
+def _explained(schema: type[Section], source: str, error: Any) -> str:
     path = _dotted(schema, error["loc"]).removesuffix(".[key]")
     value = error["input"]
     kind = error["type"]
@@ -32,14 +38,14 @@ def explain(schema: type[Section], source: str, error: Any) -> str:
         if not allowed:
             return f"{where}.kind: missing"
         tag = value.get("kind") if isinstance(value, dict) else value
-        return f"{where}.kind: {tag!r} is not known{nearest(str(tag), allowed)}"
+        return f"{where}.kind: {shown(tag)} is not known{nearest(str(tag), allowed)}"
     if kind == "string_pattern_mismatch":
-        return f"{where}: {value!r} is not allowed; allowed: {PATTERNS[error['ctx']['pattern']]}"
+        return f"{where}: {shown(value)} is not allowed; allowed: {PATTERNS[error['ctx']['pattern']]}"
     if kind == "value_error":
         return f"{where}: {error['ctx']['error']}"
     if kind == "literal_error":
-        return f"{where}: {value!r} is not allowed; allowed: {error['ctx']['expected']}"
-    return f"{where}: {error['msg'].lower()}, got {value!r}"
+        return f"{where}: {shown(value)} is not allowed; allowed: {error['ctx']['expected']}"
+    return f"{where}: {error['msg'].lower()}, got {shown(value)}"
 
 
 def _dotted(schema: type[Section], location: tuple[Any, ...]) -> str:

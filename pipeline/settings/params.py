@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal, Self, Union
 
 from pydantic import AliasChoices, BeforeValidator, Field, ModelWrapValidatorHandler, ValidationError, model_validator
 
+from pipeline.settings.credentials import committed_secrets
 from pipeline.settings.heads import HeadSection
 from pipeline.settings.method import Method
 from pipeline.settings.mistakes import explain, nearest
@@ -31,7 +32,7 @@ from pipeline.settings.section import (
 from pipeline.settings.seeds import SeedsUntil, first_seeds, only_a_mapping
 from pipeline.settings.sweep import Sweep
 from pipeline.settings.train import Train
-from pipeline.workspace.errors import UserError
+from pipeline.workspace.errors import UserError, mistakes, shown
 from pipeline.workspace.yaml_files import read_yaml
 
 UNMATCHED = ("source", "status", "learning_rate", "matched_to")
@@ -132,7 +133,7 @@ class Tracking(Section):
     """MLflow."""
 
     uri: str | None = None
-    """Tracking URI; null is MLFLOW_TRACKING_URI or else mlflow.db in the project's root."""
+    """Tracking URI, without a password; null is MLFLOW_TRACKING_URI or else mlflow.db in the project's root."""
     traces: Annotated[Int, Field(ge=0, le=1_000_000)] = 4
     """Episodes of a training's last iteration that are stored as traces, with a span per turn and every token's energy."""
     episodes: Annotated[Int, Field(ge=0, le=1_000_000)] = 16
@@ -148,6 +149,9 @@ class Config(Section):
     """Folder under the root that receives data/, models/ and reports/."""
     params_file: Folder = "params.yaml"
     """This file, relative to the root."""
+    overwrite_outside_root: bool = False
+    """Whether what is made may go through links that lead out of the root, or to a ``rollout.engine.weights`` that lies
+    elsewhere; what is there is then overwritten and deleted like all else."""
     comparison: Name
     """Name that groups the comparison's runs in MLflow."""
     seeds: Annotated[list[Seed], BeforeValidator(first_seeds)] = Field(min_length=1)
@@ -221,12 +225,12 @@ class Config(Section):
                     raise ValueError(f"compare.{field}: {method} is compared with itself; name another method")
                 for name in (method, baseline):
                     if name not in self.methods:
-                        raise ValueError(f"compare.{field}: unknown method {name!r}{nearest(name, self.methods)}")
+                        raise ValueError(f"compare.{field}: unknown method {shown(name)}{nearest(name, self.methods)}")
         self._sampler()
         declared = {*self.compare.uniform, *self.compare.control}
         if declared and self.compare.primary not in (None, *declared):
             raise ValueError(
-                f"compare.primary: {self.compare.primary!r} is not a method of compare.uniform or compare.control"
+                f"compare.primary: {shown(self.compare.primary)} is not a method of compare.uniform or compare.control"
                 f"{nearest(str(self.compare.primary), declared)}"
             )
         for place, one in enumerate(self.compare.exclusions):
@@ -237,7 +241,7 @@ class Config(Section):
             ):
                 if value not in there:
                     raise ValueError(
-                        f"compare.exclusions.{place}.{key}: {value!r} is not there{nearest(str(value), there)}"
+                        f"compare.exclusions.{place}.{key}: {shown(value)} is not there{nearest(str(value), there)}"
                     )
         if "reference" in self.methods:
             raise ValueError("methods: 'reference' is the reference policy's own name; choose another")
@@ -271,7 +275,7 @@ class Config(Section):
             if to is None:
                 continue
             if to not in self.methods:
-                raise ValueError(f"{where}: unknown method {to!r}{nearest(to, self.methods)}")
+                raise ValueError(f"{where}: unknown method {shown(to)}{nearest(to, self.methods)}")
             if to == name:
                 raise ValueError(f"{where}: {name} is matched to itself; name another method")
             if self.methods[to].matched_to is not None:
@@ -367,11 +371,14 @@ def parse(raw: Any, source: str = "params.yaml") -> Config:
     """Check a parsed params file; ``source`` is what errors call it. Raises ``UserError`` like ``load``."""
     if not isinstance(raw, dict):
         raise UserError(f"{source}: must be a mapping of settings, got {type(raw).__name__}")
+    secrets = committed_secrets(raw, source)
+    if secrets:
+        raise UserError("\n".join(secrets))
     try:
         return Config.model_validate(raw)
     except ValidationError as error:
-        mistakes = [item for item in error.errors(include_url=False) if not _inherited(item["loc"], raw)]
-        raise UserError("\n".join(dict.fromkeys(explain(Config, source, item) for item in mistakes))) from None
+        found = [item for item in error.errors(include_url=False) if not _inherited(item["loc"], raw)]
+        raise mistakes(explain(Config, source, item) for item in found) from None
 
 
 def _inherited(location: tuple[Any, ...], raw: dict[str, Any]) -> bool:

@@ -1,10 +1,12 @@
 """Presets: overlays on params.yaml, resolved into a params file of their own that DVC can read."""
 
+import re
 from pathlib import Path
 from typing import Any
 
 from pipeline.settings.params import Config, parse
-from pipeline.workspace.errors import UserError
+from pipeline.settings.section import PART
+from pipeline.workspace.errors import UserError, listed, shown
 from pipeline.workspace.files import read_bytes, write_text
 from pipeline.workspace.yaml_files import read_yaml, yaml_text
 
@@ -72,10 +74,14 @@ def preset_values(name: str, root: Path) -> dict[str, Any]:
         UserError: no such preset.
     """
     changes = root / "presets" / name / "overlay.yaml"
-    if not changes.exists():
+    if not re.fullmatch(PART, name) or not changes.exists():
         known = sorted(path.parent.name for path in (root / "presets").glob("*/overlay.yaml"))
-        raise UserError(f"presets: {name!r} is not there; allowed: {', '.join(known)}")
-    merged: dict[str, Any] = overlay(read_yaml(root / "params.yaml"), read_yaml(changes))
+        raise UserError(f"presets: {shown(name)} is not there; allowed: {listed(known, 240)}")
+    below, above = read_yaml(root / "params.yaml"), read_yaml(changes)
+    for file, values in ((root / "params.yaml", below), (changes, above)):
+        if not isinstance(values, dict):
+            raise UserError(f"{file}: must be a mapping of settings, got {type(values).__name__}")
+    merged: dict[str, Any] = overlay(below, above)
     return merged | {"root": "../..", "out": f"presets/{name}", "params_file": f"presets/{name}/params.yaml"}
 
 

@@ -43,9 +43,9 @@ Count = Annotated[Int, Field(ge=1, le=1_000_000)]
 Seed = Annotated[Int, Field(ge=0, le=2**32 - 1)]
 """What every library's generator takes."""
 _NAME = r"^[a-z][a-z0-9_]*$"
-_PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
-_FOLDER = rf"^(\.|{_PART}(/{_PART})*)$"
-_ABOVE = rf"^(\.|\.\.(/\.\.)*(/{_PART})*)$"
+PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]*"
+_FOLDER = rf"^(\.|{PART}(/{PART})*)$"
+_ABOVE = rf"^(\.|\.\.(/\.\.)*(/{PART})*)$"
 _ADDRESS = r"^https?://[^\s/?#]+$"
 _CLUSTER = r"^(auto|[A-Za-z0-9._-]+:[0-9]{1,5})$"
 _FUNCTION = r"^[A-Za-z_]\w*(\.[A-Za-z_]\w*)*:[A-Za-z_]\w*$"

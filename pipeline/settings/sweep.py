@@ -140,8 +140,8 @@ class Sweep(Section):
     heartbeat: Positive = 15.0
     """Seconds between a worker's signs of life; after six without one it is taken for dead by workers elsewhere."""
     storage: str | None = None
-    """URL, e.g. postgresql+psycopg://user@host/database, for workers on several machines; null is SWEEP_STORAGE or else a
-    journal file in .cache/sweep."""
+    """URL without a password, e.g. postgresql+psycopg://user@host/database, for workers on several machines; null is
+    SWEEP_STORAGE or else a journal file in .cache/sweep."""
     studies: dict[Name, Study] = Field(default={})
     """Searches by name."""
 

@@ -4,6 +4,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from pipeline.settings.alarms import Alarms
 from pipeline.settings.correction import Correction
 from pipeline.settings.lora import Lora
 from pipeline.settings.processes import Processes
@@ -25,6 +26,8 @@ class Train(Section):
     """Trajectories per optimizer step."""
     gradient_clip: Positive = 1.0
     """Largest norm of the gradient."""
+    non_finite_updates: Count = 8
+    """So many updates in a row whose loss or gradient is NaN or infinite end a training; a single one is left out."""
     betas: tuple[Decay, Decay] = (0.9, 0.999)
     """Adam's two decay rates."""
     schedule: Literal["constant", "linear"] = "constant"
@@ -43,6 +46,8 @@ class Train(Section):
     """Adapters that are trained in place of the policy's weights; null: all weights are trained."""
     processes: Processes = Processes()
     """Processes that do one training together."""
+    alarms: Alarms = Alarms()
+    """When an iteration looks wrong, which is then said wherever the training is shown."""
     correction: Correction | None = None
     """Where the sampler's probabilities are not those that an update begins with: a factor on each token's surrogate; null:
     no factor."""

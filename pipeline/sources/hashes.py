@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any, Literal, NamedTuple
 
 from pipeline.workspace.errors import UserError
-from pipeline.workspace.files import lock, read_record, write_record
+from pipeline.workspace.files import lock, read_json, read_record, write_record
 from pipeline.workspace.layout import Cache
 
 LARGE = 2**20
@@ -72,3 +72,11 @@ def tree_hashes(path: Path) -> dict[str, str]:
             file = Path(folder, name)
             found[file.relative_to(path).as_posix()] = file_hash(file)
     return found
+
+
+def holds(folder: Path, manifest: Path) -> bool:
+    """Whether a folder holds byte by byte what a manifest says, a file of its ``tree_hashes``, and nothing else."""
+    try:
+        return bool(read_json(manifest) == tree_hashes(folder))
+    except UserError:
+        return False

@@ -19,7 +19,7 @@ from pipeline.report.style import PNG, STYLE, WIDTH
 from pipeline.settings.sweep import Logarithmic, LogarithmicFromZero
 from pipeline.sweep.result import EVALUATORS, SearchResult, report_text, short_names, short_study, summary
 from pipeline.sweep.space import from_value, to_value
-from pipeline.workspace.files import write_record
+from pipeline.workspace.files import replacing, write_record
 
 FEWEST = 4
 """Complete trials below which there is nothing to be drawn."""
@@ -199,6 +199,6 @@ def _save(drawing: Drawing, found: SearchResult, path: Path) -> None:
         for one in axes:
             one.minorticks_off()
             one.set_title("")
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, bbox_inches="tight", **PNG)
+        with replacing(path) as partial:
+            figure.savefig(partial, format="png", bbox_inches="tight", **PNG)
         pyplot.close("all")

@@ -12,7 +12,7 @@ from pipeline.settings.params import Config, every_seed, parse
 from pipeline.settings.sweep import Study, Value
 from pipeline.sweep.space import changes, configured, current, from_value, to_value
 from pipeline.training.seed_key import training_key
-from pipeline.workspace.errors import UserError
+from pipeline.workspace.errors import UserError, listed, shown
 from pipeline.workspace.yaml_files import read_yaml
 
 STORAGE_VARIABLE = "SWEEP_STORAGE"
@@ -118,7 +118,7 @@ def plans(params: str | Path, study: str, policy: Path) -> list[SearchPlan]:
 
 def _require(name: str, there: Mapping[str, Any], where: str) -> None:
     if name not in there:
-        raise UserError(f"{where}: {name!r} is not there; allowed: {', '.join(there) or 'none'}")
+        raise UserError(f"{where}: {shown(name)} is not there; allowed: {listed(there) or 'none'}")
 
 
 def _check(plan: SearchPlan, where: str) -> None:

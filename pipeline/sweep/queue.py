@@ -21,7 +21,8 @@ from optuna.storages import BaseStorage, JournalStorage, RDBStorage
 from optuna.trial import FrozenTrial, Trial, TrialState
 
 from pipeline.sweep.journal import Journal
-from pipeline.workspace.errors import UserError
+from pipeline.workspace.addresses import shown
+from pipeline.workspace.errors import UserError, line_of
 
 SILENT_BEATS = 6
 """A worker elsewhere that misses so many heartbeats is taken for dead."""
@@ -43,8 +44,7 @@ def open_storage(url: str | None, journal: Path) -> BaseStorage:
     try:
         return _database(url)
     except Exception as error:  # SQLAlchemy's and the driver's errors have no common base
-        shown = url if "@" not in url else f"{url.split('://')[0]}://…@{url.rsplit('@', 1)[1]}"
-        raise UserError(f"sweep.storage: {shown}: cannot be used: {str(error).splitlines()[0]}") from None
+        raise UserError(f"sweep.storage: {shown(url)}: cannot be used: {line_of(error, url)[:240]}") from None
 
 
 def _database(url: str) -> RDBStorage:
@@ -124,6 +124,12 @@ class Queue:
         except UpdateFinishedTrialError:
             return False
 
+    def give_back(self, trial_id: int) -> None:
+        """End a trial whose worker was asked to stop: another one goes on with its trainings, and no attempt is lost."""
+        with contextlib.suppress(UpdateFinishedTrialError):
+            self._storage.set_trial_user_attr(trial_id, "stopped", True)
+        self.fail(trial_id, KILLED)
+
     def finished(self) -> int:
         """Slots whose trial has ended, completely or stopped by the pruner."""
         return len({trial.user_attrs["slot"] for trial in self._all() if trial.state in FINISHED})
@@ -161,10 +167,10 @@ class Queue:
     def _succeed(self, trial: FrozenTrial) -> None:
         """Queue a killed trial's settings again, or, if they have been tried often enough, a new draw for its slot."""
         attempt = trial.user_attrs.get("attempt", 1)
-        if attempt > self._retries:
+        if attempt > self._retries and not trial.user_attrs.get("stopped"):
             self._enqueue(trial.user_attrs["slot"], {}, {"instead_of": trial.number})
             return
-        attributes = {"retry_of": trial.number, "attempt": attempt + 1}
+        attributes = {"retry_of": trial.number, "attempt": attempt + (not trial.user_attrs.get("stopped"))}
         if "baseline" in trial.user_attrs:
             attributes["baseline"] = trial.user_attrs["baseline"]
         # It may have been killed before all that was fixed was drawn.

@@ -205,6 +205,12 @@ def report_text(found: Sequence[SearchResult]) -> str:
             points.append(["best", f"{best.values[0]:.3f}", f"{_written(settings(best))}  (trial {best.number})"])
         lines += [f"  {line}" for line in aligned(points).splitlines()]
         lines += ["  no trial kept all constraints"] if best is None else []
+        named = outcome["baselines"] | ({} if best is None else {"best": outcome["best"]})
+        lines += [
+            f"  ALARM, {name}, seed {seed}: {text}"
+            for name, point in named.items()
+            for seed, text in point.get("alarms", {}).items()
+        ]
         lines += [
             f"  importance, {name}, {outcome['importance']['trials']} trials: {_written(values)}"
             for name, values in outcome["importance"].items()
@@ -226,7 +232,8 @@ def _budget(config: Config) -> dict[str, int]:
 
 def _point(trial: FrozenTrial) -> dict[str, Any]:
     tokens = {"tokens": trial.values[1]} if len(trial.values) > 1 else {}
-    return {"number": trial.number, "score": trial.values[0], **tokens, "settings": settings(trial)}
+    alarmed = {"alarms": trial.user_attrs["alarms"]} if "alarms" in trial.user_attrs else {}
+    return {"number": trial.number, "score": trial.values[0], **tokens, "settings": settings(trial), **alarmed}
 
 
 def _written(values: Mapping[str, Any]) -> str:

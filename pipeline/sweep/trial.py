@@ -1,6 +1,5 @@
 """One trial: a training per seed, validated at the same iterations and stopped or kept together, and how it is judged."""
 
-import shutil
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
@@ -13,6 +12,7 @@ from pipeline.settings.sweep import Constraints, Value
 from pipeline.settings.train import Train
 from pipeline.sweep.plan import SearchPlan
 from pipeline.sweep.space import suggest
+from pipeline.training.alarms import alarm_text
 from pipeline.training.budget import progress
 from pipeline.training.checkpoints import drop
 from pipeline.training.run import Curve, TrainingJob, train_until
@@ -62,7 +62,7 @@ class TrainingObjective:
                 others = [curve for seed, curve in curves.items() if seed != task.seed]
                 shifted = _shifted(report, others, config.train)
                 try:
-                    curves[task.seed] = train_until(TrainingJob(task, None, None), rung, shifted)
+                    curves[task.seed] = train_until(TrainingJob(task, None, None, keeps_policy=False), rung, shifted)
                 except NotFiniteError as error:  # settings under which a training diverges are no worse than bad ones
                     raise TrialPruned(str(error)) from None
             if not sweep.fewer_tokens:  # Optuna takes no intermediate values of two objectives
@@ -72,8 +72,6 @@ class TrainingObjective:
                     with lock(task.cache / "lock"):  # another trial may have the same settings
                         drop(task.cache)
                 raise TrialPruned(f"stopped after {rung} iterations")
-        for task in tasks:  # a sweep leaves settings and curves, not policies
-            shutil.rmtree(task.result / "policy", ignore_errors=True)
         values_found = (success(curves, sweep.score), *((tokens(curves),) if sweep.fewer_tokens else ()))
         return Outcome(values_found, violations(curves, sweep.constraints), curves)
 
@@ -85,7 +83,7 @@ def _shifted(report: Tell, others: Sequence[Curve], train: Train) -> Tell:
 
 
 def run_trial(trial: Trial, plan: SearchPlan, objective: Objective, report: Tell) -> Outcome:
-    """Draw a trial's settings and run it; constraints are set on the trial.
+    """Draw a trial's settings and run it; constraints are set on the trial, and what its seeds have alarmed of.
 
     Raises:
         TrialPruned: it was stopped early.
@@ -93,6 +91,8 @@ def run_trial(trial: Trial, plan: SearchPlan, objective: Objective, report: Tell
     values = suggest(trial, plan.search.space)
     trial.set_user_attr("values", values)
     outcome = objective(trial, values, report)
+    if alarmed := {str(seed): text for seed, curve in outcome.curves.items() if (text := alarm_text(curve))}:
+        trial.set_user_attr("alarms", alarmed)
     for name, excess in outcome.violations.items():
         trial.set_constraint(name, excess)
     return outcome

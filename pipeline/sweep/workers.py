@@ -5,7 +5,7 @@ import multiprocessing
 import os
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
@@ -20,8 +20,10 @@ from pipeline.sweep.plan import SearchPlan
 from pipeline.sweep.queue import FINISHED, Queue, open_storage
 from pipeline.sweep.sampler import NumberedSampler
 from pipeline.sweep.trial import Objective, Outcome, run_trial
+from pipeline.workspace.addresses import redacted
 from pipeline.workspace.layout import Cache
 from pipeline.workspace.processes import begin_worker, in_own_process
+from pipeline.workspace.stopping import Stopped, asked, say_that_it_stops, stop_if_asked, until_saved
 
 Observer = Callable[[FrozenTrial, Outcome | None], None]
 """Told of every trial that this machine has finished; None stands for the outcome of one stopped early."""
@@ -44,6 +46,7 @@ def run_search(search: SearchRun, workers: int, threads: int = 1) -> list[Frozen
     There are so many ``workers``, each with so many ``threads``.
 
     Raises:
+        Stopped: it was asked to stop; the trainings at work have been saved.
         UserError: the storage cannot be used.
         BrokenProcessPool: every worker was killed; running again goes on.
         Exception: what a trial raised; the trial is marked as failed.
@@ -51,7 +54,7 @@ def run_search(search: SearchRun, workers: int, threads: int = 1) -> list[Frozen
     in_own_process(_prepare, search.plan)
     context = multiprocessing.get_context("fork")
     reading: dict[Connection, tuple[str, Any]] = {}
-    try:
+    with until_saved(), _ending(reading):
         with still():
             for index in range(workers):
                 receiver, sender = context.Pipe(duplex=False)
@@ -63,16 +66,23 @@ def run_search(search: SearchRun, workers: int, threads: int = 1) -> list[Frozen
         labels = [label for label, _ in reading.values()]
         with Display(f"sweep {search.plan.study} {search.plan.method}", labels) as display:
             _follow(reading, display)
-    finally:
-        for _, process in reading.values():
-            if process.is_alive():
-                process.terminate()
-            process.join()
+        stop_if_asked()
     trials = in_own_process(study_trials, search.plan)
     finished = sum(trial.state in FINISHED for trial in trials)
     if finished < search.plan.trials:
         raise BrokenProcessPool("every worker was killed")
     return trials
+
+
+@contextlib.contextmanager
+def _ending(reading: Mapping[Connection, tuple[str, Any]]) -> Iterator[None]:
+    """Leave no worker."""
+    try:
+        yield
+    finally:
+        for _, process in reading.values():
+            process.kill()
+            process.join()
 
 
 def study_trials(plan: SearchPlan) -> list[FrozenTrial]:
@@ -116,7 +126,7 @@ def _work(search: SearchRun, sender: Connection, inherited: Sequence[Connection]
         receiver.close()  # else this worker itself would keep its pipe open when nobody else listens any more
     try:
         study, queue = _open(search.plan)
-        while not queue.done:
+        while not queue.done and not asked():
             queue.revive()
             trial = queue.claim()
             if trial is not None:
@@ -148,10 +158,13 @@ def _run(search: SearchRun, study: optuna.Study, queue: Queue, trial: Trial, sen
         pass
     except UpdateFinishedTrialError:
         return  # another worker has taken this one for dead; the trial's successor is what counts
+    except Stopped:
+        queue.give_back(trial._trial_id)
+        return
     except BrokenPipeError:
         raise
     except Exception as error:
-        queue.fail(trial._trial_id, f"{type(error).__name__}: {error}")
+        queue.fail(trial._trial_id, redacted(f"{type(error).__name__}: {error}", search.plan.storage or ""))
         raise
     # It may also be found out here.
     with contextlib.suppress(UpdateFinishedTrialError):
@@ -162,9 +175,12 @@ def _run(search: SearchRun, study: optuna.Study, queue: Queue, trial: Trial, sen
 
 def _follow(reading: Mapping[Connection, tuple[str, Any]], display: Display) -> None:
     """Show what workers report until all have ended; raises what one of them raised."""
-    open_ends = dict(reading)
+    open_ends, told = dict(reading), False
     while open_ends:
-        ready: Any = wait(list(open_ends))
+        ready: Any = wait(list(open_ends), timeout=1.0)
+        if asked() and not told:
+            told = True
+            say_that_it_stops("iterations at work")
         for receiver in ready:
             label, process = open_ends[receiver]
             try:

@@ -13,14 +13,15 @@ import mlflow.transformers
 import transformers
 from mlflow import MlflowClient
 from mlflow.exceptions import MlflowException
-from mlflow.protos.databricks_pb2 import RESOURCE_DOES_NOT_EXIST, ErrorCode
+from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST, ErrorCode
 
 from pipeline.model.adapters import merged
 from pipeline.model.loading import load_policy
 from pipeline.model.policy import Policy
 from pipeline.tracking.datasets import dvc_digest
 from pipeline.tracking.patience import Patience, patient
-from pipeline.tracking.spool import Record
+from pipeline.tracking.records import Record
+from pipeline.workspace.errors import line_of
 
 ALIAS = "champion"
 UPLOAD = Patience(600, 1)
@@ -37,11 +38,11 @@ def register(client: MlflowClient, uri: str, run_id: str, record: Record) -> Non
         MlflowException: the store refuses it, or MLflow cannot save this kind of model.
     """
     name, digest, directory = record["name"], record["digest"], Path(record["model"])
-    if _champion_digest(client, name) == digest or not directory.is_dir() or dvc_digest(directory) != digest:
+    if _champion_digest(client, name) == digest:
         return
-    transformers.utils.logging.disable_progress_bar()
-    # It will only be saved. MLflow keeps adapters beside a base that has a name on the hub, and this one has none.
-    policy = merged(load_policy(directory, dtype=record["dtype"], context=1))
+    policy = _policy(directory, digest, record["dtype"])
+    if policy is None:
+        return
     with patient(UPLOAD):
         model = _log_model(uri, run_id, policy)
         tags = {**record["tags"], "digest": digest}
@@ -49,6 +50,22 @@ def register(client: MlflowClient, uri: str, run_id: str, record: Record) -> Non
             name, model.model_uri, run_id, tags, await_creation_for=0, model_id=model.model_id
         )
         client.set_registered_model_alias(name, ALIAS, made.version)
+
+
+def _policy(directory: Path, digest: str, dtype: str) -> Policy | None:
+    """The policy of a directory, None if it is another one by now.
+
+    Raises:
+        MlflowException: it cannot be read, for which the store is not to blame.
+    """
+    transformers.utils.logging.disable_progress_bar()
+    try:
+        if not directory.is_dir() or dvc_digest(directory) != digest:
+            return None
+        # It will only be saved. MLflow keeps adapters beside a base that has a name on the hub, and this one has none.
+        return merged(load_policy(directory, dtype=dtype, context=1))
+    except Exception as error:
+        raise MlflowException(f"{directory}: {line_of(error)}", INVALID_PARAMETER_VALUE) from error
 
 
 def _champion_digest(client: MlflowClient, name: str) -> str | None:

@@ -7,11 +7,13 @@ from typing import Any
 
 from pipeline.settings.params import Config
 from pipeline.tracking.datasets import dvc_digest
+from pipeline.tracking.noted import noted_runs
 from pipeline.tracking.parents import ParentRun, log_parent
-from pipeline.tracking.spool import Record
+from pipeline.tracking.records import Record
+from pipeline.tracking.spool import told
 from pipeline.tracking.store import comparison_identity, provenance, quiet, resolved_params, store_of
 from pipeline.tracking.training import TABLE_TAG, episode_table
-from pipeline.workspace.files import read_record
+from pipeline.workspace.errors import UserError
 from pipeline.workspace.layout import Layout
 
 HEADLINES = ("success_mean", "difference_to_reference", "difference_to_uniform", "difference_to_control")
@@ -57,6 +59,10 @@ def log_comparison(
             for name in HEADLINES
             if row[name] is not None
         }
+        for row in rows:
+            if row["headline"] and "alarms" in row:
+                metrics[f"alarmed_seeds/{row['method']}"] = row["alarmed_seeds"]
+                tags[f"alarms.{row['method']}"] = ", ".join(row["alarms"])
         champion = None if best is None else _champion(config, environment, *best, trainings, layout)
         run = ParentRun(store_of(config, root), environment, config.comparison, comparison_identity(config), tags)
         log_parent(run, metrics, texts, _files(environment, layout), champion)
@@ -84,9 +90,12 @@ def _trainings(config: Config, environment: str, layout: Layout) -> list[dict[st
     """Method, seed and run of every training; one that DVC or the cache has restored has the run that made it."""
     found = []
     for method in config.methods:
-        file = layout.runs(environment, method)
-        known = read_record(file)["seeds"] if file.exists() else {}
-        found += [{"method": method, "seed": seed, **(known.get(str(seed)) or {})} for seed in config.seeds]
+        file, known = layout.runs(environment, method), dict[str, Any]()
+        try:
+            known = noted_runs(file) if file.exists() else {}
+        except UserError as error:  # the comparison itself does not need it
+            told(f"{error}; its trainings are listed without their runs")
+        found += [{"method": method, "seed": seed, **known.get(str(seed), {})} for seed in config.seeds]
     return found
 
 

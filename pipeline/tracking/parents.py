@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any, Literal
 
 from pipeline.tracking.patience import HURRIED, PATIENT, Patience
-from pipeline.tracking.spool import Record, Spool, now, run_record
+from pipeline.tracking.records import Record
+from pipeline.tracking.spool import Spool, now, run_record
 from pipeline.tracking.training import Store, flatten
 from pipeline.workspace.layout import Cache
 

@@ -1,15 +1,15 @@
 """How long to wait for a store, and one that does not answer: one warning per command, and no further try for a while."""
 
 import os
-import re
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.trajectories.prompting import plain_text
+from pipeline.workspace.addresses import redacted, shown
 from pipeline.workspace.layout import Cache
 
 RETRY_AFTER = 30.0
@@ -59,37 +59,39 @@ class Away:
     def recently(self) -> bool:
         """Whether the store was tried in vain within the last ``RETRY_AFTER`` seconds."""
         try:
-            return time.time() - self._file.stat().st_mtime < RETRY_AFTER
-        except FileNotFoundError:
+            return self._file.is_file() and time.time() - self._file.stat().st_mtime < RETRY_AFTER
+        except OSError:
             return False
 
     def note(self, reason: str) -> None:
         """Note that a try failed, and warn if no process of this command has."""
-        self._file.parent.mkdir(parents=True, exist_ok=True)
-        command = str(os.getpgrp())
-        with open(self._file, "ab+") as file:
-            file.seek(0)
-            known = file.read() == command.encode()
-            file.truncate(0)
-            file.write(command.encode())
+        known, command = False, str(os.getpgrp())
+        with suppress(OSError):  # then other processes warn, too
+            self._file.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._file, "a+", encoding="utf-8", errors="replace") as file:
+                file.seek(0)
+                known = file.read() == command
+                file.truncate(0)
+                file.write(command)
         if not known:
             warn(self._uri, reason)
 
     def over(self) -> None:
         """Note that a try succeeded."""
-        self._file.unlink(missing_ok=True)
+        with suppress(OSError):
+            self._file.unlink()
 
 
 def warn(uri: str, reason: str) -> None:
     """Say on standard error that a store did not take what it was sent, and where that is."""
     print(
-        f"warning: tracking: {readable(uri)} cannot be used now: {readable(reason)}\n"
+        f"warning: tracking: {readable(shown(uri))} cannot be used now: {readable(reason, uri)}\n"
         "warning: tracking: runs are kept in .cache, and sent by a later stage or by `make sync`",
         file=sys.stderr,
         flush=True,
     )
 
 
-def readable(text: str) -> str:
-    """One line of a store's words without control characters, and without the password in an address."""
-    return re.sub(r"//[^/@\s]*@", "//***@", plain_text(" ".join(text.split())))[:240]
+def readable(text: str, uri: str = "") -> str:
+    """One line of a store's words without control characters, and without what lets people in at its address."""
+    return plain_text(" ".join(redacted(text, uri).split()))[:240]

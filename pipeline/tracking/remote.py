@@ -29,8 +29,9 @@ from mlflow.exceptions import MlflowException
 from mlflow.protos.databricks_pb2 import INVALID_PARAMETER_VALUE, RESOURCE_DOES_NOT_EXIST, ErrorCode
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT, MLFLOW_PARENT_RUN_ID, MLFLOW_RUN_NAME
 
-from pipeline.tracking.database import ready
-from pipeline.tracking.spool import Record
+from pipeline.tracking.database import has_no_runs, ready
+from pipeline.tracking.records import Record
+from pipeline.tracking.spool import forget
 from pipeline.tracking.traces import log_trace
 from pipeline.workspace.files import lock
 from pipeline.workspace.layout import Cache
@@ -86,6 +87,11 @@ class RemoteRun:
         if record["kind"] == "text":
             self.client.log_text(self.id, record["text"], record["path"])
         elif Path(record["source"]).exists():  # else a later run of the stage has replaced it
+            try:
+                with open(record["source"], "rb"):
+                    pass
+            except OSError as error:  # it is not the store that is away
+                raise MlflowException(f"{record['source']}: {error.strerror}", INVALID_PARAMETER_VALUE) from None
             self.client.log_artifact(self.id, record["source"], record["path"] or None)
 
     def _log(self, kind: str, values: list[Any], at_once: int) -> None:
@@ -103,8 +109,7 @@ def remote_run(uri: str, cache: Path, known: str | None, first: Record) -> Remot
         known: id of the run that earlier records were sent to.
         first: the spool's record of kind ``run``.
     """
-    ready(uri)
-    client = MlflowClient(uri)
+    client = client_of(uri, cache)
     experiment = experiment_id(client, first["experiment"])
     if known is None or not _active(client, known):
         with lock(Cache(cache).tracking / "lock"):
@@ -112,6 +117,14 @@ def remote_run(uri: str, cache: Path, known: str | None, first: Record) -> Remot
             parent = None if above is None else _find_or_create(client, experiment, above)
             known = _find_or_create(client, experiment, first, parent)
     return RemoteRun(client, uri, known, experiment)
+
+
+def client_of(uri: str, cache: Path) -> MlflowClient:
+    """A store's client. One that is new is made, and will be sent all that the cache folder has: nothing is in it yet."""
+    ready(uri)
+    if has_no_runs(uri):
+        forget(cache)
+    return MlflowClient(uri)
 
 
 def experiment_id(client: MlflowClient, name: str) -> str:

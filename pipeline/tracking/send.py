@@ -3,13 +3,18 @@
 from collections.abc import Iterator
 from pathlib import Path
 
+from alembic.util import CommandError
 from filelock import Timeout
 from mlflow.exceptions import MlflowException
 from sqlalchemy.exc import SQLAlchemyError
 
 from pipeline.tracking.patience import PATIENT, Away, Patience, patient, warn
+from pipeline.tracking.records import Record
 from pipeline.tracking.remote import METRICS_AT_ONCE, RemoteRun, remote_run
-from pipeline.tracking.spool import Record, Spool, waiting
+from pipeline.tracking.spool import Spool, SpoolError, told, waiting
+
+AWAY = (MlflowException, SQLAlchemyError, CommandError, NotImplementedError, OSError)
+"""What is raised by a store that is away or busy, or that refuses; anything else is wrong with what it was sent."""
 
 
 class Sender:
@@ -51,12 +56,16 @@ class Sender:
                 self._send(insist)
         except Timeout:  # another process sends these very records
             return False
-        except (MlflowException, SQLAlchemyError, NotImplementedError, OSError) as error:
+        except SpoolError as error:
+            told(f"{error}; not sent now")
+            return False
+        except Exception as error:  # of MLflow, and of libraries that it hands things on to
             self._run = None
-            self._refused = refusal(error)
+            self._refused = not isinstance(error, AWAY) or refusal(error)
             if self._refused:
                 self._away.over()
-                warn(self._uri, f"{self._spool.folder}: {error}")
+                said = str(error) if isinstance(error, AWAY) else f"{type(error).__name__}: {error}"
+                warn(self._uri, f"{self._spool.folder}: {said}")
             else:
                 self._away.note(str(error))
             return False
@@ -66,7 +75,7 @@ class Sender:
     def _send(self, check: bool) -> None:
         sent = self._spool.sent
         unsent = self._spool.read(sent.offset)
-        if not unsent and not check:
+        if not unsent and (not check or not self._spool.records):
             return
         if self._run is None or self._run.id != sent.run_id:
             self._run = remote_run(self._uri, self._cache, sent.run_id, self._spool.records[0])

@@ -7,20 +7,15 @@ import subprocess
 import sys
 from pathlib import Path
 
-from alembic.util import CommandError
-from mlflow import MlflowClient
-from mlflow.exceptions import MlflowException
-from sqlalchemy.exc import SQLAlchemyError
-
 from pipeline.settings.params import Config
-from pipeline.tracking.database import ready
 from pipeline.tracking.datasets import dataset_inputs
 from pipeline.tracking.parents import ParentRun
 from pipeline.tracking.patience import PATIENT, Away, patient, readable
-from pipeline.tracking.remote import experiment_id
-from pipeline.tracking.send import refusal, send_waiting
+from pipeline.tracking.remote import client_of, experiment_id
+from pipeline.tracking.send import AWAY, refusal, send_waiting
 from pipeline.tracking.spool import waiting
 from pipeline.tracking.training import RunSettings, Store, flatten
+from pipeline.workspace.addresses import shown
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.layout import Cache
 from pipeline.workspace.yaml_files import yaml_text
@@ -47,11 +42,11 @@ def open_store(store: Store, experiment: str) -> tuple[int, int]:
     quiet()
     try:
         with patient(PATIENT):
-            ready(store.uri)
-            experiment_id(MlflowClient(store.uri), experiment)
-    except (MlflowException, SQLAlchemyError, CommandError, OSError) as error:
-        if refusal(error) or not store.uri.startswith("http"):
-            raise UserError(f"tracking.uri: {readable(store.uri)}: cannot be used: {readable(str(error))}") from None
+            experiment_id(client_of(store.uri, store.cache), experiment)
+    except Exception as error:  # MLflow's, SQLAlchemy's, Alembic's and a driver's have no common base
+        if refusal(error) or not isinstance(error, AWAY) or not store.uri.startswith("http"):
+            said = readable(str(error) or type(error).__name__, store.uri)
+            raise UserError(f"tracking.uri: {readable(shown(store.uri))}: cannot be used: {said}") from None
         Away(store.cache, store.uri).note(str(error))
         return 0, len(waiting(store.cache))
     return send_waiting(store.uri, store.cache)

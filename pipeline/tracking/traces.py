@@ -9,7 +9,7 @@ from mlflow.entities import Span, SpanType, TraceInfo, TraceLocation, TraceState
 from mlflow.tracing.client import TracingClient
 from mlflow.tracing.constant import SpanAttributeKey, TraceMetadataKey, TraceTagKey
 
-from pipeline.tracking.spool import Record
+from pipeline.tracking.records import Record
 
 TURN_NS = 1_000_000
 """Length of a turn's span: turns of many episodes are decoded together, so none has a duration of its own."""

@@ -7,12 +7,13 @@ import json
 import time
 import uuid
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from pipeline.tracking.patience import HURRIED
-from pipeline.tracking.spool import Record, Spool, now, run_record
+from pipeline.tracking.records import Record
+from pipeline.tracking.spool import Spool, now, run_record
 from pipeline.tracking.system import SystemMetrics
 from pipeline.trajectories.records import episode_records
 from pipeline.trajectories.trajectory import Trajectories
@@ -25,8 +26,8 @@ EVERY = 5.0
 class Store:
     """Where runs are sent, and where they are kept until then."""
 
-    uri: str
-    """MLflow's tracking URI."""
+    uri: str = field(repr=False)
+    """MLflow's tracking URI, perhaps with a password."""
     cache: Path
     """The project's cache folder."""
 
@@ -66,22 +67,40 @@ class TrainingRun:
 
         self._settings, self._spool, self._patience = settings, Spool(folder / "tracking"), HURRIED
         self._sender = Sender(self._spool, settings.store.uri, settings.store.cache)
-        if not self._spool.records:
-            self._spool.append(*_beginning(settings))
+        self._begin()
         records = self._spool.records
         self._id = str(records[0]["identity"]["tracking.id"])
         self._time: int = max(record.get("time", 0) for record in records)
-        self._iteration = max((record["step"] for record in records if record["kind"] == "metrics"), default=-1)
+        self._logged = {record["step"] for record in records if record["kind"] == "metrics"}
         self._ended = records[-1]["kind"] == "end"
         self._system = SystemMetrics()
         self._send()
 
-    def log(self, metrics: dict[str, float], iteration: int) -> None:
-        """All metrics of one iteration, and the machine's; one that was logged before a kill is not logged again."""
-        if iteration > self._iteration:
-            values = metrics | self._system.measure()
+    def _begin(self) -> None:
+        """Have the records with which a run begins, all of them, whatever has been damaged."""
+        records, beginning = self._spool.records, _beginning(self._settings)
+        if not records or "tracking.id" not in records[0]["identity"]:
+            self._spool.replace(beginning)
+            return
+        there = {(record["kind"], record.get("path")) for record in records}
+        missing = [record for record in beginning if (record["kind"], record.get("path")) not in there]
+        if missing:
+            self._spool.append(*missing)
+
+    def log(
+        self, metrics: dict[str, float], iteration: int, tags: Mapping[str, str] | None = None, earlier: bool = False
+    ) -> None:
+        """All metrics of one iteration, and the machine's, and tags of the run.
+
+        What was logged before a kill is not logged again, nor tags that the run has. Of an ``earlier`` iteration, whose
+        record was damaged, the machine's metrics are lost.
+        """
+        if iteration not in self._logged:
+            values = metrics if earlier else metrics | self._system.measure()
             self._spool.append({"kind": "metrics", "values": values, "step": iteration, "time": self._tick()})
-            self._iteration = iteration
+            self._logged.add(iteration)
+        if tags and {"kind": "tags", "values": dict(tags)} not in self._spool.records:
+            self._spool.append({"kind": "tags", "values": dict(tags)})
         if time.monotonic() - self._tried >= EVERY:
             self._send()
 

@@ -1,6 +1,7 @@
 """What happens around each iteration of a training: clock, validation, progress, tracking, checkpoint, the end."""
 
 import time
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -9,13 +10,17 @@ from lightning.pytorch.callbacks import Callback
 
 from pipeline.evaluation.evaluate import summary, validate
 from pipeline.progress.display import span
+from pipeline.settings.alarms import PREFIX
 from pipeline.tracking.training import TrainingRun
+from pipeline.training.alarms import alarm_text, alarms
 from pipeline.training.budget import progress, training_over
 from pipeline.training.checkpoints import LAST, saving
 from pipeline.training.module import PolicyGradient
 from pipeline.trajectories.table import write
+from pipeline.workspace.faults import writing
 from pipeline.workspace.finite import located, require_finite
 from pipeline.workspace.processes import Tell
+from pipeline.workspace.stopping import asked
 
 
 class Clock(Callback):
@@ -65,6 +70,14 @@ class Validation(Callback):
             return summary(module.team.gathered(validate(*shared, module.team.own_rows)))
 
 
+class Watch(Callback):
+    """Says in an iteration's row of which alarms it is one; it is whole by then."""
+
+    def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
+        found = alarms(pl_module.curve, pl_module.config)
+        pl_module.curve[-1] |= {f"{PREFIX}{name}": value for name, value in found.items()}
+
+
 class Progress(Callback):
     """Reports after every iteration: how many of them, or of the tokens that may be sampled, have been spent."""
 
@@ -85,22 +98,33 @@ class Progress(Callback):
         }
         unit = [] if plan.tokens is None else [f"tokens, iteration {int(row['iteration']) + 1}:"]
         text = " ".join([*unit, *(f"{label} {row[key]:.3g}" for label, key in shown.items() if key in row)])
+        if alarmed := alarm_text(pl_module.curve):
+            text = f"ALARM: {alarmed}; {text}"
         with pl_module.phases.phase("progress"):
             self._report(*progress(pl_module.curve, plan), text)
 
 
 class Log(Callback):
-    """Sends each iteration's metrics to MLflow in one call."""
+    """Sends each iteration's metrics to MLflow in one call; what has been alarmed of is a tag."""
 
     def __init__(self, run: TrainingRun) -> None:
         self._run = run
 
+    def on_train_start(self, trainer: Any, pl_module: Any) -> None:
+        """A resumed training has all its iterations in MLflow, whatever has become of their records."""
+        for count in range(1, len(pl_module.curve) + 1):
+            self._log(pl_module.curve[:count], earlier=True)
+
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
         with pl_module.phases.phase("tracking"):
-            row = dict(pl_module.curve[-1])
-            for name in ("episodes", "tokens"):
-                row[f"{name}_total"] = sum(earlier[name] for earlier in pl_module.curve)
-            self._run.log(row, int(row.pop("iteration")))
+            self._log(pl_module.curve)
+
+    def _log(self, curve: Sequence[Mapping[str, float]], earlier: bool = False) -> None:
+        row = dict(curve[-1])
+        for name in ("episodes", "tokens"):
+            row[f"{name}_total"] = sum(before[name] for before in curve)
+        alarmed = alarm_text(curve)
+        self._run.log(row, int(row.pop("iteration")), {"alarms": alarmed} if alarmed else {}, earlier)
 
 
 class Checkpoint(Callback):
@@ -114,7 +138,8 @@ class Checkpoint(Callback):
 
     def on_train_epoch_start(self, trainer: Any, pl_module: Any) -> None:
         if pl_module.team.first:
-            with open(self._folder / "begun.log", "a", encoding="utf-8") as log:
+            begun = self._folder / "begun.log"
+            with writing(begun), begun.open("a", encoding="utf-8") as log:
                 log.write(f"{trainer.current_epoch}\n")
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
@@ -128,7 +153,8 @@ class Checkpoint(Callback):
 
 
 class End(Callback):
-    """Ends a training whose tokens are spent."""
+    """Ends a training whose tokens are spent, or that was asked to stop: all its processes after the same iteration."""
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        trainer.should_stop = training_over(pl_module.curve, pl_module.config.train)
+        stopped = pl_module.team.summed({"asked": float(asked())})["asked"]
+        trainer.should_stop = training_over(pl_module.curve, pl_module.config.train) or stopped > 0

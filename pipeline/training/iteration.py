@@ -2,6 +2,7 @@
 
 from collections.abc import Container, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import takewhile
 from typing import Any
 
 import numpy as np
@@ -27,6 +28,7 @@ from pipeline.training.gradients import gradient_share
 from pipeline.training.tokens import TokenTable, token_table
 from pipeline.training.update import Learner, averages, update
 from pipeline.training.update_kl import UpdateKL, measures_update_kl
+from pipeline.trajectories.repetition import repetition
 from pipeline.trajectories.trajectory import Role, Trajectories
 from pipeline.workspace.randomness import generator
 
@@ -103,11 +105,14 @@ def run_iteration(collection: Collection, learner: Learner, optimizer: Any, memo
         with phases.phase("update"), span("updates:", *UPDATES):
             watched = _watched(collection, learner, table, number)
             for rows in _told(minibatches):
-                updates.append(update(learner, optimizer, table.select(rows), number))
+                skipped = _skipped_in_a_row(updates, curve)
+                updates.append(update(learner, optimizer, table.select(rows), number, skipped))
                 with phases.phase("update_kl"):
                     updates[-1] |= watched.after_update() if watched else {}
 
     metrics |= averages(updates) | {"updates": float(len(updates))}
+    if skipped := _skipped_in_a_row(updates, curve):
+        metrics["skipped_in_a_row"] = float(skipped)
     if learner.heads:  # what they cost in memory
         metrics["head_parameters"] = float(sum(p.numel() for head in learner.heads for p in head.parameters()))
     return Iteration(episodes, table, minibatches, metrics, remembered)
@@ -151,6 +156,13 @@ def _watched(collection: Collection, learner: Learner, table: TokenTable, number
         return None
     with collection.phases.phase("update_kl"):
         return UpdateKL(learner, table, generator(collection.seed, "update kl", number))
+
+
+def _skipped_in_a_row(updates: Rows, curve: Rows) -> int:
+    """How many updates were not finite since the last one that was, those of the iterations before among them."""
+    in_a_row = list(takewhile(lambda row: row.get("non_finite_losses", 0.0), reversed(updates)))
+    before = curve[-1].get("skipped_in_a_row", 0.0) if curve and len(in_a_row) == len(updates) else 0.0
+    return len(in_a_row) + int(before)
 
 
 def _told(minibatches: Sequence[np.ndarray]) -> Iterator[np.ndarray]:
@@ -221,6 +233,7 @@ def _collection_metrics(
         "kept_trajectories": float(passed.sum()),
         "episodes": float(len(trajectories)),
         "tokens": float(batch.trainable.sum()),
+        "repetition": repetition(trajectories),
     }
     if trajectories.episodes["iteration"][0] == 0:
         before = (batch.parent < 0) & batch.regular  # what was sampled before any update, and as it is scored

@@ -1,5 +1,6 @@
 """Weights that an optimizer trains: in float32, whatever computes with them, so that no step is lost in rounding."""
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
@@ -47,8 +48,12 @@ class Masters:
     """A step has been seen to move them."""
 
     def clip(self, norm: float) -> float:
-        """Scale gradients down to a norm over all of them; returns the norm before."""
-        return float(whole(nn.utils.clip_grad_norm_([w for w in self.weights if w.grad is not None], norm)))
+        """Scale gradients down to a norm over all of them, unless theirs is not finite; returns the norm before."""
+        moving = [weight for weight in self.weights if weight.grad is not None]
+        total = nn.utils.get_total_norm([weight.grad for weight in moving if weight.grad is not None])
+        if math.isfinite(found := float(whole(total))):
+            nn.utils.clip_grads_with_norm_(moving, norm, total)
+        return found
 
     def stand_still(self) -> None:
         """Drop the gradients, so that the next step changes nothing here."""

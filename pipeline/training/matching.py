@@ -7,7 +7,6 @@ methods.
 """
 
 import math
-import shutil
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -109,11 +108,10 @@ def matched(config: Config, environment: str, method: str, layout: Layout) -> tu
     def moved(name: str, rate: float) -> float:
         short = shortened(with_rate(config, name, rate), name)
         tasks = [training_task(short, environment, name, seed, layout.policy, Cache().matching) for seed in seeds]
-        jobs = {f"seed {t.seed}": TrainingJob(t, layout.annotated(environment), None) for t in tasks if not t.finished}
-        run_in_processes(train_one, jobs, config.trainings, f"match {method}: {name} at {rate:.3g}", config.threads)
-        for task in tasks:  # what is measured is in the curves
-            shutil.rmtree(task.result / "policy", ignore_errors=True)
-            (task.result / "episodes.parquet").unlink(missing_ok=True)
+        plain = [TrainingJob(task, layout.annotated(environment), None, keeps_policy=False) for task in tasks]
+        jobs = {f"seed {job.task.seed}": job for job in plain if not job.task.finished}
+        title = f"match {method}: {name} at {rate:.3g}"
+        run_in_processes(train_one, jobs, config.trainings, title, config.threads, saved="iterations at work")
         found = [kl for task in tasks for kl in first_updates(read_json(task.result / "curves.json"))]
         return sum(found) / len(found) if found else 0.0
 

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import lightning.pytorch as lightning
 import torch
@@ -16,9 +17,10 @@ from pipeline.model.adapters import save_trained
 from pipeline.model.loading import load_trained
 from pipeline.model.policy import Policy
 from pipeline.progress.display import begin, within
+from pipeline.sources.hashes import tree_hashes
 from pipeline.tracking.training import RunSettings, TrainingRun
 from pipeline.training.budget import progress, training_over
-from pipeline.training.callbacks import Checkpoint, Clock, End, Log, Progress, Validation
+from pipeline.training.callbacks import Checkpoint, Clock, End, Log, Progress, Validation, Watch
 from pipeline.training.checkpoints import drop, pass_over, sound
 from pipeline.training.module import PolicyGradient
 from pipeline.training.seed_key import TrainingTask, table_slice
@@ -30,6 +32,7 @@ from pipeline.workspace.files import lock, read_json, replacing, write_json
 from pipeline.workspace.finite import located
 from pipeline.workspace.layout import Layout
 from pipeline.workspace.processes import Tell, run_together
+from pipeline.workspace.stopping import stop_if_asked
 
 Curve = list[dict[str, float]]
 """One row of metrics per finished iteration."""
@@ -44,6 +47,8 @@ class TrainingJob:
     """Annotated trajectories of the rollout stage, if the first iteration may come from there."""
     tracking: RunSettings | None
     """Where and under which tags MLflow holds the run; None for a training that has no run of its own."""
+    keeps_policy: bool = True
+    """Whether the result has the trained policy; the learning curve may be all that is asked for."""
 
 
 def train_one(job: TrainingJob, report: Tell) -> Path:
@@ -57,6 +62,9 @@ def train_until(job: TrainingJob, iterations: int, report: Tell) -> Curve:
 
     It stops with a checkpoint; the result appears with the training's last iteration (see ``training_over``). Where another
     process does the same training, this one waits and goes on from there.
+
+    Raises:
+        Stopped: it was asked to stop, and has with a checkpoint of the iteration that was at work.
     """
     waiting = partial(within, 0.0, "waiting for another command, which does this training", insist=True)
     with nullcontext() if job.task.finished else lock(job.task.cache / "lock", waiting=waiting):
@@ -73,6 +81,7 @@ def _train_until(job: TrainingJob, iterations: int, report: Tell) -> Curve:
     over = training_over(saved, train)
     if len(saved) >= iterations and not over:
         return saved[:iterations]
+    stop_if_asked()
     begin(*progress(saved, train))
     task.cache.mkdir(parents=True, exist_ok=True)
     most = len(saved) if over else iterations  # killed after its last iteration, it has none to make
@@ -119,22 +128,34 @@ def _train(job: TrainingJob, iterations: int, report: Tell, team: Team, checkpoi
     module = PolicyGradient(task.config, task.environment, task.method, task.seed, policy, first, team)
     run = TrainingRun(job.tracking, task.cache) if job.tracking is not None and team.first else None
     own = [Progress(report), *([Log(run)] if run else [])] if team.first else []
-    trainer = make_trainer(task.cache, iterations, [Clock(), Validation(), *own, Checkpoint(task.cache), End()], team)
+    trainer = make_trainer(
+        task.cache, iterations, [Clock(), Validation(), Watch(), *own, Checkpoint(task.cache), End()], team
+    )
     with located(f"{task.environment}-{task.method}, seed {task.seed}"):
-        trainer.fit(module, ckpt_path=checkpoint, weights_only=True)
+        _fit(trainer, module, ckpt_path=checkpoint, weights_only=True)
     if training_over(module.curve, task.config.train):
         trained = module.result()
         if team.first:
-            _leave_result(task, module, trained, run)
+            _leave_result(job, module, trained, run)
             drop(task.cache)
+    elif len(module.curve) < iterations:
+        stop_if_asked()
     return module.curve
 
 
 def try_iteration(module: PolicyGradient) -> dict[str, float]:
     """Make a training's first iteration, which leaves no file; returns its row of the curve, with its times."""
     with TemporaryDirectory() as folder:
-        make_trainer(Path(folder), 1, [Clock()]).fit(module)
+        _fit(make_trainer(Path(folder), 1, [Clock()]), module)
     return module.curve[0]
+
+
+def _fit(trainer: lightning.Trainer, module: PolicyGradient, **options: Any) -> None:
+    """``Trainer.fit``, which makes an exit with code 1 of a signal that has ended the work: that stays what it was."""
+    try:
+        trainer.fit(module, **options)
+    except SystemExit as end:
+        raise end.__context__ if isinstance(end.__context__, KeyboardInterrupt) else end from None
 
 
 def make_trainer(folder: Path, iterations: int, callbacks: list[Callback], team: Team = ALONE) -> lightning.Trainer:
@@ -159,14 +180,16 @@ def make_trainer(folder: Path, iterations: int, callbacks: list[Callback], team:
     )
 
 
-def _leave_result(task: TrainingTask, module: PolicyGradient, trained: Policy, run: TrainingRun | None) -> None:
+def _leave_result(job: TrainingJob, module: PolicyGradient, trained: Policy, run: TrainingRun | None) -> None:
     """Write what a finished training leaves, and make it appear at once; the curve then has no times."""
+    task = job.task
     episodes = task.cache / "episodes.parquet"
     timings = [
         {k: row.pop(k) for k in list(row) if k.startswith(("seconds", "tokens_per_second"))} for row in module.curve
     ]
     with replacing(task.result) as folder:
-        save_trained(trained, folder / "policy", Layout(Path()).base)
+        if job.keeps_policy:
+            save_trained(trained, folder / "policy", Layout(Path()).base)
         write_json(folder / "curves.json", module.curve)
         write_json(folder / "timings.json", timings)
         copy_parquet(episodes, folder / episodes.name)
@@ -174,4 +197,5 @@ def _leave_result(task: TrainingTask, module: PolicyGradient, trained: Policy, r
             # Killed after its last iteration, a training has none in memory.
             last = module.last_episodes or read(episodes)
             write_json(folder / "runs.json", run.finish(module.policy.tokenizer, last))
+        write_json(task.manifest, tree_hashes(folder))
     episodes.unlink(missing_ok=True)

@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.settings.params import Config
 from pipeline.sources.code import result_key
 from pipeline.sources.fingerprints import of_environment, of_method
-from pipeline.sources.hashes import tree_hashes
+from pipeline.sources.hashes import holds, tree_hashes
 from pipeline.trajectories.trajectory import Trajectories
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.layout import Cache
@@ -34,9 +34,14 @@ class TrainingTask:
         return self.cache / "result"
 
     @property
+    def manifest(self) -> Path:
+        """Hashes of all that the finished result holds."""
+        return self.cache / "manifest.json"
+
+    @property
     def finished(self) -> bool:
-        """Whether the result is there; it appears all at once."""
-        return self.result.is_dir()
+        """Whether the result is there, as it was written: it appears all at once, and is made again where it has changed."""
+        return holds(self.result, self.manifest)
 
 
 def training_task(config: Config, environment: str, method: str, seed: int, policy: Path, cache: Path) -> TrainingTask:

@@ -29,6 +29,8 @@ class TokenTable:
     columns: Mapping[str, Shaped[Tensor, "n ..."]]
     """By name, a value per token. ``ids``, ``trainable`` (the policy chose this token) and ``place`` (among all tokens that
     were collected) are right for every token; any other column is right for the trainable ones alone."""
+    names: Sequence[str] = ()
+    """Of the trajectories' episodes, for errors; empty where they are not known."""
 
     def __len__(self) -> int:
         return len(self.lengths)
@@ -40,6 +42,13 @@ class TokenTable:
     def trajectory(self) -> Int[Tensor, " m"]:
         """Index of each trainable token's trajectory, from 0, non-decreasing."""
         return torch.repeat_interleave(torch.arange(len(self)), self.lengths)[self.columns["trainable"]]
+
+    def place(self, token: int) -> str:
+        """Where a token is, counted over the trainable ones, in words."""
+        index = int(self.columns["trainable"].nonzero().flatten()[token])
+        row = int(torch.searchsorted(self.lengths.cumsum(0), index, right=True))
+        episode = f"episode {self.names[row]}" if self.names else f"trajectory {row}"
+        return f"token {index - int(self.lengths[:row].sum())} of {episode}"
 
     def sequences(self, name: str) -> list[np.ndarray]:
         """A column of all tokens, an array per trajectory."""
@@ -58,7 +67,8 @@ class TokenTable:
         chosen = torch.as_tensor(np.asarray(trajectories, dtype=np.int64))
         rows = torch.arange(int(self.lengths.sum())).split(self.lengths.tolist())
         index = torch.cat([torch.zeros(0, dtype=torch.long), *(rows[i] for i in chosen.tolist())])
-        return TokenTable(self.lengths[chosen], {name: column[index] for name, column in self.columns.items()})
+        names = [self.names[row] for row in chosen.tolist()] if self.names else ()
+        return TokenTable(self.lengths[chosen], {name: column[index] for name, column in self.columns.items()}, names)
 
 
 def token_table(
@@ -93,16 +103,19 @@ def token_table(
         **{f"{name}_target": target for name, (target, _) in estimate.targets.items()},
         **{f"{name}_mask": mask.to(target.dtype) for name, (target, mask) in estimate.targets.items()},
     }
-    for name, values in columns.items():
-        require_finite(f"{name.removesuffix('_old')} of a token", values[batch.trainable])
     place = np.flatnonzero(np.isin(episodes.token_episode, kept))
+    trained = place[batch.trainable.numpy()]
+    for name, values in columns.items():
+        said = f"{name.removesuffix('_old')} of a token"
+        require_finite(said, values[batch.trainable], lambda i: episodes.place(int(trained[i])))
     columns |= {
         "ids": torch.from_numpy(episodes.input_ids[place].astype(np.int64)),
         "place": torch.from_numpy(place),
         "trainable": batch.trainable,
         "entropy_terms": torch.stack(terms, dim=-1),  # its bounds may be infinite
     }
-    table = TokenTable(torch.from_numpy(episodes.lengths[kept]), columns)
+    names = [episodes.episodes["episode_id"][row] for row in kept]
+    table = TokenTable(torch.from_numpy(episodes.lengths[kept]), columns, names)
     if estimate.times is None:
         return table
     return table.select(np.flatnonzero(batch.per_trajectory(estimate.times) > 0))

@@ -16,9 +16,10 @@ from torch import Tensor
 from pipeline.model.memory import tokens_per_forward
 from pipeline.model.policy import Policy
 from pipeline.model.scoring import TokenScores, batches_of, predicting_hidden, score_tokens
-from pipeline.model.shards import gathered
+from pipeline.model.shards import gathered, own_part
 from pipeline.objective.estimates import needed_behind
-from pipeline.objective.methods import coefficients, policy_loss, surrogate_plan
+from pipeline.objective.methods import coefficients, policy_loss, surrogate_loss, surrogate_plan
+from pipeline.objective.regularisers import kl_penalty
 from pipeline.objective.surrogates import UpdateTokens
 from pipeline.progress.display import within
 from pipeline.settings.method import Method
@@ -28,7 +29,7 @@ from pipeline.training.masters import Masters, take_step
 from pipeline.training.team import ALONE, Team
 from pipeline.training.tokens import TokenTable
 from pipeline.trajectories.trajectory import CUT_OFF, REPORTED_ROLES, Trajectories
-from pipeline.workspace.finite import require_finite
+from pipeline.workspace.finite import NotFiniteError, require_finite
 
 SUMMED = ("non_finite_losses", "skipped_steps")
 """Of these a training is told how many there were, of all other metrics the mean."""
@@ -124,7 +125,7 @@ class Learner:
         """
         scene = self.scene(piece.sequences("ids"), piece.sequences("trainable"))
         scores = score_tokens(scene.hidden, scene.tokens, self.policy.head, scene.temperature, self.policy.cap)
-        require_finite("a log-probability in the update", scores.logprob)
+        require_finite("a log-probability in the update", scores.logprob, piece.place)
         return scene, scores
 
     def pieces(self, minibatch: TokenTable) -> list[np.ndarray]:
@@ -178,6 +179,19 @@ class Learner:
         plan = piece["plan"].to(scene.hidden.device) if "plan" in piece.columns else None
         return scene, update_tokens(piece, scores.logprob, scores.entropy, soft), plan
 
+    def terms(self, piece: TokenTable) -> dict[str, Tensor]:
+        """Of each trainable token of a planned piece what makes its loss, by what it is called in errors."""
+        scene, tokens, plan = self.read(piece)
+        columns = {name: piece[name].to(scene.hidden.device) for name in piece.columns} if self.heads else {}
+        return {
+            "advantage": tokens.advantage,
+            "coefficient": tokens.coefficient,
+            "entropy": tokens.entropy,
+            "surrogate": surrogate_loss(self.method, tokens, plan).loss,
+            "KL": kl_penalty(tokens.logprob, tokens.ref_logprob, self.method.regulariser.kl_estimator),
+            **{f"{head.name}_loss": head.loss(scene, columns, train_trunk=False) for head in self.heads},
+        }
+
     def loss(self, piece: TokenTable, whole: TokenTable, warming: bool) -> tuple[Float[Tensor, ""], dict[str, Tensor]]:
         """A planned piece's part of its minibatch's loss, of policy and heads, and of what is measured in it.
 
@@ -212,19 +226,21 @@ def update_tokens(
     return UpdateTokens(logprob, entropy, trajectory=table.trajectory.to(logprob.device), soft=soft, **columns)
 
 
-def update(learner: Learner, optimizer: Any, minibatch: TokenTable, iteration: int) -> dict[str, float]:
+def update(
+    learner: Learner, optimizer: Any, minibatch: TokenTable, iteration: int, skipped_before: int = 0
+) -> dict[str, float]:
     """One optimizer step; gradients of the pieces add up to the minibatch's exactly.
 
     So do those of several processes, each of which has some of the trajectories. The step is left out where a loss or a
     gradient is not finite, and the policy's part of it where the policy has gone further
-    than ``skip_above_kl``.
+    than ``skip_above_kl``. ``skipped_before`` is how many updates right before this one were not finite.
 
     Returns:
         What is measured; of an update that is not finite only that it is none. ``weights_moved``, and the same of each head,
         is in the first that moves any: the share of those with a gradient (see ``take_step``).
 
     Raises:
-        NumericsError: a log-probability is not finite.
+        NumericsError: a log-probability is not finite, or ``train.non_finite_updates`` updates in a row are not.
         UserError: a first step is lost in rounding (see ``take_step``).
     """
     optimizer.zero_grad(set_to_none=True)
@@ -241,12 +257,47 @@ def update(learner: Learner, optimizer: Any, minibatch: TokenTable, iteration: i
         learner.masters[0].stand_still()
     counted = {"non_finite_losses": float(not finite), "skipped_steps": float(skipped)}
     if not finite:
+        _leave_out(not_finite(learner, minibatch, totals), skipped_before + 1, learner.config.train.non_finite_updates)
         return counted
     moved = take_step(optimizer.step, learner.masters)
     totals |= {f"{owner}weights_moved": m for owner, m in zip(owners, moved, strict=True) if m is not None}
     for head in learner.heads:
         head.after_step()
     return totals | gradient_asked(minibatch) | counted
+
+
+def _leave_out(what: str, in_a_row: int, most: int) -> None:
+    """Tell at once why an update is left out; of too many in a row the last is an error."""
+    within(0.0, f"an update was left out: {what}", insist=True)
+    if in_a_row >= most:
+        raise NotFiniteError(
+            f"{what}: {in_a_row} updates in a row had to be left out, which ends a training (train.non_finite_updates); a "
+            "smaller learning rate may help"
+        )
+
+
+@torch.no_grad()
+def not_finite(learner: Learner, minibatch: TokenTable, totals: Mapping[str, float]) -> str:
+    """What of an update is not finite, in words: the first such number of a token, or else of a mean, or a gradient.
+
+    ``totals`` are what was measured in it. Of several processes all must ask.
+    """
+    for rows in learner.pieces(minibatch):
+        piece = minibatch.select(rows)
+        for name, values in gathered(learner.policy.model, learner.terms, piece).items():
+            try:
+                require_finite(f"{name} of a token", values, piece.place)
+            except NotFiniteError as error:
+                return str(error)
+    for name, value in totals.items():
+        if not math.isfinite(value) and not name.endswith("gradient_norm"):
+            return f"{name} is {value}"
+    named = [("model.", learner.policy.model), *((f"{head.name}.", head) for head in learner.heads)]
+    for owner, module in named:
+        for name, weight in module.named_parameters():
+            if weight.grad is not None and not bool(own_part(weight.grad).isfinite().all()):
+                return f"the gradient of {owner}{name} is not finite"
+    return f"the gradient's norm is {max(value for name, value in totals.items() if name.endswith('gradient_norm'))}"
 
 
 def _accumulate_gradients(learner: Learner, minibatch: TokenTable, iteration: int) -> dict[str, float]:

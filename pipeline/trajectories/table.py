@@ -20,6 +20,7 @@ from pipeline.trajectories.trajectory import (
     offsets_of,
 )
 from pipeline.workspace.errors import warn
+from pipeline.workspace.finite import NotFiniteError, require_finite
 
 SCHEMA_VERSION = 3
 
@@ -45,8 +46,8 @@ def from_table(table: pa.Table) -> Trajectories:
     """Inverse of ``to_table``.
 
     Raises:
-        TrajectoryError: the schema's version is another one, or a column is missing, of another type, or not as long as it
-            should be.
+        TrajectoryError: the schema's version is another one; a column is missing, of another type, or not as long as it
+            should be; or a number is NaN or infinite.
     """
     version = (table.schema.metadata or {}).get(b"trajectory_schema", b"none").decode(errors="replace")
     if version != str(SCHEMA_VERSION):
@@ -55,15 +56,35 @@ def from_table(table: pa.Table) -> Trajectories:
     table = table.combine_chunks()
     tokens, offsets = _token_columns(table)
     turns, turn_offsets = _turn_columns(table)
-    for wrong in mistakes(table, PER_EPISODE, ("parent", "split", "temperature")):
+    for wrong in mistakes(table, PER_EPISODE, ("parent", "split", "temperature", "return")):
         raise TrajectoryError(wrong)
-    return Trajectories(
+    trajectories = Trajectories(
         episodes={name: table.column(name).to_pylist() for name in PER_EPISODE},
         offsets=offsets,
         turn_offsets=turn_offsets,
         turns=turns,
         **tokens,
     )
+    try:
+        _require_finite_columns(trajectories)
+    except NotFiniteError as error:
+        raise TrajectoryError(str(error)) from None
+    return trajectories
+
+
+def _require_finite_columns(trajectories: Trajectories) -> None:
+    """Refuse NaN, infinity and null, but for entropies that an engine could not tell and no annotation has told yet."""
+    names, owner = trajectories.episodes["episode_id"], np.diff(trajectories.turn_offsets)
+    turns = [f"turn {turn} of episode {name}" for name, n in zip(names, owner, strict=True) for turn in range(n)]
+    for column in ("return", "temperature"):
+        values = np.array(trajectories.episodes[column], dtype=np.float64)
+        require_finite(f"column {column}", values, lambda row: f"episode {names[row]}")
+    require_finite("column turns.reward", np.array(trajectories.turns["reward"], dtype=np.float64), turns.__getitem__)
+    for column in ("logprob", "entropy", *ANNOTATION):
+        values = getattr(trajectories, column)
+        if values is not None:
+            untold = np.isnan(values) if column == "entropy" and not trajectories.annotated else False
+            require_finite(f"column {column}", np.where(untold, 0.0, values), trajectories.place)
 
 
 def _token_columns(table: pa.Table) -> tuple[dict[str, np.ndarray], np.ndarray]:
@@ -104,26 +125,20 @@ def _ragged(table: pa.Table, name: str) -> tuple[np.ndarray, pa.Array]:
 
 
 def _impossible(made: Trajectories) -> Iterator[str]:
-    """What no episode of a file can hold. An entropy may be NaN where the engine could not tell it."""
+    """What no episode of a file can hold, beside numbers that are not finite."""
     if (made.role > max(Role)).any():
         yield f"column role holds {made.role.max()}; allowed: 0 to {int(max(Role))}"
     if (made.input_ids < 0).any():
         yield f"column input_ids holds {made.input_ids.min()}; token ids begin with 0"
-    columns = {name: getattr(made, name) for name in ("logprob", *ANNOTATION)} | {"return": made.returns}
-    columns["turns.reward"] = np.array(made.turns["reward"], dtype=np.float64)
-    columns["entropy"] = np.nan_to_num(made.entropy, nan=0.0, posinf=np.inf, neginf=-np.inf)
-    absent = [name for name in ANNOTATION if columns[name] is None]
+    absent = [name for name in ANNOTATION if getattr(made, name) is None]
     if 0 < len(absent) < len(ANNOTATION):
         yield f"missing columns: {', '.join(absent)}"
-    for name, values in columns.items():
-        if values is not None and not np.isfinite(values).all():
-            yield f"column {name} holds numbers that are not finite"
     lengths, count = np.repeat(made.lengths, np.diff(made.turn_offsets)), len(made.turns["start"])
     start, end = (np.fromiter(made.turns[name], np.int64, count) for name in ("start", "end"))
     if not ((start >= 0) & (start <= end) & (end <= lengths)).all():
         yield "column turns holds a response that is not within its episode"
-    if not all(t is None or 0 <= t < np.inf for t in made.episodes["temperature"]):
-        yield "column temperature holds what is no temperature"
+    if min(made.episodes["temperature"], default=0.0) < 0:
+        yield "column temperature holds a number below 0"
 
 
 def write(trajectories: Trajectories, path: str | Path, columns: Mapping[str, np.ndarray] | None = None) -> None:

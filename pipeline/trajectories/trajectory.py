@@ -136,6 +136,11 @@ class Trajectories:
         """Where an episode's tokens are."""
         return slice(self.offsets[episode], self.offsets[episode + 1])
 
+    def place(self, token: int) -> str:
+        """Where a token is, counted over all episodes, in words."""
+        episode = int(np.searchsorted(self.offsets, token, side="right")) - 1
+        return f"token {token - self.offsets[episode]} of episode {self.episodes['episode_id'][episode]}"
+
     @property
     def sequences(self) -> list[np.ndarray]:
         """Token ids, an array per episode."""

@@ -1,1 +1,1 @@
-"""What every command stands on: paths, files, processes, errors and named random draws."""
+"""What every command stands on: paths, files, processes and how they are stopped, errors and named random draws."""

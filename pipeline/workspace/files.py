@@ -9,13 +9,16 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, NoReturn
 
 from filelock import FileLock, Timeout
 
 from pipeline.workspace.errors import UserError, line_of
+from pipeline.workspace.faults import writing
 from pipeline.workspace.finite import require_finite
+from pipeline.workspace.ours import require_removable
 from pipeline.workspace.seals import BLANK, MARK, name_of, require_sealed, sealed
+from pipeline.workspace.stopping import asked, stop_if_asked
 
 CHECKSUM = "checksum"
 """Key of a record's seal."""
@@ -28,7 +31,7 @@ def write_json(path: Path, value: Any) -> None:
 
 
 def read_json(path: Path) -> Any:
-    """Parse a JSON file; one that is missing or not JSON is a UserError."""
+    """Parse a JSON file; one that is missing or not JSON is a UserError, and so is one with NaN or Infinity in it."""
     return _parsed(read_bytes(path), path)
 
 
@@ -95,18 +98,25 @@ def write_bytes(path: Path, content: bytes) -> None:
 def replacing(path: Path) -> Iterator[Path]:
     """Give a path for a new file or folder, which takes the place of what is at ``path`` once it is written, to the disk.
 
-    Interrupted, what was there stays.
+    Interrupted, what was there stays. A folder that has what was not made here stays, too, with a UserError.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
-    remove(partial)
-    yield partial
-    for written in [partial, *(partial.rglob("*") if partial.is_dir() else ())]:
-        flush(written)
-    if path.is_dir() or partial.is_dir():
-        remove(path)
-    partial.replace(path)
-    flush(path.parent)
+    old = path.with_name(path.name + ".old.partial")
+    with writing(path):
+        remove(partial)  # not what a link leads to
+        yield partial
+        for written in [partial, *(partial.rglob("*") if partial.is_dir() else ())]:
+            flush(written)
+        if path.is_symlink() or (path.is_file() and partial.is_dir()):
+            path.unlink()
+        elif path.is_dir():  # it goes at once, not file by file
+            require_removable(path)
+            shutil.rmtree(old, ignore_errors=True)
+            path.replace(old)
+        partial.replace(path)
+        flush(path.parent)
+        shutil.rmtree(old, ignore_errors=True)
 
 
 def remove(path: Path) -> None:
@@ -128,9 +138,9 @@ def flush(path: Path) -> None:
 
 def _parsed(content: bytes, path: Path) -> Any:
     try:
-        return json.loads(content)
+        return json.loads(content, parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path}: not JSON: {line_of(error)}") from None
+        raise UserError(f"{path}: cannot be read: {line_of(error)}") from None
 
 
 def drop_unfinished_line(file: BinaryIO) -> None:
@@ -139,6 +149,10 @@ def drop_unfinished_line(file: BinaryIO) -> None:
     if file.read(1) not in (b"", b"\n"):
         file.seek(0)
         file.truncate(file.read().rfind(b"\n") + 1)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is no number of JSON's")
 
 
 def _refuse_non_finite(name: str, value: Any) -> None:
@@ -156,6 +170,7 @@ def lock(path: Path, wait: bool = True, waiting: Callable[[], None] = lambda: No
     ``path`` is a file that is made for the lock, and stays; ``waiting`` is called once, if somebody has it.
 
     Raises:
+        Stopped: this process was asked to stop while it waited.
         filelock.Timeout: another process has it, and ``wait`` is off.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -166,7 +181,11 @@ def lock(path: Path, wait: bool = True, waiting: Callable[[], None] = lambda: No
         if not wait:
             raise
         waiting()
-        held.acquire()
+        try:
+            held.acquire(cancel_check=asked)
+        except Timeout:
+            stop_if_asked()
+            raise
     try:
         yield
     finally:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
@@ -20,16 +20,21 @@ class NotFiniteError(NumericsError):
     """NaN or infinity."""
 
 
-def require_finite(name: str, values: Tensor | np.ndarray | float) -> None:
-    """Refuse NaN and infinity with a NotFiniteError."""
+def require_finite(name: str, values: Tensor | np.ndarray | float, place: Callable[[int], str] | None = None) -> None:
+    """Refuse NaN and infinity with a NotFiniteError; ``place`` says in words where a number is, by its flat index."""
     if isinstance(values, np.ndarray | float | int):
-        wrong = np.asarray(values)[~np.isfinite(values)]
+        places = np.flatnonzero(~np.isfinite(values))
+        wrong = np.asarray(values).ravel()[places]
     else:
         finite = values.isfinite()
-        wrong = np.zeros(0) if bool(finite.all()) else values[~finite].detach().float().cpu().numpy()
+        if bool(finite.all()):
+            return
+        places = (~finite).flatten().nonzero().flatten().cpu().numpy()
+        wrong = values[~finite].detach().float().cpu().numpy()
     if wrong.size:
+        where = f" at {place(int(places[0]))}" if place is not None else ""
         more = f" and {wrong.size - 1} more of its numbers are not finite" if wrong.size > 1 else ""
-        raise NotFiniteError(f"{name} is {wrong.flat[0]}{more}")
+        raise NotFiniteError(f"{name} is {wrong[0]}{where}{more}")
 
 
 @contextmanager

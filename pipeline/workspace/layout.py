@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
+
+from pipeline.workspace.ours import CACHE
 
 
 @dataclass(frozen=True)
@@ -13,6 +16,11 @@ class Layout:
     """The paths of one run, a params file's: data/, models/, reports/ and sweeps/ in its folder ``out``."""
 
     out: Path
+
+    @property
+    def folders(self) -> tuple[Path, ...]:
+        """All that a run makes is in these."""
+        return tuple(self.out / name for name in ("data", "models", "reports", "sweeps"))
 
     @property
     def sources(self) -> Path:
@@ -110,6 +118,11 @@ class Layout:
         """Wall-clock of every iteration, by seed."""
         return self.out / "data" / "timings" / f"{environment}-{method}.json"
 
+    @property
+    def timed(self) -> Path:
+        """Folder of the report and of figures with wall-clock."""
+        return self.out / "data" / "timings" / "report"
+
     def runs(self, environment: str, method: str) -> Path:
         """MLflow's runs of a method's trainings, by seed."""
         return self.all_runs / f"{environment}-{method}.json"
@@ -139,7 +152,7 @@ class Layout:
 class Cache:
     """What commands keep for later ones in the root's folder ``.cache``; it may be deleted."""
 
-    folder: Path = Path(".cache")
+    folder: Path = CACHE
 
     @property
     def sweep(self) -> Path:
@@ -175,10 +188,15 @@ class Cache:
         """Folder of a training: checkpoint while it runs, result when it is finished."""
         return self.folder / "train" / key
 
+    def supervision(self, key: str) -> Path:
+        """File that holds how far the supervision of a policy is, while it goes on."""
+        return self.folder / "supervision" / key
+
     def slices(self, key: str) -> Path:
         """Folder of a table's slices that are finished, while the others are made."""
         return self.folder / "slices" / key
 
     def lock(self, name: str) -> Path:
         """The lock of whoever makes what has this name."""
-        return self.folder / "locks" / quote(name, safe="")
+        file = quote(name, safe="")
+        return self.folder / "locks" / (file if len(file) < 200 else hashlib.sha256(name.encode()).hexdigest())

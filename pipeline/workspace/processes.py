@@ -14,11 +14,13 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, as_
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from pipeline.progress.display import Display, still, tell
+from pipeline.workspace.stopping import ASKS, PARENT_ENDED, asked, say_that_it_stops, stop_if_asked, until_saved
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
 _reports: Any = None
+_failed: Exception | None = None
 _together: Any = None
 
 
@@ -30,22 +32,33 @@ class Tell(Protocol):
 
 
 def _start(reports: Any, parent: int, threads: int) -> None:
-    global _reports
+    global _reports, _failed
     _reports = reports
     begin_worker(parent)
-    import torch
+    try:
+        import torch
 
-    torch.set_num_threads(threads)
+        torch.set_num_threads(threads)
+    except Exception as error:  # told as the task's: here it would be a traceback and a lost process
+        _failed = error
 
 
 def _run(function: Callable[[Any, Tell], Any], label: str, task: Any) -> Any:
     report = tell(lambda done, total, text: _reports.put((label, done, total, text)))
     report(0, 0, "starting")
+    if _failed is not None:
+        raise _failed
+    stop_if_asked()
     return function(task, report)
 
 
 def run_in_processes(
-    function: Callable[[Task, Tell], Result], tasks: Mapping[str, Task], workers: int, title: str, threads: int = 1
+    function: Callable[[Task, Tell], Result],
+    tasks: Mapping[str, Task],
+    workers: int,
+    title: str,
+    threads: int = 1,
+    saved: str = "",
 ) -> dict[str, Result]:
     """Run ``function(task, report)`` for every task, at most ``workers`` at once, each with so many ``threads``.
 
@@ -53,30 +66,40 @@ def run_in_processes(
     before: a forked process with more than one thread would wait for them for ever. Results are pickled, and have the order
     of ``tasks``. A terminal shows a bar per task; elsewhere a line is printed every 20 seconds (``Display``).
 
+    Tasks may save what they have after each unit of their work, which ``saved`` then is the name of. Where this process is
+    asked to stop, they end with their units that are at work (``stop_if_asked``), and other tasks at once.
+
     Raises:
+        Stopped: it was asked to stop.
         Exception: whatever a task raised. The others are cancelled, and those that have begun are killed, as they are
-            when this process is interrupted or killed itself.
+            when this process is asked a second time, or killed itself.
     """
     if not tasks:
         return {}
     context = multiprocessing.get_context("fork")
     reports = context.Queue()
     pool = ProcessPoolExecutor(min(workers, len(tasks)), context, _start, (reports, os.getpid(), threads))
-    with _ending(pool):
+    with until_saved() if saved else contextlib.nullcontext(), _ending(pool):
         with still():
             futures: dict[Future[Result], str] = {
                 pool.submit(_run, function, label, task): label for label, task in tasks.items()
             }
         with Display(title, list(tasks)) as display:
-            pending = set(futures)
+            pending, told = set(futures), False
             while pending:
                 done, pending = wait(pending, timeout=0.2, return_when=FIRST_COMPLETED)
                 with contextlib.suppress(queue.Empty):
                     while True:
                         display.update(*reports.get_nowait())
+                if asked():  # all of them are waited for, however they end
+                    if not told:
+                        say_that_it_stops(saved)
+                    told = True
+                    continue
                 for future in done:
                     future.result()
                     display.finish(futures[future])
+        stop_if_asked()
         return {label: future.result() for future, label in futures.items()}
 
 
@@ -137,19 +160,41 @@ def _ending(pool: ProcessPoolExecutor) -> Iterator[None]:
 
 
 def begin_worker(parent: int) -> None:
-    """To be called first in a forked process: it ends with its parent, by its id, which alone is told of Ctrl-C."""
+    """To be called first in a forked process: it ends with its parent, by its id, which alone is told to stop.
+
+    Signals that ask for the end are blocked, not ignored: Lightning and Ray put handlers of their own in place, and what a
+    worker starts is not to end before it either.
+    """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    end_with_parent(signal.SIGKILL)
+    signal.pthread_sigmask(signal.SIG_BLOCK, {*ASKS, PARENT_ENDED})
+    end_with_parent(signal.SIGKILL, parent)
+
+
+def start_with_parent(number: int) -> Callable[[], None]:
+    """What a program that this process starts is to do first (``preexec_fn``): it is sent a signal when this one ends."""
+    parent = os.getpid()
+
+    def begin() -> None:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {*ASKS, PARENT_ENDED})
+        end_with_parent(number, parent)
+
+    return begin
+
+
+def end_with_parent(number: int, parent: int) -> None:
+    """Have this process sent a signal when the one that has started it, by its id, ends or has ended, in whatever way."""
+    if sys.platform != "linux" or ctypes.CDLL(None).prctl(1, int(number)) != 0:  # PR_SET_PDEATHSIG
+        threading.Thread(target=_watch, args=(parent, number), daemon=True).start()
     if os.getppid() != parent:  # it had ended before this process asked to be told
-        os._exit(1)
+        os.kill(os.getpid(), number)
 
 
-def end_with_parent(number: int) -> None:
-    """Have this process sent a signal when the one that started it ends, in whatever way."""
-    if sys.platform == "linux" and ctypes.CDLL(None).prctl(1, int(number)) == 0:  # PR_SET_PDEATHSIG
-        return
-    threading.Thread(target=_watch, args=(os.getppid(), number), daemon=True).start()
+def is_orphan() -> bool:
+    """Whether the process that had started this one, in its own group, is gone: another one is the parent then."""
+    try:
+        return os.getpgid(os.getppid()) != os.getpgrp()
+    except ProcessLookupError:
+        return True
 
 
 def _watch(parent: int, number: int) -> None:

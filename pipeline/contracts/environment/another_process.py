@@ -3,6 +3,7 @@
 import importlib
 import json
 import os
+import signal
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -10,6 +11,7 @@ from functools import lru_cache
 
 from pipeline.contracts.environment.suite import BOUNDS, Seen, Suite, parting, proceed
 from pipeline.settings.params import Environment
+from pipeline.workspace.processes import start_with_parent
 
 PLOTTING = ("matplotlib", "pygame", "plotly", "seaborn", "bokeh")
 
@@ -49,6 +51,7 @@ def elsewhere(suite: Suite) -> Seen:
         capture_output=True,
         text=True,
         timeout=600,
+        preexec_fn=start_with_parent(signal.SIGKILL),
     )
     if done.returncode:
         return {"error": (done.stderr.splitlines() or [f"exit code {done.returncode}"])[-1]}
