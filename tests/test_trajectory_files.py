@@ -166,7 +166,7 @@ def test_what_no_episode_can_hold_is_named(tmp_path: Path) -> None:
     assert "column role holds 7; allowed: 0 to 6" in message(role=changed("role", 7))
     assert "column input_ids holds -3" in message(input_ids=changed("input_ids", -3))
     assert "column logprob" in message(logprob=changed("logprob", np.nan))
-    assert "column entropy holds numbers that are not finite" in message(entropy=changed("entropy", np.inf))
+    assert "column entropy" in message(entropy=changed("entropy", np.inf))
     assert "missing columns: ref_logprob, ref_entropy" in message(energy=made.logprob)
     turns = {name: list(values) for name, values in made.turns.items()}
     assert "column turns" in message(turns=turns | {"end": [99, *turns["end"][1:]]})

@@ -77,7 +77,9 @@ def _require_finite_columns(trajectories: Trajectories) -> None:
     names, owner = trajectories.episodes["episode_id"], np.diff(trajectories.turn_offsets)
     turns = [f"turn {turn} of episode {name}" for name, n in zip(names, owner, strict=True) for turn in range(n)]
     for column in ("return", "temperature"):
-        values = np.array(trajectories.episodes[column], dtype=np.float64)
+        absent = 0.0 if column == "temperature" else np.nan  # nobody needs to have sampled
+        told = [absent if value is None else value for value in trajectories.episodes[column]]
+        values = np.array(told, dtype=np.float64)
         require_finite(f"column {column}", values, lambda row: f"episode {names[row]}")
     require_finite("column turns.reward", np.array(trajectories.turns["reward"], dtype=np.float64), turns.__getitem__)
     for column in ("logprob", "entropy", *ANNOTATION):
@@ -137,7 +139,7 @@ def _impossible(made: Trajectories) -> Iterator[str]:
     start, end = (np.fromiter(made.turns[name], np.int64, count) for name in ("start", "end"))
     if not ((start >= 0) & (start <= end) & (end <= lengths)).all():
         yield "column turns holds a response that is not within its episode"
-    if min(made.episodes["temperature"], default=0.0) < 0:
+    if min((t for t in made.episodes["temperature"] if t is not None), default=0.0) < 0:
         yield "column temperature holds a number below 0"
 
 
