@@ -11,12 +11,12 @@ def main(environment: EnvironmentName, params: ParamsFile = "params.yaml") -> st
     from pipeline.analysis.bottleneck import bottleneck
     from pipeline.progress.display import doing
     from pipeline.report.bottleneck_figures import draw_bottleneck
-    from pipeline.workspace.files import write_json
+    from pipeline.workspace.files import write_record
 
     doing("measuring the Action Bottleneck")
     diagnostics = bottleneck(annotated, config.bottleneck.resamples)
     folder = layout.bottleneck(environment)
-    write_json(folder / "bottleneck.json", diagnostics)
+    write_record(folder / "bottleneck.json", diagnostics)
     doing("drawing the Action Bottleneck")
     draw_bottleneck(annotated, diagnostics, folder)
     rho = {key: diagnostics[key]["spearman"] for key in ("action", "reasoning", "response")}

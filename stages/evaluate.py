@@ -8,11 +8,10 @@ def main(environment: EnvironmentName, method: MethodName, params: ParamsFile = 
     make_alone(layout, f"evaluate {environment}-{method}")
     import pyarrow as pa
     import pyarrow.compute as pc
-    import pyarrow.parquet as pq
     import transformers.models.auto.modeling_auto  # noqa: F401  (imported before the processes fork)
 
     from pipeline.evaluation.evaluate import EvaluationTask, evaluate_policy
-    from pipeline.workspace.files import replacing
+    from pipeline.trajectories.results import write_results
     from pipeline.workspace.processes import run_in_processes
 
     tasks = {
@@ -27,8 +26,7 @@ def main(environment: EnvironmentName, method: MethodName, params: ParamsFile = 
     )
     table = pa.concat_tables(results.values())
     target = layout.evaluations(environment, method)
-    with replacing(target) as partial:
-        pq.write_table(table, partial, compression="zstd")
+    write_results(table, target)
     success = [
         f"{pc.mean(table.filter(pc.equal(table['temperature'], t))['success']).as_py():.3f} at temperature {t:g}"
         for t in config.evaluation.temperatures

@@ -10,7 +10,7 @@ def main(environment: EnvironmentName, params: ParamsFile = "params.yaml") -> st
 
     from pipeline.analysis.interventions import intervention
     from pipeline.evaluation.interventions import InterventionTask, intervene
-    from pipeline.workspace.files import write_json
+    from pipeline.workspace.files import write_record
     from pipeline.workspace.processes import run_in_processes
 
     tasks = {
@@ -22,7 +22,7 @@ def main(environment: EnvironmentName, params: ParamsFile = "params.yaml") -> st
     demonstrations = config.policy.demonstrations
     kind = None if demonstrations is None else demonstrations.reasoning
     target, result = layout.interventions(environment), intervention(environment, kind, found)
-    write_json(target, result)
+    write_record(target, result)
     return f"{target}: {result['verdict']} {next_command(params, 'python -m stages.compare')}"
 
 

@@ -15,13 +15,15 @@ def main(params: ParamsFile = "params.yaml") -> str:
     from pipeline.analysis.registration import journal, register
     from pipeline.sources.checks import check_made, check_named
     from pipeline.sources.code import of_machine
+    from pipeline.sources.dvc_cache import drop_damaged
     from pipeline.sources.fingerprints import of_environment, of_policy, of_row
     from pipeline.sources.noted import drop_earlier
-    from pipeline.workspace.files import write_json
+    from pipeline.workspace.files import write_record
 
     check_named(config, params)
     check_made(layout, Path(params).with_name("dvc.lock"))
     make_alone(layout, "sources")
+    drop_damaged(Path(params).with_name("dvc.lock"))
     folder = layout.sources
     registration = register(config, layout.hypotheses)
     found = {
@@ -30,15 +32,15 @@ def main(params: ParamsFile = "params.yaml") -> str:
         "policy": of_policy(config.policy),
         "machine": of_machine(),
         "sweep": config.sweep.model_dump(mode="json", exclude={"storage"}),  # an address belongs into no dvc.lock
-        "seeds": list(config.seeds),
+        "seeds": {"seeds": list(config.seeds)},
         "registration": registration,
     }
     for name, fingerprint in found.items():
-        write_json(folder / f"{name}.json", fingerprint)
+        write_record(folder / f"{name}.json", fingerprint)
     drop_earlier(folder, found)
     now = datetime.now(UTC).isoformat(timespec="seconds")
     opened = any(layout.evaluations("", "").parent.glob("*.parquet"))
-    write_json(layout.registered, journal(registration, layout.registered, opened, now))
+    write_record(layout.registered, {"states": journal(registration, layout.registered, opened, now)})
     rule = config.seeds_until
     more = (
         ""

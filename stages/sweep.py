@@ -16,7 +16,7 @@ def main(study: StudyName, params: ParamsFile = "params.yaml") -> str:
     from pipeline.sweep.workers import SearchRun, run_search
     from pipeline.tracking.store import open_store, store_of
     from pipeline.workspace.errors import UserError
-    from pipeline.workspace.files import write_json, write_text
+    from pipeline.workspace.files import write_record, write_text
     from pipeline.workspace.processes import in_own_process
 
     root = Path(".")
@@ -32,7 +32,7 @@ def main(study: StudyName, params: ParamsFile = "params.yaml") -> str:
     doing("drawing figures")
     write_text(target / "trials.csv", trials_table(found).to_csv(index=False))
     write_text(target / "best.yaml", best_overlay(found))
-    write_json(target / "summary.json", {"schema": 1, "study": study, "searches": list(map(summary, found))})
+    write_record(target / "summary.json", {"schema": 1, "study": study, "searches": list(map(summary, found))})
     write_text(target / "sweep.txt", report_text(found))
     write_figures(found, target)
     doing("logging to MLflow")

@@ -125,18 +125,20 @@ def test_a_training_ends_nearest_to_its_budget_with_the_same_bytes_if_it_was_kil
 
 
 def test_a_training_that_has_spent_its_tokens_and_has_no_result_yet_makes_no_further_iteration(
-    directory: Path, budget: int, tmp_path: Path
+    directory: Path, budget: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     straight, stopped = (
         task_in(tmp_path / name, directory, iterations=5, tokens=budget) for name in ("straight", "stopped")
     )
     train_one(TrainingJob(straight, None, None), quiet)
-    stopped.cache.mkdir(parents=True)
-    obstacle = stopped.cache / "result.partial"
-    obstacle.write_text("where the result is put together")
-    with pytest.raises(OSError, match="partial"):
-        train_one(TrainingJob(stopped, None, None), quiet)
-    obstacle.unlink()
+
+    def full(*_: Any) -> None:
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("pipeline.training.run.save_trained", full)
+        with pytest.raises(OSError, match="no space left"):
+            train_one(TrainingJob(stopped, None, None), quiet)
     assert len(train_until(TrainingJob(stopped, None, None), 1, quiet)) == 1
     assert begun(stopped) == ["0", "1", "2"]
     assert left(stopped.result) == left(straight.result)

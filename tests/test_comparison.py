@@ -7,15 +7,15 @@ from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 
 from pipeline.analysis.comparison import REFERENCE, SPENT, Inputs, read_inputs
 from pipeline.analysis.metrics import headline_metrics
 from pipeline.report.comparison_tables import comparison_markdown, result_table
 from pipeline.settings.params import Config
+from pipeline.trajectories.results import write_results
 from pipeline.workspace.errors import UserError
-from pipeline.workspace.files import write_json
+from pipeline.workspace.files import write_json, write_record
 from pipeline.workspace.layout import Layout
 from tests.comparison_cases import ITERATIONS, compared, configuration, inputs, row_of
 
@@ -181,11 +181,10 @@ def test_files_are_read_and_timings_may_be_absent(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"lake-grpo\.parquet: no such file; `dvc repro` makes it"):
         read_inputs(config, layout)
     for (environment, method), table in made.episodes.items():
-        layout.evaluations(environment, method).parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(table, layout.evaluations(environment, method))
+        write_results(table, layout.evaluations(environment, method))
     for (environment, method), curves in made.curves.items():
-        write_json(layout.curves(environment, method), {"seeds": curves})
-    write_json(layout.timings("lake", "grpo"), {"seeds": made.timings["lake", "grpo"]})
+        write_record(layout.curves(environment, method), {"seeds": curves})
+    write_record(layout.timings("lake", "grpo"), {"seeds": made.timings["lake", "grpo"]})
     found = read_inputs(config, layout)
     assert set(found.timings) == {("lake", "grpo")}
     assert compared(config, found) == compared(config, made)

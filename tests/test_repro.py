@@ -18,7 +18,7 @@ import pytest
 from pipeline.commands.repro import main, settings_hash
 from pipeline.settings.params import parse
 from pipeline.settings.presets import overlay
-from pipeline.workspace.files import read_json, write_json, write_text
+from pipeline.workspace.files import read_record, write_json, write_record, write_text
 from pipeline.workspace.layout import Layout
 from pipeline.workspace.yaml_files import read_yaml, yaml_text
 from tests.looks_cases import UNTIL
@@ -138,7 +138,7 @@ def test_seeds_are_added_until_it_is_decided_killed_in_between_or_not(tmp_path: 
     assert repro(straight).count("Running stage") == 1, "nothing but the stage that always runs"
     assert (straight / "data/looks.json").read_bytes() == before
     assert "`make repro` adds more" in repro(straight, "dvc", "repro", "-f", "-s", "sources")
-    assert json.loads((straight / "data/sources/seeds.json").read_text()) == list(range(seeds))
+    assert read_record(straight / "data/sources/seeds.json") == {"seeds": list(range(seeds))}
 
 
 def test_asked_to_stop_it_waits_for_the_stage_at_work_and_says_one_line(tmp_path: Path) -> None:
@@ -180,12 +180,12 @@ def test_seeds_in_effect_are_gone_on_with_if_they_are_of_the_same_settings(
     monkeypatch.chdir(tmp_path)
     layout = Layout(Path("."))
     settings = settings_hash(parse(raw if same else raw | {"comparison": "another"}))
-    write_json(layout.looks, {"settings": settings, "looks": []})
-    write_json(layout.seeds_in_effect, list(range(10)))
+    write_record(layout.looks, {"settings": settings, "looks": []})
+    write_record(layout.seeds_in_effect, {"seeds": list(range(10))})
     write_text(layout.reports / "comparison.txt", "the table\n")
 
     def written(_: Path) -> None:
-        count = len(read_json(layout.seeds_in_effect))
+        count = len(read_record(layout.seeds_in_effect)["seeds"])
         look = {
             "number": 1 + count // 10,
             "of": 7,
@@ -199,7 +199,7 @@ def test_seeds_in_effect_are_gone_on_with_if_they_are_of_the_same_settings(
     monkeypatch.setattr("pipeline.commands.repro.reproduce", written)
     assert main("params.yaml") == "the table"
     assert re.findall(r"^Look (\d)", capsys.readouterr().out, flags=re.M) == looks
-    assert read_json(layout.looks) == {"settings": settings_hash(parse(raw)), "looks": [10]}
+    assert read_record(layout.looks) == {"settings": settings_hash(parse(raw)), "looks": [10]}
 
 
 def test_a_list_of_seeds_is_run_once(tmp_path: Path) -> None:
@@ -209,5 +209,5 @@ def test_a_list_of_seeds_is_run_once(tmp_path: Path) -> None:
     (folder / "reports/comparison.txt").write_text("the table\n")
     assert repro(folder).rstrip().endswith("the table")
     assert json.loads((folder / "data/evaluations/seeds.json").read_text()) == [5, 6]
-    assert json.loads((folder / "data/sources/seeds.json").read_text()) == [5, 6]
+    assert read_record(folder / "data/sources/seeds.json") == {"seeds": [5, 6]}
     assert not (folder / "data/looks.json").exists()

@@ -26,6 +26,7 @@ from pipeline.sweep.queue import KILLED, SILENT_BEATS, Queue, open_storage
 from pipeline.sweep.trial import Outcome
 from pipeline.sweep.workers import SearchRun, run_search
 from pipeline.workspace.errors import UserError
+from pipeline.workspace.files import lock
 from pipeline.workspace.layout import Cache
 from pipeline.workspace.processes import in_own_process
 from pipeline.workspace.stopping import asked, stop_if_asked
@@ -182,9 +183,8 @@ def test_a_lock_that_a_killed_worker_held_delays_nobody(tmp_path: Path) -> None:
 
 
 def _die_holding_the_lock() -> None:
-    storage = open_storage(None, Cache().sweep / "journal.log")
-    storage._backend._lock.acquire()  # type: ignore[attr-defined]
-    os.kill(os.getpid(), signal.SIGKILL)
+    with lock(Cache().sweep / "journal.lock"):
+        os.kill(os.getpid(), signal.SIGKILL)
 
 
 # ------------------------------------------------------------------------------------------------- objectives that go wrong

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from hypothesis import given
 
-from pipeline.trajectories import table as table_module
 from pipeline.trajectories.builder import build
+from pipeline.trajectories.parquet import write_parquet
 from pipeline.trajectories.table import SCHEMA_VERSION, read, to_table, write
 from pipeline.trajectories.trajectory import Trajectories, TrajectoryError
 from tests.trajectory_cases import assert_equal, one_episode, properties, tables
@@ -71,11 +73,12 @@ def test_an_interrupted_write_leaves_the_old_file(tmp_path: Path, monkeypatch: p
     write(build([one_episode()]), path)
     before = path.read_bytes()
 
-    def fail(table: Any, where: Path, **options: Any) -> None:
-        Path(where).write_bytes(b"half")
+    def fail(where: Path, content: bytes) -> int:
+        with where.open("wb") as file:
+            file.write(content[: len(content) // 2])
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(table_module.pq, "write_table", fail)
+    monkeypatch.setattr(Path, "write_bytes", fail)
     with pytest.raises(KeyboardInterrupt):
         write(build([one_episode(episode_id="other")]), path)
     assert path.read_bytes() == before
@@ -131,7 +134,7 @@ def test_files_of_another_schema_are_named(tmp_path: Path) -> None:
     path, table = tmp_path / "t.parquet", to_table(build([one_episode()]))
 
     def message(changed: pa.Table) -> str:
-        pq.write_table(changed, path)
+        write_parquet(changed, path)
         return refusal(path)
 
     assert "none" in message(table.replace_schema_metadata(None))
@@ -146,3 +149,28 @@ def test_files_of_another_schema_are_named(tmp_path: Path) -> None:
     assert "turns.end, turns.reward" in message(table.set_column(table.column_names.index("turns"), "turns", turns))
     shorter = pa.array([[0.0]], type=pa.list_(pa.float32()))
     assert "entropy" in message(table.set_column(table.column_names.index("entropy"), "entropy", shorter))
+
+
+def test_what_no_episode_can_hold_is_named(tmp_path: Path) -> None:
+    path, made = tmp_path / "t.parquet", build([one_episode(), one_episode()])
+
+    def message(**columns: Any) -> str:
+        write(replace(made, **columns), path)
+        return refusal(path)
+
+    def changed(name: str, value: float) -> np.ndarray:
+        values = getattr(made, name).copy()
+        values[5] = value
+        return values
+
+    assert "column role holds 7; allowed: 0 to 6" in message(role=changed("role", 7))
+    assert "column input_ids holds -3" in message(input_ids=changed("input_ids", -3))
+    assert "column logprob" in message(logprob=changed("logprob", np.nan))
+    assert "column entropy" in message(entropy=changed("entropy", np.inf))
+    assert "missing columns: ref_logprob, ref_entropy" in message(energy=made.logprob)
+    turns = {name: list(values) for name, values in made.turns.items()}
+    assert "column turns" in message(turns=turns | {"end": [99, *turns["end"][1:]]})
+    assert "column turns.reward" in message(turns=turns | {"reward": [np.inf, *turns["reward"][1:]]})
+    assert "column return" in message(episodes=made.episodes | {"return": [np.nan, 0.0]})
+    write(replace(made, entropy=changed("entropy", np.nan)), path)
+    assert np.isnan(read(path).entropy[5])  # an engine could not tell it

@@ -1,5 +1,6 @@
 """The comparison of all methods: one row per environment, method and temperature."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from itertools import product
@@ -10,7 +11,6 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
 
 from pipeline.analysis import efficiency, hypotheses
 from pipeline.analysis.alarmed import alarmed, row_alarms
@@ -30,11 +30,13 @@ from pipeline.analysis.scores import (
 from pipeline.analysis.verdicts import Difference, measure
 from pipeline.settings.custom import custom_sections
 from pipeline.settings.params import Config
+from pipeline.trajectories.results import read_results
 from pipeline.trajectories.trajectory import CUT_OFF, RESPONSES
-from pipeline.workspace.errors import UserError
-from pipeline.workspace.files import read_json
+from pipeline.workspace.errors import UserError, line_of
+from pipeline.workspace.files import read_record
 from pipeline.workspace.finite import NotFiniteError, require_finite
 from pipeline.workspace.layout import Layout
+from pipeline.workspace.manifest import listed_text
 
 REFERENCE = "reference"
 """What the reference policy is called where methods have their names."""
@@ -63,14 +65,14 @@ def read_inputs(config: Config, layout: Layout) -> Inputs:
     """Read evaluations, curves and, where they exist, timings.
 
     Raises:
-        UserError: an evaluation or a curve is missing, or a file is not JSON, or a number in one is not finite.
+        UserError: an evaluation or a curve is missing or damaged, or a number in one is not finite.
     """
     trained = list(product(config.environments, config.methods))
     played = [*trained, *((environment, REFERENCE) for environment in config.environments)]
     needed = [layout.evaluations(*key) for key in played] + [layout.curves(*key) for key in trained]
     if missing := [file for file in needed if not file.exists()]:
         raise UserError("\n".join(f"{file}: no such file; `dvc repro` makes it" for file in missing))
-    read = {key: read_json(layout.curves(*key)) for key in trained}
+    read = {key: read_record(layout.curves(*key)) for key in trained}
     return Inputs(
         {key: _read_played(layout.evaluations(*key)) for key in played},
         {key: found["seeds"] for key, found in read.items()},
@@ -81,7 +83,7 @@ def read_inputs(config: Config, layout: Layout) -> Inputs:
 
 def _read_played(file: Path) -> pa.Table:
     """The per-episode results in a file; a return that is NaN, infinite or not there is named."""
-    table = pq.read_table(file)
+    table = read_results(file)
     returns = np.array(table["return"].to_pylist(), dtype=np.float64)
 
     def place(row: int) -> str:
@@ -99,10 +101,24 @@ def read_timings(config: Config, layout: Layout) -> dict[tuple[str, str], Curves
     """(environment, method) -> wall-clock of its trainings, of those that are there.
 
     Raises:
-        UserError: a file is not JSON.
+        UserError: a file is damaged.
     """
     trained = product(config.environments, config.methods)
-    return {key: read_json(layout.timings(*key))["seeds"] for key in trained if layout.timings(*key).exists()}
+    return {key: read_record(layout.timings(*key))["seeds"] for key in trained if layout.timings(*key).exists()}
+
+
+def read_comparison(layout: Layout) -> dict[str, Any]:
+    """What the stage ``compare`` has written as JSON.
+
+    Raises:
+        UserError: it is missing or damaged.
+    """
+    text = listed_text(layout.plots, layout.comparison)
+    try:
+        comparison: dict[str, Any] = json.loads(text)
+        return comparison
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{layout.comparison}: not JSON: {line_of(error)}") from None
 
 
 def compare(config: Config, inputs: Inputs) -> dict[str, Any]:

@@ -5,13 +5,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet as pq
 
 from pipeline.analysis.comparison import REFERENCE
 from pipeline.analysis.trees import branched_from
 from pipeline.settings.params import Config
 from pipeline.trajectories.records import NUMBERS
-from pipeline.trajectories.table import read
+from pipeline.trajectories.table import read_with
 from pipeline.trajectories.trajectory import Trajectories, TrajectoryError
 from pipeline.workspace.errors import UserError
 from pipeline.workspace.layout import Layout
@@ -32,10 +31,7 @@ def read_played(path: Path) -> Played:
     Raises:
         TrajectoryError: as ``trajectory.read``.
     """
-    trajectories = read(path)
-    names = [name for name in NUMBERS if name in pq.read_schema(path).names and not hasattr(trajectories, name)]
-    table = pq.read_table(path, columns=names).combine_chunks()
-    return Played(trajectories, {n: table.column(n).chunk(0).flatten().to_numpy(zero_copy_only=False) for n in names})
+    return Played(*read_with(path, NUMBERS))
 
 
 def read_all_played(

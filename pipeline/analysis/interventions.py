@@ -12,7 +12,7 @@ import scipy.stats
 from jaxtyping import Float
 
 from pipeline.settings.params import Config
-from pipeline.workspace.files import read_json
+from pipeline.workspace.files import read_record
 from pipeline.workspace.layout import Layout
 
 Values = Float[np.ndarray, " states"]
@@ -55,10 +55,10 @@ def read_interventions(config: Config, layout: Layout) -> dict[str, Any]:
     """Environment -> what ``intervention`` found there, of those that have been made.
 
     Raises:
-        UserError: a file is not JSON.
+        UserError: a file is damaged.
     """
     files = {name: layout.interventions(name) for name in config.environments}
-    return {name: read_json(file) for name, file in files.items() if file.exists()}
+    return {name: read_record(file) for name, file in files.items() if file.exists()}
 
 
 def _row(ways: Mapping[str, Values]) -> dict[str, Any]:

@@ -6,13 +6,14 @@ apart, beside the other times.
 """
 
 import hashlib
+import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.settings.params import Config
 from pipeline.workspace.errors import UserError
-from pipeline.workspace.files import read_json, write_text
+from pipeline.workspace.files import read_record, write_text
 from pipeline.workspace.yaml_files import read_yaml, yaml_text
 
 HEAD = """\
@@ -77,7 +78,22 @@ def journal(found: Mapping[str, Any], earlier: Path, opened: bool, at: str) -> l
         opened: whether test states have been played by now.
         at: the time now, ISO 8601.
     """
-    entries = read_json(earlier) if earlier.exists() else []
+    entries = registered_states(earlier)
     if not entries or any(entries[-1][key] != found[key] for key in ("sha256", "changes")):
         entries = [*entries, {**found, "at": at, "opened": opened}]
     return list(entries)
+
+
+def registered_states(file: Path) -> list[dict[str, Any]]:
+    """What ``journal`` gave when it was last kept; nothing where there is no file.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    if not os.path.lexists(file):
+        return []
+    try:
+        record = read_record(file)
+    except UserError as error:
+        raise UserError(f"{error}; it holds times alone: delete it to go on without them") from None
+    return list(record["states"] if isinstance(record, dict) else record)  # earlier versions wrote the list itself

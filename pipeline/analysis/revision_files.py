@@ -1,18 +1,19 @@
 """What a git revision, a DVC experiment or the workspace holds of a comparison."""
 
-import io
 import json
 from pathlib import Path
 from typing import Any
 
 import dvc.api
-import pyarrow.parquet as pq
 from dvc.exceptions import DvcException
 from dvc.scm import RevError, SCMError
 
 from pipeline.analysis.revisions import Revision
-from pipeline.workspace.errors import UserError
+from pipeline.trajectories.results import results_of
+from pipeline.workspace.errors import UserError, line_of
+from pipeline.workspace.files import never_sealed
 from pipeline.workspace.layout import Layout
+from pipeline.workspace.seals import require_sealed
 from pipeline.workspace.yaml_files import parse_yaml
 
 WORKSPACE = "workspace"
@@ -23,22 +24,35 @@ def read_revision(side: str, name: str, params_file: str) -> Revision:
     """Read a revision's params file, comparison and episodes: of the workspace from disk, else from git and DVC's cache.
 
     Raises:
-        UserError: no such revision, or its params file or comparison cannot be had.
+        UserError: no such revision, or its params file or comparison cannot be had, or a file is damaged.
     """
     files = Files(side, name)
     params: Any = parse_yaml(files.read(Path(params_file)), f"{side}={name}: {params_file}")
     if not isinstance(params, dict) or not isinstance(params.get("out", "."), str):
         raise UserError(f"{side}={name}: {params_file}: not a params file")
     layout = Layout(Path(params.get("out", ".")))
-    comparison = json.loads(files.read(layout.comparison))
+    comparison = _comparison(files, layout.comparison)
     episodes = {}
     for environment, method in {(row["environment"], row["method"]) for row in comparison["rows"]}:
         try:
             content = files.read(layout.evaluations(environment, method))
         except UserError:
             continue  # without them the two revisions are not paired, and the table says so
-        episodes[environment, method] = pq.read_table(io.BytesIO(content))
+        place = layout.evaluations(environment, method)
+        if not never_sealed(content):
+            require_sealed(content, place)
+        episodes[environment, method] = results_of(content, f"{side}={name}: {place}")
     return Revision(files.name, params, comparison, episodes)
+
+
+def _comparison(files: "Files", path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(files.read(path))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{files.name}: {path}: cannot be read: {line_of(error)}") from None
+    if not isinstance(found, dict):
+        raise UserError(f"{files.name}: {path}: not a comparison")
+    return found
 
 
 class Files:
@@ -80,6 +94,8 @@ class Files:
             return bytes(self._fs.read_bytes(path.as_posix()))
         except FileNotFoundError:
             raise UserError(f"{self._where}: {path}: {self._why_not(path)}") from None
+        except OSError as error:
+            raise UserError(f"{self._where}: {path}: cannot be read: {error.strerror}") from None
         except DvcException as error:
             raise UserError(f"{self._where}: {str(error).splitlines()[0]}") from None
 

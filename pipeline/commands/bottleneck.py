@@ -12,9 +12,9 @@ def main(params: ParamsFile = "params.yaml") -> str:
     from pipeline.report.bottleneck_table import bottleneck_table
     from pipeline.report.tables import aligned, markdown
     from pipeline.trajectories.table import read
-    from pipeline.workspace.files import read_json, write_text
+    from pipeline.workspace.files import read_record, write_text
 
-    found = {name: read_json(layout.bottleneck(name) / "bottleneck.json") for name in config.environments}
+    found = {name: read_record(layout.bottleneck(name) / "bottleneck.json") for name in config.environments}
     responses = {name: read(layout.trajectories(name)).responses for name in config.environments}
     table = bottleneck_table(config.comparison, found, responses)
     text = aligned([table.header, *table.rows])

@@ -3,7 +3,6 @@
 Adapters are merged into its weights, so that it loads anywhere.
 """
 
-import shutil
 from pathlib import Path
 from typing import Annotated
 
@@ -27,6 +26,7 @@ def main(
     from pipeline.progress.display import doing
     from pipeline.workspace.errors import UserError
     from pipeline.workspace.files import replacing
+    from pipeline.workspace.manifest import copy_whole
 
     if target.exists() and not (target.is_dir() and not any(target.iterdir())):
         raise UserError(f"--to: {to} is there already; allowed: a new or an empty folder")
@@ -37,7 +37,7 @@ def main(
     doing("saving")
     if find_adapters(directory) is None:
         with replacing(target) as partial:
-            shutil.copytree(directory, partial)
+            copy_whole(directory, partial)
     else:
         policy.save(target)
     size = sum(p.numel() for p in policy.model.parameters())

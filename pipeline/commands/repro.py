@@ -35,27 +35,29 @@ ASIDE = {
 def main(params: ParamsFile = "params.yaml") -> str:
     config, layout, params = configured(params)
     make_alone(layout, "repro")
+    from pipeline.analysis.comparison import read_comparison
     from pipeline.report.declared import look_line
     from pipeline.sources.seeds_in_effect import in_effect, note
-    from pipeline.workspace.files import read_json, write_json
+    from pipeline.workspace.files import read_record, write_record
+    from pipeline.workspace.manifest import listed_text
 
     pipeline, rule = Path(params).with_name("dvc.yaml"), config.seeds_until
     if rule is None:
         reproduce(pipeline)
     else:
         settings, count = settings_hash(config), 0
-        known = read_json(layout.looks)["settings"] if layout.looks.exists() else settings
+        known = read_record(layout.looks)["settings"] if layout.looks.exists() else settings
         wanted = len(config.seeds) if known == settings else rule.at_least
         while count != wanted:
             count = wanted
             note(in_effect(config, count), layout.seeds_in_effect)
             reproduce(pipeline)
-            comparison = read_json(layout.comparison)
+            comparison = read_comparison(layout)
             look = comparison["look"]
-            write_json(layout.looks, {"settings": settings, "looks": look["looks"]})
+            write_record(layout.looks, {"settings": settings, "looks": look["looks"]})
             print(look_line(comparison), flush=True)
             wanted = look["next_seeds"]
-    return (layout.reports / "comparison.txt").read_text(encoding="utf-8").rstrip("\n")
+    return listed_text(layout.plots, layout.reports / "comparison.txt").rstrip("\n")
 
 
 def settings_hash(config: Config) -> str:

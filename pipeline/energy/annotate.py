@@ -16,7 +16,7 @@ from pipeline.model.shards import gathered
 from pipeline.progress.display import due, span, within
 from pipeline.settings.params import Config
 from pipeline.trajectories.table import kept
-from pipeline.trajectories.trajectory import Trajectories, concatenate
+from pipeline.trajectories.trajectory import Trajectories, concatenate, require_known_ids
 from pipeline.workspace.finite import require_finite
 from pipeline.workspace.processes import Tell
 
@@ -32,7 +32,9 @@ def score_trajectories(
 
     Raises:
         NumericsError: one of these numbers is not finite.
+        TrajectoryError: a token is none of the policy's.
     """
+    require_known_ids(trajectories, policy.model.get_input_embeddings().weight.shape[0])
     result = [np.zeros(len(trajectories.input_ids), dtype=np.float32) for _ in TokenScores._fields]
     sequences, done = trajectories.sequences, 0
     for batch in batches_of(policy, sequences, tokens_per_forward):

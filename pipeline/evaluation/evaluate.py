@@ -85,9 +85,9 @@ def validate(
 
 
 def episode_results(trajectories: Trajectories, **labels: Any) -> pa.Table:
-    """One row per episode, the input of every comparison.
+    """One row per episode, the input of every comparison; columns are those of ``trajectories.results``.
 
-    Columns: the labels (environment, method, seed, temperature), state (initial state's key), rollout (number among the
+    The labels (environment, method, seed, temperature), state (initial state's key), rollout (number among the
     state's episodes), success, return, end_reason, turns, of these valid_turns, disallowed_turns, malformed_turns
     and cut_turns (see ``trajectory.RESPONSES``), tokens (sampled), action_tokens.
     """

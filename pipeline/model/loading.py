@@ -16,6 +16,7 @@ from pipeline.model.origin import origin
 from pipeline.model.policy import Policy
 from pipeline.settings.params import Config
 from pipeline.workspace.errors import UserError
+from pipeline.workspace.manifest import MANIFEST, require_whole
 
 
 def load_policy(
@@ -98,13 +99,21 @@ def _adapted(on: Policy, adapters: Adapters, options: dict[str, Any], name: str,
 def load_trained(directory: str | Path, config: Config, base: Path | None = None) -> Policy:
     """Load a policy that the pipeline has written: in the precision of ``policy.dtype``, on the GPU if there is one.
 
-    Adapters that are not where they look for their base need it as ``base``.
+    Adapters that are not where they look for their base need it as ``base``. A directory without a manifest was written by
+    an earlier version, and taken as it is.
 
     Raises:
-        UserError: the directory is not there; ``models/policy`` would be a hub id, too.
+        UserError: the directory is not there (``models/policy`` would be a hub id, too), or a file of it, or of the policy
+            that adapters are on, is not as it was written, or it is another training's.
     """
-    if not Path(directory).is_dir():
+    directory = Path(directory)
+    if not directory.is_dir():
         raise UserError(f"{directory}: no such policy; run `make repro` first")
+    if (directory / MANIFEST).exists():
+        require_whole(directory, moved=not directory.name.startswith("seed-"))
+        adapters = find_adapters(directory, base=base)
+        if adapters is not None and (Path(adapters.base) / MANIFEST).exists():
+            require_whole(Path(adapters.base), moved=True)
     dtype = config.policy.dtype if config.policy.kind == "pretrained" else "float32"
     policy = load_policy(directory, dtype=dtype, context=longest_context(config), base=base)
     policy.model.to("cuda" if torch.cuda.is_available() else "cpu")

@@ -29,7 +29,7 @@ from pipeline.settings.policy import Demonstrations, Phase, ScratchPolicy
 from pipeline.training.module import PolicyGradient
 from pipeline.training.run import try_iteration
 from pipeline.training.update_kl import ROLES
-from pipeline.workspace.files import read_json, write_json
+from pipeline.workspace.files import read_record, write_record
 from pipeline.workspace.layout import Cache, Layout
 
 LAKE = "frozen_lake"
@@ -82,14 +82,14 @@ def measure(
 def keep(points: Sequence[Timed], target: Path) -> None:
     """Write points as JSON, with the name of what they were measured on."""
     rows = [{**point._asdict(), "work": {k: list(v) for k, v in point.work.items()}} for point in points]
-    write_json(target, {"device": device_name(), "threads": torch.get_num_threads(), "points": rows})
+    write_record(target, {"device": device_name(), "threads": torch.get_num_threads(), "points": rows})
 
 
 def kept_points(source: Path) -> list[Timed]:
     """What ``keep`` has written."""
     return [
         Timed(row["name"], row["shape"], {k: Work(*v) for k, v in row["work"].items()}, row["seconds"])
-        for row in read_json(source)["points"]
+        for row in read_record(source)["points"]
     ]
 
 
@@ -180,7 +180,7 @@ def recorded(layout: Layout, config: Config, environment: str) -> dict[str, floa
     files = {name: layout.timings(environment, name) for name in config.methods}
     result = {}
     for name, file in files.items():
-        curves = read_json(file)["seeds"] if file.exists() else {}
+        curves = read_record(file)["seeds"] if file.exists() else {}
         spent = {f"{PREFIX}{phase}": seconds for phase, seconds in phase_seconds(curves).items()}
         if spent:
             result[name] = sum(seconds_by_name(spent).values())

@@ -17,6 +17,7 @@ from pipeline.report.declared import exclusion_lines
 from pipeline.report.tables import Table
 from pipeline.settings.method import Method
 from pipeline.settings.params import Config
+from pipeline.workspace.manifest import require_listed
 
 UNKNOWN = "not known"
 ELSEWHERE = "in reports/index.html (times differ between equal runs)"
@@ -77,12 +78,17 @@ def checklist_tables(
 
 
 def policy_size(folder: Path) -> int | None:
-    """Number of parameters of a saved policy, from the heads of its weight files; None if there are none."""
+    """Number of parameters of a saved policy, from the heads of its weight files; None if there are none.
+
+    Raises:
+        DamagedError: a file is not as it was written.
+    """
     files = sorted(folder.rglob("*.safetensors"))
     if not files:
         return None
     total = 0
     for file in files:
+        require_listed(folder, file)
         with safe_open(file, framework="np") as weights:
             total += sum(int(np.prod(weights.get_slice(name).get_shape())) for name in weights.keys())  # noqa: SIM118
     return total

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
+from pipeline.analysis.registration import registered_states
 from pipeline.report.commits import committed
-from pipeline.workspace.files import read_json
 from pipeline.workspace.layout import Layout
 
 SHORT = 12
@@ -47,7 +47,7 @@ def registration_lines(
 
 def registration_foot(comparison: Mapping[str, Any], layout: Layout) -> list[str]:
     """``registration_lines`` with all dates, for the report's foot."""
-    entries = read_json(layout.registered) if layout.registered.exists() else []
+    entries = registered_states(layout.registered)
     return registration_lines(comparison["registration"], entries, committed(layout.hypotheses))
 
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from itertools import chain
 from pathlib import Path
 
-from pipeline.analysis.comparison import read_timings
+from pipeline.analysis.comparison import read_comparison, read_timings
 from pipeline.analysis.interventions import read_interventions
 from pipeline.analysis.timings import environment_shares
 from pipeline.progress.display import doing
@@ -14,8 +14,9 @@ from pipeline.report.commits import MADE, last_changed, made_by, noted_revisions
 from pipeline.report.comparison_tables import comparison_text, interventions_markdown, verdicts_markdown
 from pipeline.settings.params import Config
 from pipeline.settings.presets import load_preset
-from pipeline.workspace.files import read_json, write_text
+from pipeline.workspace.files import read_text, write_text
 from pipeline.workspace.layout import Layout
+from pipeline.workspace.manifest import listed_text
 
 NOT_RUN = "Not run yet."
 """A block's content before there is anything."""
@@ -43,7 +44,7 @@ def publish(config: Config) -> list[str]:
         published += publish_preset(preset)
     judged = [Layout(Path(config.out)), *(Layout(Path("presets") / preset) for preset in POLES)]
     if all(one.comparison.exists() for one in judged):
-        text = verdicts_markdown([read_json(one.comparison) for one in judged])
+        text = verdicts_markdown([read_comparison(one) for one in judged])
         publish_block(RESULTS, "verdicts", text, [one.all_runs for one in judged])
     settings = [config, *(load_preset(preset, Path(".")) for preset in PLAYED)]
     played = {one.comparison: read_interventions(one, Layout(Path(one.out))) for one in settings}
@@ -52,12 +53,12 @@ def publish(config: Config) -> list[str]:
     for preset in BOTTLENECKS:
         table = Layout(Path("presets") / preset).reports / "bottleneck.md"
         if table.exists():
-            publish_block(RESULTS, f"bottleneck {preset}", table.read_text(encoding="utf-8").rstrip(), [])
+            publish_block(RESULTS, f"bottleneck {preset}", read_text(table).rstrip(), [])
             published.append(f"bottleneck {preset}")
     name_commits(RESULTS)
     bench = Layout(Path(config.out)).reports / "bench.txt"
     if bench.exists():
-        replace_block(PERFORMANCE, "bench", fenced(bench.read_text(encoding="utf-8")))
+        replace_block(PERFORMANCE, "bench", fenced(read_text(bench)))
         shutil.copy2(bench.with_suffix(".png"), FIGURES / "bench.png")
         published.append("measurements")
     return published
@@ -67,7 +68,7 @@ def publish_default(config: Config) -> list[str]:
     """Put what params.yaml gives into README.md and docs/results.md; returns its names."""
     layout = Layout(Path(config.out))
     reports, runs = layout.reports, [layout.all_runs]
-    publish_block(README, "comparison", fenced(comparison_text(read_json(layout.comparison))), runs)
+    publish_block(README, "comparison", fenced(comparison_text(read_comparison(layout))), runs)
     publish_block(RESULTS, "comparison", comparison_block(config), runs)
     copy_figures((reports / "figures").glob("*.png"))
     published = [config.comparison]
@@ -97,7 +98,7 @@ def publish_texts(layout: Layout, what: str, name: str) -> list[str]:
     text = layout.reports / what / name / f"{what}.txt"
     if not text.exists():
         return []
-    publish_block(RESULTS, f"{what} {name}", fenced(text.read_text(encoding="utf-8")), [layout.all_runs])
+    publish_block(RESULTS, f"{what} {name}", fenced(read_text(text)), [layout.all_runs])
     shutil.copy2(text.with_suffix(".png"), FIGURES / f"{name}-{what}.png")
     return [f"{what} {name}"]
 
@@ -120,7 +121,7 @@ def publish_sweeps(config: Config, prefix: str) -> list[str]:
         swept, confirmed = layout.sweep(study), layout.confirmation(study)
         parts = [swept / "sweep.txt", *(confirmed.reports / name for name in ("comparison.txt", "verdict.txt"))]
         if all(part.exists() for part in parts):
-            text = "\n".join(part.read_text(encoding="utf-8") for part in parts)
+            text = "\n".join(read_text(part) for part in parts)
             publish_block(RESULTS, f"{prefix}sweep {study}", fenced(text), [confirmed.all_runs])
             pictures = (*swept.glob("*-slice.png"), *swept.glob("*-contour*.png"))
             copy_figures(pictures, f"{prefix.replace(' ', '-')}sweep-")
@@ -132,7 +133,7 @@ def comparison_block(config: Config) -> str:
     """A comparison's Markdown, and what its environments cost."""
     layout = Layout(Path(config.out))
     timings = read_timings(config, layout)
-    written = (layout.reports / "comparison.md").read_text(encoding="utf-8")
+    written = listed_text(layout.plots, layout.reports / "comparison.md")
     text = re.sub(r"^#", "##", written.rstrip(), flags=re.M)  # headings a level lower
     for name in config.environments:
         shares = [environment_shares(curves) for (place, _), curves in timings.items() if place == name]

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
-from pipeline.workspace.files import read_json
+from pipeline.workspace.files import read_record, read_text
 from pipeline.workspace.layout import Layout
 
 
@@ -17,14 +17,14 @@ def read_sweeps(layout: Layout) -> list[dict[str, Any]]:
     for summary in sorted(layout.sweep("*").parent.glob("*/summary.json")):
         folder = summary.parent
         verdict = layout.confirmation(folder.name).reports / "verdict.txt"
-        outcome, drawn = read_json(summary), read_json(folder / "figures.json")
+        outcome, drawn = read_record(summary), read_record(folder / "figures.json")
         sections.append(
             {
                 "name": folder.name,
                 # Indented lines are what the table has.
                 "summary": "\n".join(line for line in drawn["summary"].splitlines() if not line.startswith("  ")),
                 "table": _table(outcome),
-                "verdict": verdict.read_text(encoding="utf-8").splitlines() if verdict.exists() else [],
+                "verdict": read_text(verdict).splitlines() if verdict.exists() else [],
                 "figures": drawn["figures"],
             }
         )

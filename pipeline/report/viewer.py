@@ -16,7 +16,8 @@ from pipeline.settings.params import Config
 from pipeline.trajectories.prompting import plain_text
 from pipeline.trajectories.records import episode_records
 from pipeline.trajectories.trajectory import Trajectories
-from pipeline.workspace.errors import UserError
+from pipeline.workspace.errors import UserError, line_of
+from pipeline.workspace.manifest import require_listed
 
 
 @dataclass(frozen=True)
@@ -30,12 +31,16 @@ class SavedTokenizer:
         """From a policy's directory.
 
         Raises:
-            UserError: it has no tokenizer.json.
+            UserError: it has no tokenizer.json, or that is damaged.
         """
         file = policy / "tokenizer.json"
         if not file.exists():
             raise UserError(f"{file}: no such file; `dvc repro` makes it")
-        return cls(Tokenizer.from_file(str(file)))
+        require_listed(policy, file)
+        try:
+            return cls(Tokenizer.from_file(str(file)))
+        except Exception as error:  # the library has no other class for what is no tokenizer
+            raise UserError(f"{file}: no tokenizer: {line_of(error)}") from None
 
 
 def viewer_data(

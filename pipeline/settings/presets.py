@@ -7,7 +7,7 @@ from typing import Any
 from pipeline.settings.params import Config, parse
 from pipeline.settings.section import PART
 from pipeline.workspace.errors import UserError, listed, shown
-from pipeline.workspace.files import write_text
+from pipeline.workspace.files import read_bytes, write_text
 from pipeline.workspace.yaml_files import read_yaml, yaml_text
 
 
@@ -23,7 +23,7 @@ def resolve_preset(name: str, root: Path) -> Path:
     folder = root / "presets" / name
     for file, text in made_files(name, root).items():
         target = folder / file
-        if not target.exists() or target.read_text(encoding="utf-8") != text:
+        if not target.is_file() or target.read_bytes() != text.encode():
             write_text(target, text)
     return folder / "params.yaml"
 
@@ -52,7 +52,7 @@ def require_made(params_file: Path, root: Path) -> None:
     if not (folder / "overlay.yaml").exists():
         return
     for file, text in made_files(folder.name, root).items():
-        if (folder / file).read_text(encoding="utf-8") != text:
+        if read_bytes(folder / file) != text.encode():
             raise UserError(
                 f"{folder / file}: not what its overlay makes of it; run `make preset PRESET={folder.name}`"
             )

@@ -1,14 +1,13 @@
 """SHA-256 of files and folders; a large file is read once while it is untouched."""
 
 import hashlib
-import json
 import os
 import time
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from pipeline.workspace.errors import UserError
-from pipeline.workspace.files import lock, read_json, write_json
+from pipeline.workspace.files import lock, read_json, read_record, write_record
 from pipeline.workspace.layout import Cache
 
 LARGE = 2**20
@@ -18,21 +17,21 @@ TICK = 2 * 10**9
 """Nanoseconds within which a file may be written twice and show the same times."""
 
 
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file; one that cannot be read is a UserError."""
+def file_hash(path: Path, algorithm: Literal["sha256", "md5"] = "sha256") -> str:
+    """SHA-256 of a file, or the hash by which DVC knows it; one that cannot be read is a UserError."""
     try:
         stamp = stamp_of(path)
         if stamp.size < LARGE:
-            return hashlib.sha256(path.read_bytes()).hexdigest()
-        place, known = str(path.resolve()), _known()
+            return hashlib.new(algorithm, path.read_bytes(), usedforsecurity=False).hexdigest()
+        place, known = f"{'' if algorithm == 'sha256' else 'md5:'}{path.resolve()}", _known()
         if known.get(place, [None])[:-1] == [*stamp]:
             return str(known[place][-1])
         with path.open("rb") as file:
-            digest = hashlib.file_digest(file, "sha256").hexdigest()
+            digest = hashlib.file_digest(file, lambda: hashlib.new(algorithm, usedforsecurity=False)).hexdigest()
         # A file that has just been written could be written again within the same tick of its clock.
         if stamp_of(path) == stamp and time.time_ns() - max(stamp.modified, stamp.changed) > TICK:
             with lock(KNOWN.with_suffix(".lock")):
-                write_json(KNOWN, {**_known(), place: [*stamp, digest]})
+                write_record(KNOWN, {"files": {**_known(), place: [*stamp, digest]}})
         return digest
     except OSError as error:
         raise UserError(f"{path}: cannot be read: {error.strerror}") from None
@@ -54,11 +53,12 @@ def stamp_of(path: Path) -> Stamp:
 
 
 def _known() -> dict[str, list[Any]]:
+    """Hashes by file, with the stamps that they were made at; none if what is kept is damaged."""
     try:
-        found = json.loads(KNOWN.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found: dict[str, list[Any]] = read_record(KNOWN)["files"]
+        return found
+    except (UserError, KeyError, TypeError):
         return {}
-    return found if isinstance(found, dict) else {}
 
 
 def tree_hashes(path: Path) -> dict[str, str]:

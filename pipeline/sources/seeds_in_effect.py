@@ -8,7 +8,7 @@ from pathlib import Path
 
 from pipeline.settings.params import Config
 from pipeline.workspace.errors import UserError
-from pipeline.workspace.files import read_json, write_json
+from pipeline.workspace.files import read_record, write_record
 
 
 def with_seeds_in_effect(config: Config, file: Path) -> Config:
@@ -21,9 +21,10 @@ def with_seeds_in_effect(config: Config, file: Path) -> Config:
     if rule is None:
         return config
     try:
-        found = read_json(file) if file.exists() else None
+        record = read_record(file) if file.exists() else None
     except UserError:
-        found = None  # written by another command: it is made anew
+        record = None  # damaged: it is made anew
+    found = record["seeds"] if isinstance(record, dict) else record
     known = [rule.seeds(count) for count in rule.counts]
     return in_effect(config, len(found) if found in known else rule.at_least)
 
@@ -38,4 +39,4 @@ def in_effect(config: Config, count: int) -> Config:
 
 def note(config: Config, file: Path) -> None:
     """Write the seeds of the configuration as those in effect."""
-    write_json(file, list(config.seeds))
+    write_record(file, {"seeds": list(config.seeds)})

@@ -19,7 +19,7 @@ from pipeline.report.style import PNG, STYLE, WIDTH
 from pipeline.settings.sweep import Logarithmic, LogarithmicFromZero
 from pipeline.sweep.result import EVALUATORS, SearchResult, report_text, short_names, short_study, summary
 from pipeline.sweep.space import from_value, to_value
-from pipeline.workspace.files import replacing, write_json
+from pipeline.workspace.files import replacing, write_record
 
 FEWEST = 4
 """Complete trials below which there is nothing to be drawn."""
@@ -48,7 +48,9 @@ def write_figures(found: Sequence[SearchResult], folder: Path) -> None:
             title = f"{search.plan.method}: {drawing.title}"
             drawn.append({"title": title, "caption": drawing.caption, "plotly": json.loads(figure.to_json())})
             _save(drawing, search, folder / f"{search.plan.method}-{drawing.name}.png")
-    write_json(folder / "figures.json", {"name": found[0].plan.study, "summary": report_text(found), "figures": drawn})
+    write_record(
+        folder / "figures.json", {"name": found[0].plan.study, "summary": report_text(found), "figures": drawn}
+    )
 
 
 def drawings(found: SearchResult) -> list[Drawing]:

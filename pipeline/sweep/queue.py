@@ -18,13 +18,11 @@ import optuna
 import psutil
 from optuna.exceptions import UpdateFinishedTrialError
 from optuna.storages import BaseStorage, JournalStorage, RDBStorage
-from optuna.storages.journal import JournalFileBackend
-from optuna.storages.journal._file import BaseJournalFileLock
 from optuna.trial import FrozenTrial, Trial, TrialState
 
+from pipeline.sweep.journal import Journal
 from pipeline.workspace.addresses import shown
 from pipeline.workspace.errors import UserError, line_of
-from pipeline.workspace.files import drop_unfinished_line, lock
 
 SILENT_BEATS = 6
 """A worker elsewhere that misses so many heartbeats is taken for dead."""
@@ -38,12 +36,11 @@ def open_storage(url: str | None, journal: Path) -> BaseStorage:
     """The storage of a sweep: a journal file, or a database by URL.
 
     Raises:
-        UserError: the database cannot be used.
+        UserError: the database cannot be used, or the journal is damaged.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     if url is None:
-        journal.parent.mkdir(parents=True, exist_ok=True)
-        return JournalStorage(JournalFileBackend(str(journal), _Lock(journal)))
+        return JournalStorage(Journal(journal))
     try:
         return _database(url)
     except Exception as error:  # SQLAlchemy's and the driver's errors have no common base
@@ -59,28 +56,6 @@ def _database(url: str) -> RDBStorage:
             return RDBStorage(url)
         time.sleep(1.0)
     return RDBStorage(url)
-
-
-class _Lock(BaseJournalFileLock):
-    """A lock on the journal that ends with its holder; of Optuna's own, a killed worker's stops all others for 30 s.
-
-    It is taken to append. What a worker that was killed while it appended has left unfinished is removed first: readers
-    pass over an unfinished last line, but cannot read the journal any more once there is another behind it.
-    """
-
-    def __init__(self, journal: Path) -> None:
-        self._journal = journal
-
-    def acquire(self) -> bool:
-        with contextlib.ExitStack() as held:
-            held.enter_context(lock(self._journal.with_suffix(".lock")))
-            with self._journal.open("r+b") as file:
-                drop_unfinished_line(file)
-            self._held = held.pop_all()
-        return True
-
-    def release(self) -> None:
-        self._held.close()
 
 
 class Queue:

@@ -14,6 +14,7 @@ from pipeline.sweep.plan import SearchPlan
 from pipeline.sweep.space import suggest
 from pipeline.training.alarms import alarm_text
 from pipeline.training.budget import progress
+from pipeline.training.checkpoints import drop
 from pipeline.training.run import Curve, TrainingJob, train_until
 from pipeline.training.seed_key import training_task
 from pipeline.workspace.files import lock
@@ -69,7 +70,7 @@ class TrainingObjective:
             if rung < iterations and trial.should_prune():
                 for task in tasks:
                     with lock(task.cache / "lock"):  # another trial may have the same settings
-                        (task.cache / "checkpoint.ckpt").unlink(missing_ok=True)
+                        drop(task.cache)
                 raise TrialPruned(f"stopped after {rung} iterations")
         values_found = (success(curves, sweep.score), *((tokens(curves),) if sweep.fewer_tokens else ()))
         return Outcome(values_found, violations(curves, sweep.constraints), curves)

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.workspace.errors import UserError
-from pipeline.workspace.files import read_json
+from pipeline.workspace.files import read_record
 
 
 def noted_runs(file: Path) -> dict[str, dict[str, Any]]:
@@ -13,7 +13,7 @@ def noted_runs(file: Path) -> dict[str, dict[str, Any]]:
     Raises:
         UserError: the file is not there, or not what a training writes.
     """
-    noted = read_json(file)
+    noted = read_record(file)
     seeds = noted.get("seeds") if isinstance(noted, dict) else None
     if not isinstance(seeds, dict) or not all(map(_is_run, seeds.values())):
         raise UserError(f"{file}: not what a training writes; delete it, `dvc repro` makes it again")

@@ -14,10 +14,10 @@ from pipeline.settings.alarms import PREFIX
 from pipeline.tracking.training import TrainingRun
 from pipeline.training.alarms import alarm_text, alarms
 from pipeline.training.budget import progress, training_over
+from pipeline.training.checkpoints import LAST, saving
 from pipeline.training.module import PolicyGradient
 from pipeline.trajectories.table import write
 from pipeline.workspace.faults import writing
-from pipeline.workspace.files import replacing
 from pipeline.workspace.finite import located, require_finite
 from pipeline.workspace.processes import Tell
 from pipeline.workspace.stopping import asked
@@ -128,7 +128,7 @@ class Log(Callback):
 
 
 class Checkpoint(Callback):
-    """Saves after every iteration, replacing the last checkpoint at once; counts iterations begun in begun.log.
+    """Saves after every iteration, and keeps the checkpoint before (``checkpoints.saving``); counts iterations begun in begun.log.
 
     Of several processes the first one writes, and all take part in the checkpoint. The last iteration's episodes are kept before its checkpoint says that the training is over.
     """
@@ -143,12 +143,11 @@ class Checkpoint(Callback):
                 log.write(f"{trainer.current_epoch}\n")
 
     def on_train_epoch_end(self, trainer: Any, pl_module: Any) -> None:
-        checkpoint = self._folder / "checkpoint.ckpt"
         if pl_module.team.first and pl_module.last_update:
             write(pl_module.last_episodes, self._folder / "episodes.parquet", pl_module.last_update)
         with (
             pl_module.phases.phase("checkpoint"),
-            replacing(checkpoint) if pl_module.team.first else nullcontext(checkpoint) as partial,
+            saving(self._folder) if pl_module.team.first else nullcontext(self._folder / LAST) as partial,
         ):
             trainer.save_checkpoint(partial)
 

@@ -1,7 +1,6 @@
 """Running trainings: resumable, each in a process of its own, finished results kept by key."""
 
 import logging
-import shutil
 import warnings
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -22,10 +21,13 @@ from pipeline.sources.hashes import tree_hashes
 from pipeline.tracking.training import RunSettings, TrainingRun
 from pipeline.training.budget import progress, training_over
 from pipeline.training.callbacks import Checkpoint, Clock, End, Log, Progress, Validation, Watch
+from pipeline.training.checkpoints import drop, pass_over, sound
 from pipeline.training.module import PolicyGradient
 from pipeline.training.seed_key import TrainingTask, table_slice
 from pipeline.training.team import ALONE, Team, join, require_room, trainer_settings
+from pipeline.trajectories.parquet import copy_parquet
 from pipeline.trajectories.table import read
+from pipeline.trajectories.trajectory import TrajectoryError, require_known_ids
 from pipeline.workspace.files import lock, read_json, replacing, write_json
 from pipeline.workspace.finite import located
 from pipeline.workspace.layout import Layout
@@ -71,11 +73,11 @@ def train_until(job: TrainingJob, iterations: int, report: Tell) -> Curve:
 
 def _train_until(job: TrainingJob, iterations: int, report: Tell) -> Curve:
     """See ``train_until``; nobody else works on this training."""
-    task, train, checkpoint = job.task, job.task.config.train, job.task.cache / "checkpoint.ckpt"
+    task, train = job.task, job.task.config.train
     if task.finished:
         curve: Curve = read_json(task.result / "curves.json")
         return curve[:iterations]
-    saved: Curve = torch.load(checkpoint, mmap=True, weights_only=True)["curve"] if checkpoint.exists() else []
+    checkpoint, saved = _last(task)
     over = training_over(saved, train)
     if len(saved) >= iterations and not over:
         return saved[:iterations]
@@ -85,22 +87,44 @@ def _train_until(job: TrainingJob, iterations: int, report: Tell) -> Curve:
     most = len(saved) if over else iterations  # killed after its last iteration, it has none to make
     plan, meeting = train.processes, task.cache / "meeting"
     if plan.number == 1:
-        return _train(job, most, report, ALONE)[:iterations]
+        return _train(job, most, report, ALONE, checkpoint)[:iterations]
     require_room(task.config)
     meeting.unlink(missing_ok=True)
     try:
-        return run_together(lambda rank: _train(job, most, report, join(rank, plan, meeting)), plan.number)[:iterations]
+        together = run_together(
+            lambda rank: _train(job, most, report, join(rank, plan, meeting), checkpoint), plan.number
+        )
+        return together[:iterations]
     finally:
         meeting.unlink(missing_ok=True)
 
 
-def _train(job: TrainingJob, iterations: int, report: Tell, team: Team) -> Curve:
-    """What one process of a training does; returns its learning curve."""
-    task, checkpoint, first = job.task, job.task.cache / "checkpoint.ckpt", None
+def _last(task: TrainingTask) -> tuple[Path | None, Curve]:
+    """The checkpoint that a training goes on from, if there is one, and the curve so far.
+
+    One behind the last iteration is none without that iteration's episodes, which are in a file of their own.
+    """
+    for checkpoint in sound(task.cache):
+        curve: Curve = torch.load(checkpoint, mmap=True, weights_only=True)["curve"]
+        if not training_over(curve, task.config.train):
+            return checkpoint, curve
+        try:
+            read(task.cache / "episodes.parquet")
+            return checkpoint, curve
+        except TrajectoryError as error:
+            pass_over(checkpoint, str(error))
+    return None, []
+
+
+def _train(job: TrainingJob, iterations: int, report: Tell, team: Team, checkpoint: Path | None) -> Curve:
+    """What one process of a training does, from a checkpoint on or from the start; returns its learning curve."""
+    task, first = job.task, None
     within(0.0, "loading the policy", insist=True)
     policy = load_trained(task.policy, task.config)
-    if job.table is not None and not checkpoint.exists():
-        first = table_slice(read(job.table), task.config, task.environment, task.seed)
+    if job.table is not None and checkpoint is None:
+        table = read(job.table)
+        require_known_ids(table, policy.model.get_input_embeddings().weight.shape[0])
+        first = table_slice(table, task.config, task.environment, task.seed)
     module = PolicyGradient(task.config, task.environment, task.method, task.seed, policy, first, team)
     run = TrainingRun(job.tracking, task.cache) if job.tracking is not None and team.first else None
     own = [Progress(report), *([Log(run)] if run else [])] if team.first else []
@@ -108,12 +132,12 @@ def _train(job: TrainingJob, iterations: int, report: Tell, team: Team) -> Curve
         task.cache, iterations, [Clock(), Validation(), Watch(), *own, Checkpoint(task.cache), End()], team
     )
     with located(f"{task.environment}-{task.method}, seed {task.seed}"):
-        _fit(trainer, module, ckpt_path=checkpoint if checkpoint.exists() else None, weights_only=True)
+        _fit(trainer, module, ckpt_path=checkpoint, weights_only=True)
     if training_over(module.curve, task.config.train):
         trained = module.result()
         if team.first:
             _leave_result(job, module, trained, run)
-            checkpoint.unlink(missing_ok=True)
+            drop(task.cache)
     elif len(module.curve) < iterations:
         stop_if_asked()
     return module.curve
@@ -168,7 +192,7 @@ def _leave_result(job: TrainingJob, module: PolicyGradient, trained: Policy, run
             save_trained(trained, folder / "policy", Layout(Path()).base)
         write_json(folder / "curves.json", module.curve)
         write_json(folder / "timings.json", timings)
-        shutil.copy2(episodes, folder)
+        copy_parquet(episodes, folder / episodes.name)
         if run is not None:
             # Killed after its last iteration, a training has none in memory.
             last = module.last_episodes or read(episodes)

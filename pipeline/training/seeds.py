@@ -1,6 +1,5 @@
 """All seeds of a method: trained where they have not been, and put where evaluation and report look for them."""
 
-import shutil
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -11,8 +10,10 @@ from pipeline.training.alarms import alarm_text
 from pipeline.training.matching import matched
 from pipeline.training.run import TrainingJob, train_one
 from pipeline.training.seed_key import training_task
-from pipeline.workspace.files import read_json, replacing, write_json
+from pipeline.trajectories.parquet import copy_parquet
+from pipeline.workspace.files import read_json, replacing, write_record
 from pipeline.workspace.layout import Cache, Layout
+from pipeline.workspace.manifest import copy_whole
 from pipeline.workspace.processes import in_own_process, run_in_processes
 
 
@@ -51,12 +52,11 @@ def train_seeds(config: Config, environment: str, method: str, layout: Layout) -
     with replacing(target) as partial:
         for task in tasks:
             place = layout.final_policy(environment, method, task.seed)
-            shutil.copytree(task.result / "policy", partial / place.relative_to(target))
+            copy_whole(task.result / "policy", partial / place.relative_to(target))
     for kind, place in (("curves", layout.curves), ("timings", layout.timings), ("runs", layout.runs)):
         seeds = {str(task.seed): read_json(task.result / f"{kind}.json") for task in tasks}
         found = {"matching": matching} if matching and kind == "curves" else {}
-        write_json(place(environment, method), {"seeds": seeds, **found})
-    with replacing(layout.episodes(environment, method)) as partial:
-        shutil.copy2(tasks[0].result / "episodes.parquet", partial)
+        write_record(place(environment, method), {"seeds": seeds, **found})
+    copy_parquet(tasks[0].result / "episodes.parquet", layout.episodes(environment, method))
     alarmed = {task.seed: alarm_text(read_json(task.result / "curves.json")) for task in tasks}
     return Trained(target, len(jobs), matching, {seed: text for seed, text in alarmed.items() if text})

@@ -261,6 +261,19 @@ def concatenate(parts: Sequence[Trajectories]) -> Trajectories:
     )
 
 
+def require_known_ids(trajectories: Trajectories, count: int) -> None:
+    """Refuse token ids that a policy of ``count`` tokens does not have.
+
+    Raises:
+        TrajectoryError: the greatest one is not below that.
+    """
+    greatest = int(trajectories.input_ids.max(initial=0))
+    if greatest >= count:
+        raise TrajectoryError(
+            f"token id {greatest} is none of the policy's, which end at {count - 1}: another one sampled it"
+        )
+
+
 def offsets_of(lengths: np.ndarray) -> np.ndarray:
     """int64 (n + 1,): where each of n stretches of these lengths begins, and where the last one ends."""
     return np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)]).astype(np.int64)

@@ -1,5 +1,6 @@
 """The error of a person who can mend it, and lines that a terminal shows."""
 
+import sys
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
@@ -15,6 +16,11 @@ MOST_MISTAKES = 20
 
 class UserError(Exception):
     """A file or a setting of the user's that cannot be used; ``str()`` is one line per mistake."""
+
+
+def warn(text: str) -> None:
+    """Say on standard error, in one line, what was found wrong and could be mended here."""
+    print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 def line_of(error: Exception, *addresses: str) -> str:

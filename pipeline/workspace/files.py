@@ -1,20 +1,27 @@
-"""Small output files with stable bytes, replaced at once, and locks on what several commands may write."""
+"""Small output files with stable bytes, replaced at once, and locks on what several commands may write.
+
+What is read back by this project carries a checksum: ``write_record`` and ``read_record``.
+"""
 
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO, NoReturn
 
 from filelock import FileLock, Timeout
 
-from pipeline.workspace.errors import UserError
+from pipeline.workspace.errors import UserError, line_of
 from pipeline.workspace.faults import writing
 from pipeline.workspace.finite import require_finite
 from pipeline.workspace.ours import require_removable
+from pipeline.workspace.seals import BLANK, MARK, name_of, require_sealed, sealed
 from pipeline.workspace.stopping import asked, stop_if_asked
+
+CHECKSUM = "checksum"
+"""Key of a record's seal."""
 
 
 def write_json(path: Path, value: Any) -> None:
@@ -25,21 +32,71 @@ def write_json(path: Path, value: Any) -> None:
 
 def read_json(path: Path) -> Any:
     """Parse a JSON file; one that is missing or not JSON is a UserError, and so is one with NaN or Infinity in it."""
+    return _parsed(read_bytes(path), path)
+
+
+def write_record(path: Path, values: Mapping[str, Any], later: Path | None = None) -> None:
+    """As ``write_json``, with a checksum that ``read_record`` asks for; no key of ``values`` may be ``CHECKSUM``.
+
+    ``later`` is where the file will be when it is read, if that is elsewhere.
+    """
+    _refuse_non_finite(str(path), values)
+    text = json.dumps({**values, CHECKSUM: BLANK.decode()}, indent=1, sort_keys=True, allow_nan=False) + "\n"
+    write_bytes(path, sealed(text.encode(), name_of(later or path)))
+
+
+def read_record(path: Path) -> Any:
+    """What ``write_record`` wrote there; of earlier versions' files, which have no checksum, whatever they hold.
+
+    Raises:
+        UserError: the file is missing; a DamagedError if it is not as it was written.
+    """
+    content = read_bytes(path)
+    if never_sealed(content):
+        return _parsed(content, path)
+    require_sealed(content, path)
+    found = _parsed(content, path)
+    del found[CHECKSUM]
+    return found
+
+
+def never_sealed(content: bytes) -> bool:
+    """Whether a record or table is of before there were checksums: two places that one damage cannot both have hit."""
+    return CHECKSUM.encode() not in content and MARK not in content
+
+
+def read_bytes(path: Path) -> bytes:
+    """A file's content; one that is missing or cannot be read is a UserError."""
     try:
-        return json.loads(path.read_text(encoding="utf-8"), parse_constant=_refuse_constant)
-    except (OSError, ValueError) as error:
-        raise UserError(f"{path}: cannot be read: {error}") from None
+        return path.read_bytes()
+    except FileNotFoundError:
+        raise UserError(f"{path}: no such file") from None
+    except OSError as error:
+        raise UserError(f"{path}: cannot be read: {error.strerror}") from None
+
+
+def read_text(path: Path) -> str:
+    """A text in UTF-8; a file that is missing or something else is a UserError."""
+    try:
+        return read_bytes(path).decode()
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8: byte {error.start}") from None
 
 
 def write_text(path: Path, text: str) -> None:
     """Write UTF-8; an existing file is replaced at once."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file; an existing one is replaced at once."""
     with replacing(path) as partial:
-        partial.write_text(text, encoding="utf-8")
+        partial.write_bytes(content)
 
 
 @contextmanager
 def replacing(path: Path) -> Iterator[Path]:
-    """Give a path for a new file or folder, which takes the place of what is at ``path`` once it is written.
+    """Give a path for a new file or folder, which takes the place of what is at ``path`` once it is written, to the disk.
 
     Interrupted, what was there stays. A folder that has what was not made here stays, too, with a UserError.
     """
@@ -47,19 +104,43 @@ def replacing(path: Path) -> Iterator[Path]:
     partial = path.with_name(path.name + ".partial")
     old = path.with_name(path.name + ".old.partial")
     with writing(path):
-        if partial.is_dir() and not partial.is_symlink():
-            shutil.rmtree(partial)
-        else:  # what is written must not go where a link leads
-            partial.unlink(missing_ok=True)
+        remove(partial)  # not what a link leads to
         yield partial
-        if path.is_symlink():
+        for written in [partial, *(partial.rglob("*") if partial.is_dir() else ())]:
+            flush(written)
+        if path.is_symlink() or (path.is_file() and partial.is_dir()):
             path.unlink()
         elif path.is_dir():  # it goes at once, not file by file
             require_removable(path)
             shutil.rmtree(old, ignore_errors=True)
             path.replace(old)
         partial.replace(path)
+        flush(path.parent)
         shutil.rmtree(old, ignore_errors=True)
+
+
+def remove(path: Path) -> None:
+    """Remove a file or a folder, if it is there."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def flush(path: Path) -> None:
+    """Have the disk hold what was written to a file or a folder."""
+    opened = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(opened)
+    finally:
+        os.close(opened)
+
+
+def _parsed(content: bytes, path: Path) -> Any:
+    try:
+        return json.loads(content, parse_constant=_refuse_constant)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path}: cannot be read: {line_of(error)}") from None
 
 
 def drop_unfinished_line(file: BinaryIO) -> None:

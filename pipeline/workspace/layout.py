@@ -72,6 +72,11 @@ class Layout:
         """The comparison's numbers."""
         return self.reports / "comparison.json"
 
+    @property
+    def plots(self) -> Path:
+        """Folder of numbers for plots; its manifest has the checksums of the comparison's texts, too."""
+        return self.reports / "plots"
+
     def trained(self, environment: str, method: str) -> Path:
         """Folder of a method's trained policies."""
         return self.out / "models" / "trained" / f"{environment}-{method}"

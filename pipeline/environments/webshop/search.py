@@ -6,13 +6,16 @@ import shutil
 import tempfile
 from array import array
 from collections.abc import Iterable
-from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import bm25s
 import numpy as np
+
+from pipeline.workspace.errors import UserError, warn
+from pipeline.workspace.files import remove
+from pipeline.workspace.manifest import require_whole, write_manifest
 
 K1, B = 0.9, 0.4
 """Parameters of BM25, those of the published shop's search engine. It reduces words to stems; here they stay whole."""
@@ -64,15 +67,20 @@ def _kept(texts: Iterable[str], cache: Path) -> Any:
     """The index of these texts from the cache; computed and put there if it is missing or cannot be read."""
     digest, count = _digest(texts)
     folder = cache / digest
-    with suppress(Exception):  # numpy and JSON have many errors for what is missing or damaged
-        index = bm25s.BM25.load(folder, show_progress=False)
-        if index.scores["num_docs"] == count:
-            return index
-    shutil.rmtree(folder, ignore_errors=True)
+    if folder.exists():
+        try:
+            require_whole(folder)
+            index = bm25s.BM25.load(folder, show_progress=False)
+            if index.scores["num_docs"] == count:
+                return index
+        except UserError as error:
+            warn(f"{error}; the index is made again")
+        remove(folder)
     index = _computed(texts)
     cache.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(dir=cache))
     index.save(partial, show_progress=False)
+    write_manifest(partial, later=folder)
     try:
         partial.rename(folder)
     except OSError:  # another process was first

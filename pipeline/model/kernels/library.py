@@ -5,14 +5,20 @@ import hashlib
 import os
 import platform
 import shutil
+import stat
 import subprocess
+import tempfile
+from collections.abc import Mapping
 from functools import lru_cache
 from pathlib import Path
+from textwrap import shorten
 from typing import Any, NamedTuple
 
 from platformdirs import user_cache_path
 
-from pipeline.workspace.errors import UserError
+from pipeline.workspace.errors import UserError, line_of, warn
+from pipeline.workspace.files import flush, remove
+from pipeline.workspace.seals import DamagedError, require_sealed_file, seal_file
 
 SOURCE = Path(__file__).with_name("kernels.c")
 FLAGS = ("-O3", "-fPIC", "-shared", "-Wno-psabi")
@@ -75,9 +81,9 @@ def kernel(name: str) -> Any:
 def library() -> Library | None:
     """The compiled kernels; None if there is no C compiler, or ``ACTFOCUS_KERNELS=off`` is in the environment.
 
-    They are for the widest instruction set of the machine, or for the one that ``ACTFOCUS_KERNELS`` names. They are
-    kept beside the source or, where that cannot be written to, in the user's cache; never in a folder that others can
-    write to, because what is found there is loaded.
+    They are for the widest instruction set of the machine, or for the one that ``ACTFOCUS_KERNELS`` names. A line tells if
+    they do not compile: results have other last digits without them, and other keys (``build``). They are kept beside the
+    source or, where that cannot be, in the user's cache; what others could have put there is not loaded.
 
     Raises:
         UserError: ``ACTFOCUS_KERNELS`` names what is no instruction set, or none of this machine.
@@ -89,11 +95,24 @@ def library() -> Library | None:
     if choice is not None and choice not in names:
         allowed = ", ".join(["off", *names])
         raise UserError(f"{CHOICE}: {choice!r} is not an instruction set of this machine; allowed: {allowed}")
+    failed: dict[str, str] = {} if names else _broken_compiler()
     for name in names if choice is None else [choice]:
-        functions = _load(name)
-        if functions is not None:
-            return Library(name, functions)
+        try:
+            functions = _load(name)
+        except _NotBuiltError as error:
+            failed[name] = str(error)
+            continue
+        _tell(failed, f"those for {name} are used")
+        return Library(name, functions)
+    _tell(failed, "PyTorch computes in their place")
     return None
+
+
+def _tell(failed: Mapping[str, str], instead: str) -> None:
+    """Say which kernels there are not, if any, and what computes."""
+    if failed:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in failed.items())
+        warn(f"kernels: {reasons}; {instead}, and results have keys of their own")
 
 
 def usable() -> list[str]:
@@ -119,30 +138,102 @@ def _macros(compiler: str | None) -> bytes:
     return b""
 
 
-def _load(name: str) -> ctypes.CDLL | None:
-    """Compile what is not there yet. What the processor can run is part of the key, as machines may share a cache."""
+class _NotBuiltError(Exception):
+    """Why there are no kernels of an instruction set."""
+
+
+def _broken_compiler() -> dict[str, str]:
+    """A compiler that is there, or was asked for, and does not work; a machine without any is no mistake."""
+    compiler = os.environ.get("CC") or shutil.which("cc")
+    return {} if compiler is None else {compiler: "no compiler that works"}
+
+
+def _load(name: str) -> ctypes.CDLL:
+    """Load what has been compiled, or compile it. What the processor can run is part of the key, as machines may share a cache.
+
+    Raises:
+        _NotBuiltError: it does not compile, or cannot be loaded from anywhere.
+    """
     compiler, flags = _compiler(), (*FLAGS, *INSTRUCTION_SETS[name].flags)
     assert compiler is not None
     machine = (_macros(compiler), platform.machine().encode(), _processor_flags())
     key = hashlib.sha256(b"\0".join([SOURCE.read_bytes(), *machine, *map(str.encode, flags)])).hexdigest()
-    folders = [SOURCE.parent / "__pycache__", user_cache_path("actfocus")]
-    for folder in filter(Path.is_absolute, folders):  # a user may have no home
-        target = folder / f"kernels-{name}-{key[:16]}.so"
+    file, command, reason = f"kernels-{name}-{key[:16]}.so", [compiler, *flags], "no folder to keep it in"
+    own = user_cache_path("actfocus")
+    for folder in (SOURCE.parent / "__pycache__", *([own] if own.is_absolute() else [])):  # a user may have no home
         try:
-            if not target.exists():
-                folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-                partial = target.with_suffix(f".{os.getpid()}")  # of processes at once the last one wins, all are equal
-                subprocess.run([compiler, *flags, "-o", partial, SOURCE, "-lm"], capture_output=True, check=True)
-                partial.replace(target)
-            loaded = ctypes.CDLL(str(target))
-            for function, types in _SIGNATURES.items():
-                getattr(loaded, function).argtypes, getattr(loaded, function).restype = types, None
-            return loaded
-        except OSError:  # a folder that cannot be written to, or not executed from
-            continue
-        except subprocess.CalledProcessError:  # a compiler without vector extensions
-            return None
-    return None
+            folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+            if (found := _kept(folder / file)) is not None:
+                return found
+            if why := _why_not_private(folder):
+                reason = f"{folder} {why}"
+                continue
+            return _built(command, folder / file)
+        except OSError as error:  # a folder that cannot be written to, or not executed from
+            reason = f"{folder}: {line_of(error)}"
+    with tempfile.TemporaryDirectory() as place:  # its owner's alone; what is loaded stays after it is removed
+        try:
+            built = _built(command, Path(place) / file)
+        except OSError:
+            raise _NotBuiltError(reason) from None
+    warn(f"kernels: compiled for this command alone: {reason}")
+    return built
+
+
+def _kept(target: Path) -> ctypes.CDLL | None:
+    """The library that was compiled before. One that others could have put there is not loaded, nor a damaged one: a line
+    tells, and None is returned, as where there is none."""
+    if not os.path.lexists(target):
+        return None
+    why = _why_not_private(target) or _why_not_private(target.parent)
+    if why:
+        warn(f"kernels: {target} is not loaded, it or its folder {why}; compiled again")
+        return None
+    try:
+        require_sealed_file(target, target.name)
+    except DamagedError as error:
+        warn(f"kernels: {error}; compiled again")
+        return None
+    return _opened(target)
+
+
+def _why_not_private(path: Path) -> str | None:
+    """Why others than this user and root could have written a file or folder, or None. What is kept in it is executed."""
+    status = path.lstat()
+    if stat.S_ISLNK(status.st_mode):
+        return "is a link"
+    if status.st_uid not in (0, os.getuid()):
+        return f"belongs to user {status.st_uid}"
+    return "can be written to by others" if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH) else None
+
+
+def _built(command: list[str], target: Path) -> ctypes.CDLL:
+    """Compile the library, to be found again with a checksum.
+
+    Raises:
+        _NotBuiltError: it does not compile.
+        OSError: it cannot be written or loaded there.
+    """
+    partial = target.with_suffix(f".{os.getpid()}")  # of processes at once the last one wins, all are equal
+    try:
+        subprocess.run([*command, "-o", partial, SOURCE, "-lm"], capture_output=True, check=True)
+    except subprocess.CalledProcessError as error:  # a compiler without vector extensions
+        said = error.stderr.decode(errors="replace").splitlines()
+        mistake = next((line for line in said if "error" in line), f"exit code {error.returncode}")
+        raise _NotBuiltError(f"does not compile: {shorten(mistake, 120, placeholder=' …')}") from None
+    partial.chmod(0o700)
+    seal_file(partial, target.name)
+    flush(partial)
+    remove(target)
+    partial.replace(target)
+    return _opened(target)
+
+
+def _opened(target: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(target))
+    for function, types in _SIGNATURES.items():
+        getattr(loaded, function).argtypes, getattr(loaded, function).restype = types, None
+    return loaded
 
 
 def build() -> str:
