@@ -8,7 +8,7 @@ from typing import Any
 from pipeline.sources.hashes import file_hash
 from pipeline.workspace.errors import UserError, warn
 from pipeline.workspace.files import remove
-from pipeline.workspace.yaml_files import read_yaml
+from pipeline.workspace.yaml_files import LARGEST_LOCK, read_yaml
 
 OBJECTS = Path(".dvc/cache/files/md5")
 """Where they are unless DVC is told otherwise; elsewhere nothing is looked at."""
@@ -27,7 +27,7 @@ def drop_damaged(noted: Path) -> None:
 
 def _stages(noted: Path) -> dict[str, Any]:
     try:
-        found = read_yaml(noted)
+        found = read_yaml(noted, LARGEST_LOCK)
     except UserError:
         return {}  # DVC says so itself
     stages = found.get("stages") if isinstance(found, dict) else None
