@@ -58,8 +58,8 @@ class Method(Section):
             )
         # What is defined on trees, and only there.
         branching, advantage = self.branching, self.advantage
-        if (branching.kind == "temperature_switch") != (advantage.kind == "reinforced"):
-            raise ValueError("branching temperature_switch and advantage reinforced go together")
+        if (branching.kind == "temperature_shift") != (advantage.kind == "reinforced"):
+            raise ValueError("branching temperature_shift and advantage reinforced go together")
         if branching.kind == "none":
             if isinstance(advantage, TreeAdvantage):
                 raise ValueError(f"advantage {advantage.kind} needs branches, and branching is none")
