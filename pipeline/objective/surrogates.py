@@ -6,7 +6,9 @@ tokens as the policy now scores them; the loss is then given its tokens' rows of
 """
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -189,17 +191,26 @@ def plan_balanced_clip(tokens: UpdateTokens, section: BalancedClip) -> Minibatch
     if section.by_probability:
         size = size * tokens.logprob_old.exp()
     positive, negative = tokens.advantage > 0, tokens.advantage < 0
-    bounds, ends = {"low": section.low[0], "high": section.high[0]}, {"low": section.low[1], "high": section.high[1]}
-    steps = {"low": section.low_step, "high": section.high_step}
+    bounds = {"low": section.low[0], "high": section.high[0]}
 
     def reached() -> bool:
         gain = float((size * ratio.clamp(max=bounds["high"]))[positive].sum())
         cost = float((size * ratio.clamp(min=bounds["low"]))[negative].sum())
         return gain >= section.positive_share * (cost + (gain if section.share_of == "total" else 0.0))
 
+    def reached_at(bound: str, moves: int) -> bool:
+        start, end = getattr(section, bound)
+        bounds[bound] = min(end, start + moves * getattr(section, f"{bound}_step"))
+        return reached()
+
     for bound in (section.first, "low" if section.first == "high" else "high"):
-        while bounds[bound] < ends[bound] and not reached():
-            bounds[bound] = min(ends[bound], bounds[bound] + steps[bound])
+        if (
+            not reached()
+        ):  # a higher upper bound may change that, once and for all; so the moves need not be tried one by one
+            start, end = getattr(section, bound)
+            most = math.ceil((end - start) / getattr(section, f"{bound}_step"))
+            moves = bisect_left(range(most), True, key=partial(reached_at, bound))
+            reached_at(bound, moves)
     return torch.tensor([bounds["low"], bounds["high"]], dtype=ratio.dtype).expand(len(ratio), 2)
 
 

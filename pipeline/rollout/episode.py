@@ -111,7 +111,8 @@ class Episode:
         does not write the end."""
         (turn,) = (turn for turn in self.builder.turns if turn["start"] <= split < turn["end"])
         begun = [*self.builder.ids[turn["start"] : split], token]
-        room = len(begun) < self.section.response_tokens and split + 1 < self.section.context_tokens
+        said = len(begun) - len(self.dialogue.prefill_ids)
+        room = said < self.section.response_tokens and split + 1 < self.section.context_tokens
         return room and END_OF_RESPONSE not in decode(self.dialogue.tokenizer, begun).text
 
     def request(self) -> Request:

@@ -19,9 +19,10 @@ class Method(Section):
     """One choice per slot, and the step size. In ``methods`` every key is optional; ``method_defaults`` fills the rest."""
 
     source: str = ""
-    """Where the method comes from; decides nothing."""
+    """Where the method comes from, and what a faithful one was compared with; decides nothing."""
     status: Status = "ours"
-    """``faithful`` to its source, ``after`` it where only the idea is known, or ``ours``; decides nothing."""
+    """``faithful``: compared with its source in formula and in every default of the slots that it names; ``after``: only the
+    idea, or a part of it; ``ours``; decides nothing."""
     branching: Branching = Independent()
     """Where do episodes come from?"""
     reward: Reward

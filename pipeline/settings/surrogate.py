@@ -5,10 +5,11 @@ from typing import Annotated, Literal, Union
 from pydantic import Field
 
 from pipeline.settings.custom import Custom
-from pipeline.settings.section import MOST, Float, Number, Positive, Probability, Section, Share
+from pipeline.settings.section import MOST, Float, Number, Positive, Probability, Section, Share, at_least
 
 Low = Annotated[Float, Field(gt=0.0, lt=1.0)]
 Dual = Annotated[Float, Field(gt=1.0, le=MOST)]
+Step = Annotated[Float, Field(gt=0.0, le=MOST), at_least(1e-6)]
 
 
 class PPOClip(Section):
@@ -92,9 +93,9 @@ class BalancedClip(Section):
     """Lower bound of the ratio: where it starts, and where it ends."""
     high: tuple[Positive, Positive] = (1.2, 3.0)
     """Upper bound of the ratio: where it starts, and where it ends."""
-    low_step: Positive = 0.02
+    low_step: Step = 0.02
     """By which the lower bound moves."""
-    high_step: Positive = 0.05
+    high_step: Step = 0.05
     """By which the upper bound moves."""
     positive_share: Probability = 0.4
     """Share that tokens of positive advantage shall have."""
