@@ -34,8 +34,6 @@ PHRASES = [
     )
 ]
 
-EOS_ID = TOKENIZER.eos_token_id
-
 
 def positions_section(**changes: Any) -> Positions:
     return Positions(kind="positions", **{"signal": "entropy", **changes})
@@ -93,14 +91,15 @@ def lake(groups: int = 2, group_size: int = 6, **environment: Any) -> Config:
 
 
 def phrases(wave: Trajectories) -> Likeliest:
-    """In place of each token all that a ``Chatter`` may say there, the last of them again up to a number of four."""
+    """In place of each token up to four that a ``Chatter`` may say there and go on behind; else the one that stands there."""
     tokens = np.zeros((len(wave.input_ids), 4), dtype=np.int32)
     for row, base in zip(rows(wave), wave.offsets, strict=False):
         for turn in row["turns"]:
             for place in range(turn["start"], turn["end"]):
                 said = row["input_ids"][turn["start"] : place].tolist()
-                found = sorted({own[len(said)] for own in PHRASES if own[: len(said)] == said} - {EOS_ID})
-                tokens[base + place] = [*found, *[*found, EOS_ID][-1:] * 4][:4]
+                more = [own for own in PHRASES if own[: len(said)] == said and len(own) > len(said) + 1]
+                found = sorted({own[len(said)] for own in more})
+                tokens[base + place] = [*found, *[row["input_ids"][place]] * 4][:4]
     return Likeliest(tokens, np.full(tokens.shape, -1.5, dtype=np.float32))
 
 

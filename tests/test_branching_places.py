@@ -57,7 +57,7 @@ def searched(tree: Tree, width: int, exploration: float, discount: float) -> lis
     """``expandable`` with nodes that are grown episode by episode, and a list of those to try."""
     root, trails = Node(), list[list[int]]()
     for episode in range(len(tree.episodes)):
-        parent, split, _, _ = tree.origins[episode]
+        parent, split = tree.origins[episode][:2]
         turns = tree.turns(episode)
         shared = 0 if parent is None else [turn["start"] for turn in turns].index(split)
         trail = [*([] if parent is None else trails[parent][:shared]), *[episode] * (len(turns) - shared)]
@@ -131,7 +131,7 @@ def test_equal_beginnings_of_turn_paths_are_shared_turns(seed: int) -> None:
     tree = random_tree(np.random.default_rng(seed), at_turns=False)
 
     def sampler(episode: int, token: int) -> int:
-        parent, split, *_ = tree.origins[episode]
+        parent, split = tree.origins[episode][:2]
         return episode if parent is None or token >= split else sampler(parent, token)
 
     for episode in range(len(tree.episodes)):

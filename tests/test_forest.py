@@ -184,7 +184,7 @@ def test_a_response_goes_on_behind_a_token_that_neither_ends_it_nor_takes_the_la
     last = start + len(said) - 1
     assert not parent.goes_on_with(last, said[-1])
     assert parent.goes_on_with(last, said[0])
-    assert parent.goes_on_with(start, said[-1])
+    assert parent.goes_on_with(start, said[1])
     full = Episode(Setup(TOKENIZER, lake(response_tokens=len(said)), NAME), parent.spec)
     full.take(Continuation(said, [0.0] * len(said), [0.0] * len(said), "stop", 0))
     assert full.goes_on_with(last - 1, said[0])

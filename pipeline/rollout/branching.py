@@ -212,7 +212,7 @@ def returns_ahead(tree: Tree, episode: int, discount: float) -> list[float]:
 
 def turn_path(tree: Tree, episode: int) -> tuple[int, ...]:
     """An episode's turns as the numbers of the episodes that have sampled them first: equal beginnings are shared turns."""
-    parent, split, _ = tree.origins[episode]
+    parent, split = tree.origins[episode][:2]
     if parent is None:
         return (episode,) * len(tree.turns(episode))
     shared = sum(bool(turn["end"] <= split) for turn in tree.turns(episode))
