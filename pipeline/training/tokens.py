@@ -86,7 +86,8 @@ def token_table(
         episodes: all that were collected.
         kept: int64: those that passed the filter, in order; all other arguments are of these.
         estimates: what each head said before the update; a column each.
-        estimate: advantages, and the targets of the heads: columns ``<name>_target``, and ``<name>_mask`` where it has one.
+        estimate: advantages, and the targets of the heads: columns ``<name>_target``, and ``<name>_mask`` where it has one. Tokens
+            that do not count are not trained on, and have no entropy or KL term either.
         weight: token weights; each counts as often as ``estimate`` says.
 
     Raises:
