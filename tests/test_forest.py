@@ -26,6 +26,7 @@ from tests.forests import (
     Chatter,
     grow,
     lake,
+    phrases,
     planted,
     positions_section,
     rise_section,
@@ -160,7 +161,11 @@ def test_candidates_begin_with_other_tokens_than_the_one_that_stands_there(seed:
     changed = lake(group_size=8)
     specs = iteration_specs(changed, NAME, seed, 0)
     section = positions_section(initial=2, side="before", width=3, candidates="likeliest")
-    made = planted(changed, section, specs=specs)
+
+    def choices(wave: Trajectories) -> np.ndarray:
+        return np.where(wave.sampled, [len(set(own)) for own in phrases(wave).tokens.tolist()], -np.inf)
+
+    made = planted(changed, section, specs=specs, score=choices)
     table, found = rows(made), 0
     for e, row in enumerate(table):
         if row["split"] is None:
