@@ -246,7 +246,7 @@ def scored_tree(values: Sequence[Sequence[float]], successes: Sequence[bool], bu
     [
         ({}, [(1, 4), (0, 7), (0, 4)]),
         ({"side": "before"}, [(1, 8), (1, 3), (0, 4)]),
-        ({"among": "failed"}, [(0, 7), (0, 4), (0, 8)]),
+        ({"among": "erroneous", "side": "before"}, [(0, 4), (0, 3), (0, 7)]),
         ({"width": 2}, [(1, 4), (1, 4), (0, 7), (0, 7)]),
         ({"width": 3}, [(1, 4), (1, 4), (1, 4)]),
     ],

@@ -53,7 +53,6 @@ def sections(size: int) -> st.SearchStrategy[Section]:
     place = {
         "initial": few,
         "side": st.sampled_from(["before", "after"]),
-        "among": st.sampled_from(["all", "failed"]),
         "width": st.integers(1, size),
         "candidates": st.sampled_from(["sampled", "likeliest"]),
     }

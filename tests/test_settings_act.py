@@ -103,6 +103,7 @@ WHERE: dict[str, dict[str, Any]] = {
     "branching.entropy_rise.tokens": {"base": 0.5},  # then the sign of dH decides, whatever its size
     "branching.entropy_rise.penalty_per": {"penalty": 0.5},
     "branching.positions.signal": {"discount": None, "bounds": None},
+    "branching.positions.among": {"side": "before"},
     "branching.temperature_shift.low": {"target": 0.0},
 }
 # Settings that the first method with them refuses, or where they have next to nothing to act on.

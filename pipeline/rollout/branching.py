@@ -94,7 +94,7 @@ def positions(tree: Tree, section: Positions) -> Growth:
     yield [ROOT] * section.initial
     failed = [not episode.builder.outcome["success"] for episode in tree.episodes]
     chosen = list(range(len(tree.episodes)))
-    if section.among != "all" and any(failed):
+    if section.among == "erroneous" and any(failed):
         chosen = [path for path in chosen if failed[path]]
     scored = ranked_positions(
         [tree.scores[path] for path in chosen], [tree.sampled(path) for path in chosen], section.side

@@ -80,10 +80,10 @@ class Positions(Section):
     first one of each response; a draw for any token."""
     side: Literal["before", "after"] = "after"
     """Sample the scored token again, or only what comes after it (APPO)."""
-    among: Literal["all", "failed", "erroneous"] = "all"
-    """Whether the episodes that succeeded are branched from too, where others failed. ``erroneous``: only from those that
-    failed, and before all other places at their first erroneous token: in the first response that could not be executed the
-    first token of the action, or the one that left the format."""
+    among: Literal["all", "erroneous"] = "all"
+    """Which episodes are branched from. ``erroneous``: those that failed, if any did, and before all other places at their first
+    erroneous token: in the first response that could not be executed the first token of the action, or the one that left the
+    format."""
     width: Count = 1
     """Branches at a position."""
     candidates: Literal["sampled", "likeliest"] = "sampled"
