@@ -131,7 +131,8 @@ BRANCHES: dict[str, dict[str, Any]] = {
     "shared_prefix": {"kind": "entropy_rise"},
     "prefix_credit": {"kind": "positions"},
     "siblings": {"kind": "tree_search"},
-    "reinforced": {"kind": "temperature_switch"},
+    "candidates": {"kind": "positions", "signal": "entropy"},
+    "reinforced": {"kind": "temperature_shift"},
 }
 """A branching for each advantage that needs one."""
 

@@ -10,11 +10,12 @@ from typing import Any
 import numpy as np
 
 from pipeline.model.policy import Policy
+from pipeline.rollout.candidates import Likeliest
 from pipeline.rollout.engine import Continuation, Follow, Request, Sampling
 from pipeline.rollout.episode import Setup
 from pipeline.rollout.forest import Forest
 from pipeline.rollout.specs import EpisodeSpec, iteration_specs
-from pipeline.settings.branching import EntropyRise, Positions, TemperatureSwitch, TreeSearch
+from pipeline.settings.branching import EntropyRise, Positions, TemperatureShift, TreeSearch
 from pipeline.settings.params import Config
 from pipeline.settings.section import Section
 from pipeline.trajectories.trajectory import Trajectories, concatenate
@@ -46,8 +47,8 @@ def search_section(width: int, **changes: Any) -> TreeSearch:
     return TreeSearch(kind="tree_search", width=width, **changes)
 
 
-def switch_section(initial: int, **changes: Any) -> TemperatureSwitch:
-    return TemperatureSwitch(kind="temperature_switch", initial=initial, **changes)
+def shift_section(share: float, **changes: Any) -> TemperatureShift:
+    return TemperatureShift(kind="temperature_shift", share=share, **changes)
 
 
 class Chatter:
@@ -89,6 +90,19 @@ def lake(groups: int = 2, group_size: int = 6, **environment: Any) -> Config:
     return config({"groups": groups, "group_size": group_size}, slippery, **changes)
 
 
+def phrases(wave: Trajectories) -> Likeliest:
+    """In place of each token up to four that a ``Chatter`` may say there and go on behind; else the one that stands there."""
+    tokens = np.zeros((len(wave.input_ids), 4), dtype=np.int32)
+    for row, base in zip(rows(wave), wave.offsets, strict=False):
+        for turn in row["turns"]:
+            for place in range(turn["start"], turn["end"]):
+                said = row["input_ids"][turn["start"] : place].tolist()
+                more = [own for own in PHRASES if own[: len(said)] == said and len(own) > len(said) + 1]
+                found = sorted({own[len(said)] for own in more})
+                tokens[base + place] = [*found, *[row["input_ids"][place]] * 4][:4]
+    return Likeliest(tokens, np.full(tokens.shape, -1.5, dtype=np.float32))
+
+
 def grow(
     forest: Forest, score: Callable[[Trajectories], np.ndarray] = lambda wave: wave.entropy.astype(np.float64)
 ) -> Iterator[Trajectories]:
@@ -98,7 +112,7 @@ def grow(
             return
         yield wave
         if number == 0:
-            forest.score(wave, score(wave))
+            forest.score(wave, score(wave), phrases(wave) if isinstance(forest.engine, Chatter) else None)
 
 
 def in_order(forest: Forest, waves: Iterable[Trajectories]) -> Trajectories:

@@ -44,8 +44,8 @@ def add(
         builder = parent.before(origin.split, episode_id=name)
         start = parent.turns[len(builder.turns)]["start"]
     say(builder, turns, start)
+    builder.turns[-1]["reward"] = value
     builder.finish(success, "turns")
-    builder.outcome["return"] = value
     tree.episodes.append(SimpleNamespace(builder=builder))  # type: ignore[arg-type]
     tree.origins.append(origin)
 

@@ -30,7 +30,19 @@ SURROGATE_ROWS: dict[str, dict[str, Any]] = {
     "straight_through_clip_dual": {"kind": "straight_through_clip", "low": 0.2, "high": 0.25, "dual": 1.4},
     "covariance_clip": {"kind": "covariance_clip", "low": 0.2, "high": 0.3, "share": 0.3, "band": (0.05, 2.0)},
     "covariance_kl": {"kind": "covariance_kl", "share": 0.4, "coefficient": 0.7},
-    "balanced_clip": {"kind": "balanced_clip", "step": 0.07},
+    "balanced_clip": {"kind": "balanced_clip", "low_step": 0.03, "high_step": 0.07},
+    "balanced_clip_code": {
+        "kind": "balanced_clip",
+        "low": (0.8, 0.95),
+        "high": (1.2, 2.0),
+        "low_step": 0.05,
+        "high_step": 0.1,
+        "positive_share": 0.5,
+        "share_of": "negative",
+        "first": "low",
+        "by_probability": False,
+        "dual": 1.4,
+    },
     "procedure_clip": {
         "kind": "procedure_clip",
         "dual": 1.6,
@@ -45,11 +57,11 @@ SURROGATE_ROWS: dict[str, dict[str, Any]] = {
 
 REGULARISER_ROWS: dict[str, dict[str, Any]] = {
     "fixed": {"kind": "fixed", "entropy": 0.03, "kl": 0.2, "kl_estimator": "k2"},
-    "band": {"kind": "entropy_band", "entropy": 0.01, "penalty": 0.4, "kl": 0.1, "kl_estimator": "k3"},
+    "band": {"kind": "entropy_band", "entropy": 0.8, "alpha": 0.5, "low": 0.5, "kl": 0.1, "kl_estimator": "k3"},
 }
 
 
-EARLIER = {"turn_0_entropy": 6.0, "turn_0_tokens": 8.0, "turn_1_entropy": 1.0, "turn_1_tokens": 1.0}
+EARLIER = {"entropies": 1.5, "iterations": 2.0}
 
 
 def row_of(surrogate: str, regulariser: str = "fixed") -> Method:
@@ -164,20 +176,20 @@ def steps(ends: tuple[float, float], step: float) -> list[float]:
     return places
 
 
-def carried(g: Given, low: float, high: float) -> tuple[float, float]:
-    """Loss of positive and of negative advantages that still has a gradient."""
+def carried(g: Given, low: float, high: float, by_probability: bool = True) -> tuple[float, float]:
+    """Loss of positive and of negative advantages, a clipped token's at its bound."""
     gain = cost = 0.0
     for n, o, a, c in zip(g.now, g.old, g.advantage, g.coefficient, strict=True):
-        ratio = math.exp(n - o)
-        if a > 0 and ratio <= high:
-            gain += c * ratio * a
-        if a < 0 and ratio >= low:
-            cost -= c * ratio * a
+        ratio, often = math.exp(n - o), c * (math.exp(o) if by_probability else 1.0)
+        if a > 0:
+            gain += often * min(ratio, high) * a
+        if a < 0:
+            cost -= often * max(ratio, low) * a
     return gain, cost
 
 
-def enough(g: Given, low: float, high: float, share: float, share_of: str) -> bool:
-    gain, cost = carried(g, low, high)
+def enough(g: Given, low: float, high: float, share: float, share_of: str, by_probability: bool = True) -> bool:
+    gain, cost = carried(g, low, high, by_probability)
     whole = gain + cost if share_of == "total" else cost
     return gain >= share * whole
 
@@ -186,18 +198,19 @@ def expect_bounds(
     g: Given,
     low: tuple[float, float] = (0.6, 0.9),
     high: tuple[float, float] = (1.2, 3.0),
-    step: float = 0.07,
-    share: float = 0.5,
+    step: tuple[float, float] = (0.03, 0.07),
+    share: float = 0.4,
     share_of: str = "total",
     first: str = "high",
+    by_probability: bool = True,
 ) -> tuple[float, float]:
     """The first of all pairs that is enough, in the order in which the bounds move; or the last pair."""
-    lows, highs = steps(low, step), steps(high, step)
+    lows, highs = steps(low, step[0]), steps(high, step[1])
     if first == "high":
         pairs = [(low[0], h) for h in highs] + [(bottom, high[1]) for bottom in lows]
     else:
         pairs = [(bottom, high[0]) for bottom in lows] + [(low[1], h) for h in highs]
-    return next((pair for pair in pairs if enough(g, *pair, share, share_of)), pairs[-1])
+    return next((pair for pair in pairs if enough(g, *pair, share, share_of, by_probability)), pairs[-1])
 
 
 def expect_future(g: Given, half_life: float, largest: float) -> list[float]:

@@ -56,8 +56,20 @@ METHODS: dict[str, Any] = {
         "branching": {"kind": "positions", "initial": 2, "signal": "action_start", "side": "before"},
         "advantage": {"kind": "siblings"},
     },
-    "switch": {
-        "branching": {"kind": "temperature_switch", "initial": 2, "target": 9.0, "high": 2.0},
+    "tlpo": {
+        "branching": {
+            "kind": "positions",
+            "initial": 1,
+            "signal": "entropy",
+            "side": "before",
+            "among": "erroneous",
+            "width": 3,
+            "candidates": "likeliest",
+        },
+        "advantage": {"kind": "candidates"},
+    },
+    "shift": {
+        "branching": {"kind": "temperature_shift", "share": 0.5, "target": 9.0, "high": 2.0},
         "advantage": {"kind": "reinforced"},
     },
 }
@@ -158,7 +170,7 @@ def test_scores_of_a_group_do_not_depend_on_other_groups(policy: Policy, method:
 
 def test_what_was_sampled_at_another_temperature_is_trained_on_at_the_rollouts(policy: Policy) -> None:
     changed = branching_config()
-    collection = collection_of(policy, "switch", changed)
+    collection = collection_of(policy, "shift", changed)
     (sampled,) = rounds_of(collection, 0)
     assert sampled.episodes["temperature"] == [1.0, 1.0, 2.0, 2.0] * 2
     trained = collection.rescored(sampled)
@@ -169,10 +181,42 @@ def test_what_was_sampled_at_another_temperature_is_trained_on_at_the_rollouts(p
     hot = (np.array(sampled.episodes["temperature"]) == 2.0)[sampled.token_episode]
     assert np.abs(sampled.logprob - logprob)[hot].max() > 0.1
     np.testing.assert_array_equal(trained.logprob[~hot], sampled.logprob[~hot])
-    module = fit(PolicyGradient(changed, LAKE, "switch", 0, policy), 1)
+    module = fit(PolicyGradient(changed, LAKE, "shift", 0, policy), 1)
     assert module.curve[0]["recompute_error"] < 1e-4
     assert module.last_episodes is not None
     assert to_table(module.last_episodes).equals(to_table(sampled))
+
+
+def test_the_other_temperature_follows_the_entropy_of_the_iteration_before(policy: Policy) -> None:
+    changed = branching_config()
+    for before, temperature in ((0.0, 2.0), (8.5, 1.5), (20.0, 0.8)):
+        collection = collection_of(policy, "shift", changed)
+        (made,) = map(collection.annotate, collection.collect(1, before))
+        assert made.episodes["temperature"] == [1.0, 1.0, temperature, temperature] * 2
+
+
+def test_candidates_are_the_likeliest_tokens_and_are_trained_on_as_the_policy_has_them(policy: Policy) -> None:
+    """Each branch's first token; what is recorded of it is what a forward pass gives, and no other token has an advantage."""
+    changed = branching_config()
+    (made,) = rounds_of(collection_of(policy, "tlpo", changed), 0)
+    policy.model.eval()
+    logprob, entropy, _ = score_trajectories(policy, made, 1.0, 4096)
+    np.testing.assert_allclose(made.logprob, logprob, atol=1e-4)
+    np.testing.assert_allclose(made.entropy, entropy, atol=1e-4)
+    branches = np.flatnonzero(made.parents >= 0)
+    assert len(branches) >= 4
+    first = made.offsets[branches] + made.splits[branches]
+    by_place: dict[tuple[int, int], list[tuple[int, float]]] = {}
+    for e, token in zip(branches, first, strict=True):
+        place = int(made.parents[e]), int(made.splits[e])
+        by_place.setdefault(place, []).append((int(made.input_ids[token]), float(made.logprob[token])))
+    for (parent, split), found in by_place.items():
+        there = int(made.input_ids[made.offsets[parent] + split])
+        assert len({there, *(token for token, _ in found)}) == len(found) + 1
+        assert [own for _, own in found] == sorted((own for _, own in found), reverse=True)
+    module = fit(PolicyGradient(changed, LAKE, "tlpo", 0, policy), 1)
+    assert module.curve[0]["non_finite_losses"] == 0
+    assert module.curve[0]["recompute_error"] < 1e-4
 
 
 # ------------------------------------------------------------------------------------------------- killed and run again
@@ -191,7 +235,7 @@ def killed_within_a_tree(task: TrainingTask) -> None:
     train_one(TrainingJob(task, None, None), quiet)
 
 
-@pytest.mark.parametrize("method", ["arpo", "appo", "seea_r1"])
+@pytest.mark.parametrize("method", ["arpo", "appo", "seea_r1", "tlpo"])
 def test_a_training_killed_within_a_tree_ends_in_the_bytes_of_an_uninterrupted_one(
     method: str, directory: Path, tmp_path: Path
 ) -> None:
@@ -240,6 +284,8 @@ def test_a_training_killed_within_a_tree_ends_in_the_bytes_of_an_uninterrupted_o
         ),
         ({"kind": "positions", "initial": 2, "bounds": [1.1, 1.2]}, "bounds must be two numbers, low < 1 < high"),
         ({"kind": "tree_search", "width": 1}, ".branching.width: "),
+        ({"kind": "temperature_shift", "low": 1.3}, "low must be below high"),
+        ({"kind": "positions", "among": "erroneous", "initial": 2}, "among erroneous needs side before"),
         ({"kind": "thicket"}, ".branching.kind: 'thicket' is not known"),
         ({"kind": "none", "initial": 2}, ".branching.initial: unknown key"),
     ],
@@ -248,14 +294,7 @@ def test_branchings_that_cannot_be_are_refused_in_a_line(branching: dict[str, An
     assert said in refusal({"branching": branching, "advantage": {"kind": "shared_prefix"}})
 
 
-@pytest.mark.parametrize("key", ["high", "low"])
-def test_a_temperature_must_be_another_one(key: str) -> None:
-    branching = {"kind": "temperature_switch", "initial": 2, key: 1.0}
-    said = refusal({"branching": branching, "advantage": {"kind": "reinforced"}})
-    assert said == f"params.yaml: methods.made.branching.{key}: 1.0 is rollout.temperature; choose another"
-
-
-SWITCH = {"kind": "temperature_switch", "initial": 2}
+SHIFT = {"kind": "temperature_shift"}
 
 
 RISE = {"kind": "entropy_rise", "initial": 2}
@@ -265,12 +304,12 @@ RISE = {"kind": "entropy_rise", "initial": 2}
     ("slots_of", "said"),
     [
         (
-            {"branching": SWITCH, "advantage": {"kind": "group"}},
-            "temperature_switch and advantage reinforced go together",
+            {"branching": SHIFT, "advantage": {"kind": "group"}},
+            "temperature_shift and advantage reinforced go together",
         ),
         (
             {"branching": RISE, "advantage": {"kind": "reinforced"}},
-            "temperature_switch and advantage reinforced go together",
+            "temperature_shift and advantage reinforced go together",
         ),
         ({"advantage": {"kind": "siblings"}}, "advantage siblings needs branches, and branching is none"),
         ({"advantage": {"kind": "prefix_credit"}}, "advantage prefix_credit needs branches, and branching is none"),

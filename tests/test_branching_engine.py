@@ -37,7 +37,7 @@ from tests.forests import (
     rise_section,
     rows,
     search_section,
-    switch_section,
+    shift_section,
 )
 from tests.test_collector import NAME, TOKENIZER, config, says
 from tests.test_contracts_kept import EXAMPLES, SOUND
@@ -144,7 +144,7 @@ GROWN = {
     "positions": positions_section(initial=2, side="after", width=1),
     "siblings": positions_section(initial=2, side="before", width=3),
     "search": search_section(2),
-    "switch": switch_section(3, target=0.01, low=0.5, high=1.75),
+    "shift": shift_section(0.625, target=0.0, low=0.4, high=0.5),
 }
 
 
@@ -171,8 +171,8 @@ def test_branches_have_the_log_probabilities_of_a_fresh_forward(
     made = planted(changed, GROWN[growth], engine_of(speaker), speaker.tokenizer)
     assert_forest(made, changed, iteration_specs(changed, NAME, 0, 0), speaker.tokenizer)
     branches = int((made.parents >= 0).sum())
-    assert (branches == 0) if growth == "switch" else (branches >= 6)
-    assert (set(made.episodes["temperature"]) == {temperature, 0.5}) == (growth == "switch")
+    assert (branches == 0) if growth == "shift" else (branches >= 6)
+    assert (set(made.episodes["temperature"]) == {temperature, 0.5}) == (growth == "shift")
     if growth in ("arpo", "search"):
         assert (made.parents[made.parents[made.parents >= 0]] >= 0).any()  # a branch of a branch
     for own in dict.fromkeys(made.episodes["temperature"]):
@@ -214,7 +214,7 @@ def test_a_branch_costs_the_tokens_after_its_split(speaker: Policy, growth: str)
     assert after_splits < 0.9 * sum(sum(len(e.builder) for e in tree.episodes[2:]) for tree in forest.trees)
 
 
-@pytest.mark.parametrize("growth", ["arpo", "siblings", "search", "switch"])
+@pytest.mark.parametrize("growth", ["arpo", "siblings", "search", "shift"])
 def test_fewer_slots_cost_positions_and_change_no_token(speaker: Policy, growth: str) -> None:
     changed = at_temperature(1.0)
     specs = iteration_specs(
@@ -238,7 +238,7 @@ UNBRANCHED = {
     "arpo": rise_section(initial=SIZE),
     "positions": positions_section(initial=SIZE),
     "search": search_section(SIZE),
-    "switch": switch_section(SIZE),
+    "shift": shift_section(1e-9),
 }
 
 

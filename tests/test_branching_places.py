@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -14,13 +13,17 @@ from hypothesis import strategies as st
 
 from pipeline.rollout.branching import (
     expandable,
+    first_error,
+    others,
     positions,
     ranked_positions,
-    temperature_switch,
+    temperature_shift,
     turn_path,
 )
+from pipeline.rollout.candidates import Likeliest
 from pipeline.rollout.tree import ROOT, Origin, Tree
-from pipeline.settings.branching import Positions, TemperatureSwitch
+from pipeline.settings.branching import Positions, TemperatureShift, TreeSearch
+from pipeline.trajectories.trajectory import Role
 from tests.batches import properties, section
 from tests.made_up_trees import add, asked, at, plant
 
@@ -50,26 +53,26 @@ class Node:
         self.values, self.children, self.first = list[float](), dict[int, Node](), -1
 
 
-def searched(tree: Tree, width: int, exploration: float) -> list[Origin] | None:
+def searched(tree: Tree, width: int, exploration: float, discount: float) -> list[Origin] | None:
     """``expandable`` with nodes that are grown episode by episode, and a list of those to try."""
-    returns = [episode.builder.outcome["return"] for episode in tree.episodes]
-    low, high = min(returns), max(returns)
     root, trails = Node(), list[list[int]]()
-    for episode, value in enumerate(returns):
-        parent, split, _ = tree.origins[episode]
+    for episode in range(len(tree.episodes)):
+        parent, split = tree.origins[episode][:2]
         turns = tree.turns(episode)
         shared = 0 if parent is None else [turn["start"] for turn in turns].index(split)
         trail = [*([] if parent is None else trails[parent][:shared]), *[episode] * (len(turns) - shared)]
         trails.append(trail)
         node = root
         for depth, name in enumerate([*trail, None]):
-            node.values.append((value - low) / (high - low) if high > low else 0.0)
+            # Of the turn that led here: what it earned, and what came after it, less for every turn that it is away.
+            node.values.append(
+                sum(discount ** (j - depth + 1) * turns[j]["reward"] for j in range(max(0, depth - 1), len(turns)))
+            )
             if name is not None:
                 if not node.children:
                     node.first = episode
                 node.children.setdefault(name, Node())
                 node = node.children[name]
-                node.depth = depth + 1  # type: ignore[attr-defined]
     stack = [(root, 0)]
     while stack:
         node, depth = stack.pop()
@@ -83,28 +86,42 @@ def searched(tree: Tree, width: int, exploration: float) -> list[Origin] | None:
         bounds = []
         for child in node.children.values():
             mean = sum(child.values) / len(child.values)
-            bounds.append(mean + exploration * math.sqrt(math.log(len(node.values)) / len(child.values)))
+            bounds.append(mean + exploration * math.sqrt(math.log(len(node.values)) / (1 + len(child.values))))
         order = sorted(range(len(bounds)), key=lambda i: (-round(bounds[i], 12), i))
         stack += [(list(node.children.values())[i], depth + 1) for i in reversed(order)]
     return None
 
 
 @properties
-@given(st.integers(0, 10_000), st.integers(2, 3), st.floats(0, 2))
-def test_tree_search_goes_where_a_slow_search_goes(seed: int, width: int, exploration: float) -> None:
+@given(st.integers(0, 10_000), st.integers(2, 3), st.floats(0, 2), st.sampled_from([0.5, 0.99, 1.0]))
+def test_tree_search_goes_where_a_slow_search_goes(seed: int, width: int, exploration: float, discount: float) -> None:
     tree = random_tree(np.random.default_rng(seed), at_turns=True)
-    assert expandable(tree, width, exploration) == searched(tree, width, exploration)
+    asked_for = section(TreeSearch, width=width, exploration=exploration, discount=discount)
+    assert expandable(tree, asked_for) == searched(tree, width, exploration, discount)
 
 
 def test_tree_search_by_hand() -> None:
     """Two roots of returns 0 and 1: with little exploration the better one is gone into, with much the less known one."""
+    little, much = (section(TreeSearch, width=2, exploration=c, discount=0.5) for c in (0.1, 9.0))
     tree = plant(9)
     add(tree, ROOT, [[1.0]] * 3, value=0.0)
     add(tree, ROOT, [[1.0]] * 3, value=1.0)
-    assert expandable(tree, 2, 0.1) == [Origin(1, 6)]
+    assert expandable(tree, little) == [Origin(1, 6)]
     add(tree, Origin(1, 6), [[1.0]] * 2, value=1.0)
-    assert expandable(tree, 2, 0.1) == [Origin(1, 9)]
-    assert expandable(tree, 2, 9.0) == [Origin(0, 6)]  # one episode beneath it, against two
+    assert expandable(tree, little) == [Origin(1, 9)]
+    assert expandable(tree, much) == [Origin(0, 6)]  # one episode beneath it, against two
+
+
+def test_values_of_the_search_are_raw_and_discounted() -> None:
+    """Returns of 1 and 0.8 a turn later are worth 0.5 and 0.4. Scaled to [0, 1] they would be 1 and 0, and the first one's
+    bound the higher one: 1 + sqrt(ln 3 / 3) with its two of three visits against sqrt(ln 3 / 2)."""
+    asked_for = section(TreeSearch, width=2, exploration=1.0, discount=0.5)
+    tree = plant(9)
+    add(tree, ROOT, [[1.0]] * 2, value=1.0)
+    add(tree, ROOT, [[1.0]] * 2, value=0.8)
+    add(tree, Origin(0, 6), [[1.0]], value=1.0)
+    assert 0.5 + math.sqrt(math.log(3) / 3) < 0.4 + math.sqrt(math.log(3) / 2)
+    assert expandable(tree, asked_for) == [Origin(1, 6)]
 
 
 @properties
@@ -114,7 +131,7 @@ def test_equal_beginnings_of_turn_paths_are_shared_turns(seed: int) -> None:
     tree = random_tree(np.random.default_rng(seed), at_turns=False)
 
     def sampler(episode: int, token: int) -> int:
-        parent, split, _ = tree.origins[episode]
+        parent, split = tree.origins[episode][:2]
         return episode if parent is None or token >= split else sampler(parent, token)
 
     for episode in range(len(tree.episodes)):
@@ -138,14 +155,79 @@ def test_a_place_belongs_to_the_oldest_episode_that_has_sampled_the_token_before
             assert owned.parent == min(holders)
 
 
-@pytest.mark.parametrize(("target", "chosen"), [(0.51, 1.5), (0.5, 0.7), (0.49, 0.7)])
-def test_temperature_rises_where_the_initial_episodes_are_below_the_target(target: float, chosen: float) -> None:
-    """Their sampled tokens' mean entropy is 0.5 (of each episode: 0.2 over 3 tokens, 0.8 over 3)."""
+@pytest.mark.parametrize(
+    ("target", "before", "expected"), [(0.5, 0.4, 1.1), (0.5, 0.75, 0.8), (0.5, 0.0, 1.2), (0.0, 0.1, 0.9)]
+)
+def test_the_temperature_is_one_and_what_entropy_lacks(target: float, before: float, expected: float) -> None:
     tree = plant(5)
-    growth = temperature_switch(tree, section(TemperatureSwitch, initial=2, target=target, high=1.5, low=0.7))
-    entropies = itertools.count()
-    places = asked(tree, growth, lambda origin: [[(0.25, 0.75)[next(entropies) % 2]] * 4])
-    assert places == [[ROOT, ROOT], [Origin(temperature=chosen)] * 3]
+    tree.entropy_before = before
+    growth = temperature_shift(tree, section(TemperatureShift, share=0.4, target=target, low=0.8, high=1.2))
+    (places,) = asked(tree, growth, lambda origin: [[1.0]])
+    assert places[:3] == [ROOT] * 3
+    assert [origin.temperature for origin in places[3:]] == pytest.approx([expected] * 2)
+
+
+def test_a_share_below_one_episode_is_met_over_many_initial_states() -> None:
+    """1/64 of 16 is a quarter of an episode; and one episode is always left at the usual temperature."""
+    few, most = (section(TemperatureShift, share=share, target=0.5, low=0.8, high=1.2) for share in (1 / 64, 0.999))
+    drawn = [sum(origin != ROOT for origin in next(temperature_shift(plant(16, seed), few))) for seed in range(400)]
+    assert set(drawn) == {0, 1}
+    assert abs(sum(drawn) / 400 - 0.25) < 0.06
+    assert [sum(origin == ROOT for origin in next(temperature_shift(plant(2, seed), most))) for seed in range(9)] == [
+        1
+    ] * 9
+
+
+def faulty(tree: Tree, episode: int, turn: int, roles: Sequence[Role], valid: bool = False) -> None:
+    """Give a turn's tokens these roles."""
+    builder = tree.episodes[episode].builder
+    span = builder.turns[turn]
+    builder.tokens["role"][span["start"] : span["end"]] = [int(role) for role in roles]
+    builder.turns[turn]["valid"] = valid
+
+
+def test_the_first_erroneous_token_is_in_the_first_response_that_was_not_executed() -> None:
+    """Of two turns of two tokens, at 3, 4 and 7, 8."""
+    thought, acted, left = Role.REASONING, Role.ACTION, Role.OTHER
+    for first, second, valid, expected in (
+        ((thought, acted), (thought, acted), (True, True), None),
+        ((thought, acted), (acted, acted), (True, False), 7),
+        ((thought, acted), (thought, acted), (False, False), 4),
+        ((thought, left), (acted, acted), (False, True), 4),
+        ((left, acted), (acted, acted), (False, True), 4),  # the action comes before what left the format
+        ((thought, thought), (acted, acted), (False, False), None),  # it was cut while it thought
+    ):
+        tree = scored_tree([[0.0] * 4], [False], 5)
+        faulty(tree, 0, 0, first, valid[0])
+        faulty(tree, 0, 1, second, valid[1])
+        assert first_error(tree, 0) == expected
+
+
+def test_errors_come_before_scores_and_successes_have_none() -> None:
+    tree = scored_tree([[2.0, 3.0, 1.0, 0.0], [9.0, 9.0, 9.0, 9.0], [0.0, 0.0, 0.0, 4.0]], [False, True, False], 9)
+    for episode in range(3):
+        faulty(tree, episode, 0, [Role.REASONING, Role.ACTION], valid=True)
+        faulty(tree, episode, 1, [Role.ACTION, Role.ACTION], valid=episode == 0)
+    growth = positions(
+        tree, section(Positions, initial=3, side="before", among="erroneous", width=2, candidates="sampled")
+    )
+    assert next(growth) == [ROOT] * 3
+    assert next(growth) == at((2, 7), (2, 7), (2, 8), (2, 8), (0, 4), (0, 4))
+
+
+def test_the_likeliest_others_begin_the_branches_of_a_place() -> None:
+    tree = scored_tree([[2.0, 3.0, 1.0, 0.0]], [False], 6)
+    there = tree.episodes[0].builder.ids
+    tokens = np.array([[there[place], 70, 71, 72] for place in range(9)])
+    tree.likeliest = [Likeliest(tokens, np.array([[-0.5, -1.0, -2.0, -3.0]] * 9))]
+    found = others(tree, 0, 4)
+    assert [origin.candidate for origin in found] == [(70, -1.0, 1.0), (71, -2.0, 1.0), (72, -3.0, 1.0)]
+    growth = positions(tree, section(Positions, initial=1, side="before", among="all", width=2, candidates="likeliest"))
+    next(growth)
+    places = next(growth)
+    assert [(o.parent, o.split, o.candidate[0]) for o in places if o.candidate] == [
+        *((0, split, token) for split in (4, 3, 7) for token in (70, 71))
+    ]
 
 
 def scored_tree(values: Sequence[Sequence[float]], successes: Sequence[bool], budget: int) -> Tree:
@@ -164,7 +246,7 @@ def scored_tree(values: Sequence[Sequence[float]], successes: Sequence[bool], bu
     [
         ({}, [(1, 4), (0, 7), (0, 4)]),
         ({"side": "before"}, [(1, 8), (1, 3), (0, 4)]),
-        ({"among": "failed"}, [(0, 7), (0, 4), (0, 8)]),
+        ({"among": "erroneous", "side": "before"}, [(0, 4), (0, 3), (0, 7)]),
         ({"width": 2}, [(1, 4), (1, 4), (0, 7), (0, 7)]),
         ({"width": 3}, [(1, 4), (1, 4), (1, 4)]),
     ],
@@ -179,6 +261,7 @@ def test_branches_begin_at_the_best_positions(changes: dict[str, Any], expected:
         "side": "after",
         "among": "all",
         "width": 1,
+        "candidates": "sampled",
     }
     growth = positions(tree, section(Positions, **{**given_settings, **changes}))
     assert next(growth) == [ROOT, ROOT]
@@ -194,6 +277,7 @@ def test_few_positions_are_gone_through_again_and_none_gives_none() -> None:
         "side": "before",
         "among": "all",
         "width": 1,
+        "candidates": "sampled",
     }
     growth = positions(few, section(Positions, **settings_of))
     next(growth)

@@ -26,12 +26,13 @@ from tests.forests import (
     Chatter,
     grow,
     lake,
+    phrases,
     planted,
     positions_section,
     rise_section,
     rows,
     search_section,
-    switch_section,
+    shift_section,
 )
 from tests.test_collector import NAME, TOKENIZER, says
 
@@ -52,14 +53,16 @@ def sections(size: int) -> st.SearchStrategy[Section]:
     place = {
         "initial": few,
         "side": st.sampled_from(["before", "after"]),
-        "among": st.sampled_from(["all", "failed"]),
         "width": st.integers(1, size),
+        "candidates": st.sampled_from(["sampled", "likeliest"]),
     }
+    erroneous = {**place, "side": st.just("before"), "among": st.just("erroneous")}
     return st.one_of(
         st.builds(rise_section, **rise),
         st.builds(positions_section, **place),
         st.builds(search_section, any_width, exploration=st.floats(0, 3)),
-        st.builds(switch_section, few, target=st.floats(0.01, 1)),
+        st.builds(positions_section, **erroneous),
+        st.builds(shift_section, st.floats(0.01, 0.99), target=st.floats(0, 1)),
     )
 
 
@@ -103,7 +106,7 @@ def test_a_group_grows_as_it_does_alone() -> None:
     """What other groups do decides nothing."""
     changed = lake(groups=4)
     specs = iteration_specs(changed, NAME, 0, 0)
-    for section in (rise_section(initial=2), search_section(2), positions_section(initial=2), switch_section(3)):
+    for section in (rise_section(initial=2), search_section(2), positions_section(initial=2), shift_section(0.5)):
         together = rows(planted(changed, section))
         for start in range(0, len(specs), 6):
             alone = rows(planted(changed, section, specs=specs[start : start + 6]))
@@ -121,7 +124,7 @@ def test_episodes_at_another_temperature_are_sampled_and_recorded_at_it() -> Non
             asked_for.append(sampling.temperature)
             return super().generate(requests, sampling, follow)
 
-    made = planted(changed, switch_section(4, target=5.0, high=1.75), Noting())
+    made = planted(changed, shift_section(1 / 3, target=5.0, high=1.75), Noting())
     assert made.episodes["temperature"] == [1.0, 1.0, 1.0, 1.0, 1.75, 1.75] * 2
     assert asked_for == [1.0, 1.75]
     assert (made.parents == -1).all()
@@ -149,6 +152,47 @@ def test_a_branch_may_say_as_much_as_was_left_and_draws_as_its_name_says(number:
     for split in set(range(len(parent.builder) + 1)) - set(forest.trees[0].sampled(0).tolist()):
         with pytest.raises(ValueError, match=f"token {split} of .* is not one that the policy chose"):
             branch_of(parent, split)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_candidates_begin_with_other_tokens_than_the_one_that_stands_there(seed: int) -> None:
+    """Each with another one, recorded with the log-probability and the entropy of its place, and none that ends a response."""
+    changed = lake(group_size=8)
+    specs = iteration_specs(changed, NAME, seed, 0)
+    section = positions_section(initial=2, side="before", width=3, candidates="likeliest")
+
+    def choices(wave: Trajectories) -> np.ndarray:
+        return np.where(wave.sampled, [len(set(own)) for own in phrases(wave).tokens.tolist()], -np.inf)
+
+    made = planted(changed, section, specs=specs, score=choices)
+    table, found = rows(made), 0
+    for e, row in enumerate(table):
+        if row["split"] is None:
+            continue
+        parent, split = table[int(made.parents[e])], row["split"]
+        assert row["input_ids"][split] != parent["input_ids"][split]
+        assert row["logprob"][split] == -1.5
+        assert row["entropy"][split] == parent["entropy"][split]
+        (turn,) = (turn for turn in row["turns"] if turn["start"] <= split < turn["end"])
+        assert split < turn["end"] - 1
+        found += 1
+    assert found >= 4
+    places = [(row["parent"], row["split"], int(row["input_ids"][row["split"]])) for row in table if row["parent"]]
+    assert len(places) == len(set(places))
+
+
+def test_a_response_goes_on_behind_a_token_that_neither_ends_it_nor_takes_the_last_room() -> None:
+    parent = Episode(Setup(TOKENIZER, lake(response_tokens=18), NAME), EpisodeSpec("p", "g", 1, 0, 0, 0, (0, "t")))
+    said, start = TOKENIZER(says("Up"), add_special_tokens=False)["input_ids"], len(parent.builder)
+    parent.take(Continuation(said, [0.0] * len(said), [0.0] * len(said), "stop", 0))
+    last = start + len(said) - 1
+    assert not parent.goes_on_with(last, said[-1])
+    assert parent.goes_on_with(last, said[0])
+    assert parent.goes_on_with(start, said[1])
+    full = Episode(Setup(TOKENIZER, lake(response_tokens=len(said)), NAME), parent.spec)
+    full.take(Continuation(said, [0.0] * len(said), [0.0] * len(said), "stop", 0))
+    assert full.goes_on_with(last - 1, said[0])
+    assert not full.goes_on_with(last, said[0])
 
 
 def test_what_a_response_turns_out_to_be_decides_on_the_beginning_that_it_shares() -> None:

@@ -146,7 +146,7 @@ TREES = {"branching": {"kind": "positions", "initial": 2, "signal": "entropy", "
         ({"kind": "shared_prefix"}, {"kind": "uniform"}),
         ({"kind": "shared_prefix"}, {"kind": "actfocus"}),
         ({"kind": "prefix_credit"}, {"kind": "uniform"}),
-        ({"kind": "siblings", "scope": "token"}, {"kind": "actfocus"}),
+        ({"kind": "candidates"}, {"kind": "actfocus"}),
     ],
     ids=lambda slot: slot["kind"],
 )
@@ -168,7 +168,7 @@ def test_tokens_of_trees_weigh_as_often_as_they_count(
         assert counted.tolist() == (batch.parent < 0).tolist()
     weighed = token_weights(slots, replace(batch, advantage=estimate.advantage)) * estimate.times
     for name, column in {"weight": weighed, "advantage": estimate.advantage, "logprob_old": batch.logprob}.items():
-        assert torch.equal(iteration.table[name], column[batch.trainable & counted[batch.trajectory]]), name
+        assert torch.equal(iteration.table[name], column[batch.trainable & (estimate.times > 0)]), name
     assert iteration.metrics["kept_trajectories"] == iteration.metrics["episodes"] == 8
     assert iteration.metrics["tokens"] == float(batch.trainable.sum()) < float(iteration.episodes.sampled.sum())
     assert sum(value for name, value in iteration.metrics.items() if name.startswith("branches_")) == 4

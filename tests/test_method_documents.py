@@ -25,6 +25,8 @@ ENTRY = re.compile(r"^#{3,4} `(\w+)`$", re.MULTILINE)
 BLOCK = re.compile(r"^```yaml\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 BLOCKS: list[Any] = [YAML(typ="safe", pure=True).load(block) for block in BLOCK.findall(TEXT)]
 NAMES = [name for block in BLOCKS for name in block["methods"]]
+COMPARED = re.compile(r"arXiv \d{4}\.\d{5}, \w|[\w-]+/[\w.-]+@[0-9a-f]{7}|; [\w-]+/[\w.-]+|verl \d")
+"""How a source names a place."""
 PRESETS = ("methods", "branching")
 ROWS = {name for preset in PRESETS for name in preset_values(preset, ROOT)["methods"]}
 SMALL = {key: value for key, value in TINY.items() if key != "method_defaults"}
@@ -111,6 +113,20 @@ def test_an_entry_says_its_rows_status() -> None:
     for preset in PRESETS:
         for name, method in load_preset(preset, ROOT).methods.items():
             assert f"Status: {method.status}" in bodies[name], name
+
+
+def test_a_faithful_row_says_what_it_was_compared_with() -> None:
+    """A part of a paper, a repository or a release: the paper's number alone names nothing that can be looked up."""
+    entries = ENTRY.split(TEXT)[1:]
+    bodies = dict(zip(entries[::2], entries[1::2], strict=True))
+    found = 0
+    for preset in PRESETS:
+        for name, method in load_preset(preset, ROOT).methods.items():
+            if method.status == "faithful":
+                assert COMPARED.search(method.source), (name, method.source)
+                assert "unchecked" not in bodies[name], name
+                found += 1
+    assert found > 10
 
 
 def test_the_controls_are_those_of_the_preset() -> None:

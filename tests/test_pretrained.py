@@ -106,7 +106,7 @@ def test_a_pretrained_policy_goes_all_the_way(kind: str, prefill: str, tmp_path:
     "slots",
     [
         {"regulariser": {"kind": "entropy_target", "entropy": 0.01, "target": 1.5, "rate": 0.1}},
-        {"regulariser": {"kind": "entropy_band", "entropy": 0.01, "penalty": 0.1, "low": 0.99, "high": 1.01}},
+        {"regulariser": {"kind": "entropy_band", "entropy": 0.01, "alpha": 10.0, "low": 0.99, "high": 1.01}},
         {"advantage": {"kind": "entropy_gae", "budget": 1.5}},
         {"advantage": {"kind": "soft_q", "q": {"polyak": 0.5}}, "surrogate": {"kind": "soft_q"}},
     ],

@@ -33,15 +33,6 @@ def close(actual: torch.Tensor, expected: list[float]) -> None:
     torch.testing.assert_close(actual, torch.tensor(expected, dtype=torch.float64), **CLOSE)
 
 
-def turn_numbers(batch: TokenBatch) -> list[int | None]:
-    """For each trainable token which turn of its trajectory it is in, from 0."""
-    result: list[int | None] = []
-    owners = batch.turn_trajectory.tolist()
-    for turn, chosen in zip(batch.turn.tolist(), batch.trainable.tolist(), strict=True):
-        result.append(sum(owner == owners[turn] for owner in owners[:turn]) if chosen else None)
-    return result
-
-
 def four_trajectories(entropy: list[float], success: list[bool]) -> TokenBatch:
     """Two groups of two trajectories, each a prompt and one token with this entropy."""
     zeros = torch.zeros(8, dtype=torch.float64)
@@ -89,21 +80,28 @@ def test_fixed_is_the_same_bonus_everywhere_and_no_band(batch: TokenBatch, entro
 
 
 @properties
-@given(PATHS, st.sampled_from([0.0, 0.01]), st.sampled_from([(0.8, 1.2), (0.0, 0.5), (1.0, 1.0)]))
+@given(
+    PATHS,
+    st.sampled_from([0.001, 2.0]),
+    st.sampled_from([(0.0, 2.0), (0.5, 1.5), (1.0, 1.0)]),
+    st.sampled_from([2, 7, 150]),
+)
 def test_entropy_band_equals_reference_over_iterations(
-    path: list[TokenBatch], entropy: float, band: tuple[float, float]
+    path: list[TokenBatch], entropy: float, band: tuple[float, float], steps: int
 ) -> None:
-    history: dict[int, list[float]] = {}
+    """One history of all turns, of whole iterations, the present one not among them; beta falls from 2 to 1."""
+    history: list[float] = []
     state: dict[str, float] = {}
-    for batch in path:
-        numbers, n = turn_numbers(batch), len(batch.role)
+    for number, drawn in enumerate(path):
+        batch = replace(drawn, iteration=number)
+        n, beta = len(batch.role), 1 + math.exp(-3 * number / math.floor(steps / 2))
         penalty, low, high = [0.0] * n, [-math.inf] * n, [math.inf] * n
-        for t, number in enumerate(numbers):
-            if number in history:
-                mean = math.fsum(history[number]) / len(history[number])
-                penalty[t], low[t], high[t] = 0.3, band[0] * mean, band[1] * mean
+        for t, chosen in enumerate(batch.trainable.tolist()):
+            if history and chosen:
+                mean = math.fsum(history) / len(history)
+                penalty[t], low[t], high[t] = entropy * beta * 0.3, band[0] * mean, band[1] * mean
         before = dict(state)
-        settings = section(EntropyBand, entropy=entropy, penalty=0.3, low=band[0], high=band[1])
+        settings = section(EntropyBand, entropy=entropy, alpha=0.3, steps=steps, low=band[0], high=band[1])
         terms, following = entropy_band(batch, state, settings)
         close(terms.bonus, [entropy] * n)
         close(terms.penalty, penalty)
@@ -111,25 +109,40 @@ def test_entropy_band_equals_reference_over_iterations(
         close(terms.high, high)
         assert state == before
         state = following
-        for t, number in enumerate(numbers):
-            if number is not None:
-                history.setdefault(number, []).append(float(batch.entropy[t]))
+        now = [h for h, chosen in zip(batch.entropy.tolist(), batch.trainable.tolist(), strict=True) if chosen]
+        if now:
+            history.append(math.fsum(now) / len(now))
 
 
 def test_golden_entropy_band() -> None:
-    """Means of the first turn's tokens: 1, then (4 + 4 * 2) / 8 = 1.5 over both earlier iterations."""
+    """Iterations of 1, 2 and 9 nats: bands around 1, and around their mean of 1.5; beta is 1 + e^-3 and 1 + e^-6 at K = 2."""
     state: dict[str, float] = {}
-    slots = row("entropy_band", penalty=0.5, low=0.8, high=1.2)
-    for entropy, penalty, low, high in (
-        (1.0, 0.0, -math.inf, math.inf),
-        (2.0, 0.5, 0.8, 1.2),
-        (9.0, 0.5, 1.2, 1.8),
+    slots = row("entropy_band", entropy=0.5, alpha=0.2, steps=2, low=0.5, high=2.0)
+    for number, entropy, penalty, low, high in (
+        (0, 1.0, 0.0, -math.inf, math.inf),
+        (1, 2.0, 0.1049787, 0.5, 2.0),
+        (2, 9.0, 0.1002479, 0.75, 3.0),
     ):
-        batch = four_trajectories([entropy] * 4, [True] * 4)
+        batch = replace(four_trajectories([entropy] * 4, [True] * 4), iteration=number)
         terms, state = entropy_terms(slots, batch, state)
         for column, value in ((terms.penalty, penalty), (terms.low, low), (terms.high, high)):
-            assert column[batch.trainable].tolist() == pytest.approx([value] * 4)
+            assert column[batch.trainable].tolist() == pytest.approx([value] * 4, abs=1e-6)
         assert terms.penalty[~batch.trainable].tolist() == [0.0] * 4
+
+
+def test_golden_epo_loss_and_slope() -> None:
+    """EPO's at K = 150 after one iteration of 1 nat: -0.001 (H - 1.9608 * 0.1 * P), P = H - 2 above 2 nats and 0 below."""
+    _, state = entropy_terms(row("entropy_band"), four_trajectories([1.0] * 4, [True] * 4))
+    entropies = [0.0, 1.5, 2.0, 3.0]
+    batch = replace(four_trajectories(entropies, [True] * 4), iteration=1)
+    terms, _ = entropy_terms(row("entropy_band"), batch, state)
+    h = batch.entropy.clone().requires_grad_(True)
+    loss = entropy_loss(h, terms)[batch.trainable]
+    (slope,) = torch.autograd.grad(loss.sum(), h)
+    share = 0.1 * (1 + math.exp(-3 / 75))
+    assert loss.tolist() == pytest.approx([0.0, -0.0015, -0.002, -0.003 + 0.001 * share], abs=1e-9)
+    inside, outside = slope[batch.trainable].tolist()[1], slope[batch.trainable].tolist()[3]
+    assert (inside, outside) == pytest.approx((-0.001, -0.001 * (1 - share)))
 
 
 # -------------------------------------------------------------------------------------------------------- target

@@ -33,6 +33,8 @@ PRESETS: dict[str, dict[str, int]] = {
 """Whose rows are looked at, and the budget of an iteration at toy size."""
 LARGEST = {"initial": 4, "width": 2}
 """Of branching within that budget."""
+SHARE = 0.5
+"""Of it, at another temperature: of 1/64 there would be no episode."""
 
 # What a setting is changed to, where half of it, another choice or the opposite would not do.
 CHANGED: dict[str, Any] = {
@@ -51,7 +53,9 @@ CHANGED: dict[str, Any] = {
     "surrogate.covariance_kl.share": 0.5,
     "surrogate.balanced_clip.low": [0.9, 1.0],
     "surrogate.balanced_clip.high": [1.3, 3.0],
-    "surrogate.balanced_clip.step": 0.2,
+    "surrogate.balanced_clip.low_step": 0.2,
+    "surrogate.balanced_clip.high_step": 0.2,
+    "surrogate.balanced_clip.dual": 1.01,
     "surrogate.balanced_clip.positive_share": 0.9,
     "regulariser.entropy_band.low": 0.99,
     "regulariser.entropy_band.high": 100.0,
@@ -74,8 +78,10 @@ CHANGED: dict[str, Any] = {
     "branching.positions.bounds": [0.999, 1.001],
     "branching.tree_search.width": 3,
     "branching.tree_search.exploration": 0.0,
-    "branching.temperature_switch.initial": 2,
-    "branching.temperature_switch.target": 10.0,
+    "branching.tree_search.discount": 0.1,
+    "branching.temperature_shift.target": 10.0,
+    "branching.temperature_shift.high": 1.5,
+    "advantage.siblings.format": [0.5, -0.5],
     "surrogate.ppo_clip.dual": 1.01,
     "surrogate.straight_through_clip.dual": 1.01,
     "surrogate.procedure_clip.dual": 1.01,
@@ -87,7 +93,7 @@ CHANGED: dict[str, Any] = {
 # Where a setting has something to act on: other settings of its section, changed in the baseline too.
 WHERE: dict[str, dict[str, Any]] = {
     "surrogate.covariance_clip": {"band": [0.0, 5.0], "low": 0.2, "high": 0.2},
-    "surrogate.balanced_clip": {"low": [0.5, 1.0], "high": [1.0, 3.0], "step": 0.02},
+    "surrogate.balanced_clip": {"low": [0.5, 1.0], "high": [1.0, 3.0], "low_step": 0.02, "high_step": 0.02},
     "surrogate.sequence_clip": {"low": 0.01, "high": 0.01},
     "regulariser.entropy_target": {"target": 1.5},
     "regulariser.entropy_target.largest": {"target": 1.5, "rate": 1.0},
@@ -100,11 +106,15 @@ WHERE: dict[str, dict[str, Any]] = {
     "branching.entropy_rise.tokens": {"base": 0.5},  # then the sign of dH decides, whatever its size
     "branching.entropy_rise.penalty_per": {"penalty": 0.5},
     "branching.positions.signal": {"discount": None, "bounds": None},
-    "branching.temperature_switch": {"target": 1e-6},
-    "branching.temperature_switch.high": {"target": 10.0},
+    "branching.positions.among": {"side": "before"},
+    "branching.temperature_shift.low": {"target": 0.0},
 }
 # Settings that the first method with them refuses, or where they have next to nothing to act on.
-ROWS = {"aggregation.weight_sum.count": "grpo", "aggregation.token_mean.count": "cispo"}
+ROWS = {
+    "aggregation.weight_sum.count": "grpo",
+    "aggregation.token_mean.count": "cispo",
+    "advantage.siblings.format": "seea_r1",
+}
 # Settings that every row with them refuses.
 REFUSED = {"advantage.soft_q.entropy_scale", "reward.token_entropy.failure", "reward.sequence_entropy.failure"}
 
@@ -133,6 +143,7 @@ def base(preset: str) -> Config:
     for row in raw["methods"].values():
         own = row.get("branching", {})
         own |= {key: min(own[key], most) for key, most in LARGEST.items() if isinstance(own.get(key), int)}
+        own |= {"share": SHARE} if "share" in own else {}
     return parse(raw)
 
 

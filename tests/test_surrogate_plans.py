@@ -118,53 +118,104 @@ def test_covariance_kl_by_hand() -> None:
 
 @pytest.mark.parametrize("first", ["high", "low"])
 @pytest.mark.parametrize("share_of", ["total", "negative"])
+@pytest.mark.parametrize("by_probability", [True, False])
 @given(
-    batches(), st.sampled_from([0.05, 0.31]), st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0]), st.sampled_from([0.5, 1.5])
+    batches(),
+    st.sampled_from([(0.02, 0.05), (0.31, 0.2)]),
+    st.sampled_from([0.0, 0.3, 0.5, 0.9, 1.0]),
+    st.sampled_from([0.5, 1.5]),
 )
 @properties
 def test_plan_of_balanced_clip(
-    share_of: str, first: str, batch: TokenBatch, step: float, share: float, spread: float
+    by_probability: bool,
+    share_of: str,
+    first: str,
+    batch: TokenBatch,
+    step: tuple[float, float],
+    share: float,
+    spread: float,
 ) -> None:
     assume(bool(batch.trainable.any()))
     tokens = in_update(row_of("ppo_clip"), batch, spread)
     low, high = (0.6, 0.9), (1.2, 3.0)
-    settings = {"low": low, "high": high, "step": step, "positive_share": share, "share_of": share_of, "first": first}
+    settings = {
+        "low": low,
+        "high": high,
+        "low_step": step[0],
+        "high_step": step[1],
+        "positive_share": share,
+        "share_of": share_of,
+        "first": first,
+        "by_probability": by_probability,
+    }
     with torch.no_grad():
         plan = plan_balanced_clip(tokens, section(BalancedClip, **settings))
     assert plan.shape == (len(tokens.logprob), 2)
     assert bool((plan == plan[0]).all())
     numbers = Given.of(tokens)
     bounds = plan[0].tolist()
-    assert bounds == pytest.approx(expect_bounds(numbers, low, high, step, share, share_of, first), abs=1e-9)
+    expected = expect_bounds(numbers, low, high, step, share, share_of, first, by_probability)
+    assert bounds == pytest.approx(expected, abs=1e-9)
     assert low[0] <= bounds[0] <= low[1]
     assert high[0] <= bounds[1] <= high[1]
     at_ends = bounds == [low[1], high[1]]
-    assert at_ends or enough(numbers, bounds[0], bounds[1], share, share_of)
+    assert at_ends or enough(numbers, bounds[0], bounds[1], share, share_of, by_probability)
     second_moved = bounds[0] > low[0] if first == "high" else bounds[1] > high[0]
     if second_moved:
         assert bounds[1] == high[1] if first == "high" else bounds[0] == low[1]
 
 
 def test_balanced_clip_by_hand() -> None:
-    """Gains: 1 at once, 2 from bound 2 on. Costs: 1.4 in all, 0.7 less from bound 0.7 (exclusive) on.
+    """Positive: 1 + min(2, high). Negative: 4 times max(0.5, low), at least 2.4; half of all is asked for.
 
-    high first: 1 of 2.4 is not half, at 2.0 it is 3 of 4.4. low first: at 0.75 it is 1 of 1.7.
+    high first: 1 + 1.2 is less than 2.4, 1 + 1.35 too, and 1 + 1.5 is enough. low first moves away from it: 4 * 0.9 = 3.6 at
+    its end, and then 1 + 2 at most, so that both end at their ends.
     """
-    tokens = few([1.0, 2.0, 0.7, 0.7], [1.0, 1.0, -1.0, -1.0])
-    options: dict[str, Any] = {"kind": "balanced_clip", "low": (0.6, 0.9), "high": (1.2, 3.0), "step": 0.15}
-    for first, bounds in (("high", [0.6, 2.1]), ("low", [0.75, 1.2])):
-        row = method(surrogate=options | {"first": first})
-        plan = planned(row, tokens)
+    tokens = few([1.0, 2.0, 0.5, 0.5, 0.5, 0.5], [1.0, 1.0, -1.0, -1.0, -1.0, -1.0])
+    options: dict[str, Any] = {"kind": "balanced_clip", "low_step": 0.15, "high_step": 0.15, "positive_share": 0.5}
+    for first, bounds in (("high", [0.6, 1.5]), ("low", [0.9, 3.0])):
+        plan = planned(method(surrogate=options | {"first": first}), tokens)
         assert plan is not None
         assert plan[0].tolist() == pytest.approx(bounds)
-    # Half of 1.4 is reached at once.
+    # Half of 2.4 is reached at once.
     plan = planned(method(surrogate=options | {"share_of": "negative"}), tokens)
     assert plan is not None
     assert plan[0].tolist() == pytest.approx([0.6, 1.2])
-    loss, slope, clipped = loss_and_slope(method(surrogate=options | {"first": "low"}), tokens)
-    assert loss == pytest.approx([-1, -1.2, 0.75, 0.75])
-    assert slope == pytest.approx([-1, 0, 0, 0])
-    assert clipped == [False, True, True, True]
+    loss, slope, clipped = loss_and_slope(method(surrogate=options), tokens)
+    assert loss == pytest.approx([-1, -1.5, 0.6, 0.6, 0.6, 0.6])
+    assert slope == pytest.approx([-1, 0, 0, 0, 0, 0])
+    assert clipped == [False, True, True, True, True, True]
+
+
+def test_balanced_clip_counts_a_token_as_often_as_the_behaviour_policy_chooses_it() -> None:
+    """Of ratios 1 the positive one had a chance of 0.6 and the negative one of 0.3: 2/3 of all. Alike, they are a half."""
+    tokens = few([1.0, 1.0], [1.0, -1.0])
+    chances = torch.tensor([0.6, 0.3], dtype=torch.float64).log()
+    tokens = replace(tokens, logprob=chances.clone().requires_grad_(True), logprob_old=chances)
+    for by_probability, bounds in ((True, [0.6, 1.2]), (False, [0.9, 3.0])):
+        row = method(surrogate={"kind": "balanced_clip", "positive_share": 0.6, "by_probability": by_probability})
+        plan = planned(row, tokens)
+        assert plan is not None
+        assert plan[0].tolist() == pytest.approx(bounds)
+
+
+def test_balanced_clip_as_released() -> None:
+    """Twice 1 against 3 * 0.8 is above a half: nothing moves. A ratio of 4 counts as 3 where A < 0, and has no gradient."""
+    code = {"low": (0.8, 0.95), "high": (1.2, 2.0), "low_step": 0.05, "high_step": 0.1, "positive_share": 0.5}
+    code |= {"share_of": "negative", "first": "low", "by_probability": False, "dual": 3.0}
+    row = method(surrogate={"kind": "balanced_clip", **code})
+    loss, slope, clipped = loss_and_slope(row, few([1.0, 1.0, 0.7, 0.7, 0.7], [1.0, 1.0, -1.0, -1.0, -1.0]))
+    assert loss == pytest.approx([-1, -1, 0.8, 0.8, 0.8])
+    assert clipped == [False, False, True, True, True]
+    # One against 4 is a quarter: both move to their ends, where it still is.
+    tokens = few([1.5, 4.0], [1.0, -1.0])
+    plan = planned(row, tokens)
+    assert plan is not None
+    assert plan[0].tolist() == pytest.approx([0.95, 2.0])
+    loss, slope, clipped = loss_and_slope(row, tokens)
+    assert loss == pytest.approx([-1.5, 3.0])
+    assert slope == pytest.approx([-1.5, 0.0])
+    assert clipped == [False, True]
 
 
 def test_balanced_clip_weighs_by_the_coefficients() -> None:

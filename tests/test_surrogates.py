@@ -124,6 +124,12 @@ def expect_balanced(g: Given) -> Expected:
     return columns_of([clip_one(math.exp(n - o), a, low, high) for n, o, a in pairs])
 
 
+def expect_balanced_code(g: Given) -> Expected:
+    low, high = expect_bounds(g, (0.8, 0.95), (1.2, 2.0), (0.05, 0.1), 0.5, "negative", "low", by_probability=False)
+    pairs = zip(g.now, g.old, g.advantage, strict=True)
+    return columns_of([clip_one(math.exp(n - o), a, low, high) for n, o, a in pairs])
+
+
 def expect_procedure(g: Given) -> Expected:
     """By cases; trajectories with two dual-clipped tokens or more are left out, and the others' loss grows in turn."""
     low, high, dual, safety = 0.8, 1.28, 1.6, 1.4
@@ -165,6 +171,7 @@ EXPECTED: dict[str, Callable[[Given], Expected]] = {
     "covariance_clip": expect_covariance_clip,
     "covariance_kl": expect_covariance_kl,
     "balanced_clip": expect_balanced,
+    "balanced_clip_code": lambda g: expect_dual(g, expect_balanced_code),
     "procedure_clip": expect_procedure,
 }
 

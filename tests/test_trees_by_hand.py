@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import Any
 
@@ -102,7 +103,8 @@ HALF = 0.5**0.5
         ("shared_prefix_hard", [0, HALF, HALF, HALF], [-HALF, -HALF], None),
         ("prefix_credit", [0, 0, 0, 0], [0, 0], [1, 1, 1, 1, 0, 0]),
         ("siblings", [0, HALF, HALF, HALF], [-HALF, -HALF], None),
-        ("siblings_token", [0, HALF, 0, 0], [-HALF, 0], [0, 1, 0, 0, 1, 0]),
+        ("siblings_turn", [0, HALF, HALF, HALF], [-HALF, -HALF], [0, 1, 1, 1, 1, 1]),
+        ("candidates", [0, 0.5, 0, 0], [-0.5, 0], [0, 1, 0, 0, 1, 0]),
     ],
 )
 def test_one_branch_by_hand(name: str, root: list[float], branch: list[float], count: list[int] | None) -> None:
@@ -141,8 +143,12 @@ def test_prefix_credit_by_hand() -> None:
     assert not bool(advantage[5:].any())
 
 
-@pytest.mark.parametrize("scope", ["segment", "token"])
-def test_equal_returns_in_trees_have_advantage_exactly_zero_in_float32(scope: str) -> None:
+@pytest.mark.parametrize(
+    "advantage",
+    [{"kind": "siblings", "scope": "segment"}, {"kind": "siblings", "scope": "turn"}, {"kind": "candidates"}],
+    ids=lambda advantage: advantage.get("scope", "candidates"),
+)
+def test_equal_returns_in_trees_have_advantage_exactly_zero_in_float32(advantage: dict[str, str]) -> None:
     """Eight rows of -0.1 through one stretch: their float32 mean may not be that of the one row beside them."""
     for value in (-0.1, -0.8, 0.7, 1 / 3):
         for leaves in range(1, 12):
@@ -153,13 +159,82 @@ def test_equal_returns_in_trees_have_advantage_exactly_zero_in_float32(scope: st
                 "split": [None, 2, *[3] * leaves],
             }
             batch = token_batch(replace(grown, episodes=tree), np.random.default_rng(0))
-            estimate = token_advantages(row({"kind": "siblings", "scope": scope}), batch, {})
+            estimate = token_advantages(row(advantage), batch, {})
             assert batch.reward.dtype == estimate.advantage.dtype == torch.float32
             assert not bool(estimate.advantage.any()), (value, leaves)
 
 
+def siblings_of(rewards: list[float], logprobs: list[float]) -> Trajectories:
+    """Rows that go their own ways at the second of two sampled tokens, the first of them without branching."""
+    root = EpisodeBuilder(
+        episode_id="0", group_id="g", environment="toy", state_key="s", seed=0, iteration=0, policy_version=0
+    )
+    root.append_text([1], Role.PROMPT)
+    root.append_sampled([2, 3], [Role.ACTION] * 2, [-1.0, logprobs[0]], [0.5] * 2)
+    grown = [root]
+    for number, own in enumerate(logprobs[1:], start=1):
+        branch = root.before(2, **{**root.identity, "episode_id": str(number)})
+        branch.append_sampled([3 + number], [Role.ACTION], [own], [0.5])
+        grown.append(branch)
+    for episode, reward in zip(grown, rewards, strict=True):
+        episode.close_turn(1, reward, "a", True, "s")
+        episode.finish(reward > 0, "goal")
+    trajectories = build(grown)
+    nothing = np.zeros(len(trajectories.input_ids), dtype=np.float32)
+    return replace(trajectories, energy=nothing, ref_logprob=nothing, ref_entropy=nothing)
+
+
+def test_candidates_by_hand() -> None:
+    """Chances 0.6, 0.3, 0.05 of R = 1, -1, -1: mu = 0.25 / 0.95; w = 0.442105, -0.378947, -0.063158; their sizes sum to 0.884211.
+
+    R = 1 and 0 gives the same: only the order and the ratios of differences count.
+    """
+    chances = [0.6, 0.3, 0.05]
+    for bad in (-1.0, 0.0):
+        batch = batch_of(siblings_of([1.0, bad, bad], [math.log(p) for p in chances]))
+        estimate = token_advantages(row(ADVANTAGES["candidates"]), batch, {})
+        expected = [0, 0, 0.5, 0, 0, -0.428571, 0, 0, -0.071429]
+        assert estimate.advantage.tolist() == pytest.approx(expected, abs=1e-6)
+        assert estimate.times is not None
+        assert estimate.times.tolist() == [0, 0, 1, 0, 0, 1, 0, 0, 1]
+
+
+def test_siblings_of_the_search_by_hand() -> None:
+    """Two rows that part in their first turn and have a second one: Q = 0.99 * 1 and 0.99 * 0, the format good and bad.
+
+    Worth 1.09 and -0.05: half of 1.14 on both sides, by the population's deviation. Only the first turn is trained on.
+    """
+    rows = []
+    for name, role, reward in (("good", Role.ACTION, 1.0), ("bad", Role.OTHER, 0.0)):
+        episode = EpisodeBuilder(
+            episode_id=name, group_id="g", environment="toy", state_key="s", seed=0, iteration=0, policy_version=0
+        )
+        episode.append_text([1], Role.PROMPT)
+        episode.append_sampled([2, 3], [Role.REASONING, role], [-1.0] * 2, [0.5] * 2)
+        episode.close_turn(1, 0.0, "a", True, "s")
+        episode.append_text([4], Role.OBSERVATION)
+        episode.append_sampled([5], [Role.ACTION], [-1.0], [0.5])
+        episode.close_turn(4, reward, "a", True, "s")
+        episode.finish(reward > 0, "goal")
+        rows.append(episode)
+    trajectories = build(rows)
+    nothing = np.zeros(len(trajectories.input_ids), dtype=np.float32)
+    batch = batch_of(replace(trajectories, energy=nothing, ref_logprob=nothing, ref_entropy=nothing))
+    settings = {"scope": "turn", "discount": 0.99, "format": (0.1, -0.05), "least": 1e-4, "ddof": 0, "eps": 1e-4}
+    estimate = token_advantages(row({"kind": "siblings", **settings}), batch, {})
+    own = 0.57 / (0.57 + 1e-4)
+    assert estimate.advantage.tolist() == pytest.approx([0, own, own, 0, 0, 0, -own, -own, 0, 0], abs=1e-6)
+    centred = token_advantages(row({"kind": "siblings", **settings, "std": False, "ddof": 1, "eps": 1e-6}), batch, {})
+    assert centred.advantage.tolist() == pytest.approx([0, 0.57, 0.57, 0, 0, 0, -0.57, -0.57, 0, 0], abs=1e-6)
+    assert estimate.times is not None
+    assert estimate.times.tolist() == [0, 1, 1, 0, 0, 0, 1, 1, 0, 0]
+
+
 def test_what_is_reinforced() -> None:
-    """Regular rows compete with each other; of the others the one that succeeded is pulled up, the other left out."""
+    """Regular rows compete with each other; of the others the one that succeeded is pulled up, the other left out.
+
+    Its 4 tokens have half of 7 in all, as many as the regular rows have: half the mean at A = 1 beside theirs.
+    """
     trajectories = sapling()
     alone = {name: [*column, *column] for name, column in trajectories.episodes.items()}
     alone |= {
@@ -170,7 +245,7 @@ def test_what_is_reinforced() -> None:
     }
     batch = batch_of(replace(trajectories.select([0, 1, 0, 1]), episodes=alone))
     estimate = token_advantages(row(ADVANTAGES["reinforced"]), batch, {})
-    of_rows = to_tokens(torch.tensor([HALF, -HALF, 0.5, 0.0]).double(), batch.trajectory, batch.trainable)
+    of_rows = to_tokens(torch.tensor([HALF, -HALF, 0.875, 0.0]).double(), batch.trajectory, batch.trainable)
     torch.testing.assert_close(estimate.advantage, of_rows, atol=1e-5, rtol=0)
     assert estimate.times is not None
     assert (batch.per_trajectory(estimate.times) > 0).tolist() == [True, True, True, False]

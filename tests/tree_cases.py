@@ -19,7 +19,8 @@ ADVANTAGES: dict[str, dict[str, Any]] = {
     "shared_prefix_hard": {"kind": "shared_prefix", "credit": "hard"},
     "prefix_credit": {"kind": "prefix_credit", "credit": 0.7},
     "siblings": {"kind": "siblings", "scope": "segment"},
-    "siblings_token": {"kind": "siblings", "scope": "token"},
+    "siblings_turn": {"kind": "siblings", "scope": "turn", "discount": 0.9, "format": (0.1, -0.05), "least": 1e-4},
+    "candidates": {"kind": "candidates"},
     "reinforced": {"kind": "reinforced", "coefficient": 0.5},
 }
 

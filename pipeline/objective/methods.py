@@ -57,6 +57,7 @@ ADVANTAGES: dict[str, Callable[..., AdvantageEstimate]] = {
     "shared_prefix": tree_advantages.from_shared_prefix,
     "prefix_credit": tree_advantages.from_prefix_credit,
     "siblings": tree_advantages.from_siblings,
+    "candidates": tree_advantages.from_candidates,
     "reinforced": tree_advantages.from_reinforced,
     "custom": custom.advantage,
 }

@@ -4,6 +4,7 @@ A choice gives every token its entropy terms, once per iteration and from what i
 terms is the same for all.
 """
 
+import math
 from typing import NamedTuple
 
 import torch
@@ -35,28 +36,22 @@ def fixed(batch: TokenBatch, state: SlotMemory, section: FixedRegulariser) -> tu
 
 
 def entropy_band(batch: TokenBatch, state: SlotMemory, section: EntropyBand) -> tuple[EntropyTerms, dict[str, float]]:
-    """EPO (arXiv 2509.22576): a band of ``low`` to ``high`` times the mean entropy of the same turn in earlier iterations.
+    """EPO (arXiv 2509.22576): ``-entropy * (H - beta_k * alpha * distance of H from the band)``.
 
-    The mean is over all tokens of a turn's number in all earlier iterations; a turn that has none has no band.
+    The band is ``low`` to ``high`` times the mean, over all earlier iterations, of their mean token entropies; the first one
+    has none. ``beta_k = 1 + exp(-3 k / floor(K / 2))`` in iteration k of K.
     """
-    inside = batch.trainable & (batch.turn >= 0)
-    number = torch.zeros_like(batch.turn)
-    if len(batch.turn_trajectory):
-        index = torch.arange(len(batch.turn_trajectory))
-        first = torch.full((batch.trajectories,), len(index), dtype=torch.long)
-        first = first.scatter_reduce(0, batch.turn_trajectory, index, "amin")
-        number = (index - first[batch.turn_trajectory])[batch.turn.clamp_min(0)]
     terms = without_band(torch.full_like(batch.entropy, section.entropy))
-    kept = dict(state)
-    for turn in sorted(set(number[inside].tolist())):
-        own = inside & (number == turn)
-        total, count = (state.get(f"turn_{turn}_{key}", 0.0) for key in ("entropy", "tokens"))
-        if count:
-            terms.penalty[own] = section.penalty
-            terms.low[own], terms.high[own] = section.low * (total / count), section.high * (total / count)
-        kept[f"turn_{turn}_entropy"] = total + float(batch.entropy[own].double().sum())
-        kept[f"turn_{turn}_tokens"] = count + float(own.sum())
-    return terms, kept
+    total, count = state.get("entropies", 0.0), state.get("iterations", 0.0)
+    if count:
+        usual, own = total / count, batch.trainable
+        share = section.alpha * (1 + math.exp(-3 * batch.iteration / (section.steps // 2)))
+        terms.penalty[own] = section.entropy * share
+        terms.low[own], terms.high[own] = section.low * usual, section.high * usual
+    chosen = batch.entropy[batch.trainable].double()
+    if len(chosen):
+        total, count = total + float(chosen.mean()), count + 1
+    return terms, {"entropies": total, "iterations": count}
 
 
 def entropy_target(

@@ -6,7 +6,9 @@ tokens as the policy now scores them; the loss is then given its tokens' rows of
 """
 
 import math
+from bisect import bisect_left
 from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -179,30 +181,44 @@ def covariance_kl(tokens: UpdateTokens, plan: MinibatchPlan, section: Covariance
 def plan_balanced_clip(tokens: UpdateTokens, section: BalancedClip) -> MinibatchPlan:
     """The two bounds of the ratio, on every token.
 
-    From their starts one bound and then the other moves by ``step`` until tokens of positive advantage carry
-    ``positive_share`` of the loss's size ``sum c r |A|`` (of all of it, or of that of negative advantages), or both are
-    at their ends. Only tokens count whose gradient survives: ``r <= high`` for A > 0, ``r >= low`` for A < 0.
+    From their starts one bound and then the other moves by its step until tokens of positive advantage carry
+    ``positive_share`` of the loss's size (of all of it, or of that of negative advantages), or both are at their ends. A
+    token carries ``c pi_old min(r, high) A`` where A > 0 and ``c pi_old max(r, low) |A|`` where A < 0: one that is clipped
+    counts as much as its bound, so that a higher lower bound never helps, in the paper and in its code.
     """
     ratio = torch.exp(tokens.logprob - tokens.logprob_old)
-    pull = tokens.coefficient * ratio * tokens.advantage.abs()
+    size = tokens.coefficient * tokens.advantage.abs()
+    if section.by_probability:
+        size = size * tokens.logprob_old.exp()
     positive, negative = tokens.advantage > 0, tokens.advantage < 0
-    bounds, ends = {"low": section.low[0], "high": section.high[0]}, {"low": section.low[1], "high": section.high[1]}
+    bounds = {"low": section.low[0], "high": section.high[0]}
 
     def reached() -> bool:
-        gain = float(pull[positive & (ratio <= bounds["high"])].sum())
-        cost = float(pull[negative & (ratio >= bounds["low"])].sum())
+        gain = float((size * ratio.clamp(max=bounds["high"]))[positive].sum())
+        cost = float((size * ratio.clamp(min=bounds["low"]))[negative].sum())
         return gain >= section.positive_share * (cost + (gain if section.share_of == "total" else 0.0))
 
+    def reached_at(bound: str, moves: int) -> bool:
+        start, end = getattr(section, bound)
+        bounds[bound] = min(end, start + moves * getattr(section, f"{bound}_step"))
+        return reached()
+
     for bound in (section.first, "low" if section.first == "high" else "high"):
-        while bounds[bound] < ends[bound] and not reached():
-            bounds[bound] = min(ends[bound], bounds[bound] + section.step)
+        if (
+            not reached()
+        ):  # a higher upper bound may change that, once and for all; so the moves need not be tried one by one
+            start, end = getattr(section, bound)
+            most = math.ceil((end - start) / getattr(section, f"{bound}_step"))
+            moves = bisect_left(range(most), True, key=partial(reached_at, bound))
+            reached_at(bound, moves)
     return torch.tensor([bounds["low"], bounds["high"]], dtype=ratio.dtype).expand(len(ratio), 2)
 
 
 def balanced_clip(tokens: UpdateTokens, plan: MinibatchPlan, section: BalancedClip) -> SurrogateLoss:
-    """BAPO (arXiv 2510.18927): PPO's surrogate with the planned bounds of the ratio."""
+    """BAPO (arXiv 2510.18927): PPO's surrogate with the planned bounds of the ratio, bounded by ``dual_clip``."""
     low, high = 1 - plan[:, 0], plan[:, 1] - 1
-    return ppo_clip(tokens.logprob, tokens.logprob_old, tokens.advantage, low=low, high=high)
+    loss = ppo_clip(tokens.logprob, tokens.logprob_old, tokens.advantage, low=low, high=high)
+    return dual_clip(loss, tokens.advantage, section.dual)
 
 
 def future_kl(tokens: UpdateTokens, *, half_life: float, largest_shift: float) -> Float[Tensor, " m"]:

@@ -4,6 +4,7 @@ Trajectory e has sampled its tokens from ``split_e`` on, and shares those before
 sampled is also part of every branch that leaves e behind it, and of all that branches from these.
 """
 
+from dataclasses import replace
 from typing import NamedTuple
 
 import torch
@@ -11,6 +12,8 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pipeline.objective.batch import TokenBatch
+from pipeline.objective.gae import discounted_returns
+from pipeline.objective.turns import turn_rewards
 
 
 def first_tokens(batch: TokenBatch) -> Int[Tensor, " e"]:
@@ -41,6 +44,34 @@ def through(batch: TokenBatch, values: Float[Tensor, " e"]) -> tuple[Float[Tenso
             sums[first[parent] : first[parent] + split] += total[branch]
             counts[first[parent] : first[parent] + split] += size[branch]
     return sums, counts
+
+
+def turn_ahead(batch: TokenBatch) -> Int[Tensor, " n"]:
+    """Index of the turn that holds each token, or of its trajectory's next one; -1 behind the last."""
+    none = len(batch.turn_trajectory)
+    ahead = torch.where(batch.turn >= 0, batch.turn, none).flip(0).cummin(0).values.flip(0)
+    owner = torch.cat([batch.turn_trajectory, torch.tensor([-1])])
+    return torch.where(owner[ahead] == batch.trajectory, ahead, -1)
+
+
+def returns_through(batch: TokenBatch, discount: float) -> Float[Tensor, " n"]:
+    """Mean, over the trajectories through each token, of their returns from the token's turn on, discounted by turn.
+
+    In float64, so that undiscounted means of equal returns are equal. Right where ``through`` is.
+    """
+    parents, splits, first = batch.parent.tolist(), batch.split.tolist(), first_tokens(batch).tolist()
+    shared = [(b, p, splits[b]) for b, p in enumerate(parents) if p >= 0]
+    reward = batch.reward.double()
+    for branch, parent, split in shared:  # what was earned before the branching stands in the parent
+        reward[first[branch] : first[branch] + split] = reward[first[parent] : first[parent] + split]
+    of_turns = discounted_returns(turn_rewards(replace(batch, reward=reward)), batch.turn_trajectory, discount)
+    ahead = turn_ahead(batch)
+    total = torch.where(ahead >= 0, torch.cat([of_turns, of_turns.new_zeros(1)])[ahead], 0.0)
+    count = torch.ones_like(total)
+    for branch, parent, split in reversed(shared):  # all that lies beneath is complete by now
+        for column in (total, count):
+            column[first[parent] : first[parent] + split] += column[first[branch] : first[branch] + split]
+    return total / count
 
 
 class Segments(NamedTuple):

@@ -12,8 +12,9 @@ from typing import Literal
 
 import numpy as np
 
-from pipeline.rollout.tree import ROOT, Origin, Tree
-from pipeline.settings.branching import Branching, EntropyRise, Independent, Positions, TemperatureSwitch, TreeSearch
+from pipeline.rollout.tree import ROOT, Candidate, Origin, Tree
+from pipeline.settings.branching import Branching, EntropyRise, Independent, Positions, TemperatureShift, TreeSearch
+from pipeline.trajectories.trajectory import Role
 
 Growth = Iterator[list[Origin]]
 
@@ -88,19 +89,53 @@ def positions(tree: Tree, section: Positions) -> Growth:
 
     The initial episodes come first; ``tree.scores`` then has a score per token (see ``branch_scores``), -inf where none may be.
     ``width`` episodes begin at each of as many positions as the budget asks for, best first; where there are fewer
-    positions, they are gone through again.
+    positions, they are gone through again. Before all of them come the errors, if these are asked for.
     """
     yield [ROOT] * section.initial
     failed = [not episode.builder.outcome["success"] for episode in tree.episodes]
     chosen = list(range(len(tree.episodes)))
-    if section.among == "failed" and any(failed):
+    if section.among == "erroneous" and any(failed):
         chosen = [path for path in chosen if failed[path]]
-    ranked = ranked_positions(
+    scored = ranked_positions(
         [tree.scores[path] for path in chosen], [tree.sampled(path) for path in chosen], section.side
     )
+    ranked = [(chosen[row], split) for row, split in scored]
+    if section.among == "erroneous":
+        errors = [(path, error) for path in chosen if failed[path] and (error := first_error(tree, path)) is not None]
+        ranked = list(dict.fromkeys([*errors, *ranked]))
     if ranked:
-        wanted = [ranked[i % len(ranked)] for i in range(-(-tree.room // section.width))]
-        yield [Origin(chosen[row], split) for row, split in wanted for _ in range(section.width)]
+        asked = -(-tree.room // section.width)
+        if section.candidates == "likeliest":
+            yield [origin for place in ranked[:asked] for origin in others(tree, *place)[: section.width]]
+        else:
+            wanted = [ranked[i % len(ranked)] for i in range(asked)]
+            yield [Origin(path, split) for path, split in wanted for _ in range(section.width)]
+
+
+def first_error(tree: Tree, episode: int) -> int | None:
+    """The first erroneous token of an episode, in the first of its responses that could not be executed.
+
+    That is the first token of its action, if it has one; else the first that left the format. None if no response was
+    invalid, or this one was cut before it had done either: nothing names the token then.
+    """
+    role = tree.column(episode, "role")
+    for number, turn in enumerate(tree.turns(episode)):
+        if not turn["valid"]:
+            own = tree.sampled(episode, number)
+            found = next(
+                (own[role[own] == wanted] for wanted in (Role.ACTION, Role.OTHER) if (role[own] == wanted).any()),
+                own[:0],
+            )
+            return int(found[0]) if len(found) else None
+    return None
+
+
+def others(tree: Tree, episode: int, split: int) -> list[Origin]:
+    """Branches at a place, likeliest first, each with another token than the one that stands there."""
+    tokens, logprobs = (column[split].tolist() for column in tree.likeliest[episode])
+    there, entropy = tree.episodes[episode].builder.ids[split], float(tree.column(episode, "entropy")[split])
+    found = [Candidate(token, own, entropy) for token, own in zip(tokens, logprobs, strict=True) if token != there]
+    return [Origin(episode, split, candidate=candidate) for candidate in found]
 
 
 def updates_first(section: Branching) -> bool:
@@ -124,22 +159,20 @@ def ranked_positions(
 
 
 def tree_search(tree: Tree, section: TreeSearch) -> Growth:
-    """After SEEA-R1 (arXiv 2506.21669): Monte-Carlo tree search over turns, with whole episodes as simulations.
+    """SEEA-R1 (arXiv 2506.21669): Monte-Carlo tree search over turns, with whole episodes as simulations.
 
-    From the initial state the child of highest ``Q + exploration * sqrt(ln N / n)`` is followed down to the first state
-    with fewer than ``width`` children, and episodes begin there until it has as many. Q is the mean return beneath, scaled
-    to [0, 1] over the tree.
+    From the initial state the child of highest ``Q + exploration * sqrt(ln N / (1 + n))`` is followed down to the first
+    state with fewer than ``width`` children, and episodes begin there until it has as many. Q is the mean discounted return
+    from the child's turn on, as it is. Children beneath which nothing is left to expand are passed over.
     """
     yield [ROOT] * section.width
-    while (found := expandable(tree, section.width, section.exploration)) is not None:
+    while (found := expandable(tree, section)) is not None:
         yield found
 
 
-def expandable(tree: Tree, width: int, exploration: float) -> list[Origin] | None:
+def expandable(tree: Tree, section: TreeSearch) -> list[Origin] | None:
     """What ``tree_search`` asks for next; None if every state that was reached has its children."""
-    returns = tree.returns()
-    low, high = float(returns.min()), float(returns.max())
-    value = (returns - low) / (high - low) if high > low else np.zeros(len(returns))
+    values = [returns_ahead(tree, episode, section.discount) for episode in range(len(tree.episodes))]
     paths = [turn_path(tree, episode) for episode in range(len(tree.episodes))]
 
     def below(node: tuple[int, ...]) -> list[int]:
@@ -151,16 +184,17 @@ def expandable(tree: Tree, width: int, exploration: float) -> list[Origin] | Non
         if not deeper:
             return None  # the episode is over there
         children = list(dict.fromkeys(paths[episode][: len(node) + 1] for episode in deeper))
-        if len(children) < width:
+        if len(children) < section.width:
             first = deeper[0]
             place = Origin(first, int(tree.sampled(first, len(node))[0])) if node else ROOT
-            return [place] * (width - len(children))
+            return [place] * (section.width - len(children))
 
         def bound(child: tuple[int, ...]) -> float:
             own = below(child)
-            return float(value[own].mean()) + exploration * math.sqrt(math.log(len(inside)) / len(own))
+            known = math.log(len(inside)) / (1 + len(own))
+            return float(np.mean([values[e][len(node)] for e in own])) + section.exploration * math.sqrt(known)
 
-        for child in sorted(children, key=lambda child: -bound(child)):
+        for child in sorted(children, key=lambda child: -round(bound(child), 12)):  # of equal ones the first
             if (found := descend(child)) is not None:
                 return found
         return None
@@ -168,24 +202,32 @@ def expandable(tree: Tree, width: int, exploration: float) -> list[Origin] | Non
     return descend(())
 
 
+def returns_ahead(tree: Tree, episode: int, discount: float) -> list[float]:
+    """Discounted return of an episode from each of its turns on."""
+    found = [0.0]
+    for turn in reversed(tree.turns(episode)):
+        found.append(turn["reward"] + discount * found[-1])
+    return found[:0:-1]
+
+
 def turn_path(tree: Tree, episode: int) -> tuple[int, ...]:
     """An episode's turns as the numbers of the episodes that have sampled them first: equal beginnings are shared turns."""
-    parent, split, _ = tree.origins[episode]
+    parent, split = tree.origins[episode][:2]
     if parent is None:
         return (episode,) * len(tree.turns(episode))
     shared = sum(bool(turn["end"] <= split) for turn in tree.turns(episode))
     return turn_path(tree, parent)[:shared] + (episode,) * (len(tree.turns(episode)) - shared)
 
 
-def temperature_switch(tree: Tree, section: TemperatureSwitch) -> Growth:
-    """Arbitrary Entropy Policy Optimization (arXiv 2510.08141): the rest of the budget at another temperature.
+def temperature_shift(tree: Tree, section: TemperatureShift) -> Growth:
+    """SCOPE-RL (arXiv 2510.08141): a share of the budget at ``T = clip(1 + target - H_prev, low, high)``.
 
-    ``high`` where the mean entropy of the initial episodes' tokens is below ``target``, else ``low``.
+    H_prev is the mean entropy of the iteration before, 0 in the first one, as in the first version's code.
     """
-    yield [ROOT] * section.initial
-    entropies = [tree.column(path, "entropy")[tree.sampled(path)] for path in range(len(tree.episodes))]
-    below = float(np.concatenate(entropies).mean()) < section.target
-    yield [Origin(temperature=section.high if below else section.low)] * tree.room
+    size = len(tree.specs)
+    others = min(size - 1, math.floor(section.share * size + float(tree.draws.random())))
+    temperature = min(section.high, max(section.low, 1 + section.target - tree.entropy_before))
+    yield [ROOT] * (size - others) + [Origin(temperature=temperature)] * others
 
 
 def independent(tree: Tree, section: Independent) -> Growth:
@@ -198,6 +240,6 @@ GROWTHS: dict[str, Callable[..., Growth]] = {
     "entropy_rise": entropy_rise,
     "positions": positions,
     "tree_search": tree_search,
-    "temperature_switch": temperature_switch,
+    "temperature_shift": temperature_shift,
 }
 """From a choice's ``kind`` to its generator."""

@@ -12,7 +12,7 @@ from pipeline.rollout.engine import Continuation, Request
 from pipeline.rollout.specs import EpisodeSpec
 from pipeline.settings.params import Config
 from pipeline.trajectories.builder import EpisodeBuilder
-from pipeline.trajectories.parsing import decode, parse_response, token_roles
+from pipeline.trajectories.parsing import END_OF_RESPONSE, decode, parse_response, token_roles
 from pipeline.trajectories.prompting import INVALID, Dialogue
 from pipeline.trajectories.trajectory import CUT, Role
 from pipeline.workspace.errors import UserError
@@ -76,8 +76,12 @@ class Episode:
         self._open_response()
 
     @classmethod
-    def branch(cls, parent: Episode, spec: EpisodeSpec, split: int) -> Episode:
+    def branch(
+        cls, parent: Episode, spec: EpisodeSpec, split: int, first: tuple[int, float, float] | None = None
+    ) -> Episode:
         """Continue a finished episode before one of its sampled tokens, the one at ``split``, with draws of its own.
+
+        ``first`` is a token to begin with, its log-probability and its distribution's entropy; it must not end the response.
 
         The environment is made anew and led to the same state: same noise, same actions, whatever ``spec`` says. What is
         random in it after the split happens as it did to the parent, as long as the policy does the same.
@@ -97,8 +101,19 @@ class Episode:
         turn = parent.builder.turns[len(episode.builder.turns)]
         episode._expect(turn["state_key"])
         episode._start = turn["start"]
+        if first is not None:  # its role is known once the response is
+            episode.builder.append_sampled([first[0]], [Role.OTHER], [first[1]], [first[2]])
         episode._begun = episode.builder.ids[turn["start"] + len(episode.dialogue.prefill_ids) :]
         return episode
+
+    def goes_on_with(self, split: int, token: int) -> bool:
+        """Whether a response of the finished episode would go on behind another token at ``split``: there is room, and it
+        does not write the end."""
+        (turn,) = (turn for turn in self.builder.turns if turn["start"] <= split < turn["end"])
+        begun = [*self.builder.ids[turn["start"] : split], token]
+        said = len(begun) - len(self.dialogue.prefill_ids)
+        room = said < self.section.response_tokens and split + 1 < self.section.context_tokens
+        return room and END_OF_RESPONSE not in decode(self.dialogue.tokenizer, begun).text
 
     def request(self) -> Request:
         """Ask for a response, or for the rest of it."""

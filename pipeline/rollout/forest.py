@@ -6,6 +6,7 @@ import numpy as np
 
 from pipeline.progress.display import span
 from pipeline.rollout.branching import GROWTHS, Growth
+from pipeline.rollout.candidates import Likeliest
 from pipeline.rollout.collector import play
 from pipeline.rollout.engine import RolloutEngine
 from pipeline.rollout.episode import Episode, Setup
@@ -24,13 +25,22 @@ class Forest:
     """
 
     def __init__(
-        self, engine: RolloutEngine, setup: Setup, specs: Sequence[EpisodeSpec], section: Branching, temperature: float
+        self,
+        engine: RolloutEngine,
+        setup: Setup,
+        specs: Sequence[EpisodeSpec],
+        section: Branching,
+        temperature: float,
+        entropy_before: float = 0.0,
     ) -> None:
         self.engine, self.setup, self.temperature = engine, setup, temperature
         groups: dict[str, list[EpisodeSpec]] = {}
         for spec in specs:
             groups.setdefault(spec.group_id, []).append(spec)
-        self.trees = [Tree(own, generator(own[0].seed, "branches", group)) for group, own in groups.items()]
+        self.trees = [
+            Tree(own, generator(own[0].seed, "branches", group), entropy_before=entropy_before)
+            for group, own in groups.items()
+        ]
         self._growths = [GROWTHS[section.kind](tree, section) for tree in self.trees]
 
     def wave(self) -> Trajectories | None:
@@ -53,11 +63,14 @@ class Forest:
             earlier = later
         return build([episode.builder for episode in begun])
 
-    def score(self, trajectories: Trajectories, scores: np.ndarray) -> None:
-        """Tell the trees a score, float64 (N,), of every token of all episodes so far."""
-        by_id = {name: scores[trajectories.tokens(e)] for e, name in enumerate(trajectories.episodes["episode_id"])}
+    def score(self, trajectories: Trajectories, scores: np.ndarray, found: Likeliest | None = None) -> None:
+        """Tell the trees a score, float64 (N,), of every token of all episodes so far, and the likeliest ones in its place."""
+        own = {name: trajectories.tokens(e) for e, name in enumerate(trajectories.episodes["episode_id"])}
         for tree in self.trees:
-            tree.scores = [by_id[episode.spec.episode_id] for episode in tree.episodes]
+            spans = [own[episode.spec.episode_id] for episode in tree.episodes]
+            tree.scores = [scores[span] for span in spans]
+            if found is not None:
+                tree.likeliest = [Likeliest(*(column[span] for column in found)) for span in spans]
 
     def tell_entropies(self, wave: Trajectories) -> None:
         """Tell the trees the entropies of a wave's tokens, where the engine could not."""
@@ -71,15 +84,23 @@ class Forest:
         if not tree.room:
             return []
         for origins in growth:
-            if origins:
-                return [tree.owner(origin) for origin in origins[: tree.room]]
+            if playable := [origin for origin in origins if self._goes_on(tree, origin)]:
+                return [tree.owner(origin) for origin in playable[: tree.room]]
         return [ROOT] * tree.room
+
+    def _goes_on(self, tree: Tree, origin: Origin) -> bool:
+        """Whether there is something to be sampled: behind a candidate that ends its response there is not."""
+        if origin.candidate is None or origin.parent is None:
+            return True
+        return tree.episodes[origin.parent].goes_on_with(origin.split, origin.candidate.token)
 
     def _begin(self, tree: Tree, origin: Origin) -> Episode:
         """The tree's next episode."""
         spec, parent = tree.specs[len(tree.episodes)], origin.parent
         tree.episodes.append(
-            self.setup.begin(spec) if parent is None else Episode.branch(tree.episodes[parent], spec, origin.split)
+            self.setup.begin(spec)
+            if parent is None
+            else Episode.branch(tree.episodes[parent], spec, origin.split, origin.candidate)
         )
         tree.origins.append(origin)
         return tree.episodes[-1]

@@ -6,8 +6,19 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pipeline.rollout.candidates import Likeliest
 from pipeline.rollout.episode import Episode
 from pipeline.rollout.specs import EpisodeSpec
+
+
+class Candidate(NamedTuple):
+    """A token that a branch begins with, though nothing has drawn it."""
+
+    token: int
+    logprob: float
+    """Under the policy that samples, at ``rollout.temperature``."""
+    entropy: float
+    """Of the distribution that predicts it, nats."""
 
 
 class Origin(NamedTuple):
@@ -19,6 +30,8 @@ class Origin(NamedTuple):
     """Tokens shared with that; the next one is sampled again."""
     temperature: float | None = None
     """Of its sampling; None: ``rollout.temperature``."""
+    candidate: Candidate | None = None
+    """Its first token behind the split; None: one is sampled."""
 
 
 ROOT = Origin()
@@ -37,6 +50,10 @@ class Tree:
     """Where each one began; a parent has sampled the token before the split itself."""
     scores: list[np.ndarray] = field(default_factory=list)
     """Per episode a score of each of its tokens as a place to branch, if the choice asks for it."""
+    likeliest: list[Likeliest] = field(default_factory=list)
+    """Per episode the likeliest tokens at each of its places, if the choice asks for them."""
+    entropy_before: float = 0.0
+    """Nats: mean entropy of the tokens of the iteration before this one; 0 if there is none."""
 
     @property
     def room(self) -> int:

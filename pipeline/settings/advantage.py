@@ -6,7 +6,7 @@ from pydantic import Field
 
 from pipeline.settings.custom import Custom
 from pipeline.settings.heads import Critic, QFunction
-from pipeline.settings.section import Epsilon, Int, NonNegative, Positive, Probability, Section
+from pipeline.settings.section import Epsilon, Float, Int, NonNegative, Number, Positive, Probability, Section
 
 
 class AdvantageSection(Section):
@@ -179,11 +179,11 @@ class SoftQ(CriticAdvantage):
         self.refuse_ignored("the policy learns from Q itself", "entropy_scale")
 
 
-class TreeAdvantage(StandardisedAdvantage):
+class TreeAdvantage(AdvantageSection):
     """What every choice has that is defined on branches alone."""
 
 
-class SharedPrefixAdvantage(TreeAdvantage):
+class SharedPrefixAdvantage(TreeAdvantage, StandardisedAdvantage):
     """The return standardised within its group; a token that branches share has their mean (ARPO, arXiv 2507.19849)."""
 
     kind: Literal["shared_prefix"]
@@ -192,7 +192,7 @@ class SharedPrefixAdvantage(TreeAdvantage):
     is the published default; ``hard``: it counts once."""
 
 
-class PrefixCreditAdvantage(TreeAdvantage):
+class PrefixCreditAdvantage(TreeAdvantage, StandardisedAdvantage):
     """Initial episodes and branches are groups of their own; branches only credit prefixes (APPO, arXiv 2606.12384).
 
     A token of an initial episode has its episode's advantage, and the mean advantage of the branches from behind it.
@@ -205,23 +205,39 @@ class PrefixCreditAdvantage(TreeAdvantage):
     """Factor of that mean."""
 
 
-class SiblingAdvantage(TreeAdvantage):
-    """Each stretch between two branchings against those that begin at the same place (after SEEA-R1 and TLPO).
+class SiblingAdvantage(TreeAdvantage, StandardisedAdvantage):
+    """Each stretch between two branchings against those that begin at the same place (SEEA-R1, arXiv 2506.21669).
 
-    A stretch is worth the mean return of the episodes through it.
+    A stretch is worth Q, the mean return from its first turn on of the episodes through it, and ``format``.
     """
 
     kind: Literal["siblings"]
-    scope: Literal["segment", "token"] = "segment"
-    """What is trained: the whole stretch, or only its first token, the candidate at the branching (TLPO)."""
+    scope: Literal["segment", "turn"] = "segment"
+    """What is trained: the whole stretch, or only its first turn, the one that was chosen among siblings (SEEA-R1)."""
+    discount: Probability = 1.0
+    """Of the return, per turn (SEEA-R1: 0.99)."""
+    format: tuple[Number, Number] = (0.0, 0.0)
+    """Added to Q if an action can be read from the stretch's first response, and if not (SEEA-R1: 0.1 and -0.05)."""
+    least: NonNegative = 0.0
+    """Tokens whose advantage is no larger than this are not trained on (SEEA-R1: 1e-4); at 0, of whole stretches all are."""
 
 
-class ReinforcedAdvantage(TreeAdvantage):
-    """GRPO over the initial episodes, REINFORCE on the others that succeeded (Arbitrary Entropy PO, 2510.08141)."""
+class CandidateAdvantage(TreeAdvantage):
+    """The first tokens behind each branching against each other, weighted by probability (TLPO, arXiv 2604.26553).
+
+    One is worth the mean return R of the episodes through it: ``w = p (R - sum p R / sum p)``, ``A = w / sum |w|``. No other
+    token is trained.
+    """
+
+    kind: Literal["candidates"]
+
+
+class ReinforcedAdvantage(TreeAdvantage, StandardisedAdvantage):
+    """GRPO, and positive episodes at another temperature beside it (SCOPE-RL, arXiv 2510.08141)."""
 
     kind: Literal["reinforced"]
-    coefficient: Positive = 0.5
-    """Advantage of their tokens. Ours."""
+    coefficient: Positive = 1 / 64
+    """Of the mean, over the tokens of those that succeeded, of the surrogate at A = 1."""
 
 
 class CustomAdvantage(AdvantageSection, Custom, slot="advantage"):
@@ -232,7 +248,7 @@ Advantage = Annotated[
     Union[
         Union[GroupAdvantage, TokenGroupAdvantage, StepGroupAdvantage, GatedProgressAdvantage],
         Union[GAE, TurnGAE, BilevelGAE, EntropyGAE, SoftQ],
-        Union[SharedPrefixAdvantage, PrefixCreditAdvantage, SiblingAdvantage, ReinforcedAdvantage],
+        Union[SharedPrefixAdvantage, PrefixCreditAdvantage, SiblingAdvantage, CandidateAdvantage, ReinforcedAdvantage],
         CustomAdvantage,
     ],
     Field(discriminator="kind"),

@@ -9,6 +9,7 @@ from pydantic import Field
 
 from pipeline.settings.section import (
     Count,
+    Float,
     Int,
     NonNegative,
     Positive,
@@ -62,7 +63,7 @@ class EntropyRise(Section):
 
 
 class Positions(Section):
-    """Branch at the tokens of highest score (APPO, arXiv 2606.12384; after TLPO, arXiv 2604.26553).
+    """Branch at the tokens of highest score (APPO, arXiv 2606.12384), or of an error (TLPO, arXiv 2604.26553).
 
     The budget beyond ``initial`` goes to branches, ``width`` at each position, best first.
     """
@@ -79,16 +80,23 @@ class Positions(Section):
     first one of each response; a draw for any token."""
     side: Literal["before", "after"] = "after"
     """Sample the scored token again, or only what comes after it (APPO)."""
-    among: Literal["all", "failed"] = "all"
-    """Whether the episodes that succeeded are branched from too, where others failed."""
+    among: Literal["all", "erroneous"] = "all"
+    """Which episodes are branched from. ``erroneous``: those that failed, if any did, and before all other places at their first
+    erroneous token: in the first response that could not be executed the first token of the action, or the one that left the
+    format."""
     width: Count = 1
     """Branches at a position."""
+    candidates: Literal["sampled", "likeliest"] = "sampled"
+    """What the branches at a position begin with: what the policy samples there, or the tokens that are likeliest there, one
+    each but for the one that stands there (TLPO), as long as the response goes on behind them."""
     discount: Probability = 1.0
     """gamma of ``Omega_t = exp(sum_{k >= t} gamma^(k-t) (log pi - log pi_old))``."""
     bounds: tuple[Positive, Positive] = (0.8, 1.2)
     """Omega is clipped to these."""
 
     def check(self) -> None:
+        if self.among == "erroneous" and self.side == "after":
+            raise ValueError("among erroneous needs side before: the erroneous token is what is to be another one")
         if self.signal != "branching_score":
             self.refuse_ignored(f"signal is {self.signal}", "discount", "bounds")
         if not self.bounds[0] < 1 < self.bounds[1]:
@@ -96,29 +104,35 @@ class Positions(Section):
 
 
 class TreeSearch(Section):
-    """Monte-Carlo tree search over turns, with whole episodes as simulations (after SEEA-R1, arXiv 2506.21669)."""
+    """Monte-Carlo tree search over turns, with whole episodes as simulations (SEEA-R1, arXiv 2506.21669)."""
 
     kind: Literal["tree_search"]
-    width: Annotated[Int, Field(ge=2, le=1_000_000)] = 4
-    """Children of a state that is expanded. Ours."""
+    width: Annotated[Int, Field(ge=2, le=1_000_000)] = 5
+    """Children of a state that is expanded."""
     exploration: NonNegative = 1.0
-    """c of ``Q + c * sqrt(ln N / n)``, with Q in [0, 1]. Ours."""
+    """c of ``Q + c * sqrt(ln N / (1 + n))``, Q as it is."""
+    discount: Probability = 0.99
+    """gamma of ``G = r + gamma * G'``, turn by turn, whose mean is Q."""
 
 
-class TemperatureSwitch(Section):
-    """Episodes at another temperature, switched on entropy (Arbitrary Entropy PO, arXiv 2510.08141)."""
+class TemperatureShift(Section):
+    """Some episodes at a temperature that follows entropy (SCOPE-RL, once Arbitrary Entropy PO, arXiv 2510.08141)."""
 
-    kind: Literal["temperature_switch"]
-    initial: Count = 8
-    """Episodes at ``rollout.temperature``; the budget beyond them is sampled at one of the other two."""
-    target: Positive = 1.0
-    """Nats per token: mean entropy that the initial episodes are held against. Ours."""
-    high: Temperature = 1.2
-    """Temperature where entropy is below the target."""
+    kind: Literal["temperature_shift"]
+    share: Annotated[Float, Field(gt=0.0, lt=1.0)] = 1 / 64
+    """Of the budget that is sampled at the other temperature; a draw per initial state decides on its fraction of an episode."""
+    target: NonNegative = 0.5
+    """H_0 of ``T = clip(1 + H_0 - H_prev, low, high)``, nats per token; H_prev is the mean of the iteration before."""
     low: Temperature = 0.8
-    """Temperature where it is not."""
+    """Lowest temperature."""
+    high: Temperature = 1.2
+    """Highest temperature."""
+
+    def check(self) -> None:
+        if not self.low < self.high:
+            raise ValueError("low must be below high")
 
 
 Branching = Annotated[
-    Union[Independent, EntropyRise, Positions, TreeSearch, TemperatureSwitch], Field(discriminator="kind")
+    Union[Independent, EntropyRise, Positions, TreeSearch, TemperatureShift], Field(discriminator="kind")
 ]

@@ -19,9 +19,10 @@ class Method(Section):
     """One choice per slot, and the step size. In ``methods`` every key is optional; ``method_defaults`` fills the rest."""
 
     source: str = ""
-    """Where the method comes from; decides nothing."""
+    """Where the method comes from, and what a faithful one was compared with; decides nothing."""
     status: Status = "ours"
-    """``faithful`` to its source, ``after`` it where only the idea is known, or ``ours``; decides nothing."""
+    """``faithful``: compared with its source in formula and in every default of the slots that it names; ``after``: only the
+    idea, or a part of it; ``ours``; decides nothing."""
     branching: Branching = Independent()
     """Where do episodes come from?"""
     reward: Reward
@@ -64,8 +65,8 @@ class Method(Section):
             )
         # What is defined on trees, and only there.
         branching, advantage = self.branching, self.advantage
-        if (branching.kind == "temperature_switch") != (advantage.kind == "reinforced"):
-            raise ValueError("branching temperature_switch and advantage reinforced go together")
+        if (branching.kind == "temperature_shift") != (advantage.kind == "reinforced"):
+            raise ValueError("branching temperature_shift and advantage reinforced go together")
         if branching.kind == "none":
             if isinstance(advantage, TreeAdvantage):
                 raise ValueError(f"advantage {advantage.kind} needs branches, and branching is none")

@@ -347,9 +347,6 @@ class Config(Section):
             value = getattr(section, key, None)
             if isinstance(value, int) and value > most:
                 raise ValueError(f"{where}.{key}: {value} episodes of rollout.group_size ({size}); at most {most}")
-        for key in ("high", "low"):
-            if getattr(section, key, None) == self.rollout.temperature:
-                raise ValueError(f"{where}.{key}: {self.rollout.temperature} is rollout.temperature; choose another")
 
 
 def every_seed(config: Config) -> list[int]:

@@ -5,10 +5,11 @@ from typing import Annotated, Literal, Union
 from pydantic import Field
 
 from pipeline.settings.custom import Custom
-from pipeline.settings.section import MOST, Float, Number, Positive, Probability, Section, Share
+from pipeline.settings.section import MOST, Float, Number, Positive, Probability, Section, Share, at_least
 
 Low = Annotated[Float, Field(gt=0.0, lt=1.0)]
 Dual = Annotated[Float, Field(gt=1.0, le=MOST)]
+Step = Annotated[Float, Field(gt=0.0, le=MOST), at_least(1e-6)]
 
 
 class PPOClip(Section):
@@ -41,7 +42,7 @@ class DetachedClip(Section):
     low: Annotated[Float, Field(gt=0.0, le=1.0)] = 1.0
     """The weight is at least 1 - low; 1 for no lower bound, as published."""
     high: Positive = 0.28
-    """The weight is at most 1 + high. Ours: the published value is not known to us."""
+    """The weight is at most 1 + high. Ours: its source gives no value."""
 
 
 class StraightThroughClip(Section):
@@ -78,8 +79,8 @@ class CovarianceKL(Section):
     """The plain ratio, and a penalty on tokens of highest covariance (KL-Cov, arXiv 2505.22617)."""
 
     kind: Literal["covariance_kl"]
-    share: Share = 2e-4
-    """Share of the minibatch's tokens that is penalised; at least one token."""
+    share: Share = 2e-3
+    """Share of the minibatch's tokens that is penalised, at least one: as published for 7 B parameters; 2e-4 for 32 B."""
     coefficient: Positive = 1.0
     """Of ``abs(log pi - log pi_old)`` on these tokens."""
 
@@ -92,14 +93,20 @@ class BalancedClip(Section):
     """Lower bound of the ratio: where it starts, and where it ends."""
     high: tuple[Positive, Positive] = (1.2, 3.0)
     """Upper bound of the ratio: where it starts, and where it ends."""
-    step: Positive = 0.05
-    """By which a bound moves."""
-    positive_share: Probability = 0.5
+    low_step: Step = 0.02
+    """By which the lower bound moves."""
+    high_step: Step = 0.05
+    """By which the upper bound moves."""
+    positive_share: Probability = 0.4
     """Share that tokens of positive advantage shall have."""
     share_of: Literal["total", "negative"] = "total"
     """What it is a share of: the whole loss (paper), or that of negative advantages (released code)."""
     first: Literal["high", "low"] = "high"
-    """Which bound moves first, to its end."""
+    """Which bound moves first, to its end: the upper one (paper), or the lower one (released code)."""
+    by_probability: bool = True
+    """Each token counts by its probability under the behaviour policy (paper), or all alike (released code)."""
+    dual: Dual | None = None
+    """Where A < 0 a ratio above this counts as this, without a gradient: 3 in the released code; null: no bound."""
 
     def check(self) -> None:
         if not (self.low[0] <= self.low[1] <= 1 <= self.high[0] <= self.high[1]):

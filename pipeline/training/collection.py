@@ -1,6 +1,7 @@
 """Where an iteration's episodes come from: sampled one by one, or grown as trees, and annotated."""
 
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import cast
 
@@ -13,6 +14,7 @@ from pipeline.progress.display import span
 from pipeline.progress.timing import Phases
 from pipeline.rollout.branch_scores import blank_tokens, branch_scores
 from pipeline.rollout.branching import updates_first
+from pipeline.rollout.candidates import Likeliest, likeliest
 from pipeline.rollout.engine import RolloutEngine
 from pipeline.rollout.episode import Setup
 from pipeline.rollout.forest import Forest
@@ -58,12 +60,13 @@ class Collection:
     ahead: Ahead | None = None
     """Where workers sample one iteration ahead: what they have of the next one."""
 
-    def collect(self, number: int) -> Iterator[list[Trajectories]]:
+    def collect(self, number: int, entropy_before: float = 0.0) -> Iterator[list[Trajectories]]:
         """The episodes of an iteration, round by round, each sampled with the policy as it is when it is asked for.
 
         There is one round, or two where branches are placed by how the policy has moved: the initial episodes, and, once
         the policy has been updated on these, all of them with their branches. Those of a round that this process samples come
         in waves, in the order of sampling; a wave is annotated already if it is from the table, or what branches begin in.
+        ``entropy_before`` is the mean entropy of the iteration before, nats; 0 if there is none.
         """
         self.engine.sync(self.policy, number)
         if isinstance(self.branching, Independent):
@@ -72,7 +75,7 @@ class Collection:
         setup = Setup(self.policy.tokenizer, self.config, self.name, self.phases, self.closing)
         engine = cast(RolloutEngine, self.engine)  # with workers there are no trees (see ``Config``)
         temperature = self.config.rollout.temperature
-        yield from self._grow(Forest(engine, setup, self._specs(number), self.branching, temperature))
+        yield from self._grow(Forest(engine, setup, self._specs(number), self.branching, temperature, entropy_before))
 
     def _independent(self, number: int) -> Trajectories:
         """An iteration's episodes without branches: from the table, sampled ahead, or sampled now; those of the next one are
@@ -110,7 +113,7 @@ class Collection:
                     yield waves
                     self.engine.sync(self.policy, self.engine.policy_version)  # it is another one now
                 initial = self.team.gathered(waves[0])
-                forest.score(initial, self._scores(self.branching, initial))
+                forest.score(initial, self._scores(self.branching, initial), self._likeliest(self.branching, initial))
         yield waves
 
     def _wave(self, forest: Forest) -> Trajectories | None:
@@ -157,6 +160,14 @@ class Collection:
             scores[tokens] = branch_scores(section, initial.select(rows), draws, shift[tokens], blank[tokens])
         return scores
 
+    def _likeliest(self, section: Positions, initial: Trajectories) -> Likeliest | None:
+        """What branches may begin with at each place, and the token that stands there, if they do not sample it."""
+        if section.candidates == "sampled":
+            return None
+        temperature, most = self.config.rollout.temperature, tokens_per_forward(self.config, self.policy)
+        with self._reading():
+            return likeliest(self.policy, initial, temperature, most, section.width + 1)
+
     def agreement(self, episodes: Trajectories, number: int) -> Agreement:
         """How far some of an iteration's episodes are from what the policy gives them (see ``recomputed``).
 
@@ -198,11 +209,17 @@ class Collection:
     def now(self, trajectories: Trajectories, temperature: float | None = None) -> list[np.ndarray]:
         """Log-probability and entropy of every sampled token under the policy as it is, at ``rollout.temperature`` or
         another one."""
-        temperature, was_training = temperature or self.config.rollout.temperature, self.policy.model.training
+        temperature, most = temperature or self.config.rollout.temperature, tokens_per_forward(self.config, self.policy)
+        with self._reading():
+            return score_trajectories(self.policy, trajectories, temperature, most)[:2]
+
+    @contextmanager
+    def _reading(self) -> Iterator[None]:
+        """The policy reads what was sampled: without dropout, and told as annotation."""
+        was_training = self.policy.model.training
         self.policy.model.eval()
         try:
             with self.phases.phase("annotate"):
-                most = tokens_per_forward(self.config, self.policy)
-                return score_trajectories(self.policy, trajectories, temperature, most)[:2]
+                yield
         finally:
             self.policy.model.train(was_training)

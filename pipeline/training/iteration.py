@@ -67,7 +67,7 @@ def run_iteration(collection: Collection, learner: Learner, optimizer: Any, memo
     """
     config, method, phases = learner.config, learner.method, collection.phases
     number, updates, earlier = len(curve), list[dict[str, float]](), frozenset[str]()
-    for waves in collection.collect(number):
+    for waves in collection.collect(number, curve[-1]["entropy"] if curve else 0.0):
         episodes = collection.annotate(waves)
         rescored = collection.rescored(episodes)
         episodes = with_entropies(episodes, rescored.entropy)

@@ -27,7 +27,7 @@ class TokenTable:
     lengths: Int[Tensor, " e"]
     """Tokens of each trajectory, prompts and observations included."""
     columns: Mapping[str, Shaped[Tensor, "n ..."]]
-    """By name, a value per token. ``ids``, ``trainable`` (the policy chose this token) and ``place`` (among all tokens that
+    """By name, a value per token. ``ids``, ``trainable`` (the policy chose this token, and it counts) and ``place`` (among all tokens that
     were collected) are right for every token; any other column is right for the trainable ones alone."""
     names: Sequence[str] = ()
     """Of the trajectories' episodes, for errors; empty where they are not known."""
@@ -86,7 +86,8 @@ def token_table(
         episodes: all that were collected.
         kept: int64: those that passed the filter, in order; all other arguments are of these.
         estimates: what each head said before the update; a column each.
-        estimate: advantages, and the targets of the heads: columns ``<name>_target``, and ``<name>_mask`` where it has one.
+        estimate: advantages, and the targets of the heads: columns ``<name>_target``, and ``<name>_mask`` where it has one. Tokens
+            that do not count are not trained on, and have no entropy or KL term either.
         weight: token weights; each counts as often as ``estimate`` says.
 
     Raises:
@@ -111,7 +112,7 @@ def token_table(
     columns |= {
         "ids": torch.from_numpy(episodes.input_ids[place].astype(np.int64)),
         "place": torch.from_numpy(place),
-        "trainable": batch.trainable,
+        "trainable": batch.trainable if estimate.times is None else batch.trainable & (estimate.times > 0),
         "entropy_terms": torch.stack(terms, dim=-1),  # its bounds may be infinite
     }
     names = [episodes.episodes["episode_id"][row] for row in kept]
