@@ -6,7 +6,7 @@ from pydantic import Field
 
 from pipeline.settings.custom import Custom
 from pipeline.settings.heads import Critic, QFunction
-from pipeline.settings.section import Epsilon, Float, Int, NonNegative, Number, Positive, Probability, Section
+from pipeline.settings.section import Epsilon, Int, NonNegative, Number, Positive, Probability, Section
 
 
 class AdvantageSection(Section):
