@@ -7,6 +7,7 @@ from urllib.parse import quote
 
 import mlflow
 from alembic.script import ScriptDirectory
+from mlflow.store.db.base_sql_model import Base
 from mlflow.store.tracking import DEFAULT_LOCAL_FILE_AND_ARTIFACT_PATH
 from mlflow.store.tracking.sqlalchemy_store import SqlAlchemyStore
 from sqlalchemy.engine import URL, make_url
@@ -81,7 +82,7 @@ def _finished(file: Path) -> bool:
     try:
         with closing(sqlite3.connect(file)) as database:
             tables = {name for (name,) in database.execute("SELECT name FROM sqlite_master WHERE type = 'table'")}
-            if tables and "experiments" not in tables:
+            if tables and not tables & {*Base.metadata.tables, "alembic_version"}:
                 return True  # somebody's, of other things
             versions = (
                 database.execute("SELECT version_num FROM alembic_version") if "alembic_version" in tables else ()
