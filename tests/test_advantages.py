@@ -62,11 +62,15 @@ def test_advantages_and_targets_are_zero_outside_trainable_tokens(kind: str, bat
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_advantage_tells_better_from_worse(kind: str) -> None:
-    """Of two trajectories alike but for their success, the rewarded one has the higher advantage or target at its end."""
+    """Of two trajectories alike but for their success, the rewarded one has the higher advantage or target at its end.
+
+    But for GTPO's, which compares successes with successes: it does if they are not apart.
+    """
+    chosen = row(kind, **({"apart": False} if kind == "token_group" else {}))
     batch = small_batch([[2], [2]], [[1], [0]], [[0], [0]])
     batch = replace(batch, success=torch.tensor([True, False]))
     heads = {name: torch.zeros_like(value) for name, value in estimates(batch).items()}
-    estimate = token_advantages(row(kind), shape_rewards(row(kind), batch), heads)
+    estimate = token_advantages(chosen, shape_rewards(chosen, batch), heads)
     signal = estimate.targets["q"].value if kind == "soft_q" else estimate.advantage
     better, worse = signal[last_of_turn(batch)].tolist()
     assert better > worse

@@ -277,7 +277,10 @@ RISE = {"kind": "entropy_rise", "initial": 2}
         ({"branching": RISE, "advantage": {"kind": "prefix_credit"}}, "prefix_credit needs branching positions"),
         ({"branching": RISE, "advantage": {"kind": "turn_gae"}}, "advantage turn_gae is not defined on branches"),
         ({"branching": RISE, "reward": {"kind": "sequence_entropy"}}, "is not defined on branches"),
-        ({"branching": RISE, "weight": {"kind": "pivots"}}, "weight pivots is not defined on branches"),
+        (
+            {"branching": RISE, "advantage": {"kind": "gated_progress"}},
+            "advantage gated_progress is not defined on branches",
+        ),
     ],
 )
 def test_what_is_not_defined_on_trees_is_refused_in_a_line(slots_of: dict[str, Any], said: str) -> None:

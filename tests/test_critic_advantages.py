@@ -15,7 +15,6 @@ from hypothesis import strategies as st
 from pipeline.objective.batch import TokenBatch
 from pipeline.objective.critic_advantages import (
     from_bilevel_gae,
-    from_entropy_gae,
     from_gae,
     from_soft_q,
     from_turn_gae,
@@ -24,7 +23,6 @@ from pipeline.objective.methods import token_advantages
 from pipeline.settings.advantage import (
     GAE,
     BilevelGAE,
-    EntropyGAE,
     SoftQ,
     TurnGAE,
 )
@@ -233,49 +231,6 @@ def test_golden_bilevel_gae_without_any_reward() -> None:
     assert estimate.advantage[batch.trainable].tolist() == [0, -1, -3, -4]
 
 
-# ------------------------------------------------------------------------------------------- two value functions
-
-
-@properties
-@given(st.lists(batches(), min_size=3, max_size=3), st.sampled_from([0.5, 0.8, 1.3]), st.booleans())
-def test_entropy_gae_equals_definition_over_iterations(path: list[TokenBatch], budget: float, whiten: bool) -> None:
-    settings = {"gamma": 0.9, "lam": 0.8, "entropy_gamma": 0.7, "entropy_lam": 0.6, "budget": budget}
-    state: dict[str, float] = {}
-    first, multiplier = None, 0.0
-    for batch in path:
-        entropy = [float(batch.entropy[t]) for turns in turns_of(batch) for turn in turns for t in turn]
-        mean = math.fsum(entropy) / len(entropy) if entropy else 0.0
-        first = mean if first is None else first
-        relative = mean / first if first > 0 else 0.0
-        multiplier = max(0.0, multiplier + 0.5 * (budget - relative))
-        own = [0.3 * h for h in batch.entropy.tolist()]
-        heads = {"value": noise(batch, 1), "entropy_value": noise(batch, 2)}
-        earned = reference_token_gae(batch, batch.reward.tolist(), heads["value"].tolist(), 0.9, 0.8, "token")
-        spread = reference_token_gae(batch, own, heads["entropy_value"].tolist(), 0.7, 0.6, "token")
-        parts = [reference_whitened(batch, raw) if whiten else raw for raw in (earned, spread)]
-        estimate = from_entropy_gae(
-            batch, heads, state, section(EntropyGAE, multiplier_rate=0.5, whiten=whiten, **settings)
-        )
-        close(estimate.advantage, [a + multiplier * b for a, b in zip(*parts, strict=True)])
-        for name, raw in (("value", earned), ("entropy_value", spread)):
-            target, chosen = estimate.targets[name], batch.trainable.tolist()
-            value = heads[name].tolist()
-            assert torch.equal(target.mask, batch.trainable)
-            close(target.value, [a + v if t else 0.0 for a, v, t in zip(raw, value, chosen, strict=True)])
-        state = estimate.state
-        assert state == pytest.approx({"first_entropy": first, "multiplier": multiplier}, abs=1e-9)
-
-
-def test_entropys_multiplier_rises_below_the_budget_and_is_never_negative() -> None:
-    """Budget 0.8 of the first iteration's mean entropy, rate 0.5: 0, then 0.5 * (0.8 - 0.4), then 0.2 + 0.5 * (0.8 - 1)."""
-    batch = small_batch([[2, 2]], [[0, 1]], [[0, 1]])
-    state: dict[str, float] = {}
-    for scale, multiplier in ((1.0, 0.0), (0.4, 0.2), (1.0, 0.1), (9.0, 0.0), (0.0, 0.4)):
-        now = replace(batch, entropy=torch.where(batch.trainable, 0.5 * scale, 0.0).double())
-        state = token_advantages(row("entropy_gae"), now, estimates(batch), state).state
-        assert state == pytest.approx({"first_entropy": 0.5, "multiplier": multiplier}, abs=1e-6)
-
-
 # ------------------------------------------------------------------------------------------------------- soft Q
 
 
@@ -367,9 +322,7 @@ def test_a_value_behind_an_episode_is_a_reward_at_its_end_and_none_behind_a_true
             ends[own, turns[-1][-1]] = 1.0
     name = "soft_value_behind" if kind == "soft_q" else "value_behind"
     paid = replace(batch, reward=batch.reward + 0.9 * known[name] @ ends)
-    if (
-        kind == "entropy_gae"
-    ):  # whose entropy has a value of its own, and a discount of 0.95: (1 - 0.95) * H is its reward
+    if kind == "entropy_gae":  # whose entropy has a value of its own
         known_entropy = {"entropy_value_behind": known["entropy_value_behind"]}
         nothing |= known_entropy
     actual = token_advantages(chosen, batch, heads | known)
@@ -380,16 +333,6 @@ def test_a_value_behind_an_episode_is_a_reward_at_its_end_and_none_behind_a_true
     still = token_advantages(chosen, batch, heads | {name: torch.zeros_like(value) for name, value in known.items()})
     plain = token_advantages(row(kind, **CRITICS[kind]), batch, heads)
     assert torch.equal(still.advantage, plain.advantage)
-
-
-def test_entropy_is_bootstrapped_too() -> None:
-    """One token of entropy 2, discount 0.5: A = 0.5 * 2 + 0.5 * 4 - 1 where 4 is behind, and 0.5 * 2 - 1 at an end."""
-    batch = small_batch([[1], [1]], [[0], [0]], [[0], [0]])
-    batch = replace(batch, entropy=torch.where(batch.trainable, 2.0, 0.0).double())
-    heads = {"value": on_tokens(batch, [0, 0]), "entropy_value": on_tokens(batch, [1, 1])}
-    heads |= {"value_behind": torch.zeros(2).double(), "entropy_value_behind": torch.tensor([4.0, 0.0]).double()}
-    chosen = row("entropy_gae", entropy_gamma=0.5, budget=2.0, multiplier_rate=1.0, whiten=False, cut_off="bootstrap")
-    assert token_advantages(chosen, batch, heads).advantage[batch.trainable].tolist() == [2.0, 0.0]
 
 
 @pytest.mark.parametrize(("kind", "names"), WITH_HEADS.items())

@@ -21,12 +21,19 @@ from pipeline.trajectories.trajectory import Role
 from tests.batches import CLOSE, batches, method, noise, properties, section, unbranched
 
 KINDS = [kind for kind in methods.REWARDS if kind != "custom"]
-FACTORS = st.sampled_from([0.0, 0.5, 2.0])
+SHAPES = st.sampled_from(
+    [
+        {"base": 1.0, "bonus": 0.1, "failure": -1.0},
+        {"base": 0.5, "bonus": 2.0, "failure": -0.3},
+        {"base": 0.0, "bonus": 1.0, "failure": -1.0},
+        {"base": 2.0, "bonus": 0.0, "failure": 0.0},
+    ]
+)
 
 
 def row(kind: str, **settings: Any) -> Method:
     """A legal method with this reward."""
-    advantage = {"kind": "token_group" if kind == "token_entropy" else "group"}
+    advantage = {"kind": "token_group", "apart": False} if kind == "token_entropy" else {"kind": "group"}
     return method(reward={"kind": kind, **settings}, advantage=advantage)
 
 
@@ -50,9 +57,25 @@ def mean_entropies(batch: TokenBatch) -> list[float]:
 
 
 def rivals(batch: TokenBatch, trajectory: int) -> list[int]:
-    """The successful trajectories of its group."""
-    group, success = batch.group.tolist(), batch.success.tolist()
-    return [e for e in range(len(group)) if group[e] == group[trajectory] and success[e]]
+    """The trajectories of its group with its outcome."""
+    kinds = list(zip(batch.group.tolist(), batch.success.tolist(), strict=True))
+    return [e for e in range(len(kinds)) if kinds[e] == kinds[trajectory]]
+
+
+def share_of(own: float, entropies: list[float], success: bool) -> float:
+    """By the definition; where a failure's 1 / H is infinite, its limit."""
+    n, unsure = len(entropies), [h for h in entropies if h > 0]
+    if success:
+        return n * own / math.fsum(entropies) if unsure else 1.0
+    if len(unsure) < n:
+        return n / (n - len(unsure)) if own == 0 else 0.0
+    return n * (1 / own) / math.fsum(1 / h for h in entropies)
+
+
+def shaped_by(share: float, earned: float, success: bool, settings: dict[str, float]) -> float:
+    if success:
+        return settings["base"] * earned + settings["bonus"] * share
+    return settings["base"] * settings["failure"] - settings["bonus"] * share
 
 
 def check(row: Method, batch: TokenBatch, expected: list[float]) -> TokenBatch:
@@ -88,44 +111,28 @@ def test_positions_equal_reference(batch: TokenBatch) -> None:
 
 
 @properties
-@given(batches(), FACTORS, FACTORS, SURE)
-def test_token_entropy_equals_reference(batch: TokenBatch, base: float, bonus: float, sure: str) -> None:
+@given(batches(), SHAPES, SURE)
+def test_token_entropy_equals_reference(batch: TokenBatch, settings: dict[str, float], sure: str) -> None:
     batch = partly_sure(batch, sure)
     tokens, expected = tokens_of(batch), [0.0] * len(batch.role)
     for e, own in enumerate(tokens):
         for position, t in enumerate(own):
-            earned = float(batch.returns[e])
-            if not bool(batch.success[e]):
-                expected[t] = earned
-                continue
-            alive = [tokens[k][position] for k in rivals(batch, e) if len(tokens[k]) > position]
-            total = math.fsum(float(batch.entropy[k]) for k in alive)
-            share = len(alive) * float(batch.entropy[t]) / total if total > 0 else 1.0
-            expected[t] = base * earned + bonus * share
-    check(row("token_entropy", base=base, bonus=bonus), batch, expected)
+            alive = [float(batch.entropy[tokens[k][position]]) for k in rivals(batch, e) if len(tokens[k]) > position]
+            share = share_of(float(batch.entropy[t]), alive, bool(batch.success[e]))
+            expected[t] = shaped_by(share, float(batch.returns[e]), bool(batch.success[e]), settings)
+    check(row("token_entropy", **settings), batch, expected)
 
 
 @properties
 @given(batches(), SURE)
-def test_token_entropys_mean_share_is_one_at_every_position(batch: TokenBatch, sure: str) -> None:
+def test_token_entropys_mean_share_is_one_at_every_position_of_either_outcome(batch: TokenBatch, sure: str) -> None:
     reward = shape_rewards(row("token_entropy", base=0.0, bonus=1.0), partly_sure(batch, sure)).reward
     tokens = tokens_of(batch)
-    for group in set(batch.group.tolist()):
-        members = [e for e in range(len(tokens)) if int(batch.group[e]) == group and bool(batch.success[e])]
-        for position in range(max((len(tokens[e]) for e in members), default=0)):
-            shares = [float(reward[tokens[e][position]]) for e in members if len(tokens[e]) > position]
-            assert math.fsum(shares) / len(shares) == pytest.approx(1)
-
-
-@properties
-@given(batches())
-def test_a_group_without_success_gets_its_returns_on_every_token(batch: TokenBatch) -> None:
-    failed = replace(batch, success=torch.zeros_like(batch.success))
-    expected = [0.0] * len(batch.role)
-    for e, own in enumerate(tokens_of(batch)):
-        for t in own:
-            expected[t] = float(batch.returns[e])
-    check(row("token_entropy", base=0.5, bonus=2.0), failed, expected)
+    for e, own in enumerate(tokens):
+        for position in range(len(own)):
+            alive = [tokens[k][position] for k in rivals(batch, e) if len(tokens[k]) > position]
+            shares = [float(reward[t]) for t in alive]
+            assert math.fsum(shares) / len(shares) == pytest.approx(1 if bool(batch.success[e]) else -1)
 
 
 def small_batch(tokens: list[int], entropy: list[float], success: list[bool], dtype: torch.dtype) -> TokenBatch:
@@ -158,59 +165,78 @@ def small_batch(tokens: list[int], entropy: list[float], success: list[bool], dt
     )
 
 
-def test_golden_token_entropy() -> None:
-    """Two successes of 2 and 1 tokens and a failure of 2: at position 0 entropies 1 and 3 of two alive, then 2 of one.
+OUTCOMES = [True, True, False, False]
 
-    0.5 * 1 + 0.5 * 2 * 1/4 = 0.75; 0.5 + 0.5 * 2 * 3/4 = 1.25; alone at position 1: 0.5 + 0.5 * 1 = 1.
+
+def test_golden_token_entropy() -> None:
+    """Successes of 2 and 1 tokens, failures of 2 and 1: entropies 1 and 3 | 4 and 1 at position 0, then 2 | 7 alone.
+
+    0.5 * 1 + 0.5 * 2 * 1/4 = 0.75; 0.5 + 0.5 * 2 * 3/4 = 1.25; alone 0.5 + 0.5 = 1. Of the failures 1/4 and 1 are 0.4 and
+    1.6 of two: 0.5 * -2 - 0.5 * 0.4 = -1.2 and -1 - 0.5 * 1.6 = -1.8; alone -1 - 0.5 = -1.5.
     """
-    batch = small_batch([2, 1, 2], [1, 2, 3, 5, 7], [True, True, False], torch.float64)
-    shaped = shape_rewards(row("token_entropy", base=0.5, bonus=0.5), batch)
-    assert shaped.reward.tolist() == pytest.approx([0, 0.75, 1, 0, 1.25, 0, 0, 0])
-    assert shaped.returns.tolist() == pytest.approx([1.75, 1.25, 0])
+    batch = small_batch([2, 1, 2, 1], [1, 2, 3, 4, 7, 1], OUTCOMES, torch.float64)
+    shaped = shape_rewards(row("token_entropy", base=0.5, bonus=0.5, failure=-2.0), batch)
+    assert shaped.reward.tolist() == pytest.approx([0, 0.75, 1, 0, 1.25, 0, -1.2, -1.5, 0, -1.8])
+    assert shaped.returns.tolist() == pytest.approx([1.75, 1.25, -2.7, -1.8])
 
 
 def test_golden_sequence_entropy() -> None:
-    """Mean entropies 1.5 and 4.5 of two successes: 0.5 * 1 + 0.5 * 2 * 1/4 = 0.75 and 0.5 + 0.5 * 2 * 3/4 = 1.25."""
-    batch = small_batch([2, 1, 2], [1, 2, 4.5, 5, 7], [True, True, False], torch.float64)
-    shaped = shape_rewards(row("sequence_entropy", base=0.5, bonus=0.5), batch)
-    assert shaped.reward.tolist() == pytest.approx([0, 0, 0.75, 0, 1.25, 0, 0, 0])
-    assert shaped.returns.tolist() == pytest.approx([0.75, 1.25, 0])
+    """Mean entropies 1.5 and 4.5 of the successes, 4 and 1 of the failures: the same shares, of whole trajectories."""
+    batch = small_batch([2, 1, 2, 1], [1, 2, 4.5, 3, 5, 1], OUTCOMES, torch.float64)
+    shaped = shape_rewards(row("sequence_entropy", base=0.5, bonus=0.5, failure=-2.0), batch)
+    assert shaped.reward.tolist() == pytest.approx([0, 0, 0.75, 0, 1.25, 0, 0, -1.2, 0, -1.8])
+    assert shaped.returns.tolist() == pytest.approx([0.75, 1.25, -1.2, -1.8])
 
 
 @pytest.mark.parametrize("kind", ["token_entropy", "sequence_entropy"])
-def test_shares_of_tiny_entropies_neither_overflow_nor_vanish(kind: str) -> None:
-    batch = small_batch([1, 1], [1e-37, 3e-37], [True, True], torch.float32)
+def test_failures_without_any_entropy_share_what_is_lost(kind: str) -> None:
+    """Of three, two were sure: -1 - 0.1 * 3/2 each, and -1 for the one that was not."""
+    batch = small_batch([1, 1, 1], [0, 0, 1], [False, False, False], torch.float64)
+    assert shape_rewards(row(kind), batch).returns.tolist() == pytest.approx([-1.15, -1.15, -1.0])
+
+
+@pytest.mark.parametrize("kind", ["token_entropy", "sequence_entropy"])
+@pytest.mark.parametrize(("success", "shares"), [(True, [500, 1500]), (False, [-1500, -500])])
+def test_shares_of_tiny_entropies_neither_overflow_nor_vanish(kind: str, success: bool, shares: list[float]) -> None:
+    batch = small_batch([1, 1], [1e-37, 3e-37], [success, success], torch.float32)
     shaped = shape_rewards(row(kind, base=0.0, bonus=1e3), batch)
-    assert shaped.returns.tolist() == pytest.approx([500, 1500], rel=1e-4)
+    assert shaped.returns.tolist() == pytest.approx(shares, rel=1e-4)
 
 
 @properties
-@given(batches(), FACTORS, FACTORS, SURE)
-def test_sequence_entropy_equals_reference(batch: TokenBatch, base: float, bonus: float, sure: str) -> None:
+@given(batches(), SHAPES, SURE)
+def test_sequence_entropy_equals_reference(batch: TokenBatch, settings: dict[str, float], sure: str) -> None:
     batch = partly_sure(batch, sure)
-    mean, expected = mean_entropies(batch), batch.reward.tolist()
-    for e, own in enumerate(tokens_of(batch)):
-        if not own or not bool(batch.success[e]):
+    tokens, mean, expected = tokens_of(batch), mean_entropies(batch), batch.reward.tolist()
+    for e, own in enumerate(tokens):
+        if not own:
             continue
-        total = math.fsum(mean[k] for k in rivals(batch, e))
-        share = len(rivals(batch, e)) * mean[e] / total if total > 0 else 1.0
-        earned = float(batch.returns[e])
-        expected[own[-1]] += base * earned + bonus * share - earned
-    shaped = check(row("sequence_entropy", base=base, bonus=bonus), batch, expected)
-    for e, own in enumerate(tokens_of(batch)):
-        if own and not bool(batch.success[e]):
-            assert float(shaped.returns[e]) == pytest.approx(float(batch.returns[e]), abs=1e-9)
+        success, earned = bool(batch.success[e]), float(batch.returns[e])
+        share = share_of(mean[e], [mean[k] for k in rivals(batch, e) if tokens[k]], success)
+        expected[own[-1]] += shaped_by(share, earned, success, settings) - earned
+    check(row("sequence_entropy", **settings), batch, expected)
 
 
 @properties
 @given(batches(), SURE)
-def test_sequence_entropys_mean_share_is_one_in_every_group(batch: TokenBatch, sure: str) -> None:
+def test_sequence_entropys_mean_share_is_one_of_either_outcome(batch: TokenBatch, sure: str) -> None:
     shaped = shape_rewards(row("sequence_entropy", base=0.0, bonus=1.0), partly_sure(batch, sure))
     tokens = tokens_of(batch)
-    for group in set(batch.group.tolist()):
-        members = [e for e in range(len(tokens)) if int(batch.group[e]) == group and bool(batch.success[e])]
-        if members and all(tokens[e] for e in members):
-            assert math.fsum(float(shaped.returns[e]) for e in members) / len(members) == pytest.approx(1)
+    for e in range(len(tokens)):
+        members = [k for k in rivals(batch, e) if tokens[k]]
+        if members:
+            mean = math.fsum(float(shaped.returns[k]) for k in members) / len(members)
+            assert mean == pytest.approx(1 if bool(batch.success[e]) else -1)
+
+
+@pytest.mark.parametrize(("reward", "advantage"), [("token_entropy", "token_group"), ("sequence_entropy", "group")])
+def test_a_return_that_all_failures_have_is_refused_where_they_are_compared_with_one_another(
+    reward: str, advantage: str
+) -> None:
+    slots = {"reward": {"kind": reward, "failure": -2.0}, "advantage": {"kind": advantage, "apart": True}}
+    with pytest.raises(ValueError, match=r"reward\.failure has no effect while advantage\.apart is true"):
+        method(**slots)
+    assert method(**{**slots, "advantage": {"kind": advantage, "apart": False}}).reward.kind == reward
 
 
 @properties

@@ -15,14 +15,12 @@ from pipeline.objective.batch import TokenBatch
 from pipeline.objective.methods import WEIGHTS, coefficients, token_weights
 from pipeline.objective.weights import (
     attenuated,
-    pivots,
     role_ramp,
     spurious_mask,
     top_entropy,
 )
 from pipeline.settings.weight import (
     AttenuatedWeight,
-    PivotWeight,
     RoleRampWeight,
     SpuriousMaskWeight,
     TopEntropyWeight,
@@ -41,7 +39,6 @@ ROWS: tuple[dict[str, Any], ...] = (
     {"kind": "top_entropy"},
     {"kind": "spurious_mask", "probability": 0.5},
     {"kind": "attenuated"},
-    {"kind": "pivots"},
 )
 
 
@@ -71,12 +68,8 @@ def masked(batch: TokenBatch, probability: float, quantile: float) -> torch.Tens
     return spurious_mask(batch, section(SpuriousMaskWeight, probability=probability, quantile=quantile))
 
 
-def dimmed(batch: TokenBatch, quantile: float, weight: float) -> torch.Tensor:
-    return attenuated(batch, section(AttenuatedWeight, quantile=quantile, low_entropy_weight=weight))
-
-
-def raised(batch: TokenBatch, buckets: int, quantile: float, strength: float) -> torch.Tensor:
-    return pivots(batch, section(PivotWeight, buckets=buckets, quantile=quantile, strength=strength))
+def dimmed(batch: TokenBatch, quantile: float) -> torch.Tensor:
+    return attenuated(batch, section(AttenuatedWeight, quantile=quantile))
 
 
 # ------------------------------------------------------------------------------------------------ all of the table
@@ -95,17 +88,18 @@ def test_every_weight_is_finite_and_zero_outside_trainable_tokens(row: dict[str,
     blank = torch.zeros_like(batch.entropy)
     silent = replace(batch, trainable=nobody, logprob=blank, entropy=blank, advantage=blank)
     dull = replace(batch, role=torch.where(batch.trainable, int(Role.OTHER), batch.role))
-    chosen = method(weight=row)
+    chosen, unlisted = method(weight=row), row["kind"] == "role_ramp"
     for one in (batch, silent, dull):
+        weighed = one.trainable & (one.role != Role.OTHER) if unlisted else one.trainable
         actual = token_weights(chosen, one)
         assert actual.shape == one.role.shape
         assert actual.dtype == torch.float64
         assert bool(actual.isfinite().all())
         assert bool((actual >= 0).all())
         assert not bool(actual[~one.trainable].any())
-        assert bool(one.trainable.any()) == bool(actual.any())
+        assert bool(weighed.any()) == bool(actual.any())
         factors = coefficients(chosen, actual, one.trainable, one.trajectory)
-        assert float(factors.sum()) == pytest.approx(1.0 if bool(one.trainable.any()) else 0.0, abs=1e-9)
+        assert float(factors.sum()) == pytest.approx(1.0 if bool(weighed.any()) else 0.0, abs=1e-9)
 
 
 @pytest.mark.parametrize("row", ROWS, ids=str)
@@ -116,46 +110,93 @@ def test_a_batch_without_a_response_has_no_weight(row: dict[str, Any]) -> None:
 # ---------------------------------------------------------------------------------------------------- role_ramp
 
 
-RAMP = {"tag": 1.0, "action": 1.2, "reasoning_start": 0.6, "reasoning_growth": 0.002, "reasoning_end": 1.0}
+RAMP = {
+    "tag": 1.0,
+    "action_start": 1.2,
+    "action_growth": 0.0,
+    "action_end": 1.2,
+    "reasoning_start": 0.6,
+    "reasoning_growth": 0.002,
+    "reasoning_end": 1.0,
+    "other": 0.0,
+    "bounds": (0.001, 8.0),
+}
+ARGUMENTS = {"action_start": 0.6, "action_growth": 0.002}
 
 
 @properties
-@given(batches(), st.sampled_from([RAMP, RAMP | {"action": 0.0}, RAMP | {"reasoning_start": 0.0, "tag": 3.0}]))
-def test_role_ramp_equals_reference(batch: TokenBatch, ramp: dict[str, float]) -> None:
-    reasoning = ramp["reasoning_start"] + ramp["reasoning_growth"] * batch.iteration
-    if reasoning > ramp["reasoning_end"]:
-        reasoning = ramp["reasoning_end"]
-    expected = {}
+@given(
+    batches(),
+    st.sampled_from(
+        [
+            RAMP,
+            RAMP | ARGUMENTS,
+            RAMP | {"action_start": 0.0, "other": 0.5},
+            RAMP | {"reasoning_start": 0.0, "reasoning_growth": 0.0, "tag": 3.0, "bounds": (1.1, 2.0)},
+        ]
+    ),
+)
+def test_role_ramp_equals_reference(batch: TokenBatch, ramp: dict[str, Any]) -> None:
+    """Of what weighs anything: bounded, then divided by its mean over the trajectory."""
+    by_role = {Role.THINK_TAG: ramp["tag"], Role.ANSWER_TAG: ramp["tag"], Role.OTHER: ramp["other"]}
+    for name, role in (("action", Role.ACTION), ("reasoning", Role.REASONING)):
+        weight = ramp[f"{name}_start"]
+        if ramp[f"{name}_growth"] > 0:
+            weight += ramp[f"{name}_growth"] * batch.iteration
+            weight = ramp[f"{name}_end"] if weight > ramp[f"{name}_end"] else weight
+        by_role[role] = weight
+    expected, (low, high) = {}, ramp["bounds"]
     for trajectory in range(batch.trajectories):
-        own = own_tokens(batch, trajectory)
-        raw = {}
-        for t in own:
-            role = int(batch.role[t])
-            raw[t] = ramp["action"] if role == Role.ACTION else reasoning
-            if role in (Role.THINK_TAG, Role.ANSWER_TAG):
-                raw[t] = ramp["tag"]
-        total = math.fsum(raw.values())
-        if total > 0:
-            expected |= {t: weight * len(own) / total for t, weight in raw.items()}
+        raw = {t: by_role[Role(int(batch.role[t]))] for t in own_tokens(batch, trajectory)}
+        raw = {t: sorted((low, weight, high))[1] for t, weight in raw.items() if weight > 0}
+        expected |= {t: weight * len(raw) / math.fsum(raw.values()) for t, weight in raw.items()}
     assert_weights(role_ramp(batch, section(RoleRampWeight, **ramp)), expected)
 
 
 @properties
 @given(batches())
-def test_role_ramp_has_mean_one_in_every_trajectory(batch: TokenBatch) -> None:
+def test_role_ramp_has_mean_one_over_what_it_weighs_of_every_trajectory(batch: TokenBatch) -> None:
     weights = role_ramp(batch, section(RoleRampWeight, **RAMP)).tolist()
     for trajectory in range(batch.trajectories):
-        own = own_tokens(batch, trajectory)
+        own = [t for t in own_tokens(batch, trajectory) if int(batch.role[t]) != Role.OTHER]
         assert math.fsum(weights[t] for t in own) == pytest.approx(len(own), abs=1e-9)
 
 
 @pytest.mark.parametrize(
-    ("iteration", "reasoning"), [(0, 0.6), (1, 0.602), (100, 0.8), (199, 0.998), (200, 1.0), (900, 1.0)]
+    ("iteration", "reasoning", "arguments"),
+    [(0, 0.6, 0.6), (1, 0.602, 0.602), (100, 0.8, 0.8), (200, 1.0, 1.0), (250, 1.0, 1.1), (900, 1.0, 1.2)],
 )
-def test_role_ramp_raises_reasoning_and_malformed_text_up_to_its_end(iteration: int, reasoning: float) -> None:
+def test_role_ramp_raises_reasoning_and_arguments_up_to_their_ends(
+    iteration: int, reasoning: float, arguments: float
+) -> None:
+    """An action weighs as a tool's name, or as its arguments; text that has left the format weighs nothing."""
     roles = [Role.THINK_TAG, Role.REASONING, Role.OTHER, Role.ANSWER_TAG, Role.ACTION]
-    weights = role_ramp(line(roles, iteration=iteration), section(RoleRampWeight, **RAMP)).tolist()
-    assert [w / weights[1] for w in weights[1:]] == pytest.approx([1, reasoning, reasoning, 1, 1.2])
+    batch = line(roles, iteration=iteration)
+    for ramp, action in ((RAMP, 1.2), (RAMP | ARGUMENTS, arguments)):
+        weights = role_ramp(batch, section(RoleRampWeight, **ramp)).tolist()
+        assert [w / weights[1] for w in weights[1:]] == pytest.approx([1, reasoning, 0, 1, action])
+
+
+def test_role_ramp_by_hand() -> None:
+    """Tags 1, reasoning 0.6, the action 1.2 of a mean of 0.95 over four tokens; the fifth is in no region."""
+    batch = line([Role.THINK_TAG, Role.REASONING, Role.OTHER, Role.ANSWER_TAG, Role.ACTION])
+    weights = role_ramp(batch, section(RoleRampWeight, **RAMP)).tolist()
+    assert weights == pytest.approx([0, 1 / 0.95, 0.6 / 0.95, 0, 1 / 0.95, 1.2 / 0.95])
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"action_end": 2.0}, "action_end has no effect while action_growth is 0"),
+        ({"action_growth": 0.1}, "action_growth has no effect unless action_start is below action_end"),
+        ({"reasoning_growth": 0.0, "reasoning_end": 0.7}, "reasoning_end has no effect while reasoning_growth is 0"),
+        ({"reasoning_end": 0.6}, "reasoning_growth has no effect unless reasoning_start is below reasoning_end"),
+        ({"bounds": [2.0, 1.0]}, "bounds must be two numbers, low <= high"),
+    ],
+)
+def test_a_ramp_that_goes_nowhere_is_refused(settings: dict[str, Any], said: str) -> None:
+    with pytest.raises(ValueError, match=said):
+        method(weight={"kind": "role_ramp", **settings})
 
 
 # -------------------------------------------------------------------------------------------------- top_entropy
@@ -244,45 +285,31 @@ def test_spurious_mask_by_hand() -> None:
     assert masked(batch, 0.2, 1.0).tolist() == [0, 0, 1, 0, 0, 0, 1]
 
 
-# ----------------------------------------------------------------------------------------- attenuated and pivots
+# --------------------------------------------------------------------------------------------------- attenuated
 
 
 @properties
-@given(batches(), st.sampled_from(SHARES), st.sampled_from([0.0, 0.3, 1.0]))
-def test_attenuated_equals_reference(batch: TokenBatch, share: float, low: float) -> None:
+@given(batches(), st.sampled_from(SHARES))
+def test_attenuated_equals_reference(batch: TokenBatch, share: float) -> None:
     own = trainable_tokens(batch)
     entropy = {t: float(batch.entropy[t]) for t in own}
     bound = quantile(list(entropy.values()), share) if own else 0.0
-    expected = {t: low if entropy[t] < bound - 1e-12 else 1.0 for t in own}
-    assert_weights(dimmed(batch, share, low), expected)
+    likely = {t: math.exp(float(batch.logprob[t])) for t in own}
+    expected = {t: likely[t] * (1 - likely[t]) if entropy[t] < bound - 1e-12 else 1.0 for t in own}
+    assert_weights(dimmed(batch, share), expected)
 
 
 def test_attenuated_by_hand() -> None:
-    batch = line([Role.ACTION] * 4, entropy=[4.0, 1.0, 3.0, 2.0])
-    assert dimmed(batch, 0.5, 0.25).tolist() == [0, 1, 0.25, 1, 0.25]
-    assert dimmed(batch, 0.0, 0.25).tolist() == [0, 1, 1, 1, 1]
-    assert dimmed(batch, 1.0, 0.25).tolist() == [0, 1, 0.25, 0.25, 0.25]
+    """phi is 0.9 * 0.1, 0.25 * 0.75 and 0.5 * 0.5 of three of them."""
+    logprob = [math.log(p) for p in (0.9, 0.9, 0.25, 0.5)]
+    batch = line([Role.ACTION] * 4, entropy=[4.0, 1.0, 3.0, 2.0], logprob=logprob)
+    assert dimmed(batch, 0.5).tolist() == pytest.approx([0, 1, 0.09, 1, 0.25])
+    assert dimmed(batch, 0.0).tolist() == [0, 1, 1, 1, 1]
+    assert dimmed(batch, 1.0).tolist() == pytest.approx([0, 1, 0.09, 0.1875, 0.25])
 
 
-@properties
-@given(batches(), st.sampled_from([1, 2, 4, 7]), st.sampled_from(SHARES))
-def test_pivots_equal_reference(batch: TokenBatch, buckets: int, share: float) -> None:
-    parts: list[list[int]] = [[] for _ in range(buckets)]
-    for trajectory in range(batch.trajectories):
-        own = own_tokens(batch, trajectory)
-        for place, t in enumerate(own):
-            parts[math.floor(buckets * place / len(own) + 1e-9)].append(t)
-    expected = {}
-    for part in parts:
-        entropy = [float(batch.entropy[t]) for t in part]
-        for t, value in zip(part, entropy, strict=True):
-            expected[t] = 1 + 1.5 * (value >= quantile(entropy, share) - 1e-12)
-    assert_weights(raised(batch, buckets, share, 1.5), expected)
-
-
-def test_pivots_are_relative_to_their_part_of_the_trajectory() -> None:
-    """Two parts of three: the highest of each, though the second's would be the lowest of the first."""
-    batch = line([Role.REASONING] * 6, entropy=[5.0, 7.0, 6.0, 0.1, 0.3, 0.2])
-    assert raised(batch, 2, 1.0, 1.0).tolist() == [0, 1, 2, 1, 1, 2, 1]
-    assert raised(batch, 1, 1.0, 1.0).tolist() == [0, 1, 2, 1, 1, 1, 1]
-    assert raised(batch, 6, 1.0, 0.5).tolist() == [0] + [1.5] * 6
+def test_attenuated_of_a_sure_token_is_not_lost_in_rounding() -> None:
+    """1 - p of a log-probability of -1e-8 is 1e-8, where 1 - exp(-1e-8) in float32 is 0."""
+    batch = line([Role.ACTION] * 2, entropy=[0.0, 1.0], logprob=[-1e-8, -1.0])
+    batch = replace(batch, entropy=batch.entropy.float(), logprob=batch.logprob.float())
+    assert dimmed(batch, 1.0).tolist() == pytest.approx([0, 1e-8, 1], rel=1e-5)

@@ -1,5 +1,7 @@
 """Advantages that are learned values' surprise: GAE over tokens or turns, and soft Q."""
 
+import math
+
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
@@ -10,6 +12,9 @@ from pipeline.objective.gae import gae
 from pipeline.objective.standardise import z_score
 from pipeline.objective.turns import first_of_turn, last_of_turn, turn_rewards, turns_to_tokens
 from pipeline.settings.advantage import GAE, BilevelGAE, EntropyGAE, SoftQ, TurnGAE
+
+FARTHEST = 20.0
+"""Size at which log alpha stops, so that no multiplier is 0 or infinite."""
 
 
 def from_gae(batch: TokenBatch, estimates: Estimates, state: SlotMemory, section: GAE) -> AdvantageEstimate:
@@ -60,28 +65,27 @@ def from_bilevel_gae(
 def from_entropy_gae(
     batch: TokenBatch, estimates: Estimates, state: SlotMemory, section: EntropyGAE
 ) -> AdvantageEstimate:
-    """After TECRL (arXiv 2511.11592): ``A_reward + c * A_entropy``, each by GAE with a value function of its own.
+    """After TECRL (arXiv 2511.11592): ``A_reward + alpha * A_entropy``, each by GAE with a value function of its own.
 
-    In the second ``(1 - entropy_gamma) * H_t`` is a token's "reward", so that values are on the scale of H. c starts at 0
-    and moves by ``multiplier_rate * (budget - H / H_0)`` an iteration, never below 0; H is the mean token entropy, H_0 the
-    first iteration's.
+    In the second the "reward" of a token is the entropy with which the next one is chosen, 0 behind the last: ``Q_e = H_{t+1}
+    + gamma * Q_e'``, and ``V_e`` is its mean over what may be chosen now. log alpha moves by ``multiplier_rate * (budget - Q_e
+    / Q_e0)`` an iteration, with the means over tokens of the estimates of Q_e in this and in the first iteration.
     """
-    entropy = float(batch.entropy[batch.trainable].mean()) if bool(batch.trainable.any()) else 0.0
-    first = state.get("first_entropy", entropy)
-    relative = entropy / first if first > 0 else 0.0
-    multiplier = max(0.0, state.get("multiplier", 0.0) + section.multiplier_rate * (section.budget - relative))
-    advantage, targets = torch.zeros_like(batch.reward), {}
-    own = torch.where(batch.trainable, (1 - section.entropy_gamma) * batch.entropy, 0.0)
-    parts = (
-        ("value", batch.reward, section.gamma, section.lam, 1.0),
-        ("entropy_value", own, section.entropy_gamma, section.entropy_lam, multiplier),
-    )
-    for name, earned, gamma, lam, factor in parts:
+    chosen, index = batch.trainable, torch.nonzero(batch.trainable).squeeze(-1)
+    later, owner = torch.zeros_like(batch.entropy), batch.trajectory[index]
+    later[index[:-1]] = torch.where(owner[1:] == owner[:-1], batch.entropy[index[1:]], 0.0)
+    raw, targets = dict[str, Tensor](), dict[str, HeadTarget]()
+    for name, earned in (("value", batch.reward), ("entropy_value", later)):
         values, behind = estimates[name], estimates.get(f"{name}_behind")
-        raw = gae(earned, values, batch.trainable, batch.trajectory, gamma=gamma, lam=lam, behind=behind)
-        targets[name] = _target(raw, values, batch.trainable)
-        advantage = advantage + factor * _whitened(raw, batch, section.whiten)
-    return AdvantageEstimate(advantage, targets, {"first_entropy": first, "multiplier": multiplier})
+        raw[name] = gae(earned, values, chosen, batch.trajectory, gamma=section.gamma, lam=section.lam, behind=behind)
+        targets[name] = _target(raw[name], values, chosen)
+    cumulative = float(targets["entropy_value"].value[chosen].mean()) if bool(chosen.any()) else 0.0
+    first = state.get("first_cumulative", cumulative)
+    shortfall = section.budget - cumulative / first if first > 0 else 0.0
+    moved = math.log(state.get("multiplier", section.multiplier)) + section.multiplier_rate * shortfall
+    multiplier = math.exp(min(max(moved, -FARTHEST), FARTHEST))
+    advantage = _whitened(raw["value"] + multiplier * raw["entropy_value"], batch, section.whiten)
+    return AdvantageEstimate(advantage, targets, {"first_cumulative": first, "multiplier": multiplier})
 
 
 def from_soft_q(batch: TokenBatch, estimates: Estimates, state: SlotMemory, section: SoftQ) -> AdvantageEstimate:

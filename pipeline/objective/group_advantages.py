@@ -4,11 +4,18 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pipeline.objective.batch import SlotMemory, TokenBatch
+from pipeline.objective.batch import SlotMemory, TokenBatch, positions
 from pipeline.objective.estimates import AdvantageEstimate, Estimates
 from pipeline.objective.gae import discounted_returns
+from pipeline.objective.standardise import z_score_within
 from pipeline.objective.turns import turn_rewards, turns_to_tokens
-from pipeline.settings.advantage import GroupAdvantage, StandardisedAdvantage, StepGroupAdvantage, TokenGroupAdvantage
+from pipeline.settings.advantage import (
+    GatedProgressAdvantage,
+    GroupAdvantage,
+    StandardisedAdvantage,
+    StepGroupAdvantage,
+    TokenGroupAdvantage,
+)
 
 
 def group_advantage(
@@ -50,18 +57,52 @@ def standardised(
 def from_group(
     batch: TokenBatch, estimates: Estimates, state: SlotMemory, section: GroupAdvantage
 ) -> AdvantageEstimate:
-    """GRPO: ``group_advantage`` of the returns, on every trainable token."""
-    own = standardised(batch.returns, batch.group, section)
+    """GRPO: ``group_advantage`` of the returns, on every trainable token.
+
+    With ``apart`` the successes of a group are compared with one another, and its failures (GRPO-S, arXiv 2508.04349).
+    """
+    own = standardised(batch.returns, _compared(batch, section.apart), section)
     return AdvantageEstimate(to_tokens(own, batch.trajectory, batch.trainable), {}, {})
 
 
 def from_token_group(
     batch: TokenBatch, estimates: Estimates, state: SlotMemory, section: TokenGroupAdvantage
 ) -> AdvantageEstimate:
-    """GTPO (arXiv 2508.04349): ``group_advantage`` of the tokens' rewards, over all trainable tokens of a group."""
+    """GTPO (arXiv 2508.04349): ``group_advantage`` of the tokens' rewards, over all trainable tokens of a group.
+
+    With ``apart`` over those of its successes, and over those of its failures. Then neither outcome has an advantage over
+    the other: the mean of both is 0, and the outcome decides which tokens of an episode are favoured.
+    """
     advantage, chosen = torch.zeros_like(batch.reward), batch.trainable
-    group = batch.group[batch.trajectory[chosen]]
+    group = _compared(batch, section.apart)[batch.trajectory[chosen]]
     advantage[chosen] = group_advantage(batch.reward[chosen], group, std=True, ddof=section.ddof, eps=section.eps)
+    return AdvantageEstimate(advantage, {}, {})
+
+
+def _compared(batch: TokenBatch, apart: bool) -> Int[Tensor, " e"]:
+    """Index of what each trajectory is compared within: its group, or those of its group with the same outcome."""
+    return 2 * batch.group + batch.success.long() if apart else batch.group
+
+
+def from_gated_progress(
+    batch: TokenBatch, estimates: Estimates, state: SlotMemory, section: GatedProgressAdvantage
+) -> AdvantageEstimate:
+    """ERPO (arXiv 2603.28204): ``W_t * A + progress * W_t * sign(A) * s_t``, A the advantage of GRPO.
+
+    The gate is ``W_t = sigmoid(sharpness * z(H_t))``, z over the trainable tokens of the group. ``s_t`` is the z-score of
+    ``log pi - log ref`` over those of the group in the same window: token i of a trajectory's n is in window
+    ``floor(windows * i / n)``. It has both signs, so this is no token weight.
+    """
+    chosen = batch.trainable
+    owner, advantage = batch.trajectory[chosen], torch.zeros_like(batch.reward)
+    own = standardised(batch.returns, batch.group, section)[owner]
+    gate = torch.sigmoid(section.sharpness * z_score_within(batch.entropy[chosen], batch.group[owner]))
+    length = batch.per_trajectory(torch.ones_like(batch.entropy)).long()[owner]
+    window = positions(batch)[chosen] * section.windows // length
+    progress = z_score_within(
+        (batch.logprob - batch.ref_logprob)[chosen], batch.group[owner] * section.windows + window
+    )
+    advantage[chosen] = gate * (own + section.progress * own.sign() * progress)
     return AdvantageEstimate(advantage, {}, {})
 
 

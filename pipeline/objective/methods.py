@@ -48,6 +48,7 @@ ADVANTAGES: dict[str, Callable[..., AdvantageEstimate]] = {
     "group": group_advantages.from_group,
     "token_group": group_advantages.from_token_group,
     "step_group": group_advantages.from_step_group,
+    "gated_progress": group_advantages.from_gated_progress,
     "gae": critic_advantages.from_gae,
     "turn_gae": critic_advantages.from_turn_gae,
     "bilevel_gae": critic_advantages.from_bilevel_gae,
@@ -66,7 +67,6 @@ WEIGHTS: dict[str, Callable[..., Tensor]] = {
     "top_entropy": weights.top_entropy,
     "spurious_mask": weights.spurious_mask,
     "attenuated": weights.attenuated,
-    "pivots": weights.pivots,
     "custom": custom.weight,
 }
 AGGREGATIONS: dict[str, Callable[..., Tensor]] = {

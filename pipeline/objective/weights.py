@@ -6,12 +6,11 @@ import torch
 from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
-from pipeline.objective.batch import TokenBatch, positions
+from pipeline.objective.batch import TokenBatch
 from pipeline.objective.standardise import z_score
 from pipeline.settings.weight import (
     ActFocusWeight,
     AttenuatedWeight,
-    PivotWeight,
     RoleRampWeight,
     SpuriousMaskWeight,
     TopEntropyWeight,
@@ -70,21 +69,27 @@ def actfocus_weights(batch: TokenBatch, section: ActFocusWeight) -> Float[Tensor
 
 
 def role_ramp(batch: TokenBatch, section: RoleRampWeight) -> Float[Tensor, " n"]:
-    """ResT (arXiv 2509.21826): weights by role, scaled to a mean of 1 over each trajectory's trainable tokens.
+    """ResT (arXiv 2509.21826): weights by role, scaled to a mean of 1 over each trajectory's tokens that have one.
 
-    Reasoning, and text that has left the format, weighs ``min(start + growth * iteration, end)``.
+    Action tokens weigh ``min(action_start + action_growth * iteration, action_end)``, reasoning tokens likewise. Weights
+    above 0 are moved into ``bounds`` first; tokens of weight 0 are no part of the mean (authors' code).
     """
-    reasoning = min(section.reasoning_start + section.reasoning_growth * batch.iteration, section.reasoning_end)
+
+    def grown(start: float, growth: float, end: float) -> float:
+        return min(start + growth * batch.iteration, end) if growth else start
+
     fixed = {
-        Role.REASONING: reasoning,
-        Role.OTHER: reasoning,
-        Role.ACTION: section.action,
+        Role.REASONING: grown(section.reasoning_start, section.reasoning_growth, section.reasoning_end),
+        Role.ACTION: grown(section.action_start, section.action_growth, section.action_end),
         Role.THINK_TAG: section.tag,
         Role.ANSWER_TAG: section.tag,
+        Role.OTHER: section.other,
     }
     raw = _by_role(batch, fixed)
-    mean = batch.per_trajectory(raw) / batch.per_trajectory(torch.ones_like(raw)).clamp_min(1)
-    return torch.where(raw > 0, raw / mean.clamp_min(1e-30)[batch.trajectory], 0.0)
+    weighed = raw > 0
+    raw = torch.where(weighed, raw.clamp(*section.bounds), 0.0)
+    mean = batch.per_trajectory(raw) / batch.per_trajectory(weighed.to(raw.dtype)).clamp_min(1)
+    return torch.where(weighed, raw / mean[batch.trajectory], 0.0)
 
 
 def top_entropy(batch: TokenBatch, section: TopEntropyWeight) -> Float[Tensor, " n"]:
@@ -101,10 +106,11 @@ def top_entropy(batch: TokenBatch, section: TopEntropyWeight) -> Float[Tensor, "
 
 
 def spurious_mask(batch: TokenBatch, section: SpuriousMaskWeight) -> Float[Tensor, " n"]:
-    """STAPO (arXiv 2602.15620): 0 where a token is rewarded, unlikely, and the policy was sure; 1 elsewhere.
+    """STAPO (arXiv 2602.15620): 0 where a token is rewarded, unlikely, and the policy is sure; 1 elsewhere.
 
     Rewarded: ``A > 0``. Unlikely: ``pi < probability``. Sure: entropy below the quantile over the unlikely tokens of
-    successful trajectories; without any such token nothing is masked.
+    successful trajectories; without any such token nothing is masked. ``pi`` and its entropy are those that the
+    iteration's updates begin with: the current policy in the first of them.
     """
     unlikely = batch.trainable & (batch.logprob.exp() < section.probability)
     correct = batch.entropy[unlikely & batch.success[batch.trajectory]]
@@ -115,29 +121,16 @@ def spurious_mask(batch: TokenBatch, section: SpuriousMaskWeight) -> Float[Tenso
 
 
 def attenuated(batch: TokenBatch, section: AttenuatedWeight) -> Float[Tensor, " n"]:
-    """EGSPO (arXiv 2602.03309): 1 where the entropy reaches the quantile over the batch, ``low_entropy_weight`` below."""
+    """After EGSPO (arXiv 2602.03309): 1 where the entropy reaches the quantile over the batch, ``p * (1 - p)`` below.
+
+    That is phi of CHORD (arXiv 2508.11408), p the probability of the token.
+    """
     chosen = batch.entropy[batch.trainable]
     if len(chosen) == 0:
         return uniform_weights(batch)
     low = batch.trainable & (batch.entropy < torch.quantile(chosen, section.quantile))
-    return torch.where(low, section.low_entropy_weight, uniform_weights(batch))
-
-
-def pivots(batch: TokenBatch, section: PivotWeight) -> Float[Tensor, " n"]:
-    """After ERPO (arXiv 2603.28204): ``1 + strength`` on pivots, 1 elsewhere.
-
-    A pivot's entropy is at least the quantile over the batch's tokens of the same bucket. Token i of a trajectory's n
-    trainable tokens is in bucket ``floor(buckets * i / n)``.
-    """
-    length = batch.per_trajectory(torch.ones_like(batch.entropy)).long()
-    bucket = (positions(batch) * section.buckets) // length.clamp_min(1)[batch.trajectory]
-    weights = uniform_weights(batch)
-    for index in range(section.buckets):
-        own = batch.trainable & (bucket == index)
-        if bool(own.any()):
-            pivot = own & (batch.entropy >= torch.quantile(batch.entropy[own], section.quantile))
-            weights = torch.where(pivot, 1 + section.strength, weights)
-    return weights
+    phi = batch.logprob.exp() * -torch.expm1(batch.logprob)
+    return torch.where(low, phi, uniform_weights(batch))
 
 
 def _by_role(batch: TokenBatch, fixed: dict[Role, float]) -> Float[Tensor, " n"]:

@@ -26,6 +26,7 @@ CREDIT = {
     "group": ("episode", "Monte Carlo, within groups"),
     "token_group": ("token", "Monte Carlo, within groups"),
     "step_group": ("turn", "Monte Carlo, within groups of equal states"),
+    "gated_progress": ("token", "Monte Carlo, within groups"),
     "gae": ("token", "temporal difference"),
     "turn_gae": ("turn", "temporal difference"),
     "bilevel_gae": ("turn and token", "temporal difference"),

@@ -6,7 +6,7 @@ from pydantic import Field
 
 from pipeline.settings.custom import Custom
 from pipeline.settings.heads import Critic, QFunction
-from pipeline.settings.section import Epsilon, Float, NonNegative, Positive, Probability, Section
+from pipeline.settings.section import Epsilon, Int, NonNegative, Positive, Probability, Section
 
 
 class AdvantageSection(Section):
@@ -44,12 +44,16 @@ class GroupAdvantage(StandardisedAdvantage):
     """GRPO, the return standardised within its group (arXiv 2402.03300)."""
 
     kind: Literal["group"]
+    apart: bool = False
+    """Successes and failures are groups of their own (GRPO-S, arXiv 2508.04349)."""
 
 
 class TokenGroupAdvantage(AdvantageSection):
-    """Each token's own reward standardised over all tokens of its group (GTPO, arXiv 2508.04349)."""
+    """Each token's own reward standardised over the tokens of its group (GTPO, arXiv 2508.04349)."""
 
     kind: Literal["token_group"]
+    apart: bool = True
+    """Over those of its group's successes, or of its failures."""
     ddof: Literal[0, 1] = 1
     """Delta degrees of freedom of the standard deviation."""
     eps: Epsilon = 1e-6
@@ -73,6 +77,23 @@ class StepGroupAdvantage(AdvantageSection):
     def check(self) -> None:
         if self.step_weight == 0:
             self.refuse_ignored("step_weight is 0", "gamma")
+
+
+class GatedProgressAdvantage(StandardisedAdvantage):
+    """GRPO's advantage behind a gate of entropy, with the token's progress in its direction (ERPO, arXiv 2603.28204)."""
+
+    kind: Literal["gated_progress"]
+    sharpness: NonNegative = 5.0
+    """The gate is sigmoid(this * z(H_t)); 0 halves every advantage."""
+    progress: NonNegative = 0.2
+    """Factor of the z-score of ``log pi - log ref``."""
+    windows: Annotated[Int, Field(ge=1, le=1000)] = 4
+    """Equal parts, by relative position in the trajectory, within which that z-score is taken. Ours."""
+
+    def check(self) -> None:
+        super().check()
+        if self.progress == 0:
+            self.refuse_ignored("progress is 0", "windows")
 
 
 class GAE(CriticAdvantage):
@@ -125,23 +146,21 @@ class BilevelGAE(CriticAdvantage):
 
 
 class EntropyGAE(CriticAdvantage):
-    """Separate values of reward and entropy; entropy counts while it is below its budget (after TECRL, 2511.11592)."""
+    """Separate values of reward and entropy; cumulative entropy is held at a budget (after TECRL, arXiv 2511.11592)."""
 
     kind: Literal["entropy_gae"]
     gamma: Probability = 1.0
-    """Discount of reward per sampled token."""
+    """Discount per sampled token, of reward and of entropy. Ours."""
     lam: Probability = 1.0
-    """Lambda of the reward's GAE."""
-    entropy_gamma: Annotated[Float, Field(ge=0.0, lt=1.0)] = 0.95
-    """Discount of entropy per sampled token. Ours."""
-    entropy_lam: Probability = 0.95
-    """Lambda of the entropy's GAE. Ours."""
+    """Lambda of both. Ours."""
     budget: Positive = 0.8
-    """Mean token entropy to be kept, as a share of the first iteration's. Ours."""
+    """Mean cumulative entropy to be kept, as a share of the first iteration's. Ours."""
+    multiplier: Positive = 0.01
+    """alpha before the first iteration: factor of the entropy's advantage. Ours."""
     multiplier_rate: Positive = 0.5
-    """Change of the entropy advantage's multiplier per iteration and relative shortfall of entropy. Ours."""
+    """Change of log alpha per iteration and relative shortfall of cumulative entropy. Ours."""
     whiten: bool = True
-    """Standardise both advantages over the iteration's sampled tokens before they are added."""
+    """Standardise the sum over the iteration's sampled tokens; its two parts never are. Ours."""
     critic: Critic = Critic()
     """Value function of reward."""
     entropy_critic: Critic = Critic()
@@ -211,7 +230,7 @@ class CustomAdvantage(AdvantageSection, Custom, slot="advantage"):
 
 Advantage = Annotated[
     Union[
-        Union[GroupAdvantage, TokenGroupAdvantage, StepGroupAdvantage],
+        Union[GroupAdvantage, TokenGroupAdvantage, StepGroupAdvantage, GatedProgressAdvantage],
         Union[GAE, TurnGAE, BilevelGAE, EntropyGAE, SoftQ],
         Union[SharedPrefixAdvantage, PrefixCreditAdvantage, SiblingAdvantage, ReinforcedAdvantage],
         CustomAdvantage,

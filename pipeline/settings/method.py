@@ -7,7 +7,7 @@ from pipeline.settings.aggregation import Aggregation
 from pipeline.settings.branching import Branching, Independent
 from pipeline.settings.filter import Filter
 from pipeline.settings.regulariser import Regulariser
-from pipeline.settings.reward import Reward
+from pipeline.settings.reward import OutcomeEntropyReward, Reward
 from pipeline.settings.section import LearningRate, Name, Section
 from pipeline.settings.surrogate import Surrogate
 from pipeline.settings.weight import Weight
@@ -51,6 +51,9 @@ class Method(Section):
             raise ValueError(
                 "reward token_entropy and advantage token_group go together: such a reward stands on every token"
             )
+        apart = isinstance(self.reward, OutcomeEntropyReward) and getattr(self.advantage, "apart", False)
+        if apart and self.reward.failure != type(self.reward).model_fields["failure"].default:
+            raise ValueError("reward.failure has no effect while advantage.apart is true: all failures have it alike")
         if self.aggregation.count == "with_advantage" and isinstance(self.advantage, CriticAdvantage):
             raise ValueError(
                 f"aggregation.count with_advantage has no effect with advantage {self.advantage.kind}: one that comes "
@@ -70,5 +73,3 @@ class Method(Section):
             raise ValueError(f"advantage {advantage.kind} is not defined on branches")
         if self.reward.kind != "none":
             raise ValueError(f"reward {self.reward.kind} is not defined on branches")
-        if self.weight.kind == "pivots":
-            raise ValueError("weight pivots is not defined on branches: it goes by progress in the whole trajectory")

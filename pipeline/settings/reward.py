@@ -5,7 +5,7 @@ from typing import Annotated, Literal, Union
 from pydantic import Field
 
 from pipeline.settings.custom import Custom
-from pipeline.settings.section import NonNegative, Positive, Section
+from pipeline.settings.section import MOST, Float, NonNegative, Positive, Section
 
 
 class PlainReward(Section):
@@ -14,28 +14,35 @@ class PlainReward(Section):
     kind: Literal["none"]
 
 
-class TokenEntropyReward(Section):
-    """Successful trajectories share reward by token entropy (GTPO, arXiv 2508.04349)."""
+class OutcomeEntropyReward(Section):
+    """What every choice has that shapes the rewards of successes and of failures by entropy."""
+
+    base: NonNegative = 1.0
+    """alpha_1: factor of the return of a successful trajectory, and of ``failure``."""
+    bonus: NonNegative = 0.1
+    """alpha_2: factor of the share by entropy, which successes earn and failures lose; its mean among them is 1."""
+    failure: Annotated[Float, Field(ge=-MOST, le=0.0)] = -1.0
+    """Return of every other trajectory, whatever the environment has given it."""
+
+    def check(self) -> None:
+        if self.base == 0:
+            self.refuse_ignored("base is 0", "failure")
+
+
+class TokenEntropyReward(OutcomeEntropyReward):
+    """Each token earns or loses by its entropy beside others at its position (GTPO, arXiv 2508.04349)."""
 
     kind: Literal["token_entropy"]
-    base: NonNegative = 1.0
-    """Factor of the return on every token of a successful trajectory."""
-    bonus: NonNegative = 0.1
-    """Factor of the entropy share, whose mean over the successful trajectories alive at a position is 1."""
 
 
-class SequenceEntropyReward(Section):
-    """Successful trajectories share reward by their mean entropy (GRPO-S, arXiv 2508.04349)."""
+class SequenceEntropyReward(OutcomeEntropyReward):
+    """Each trajectory earns or loses by its mean entropy beside its group's others (GRPO-S, arXiv 2508.04349)."""
 
     kind: Literal["sequence_entropy"]
-    base: NonNegative = 1.0
-    """Factor of the return of a successful trajectory."""
-    bonus: NonNegative = 0.1
-    """Factor of the entropy share, whose mean over a group's successful trajectories is 1."""
 
 
 class EntropyRateReward(Section):
-    """The trajectory's entropy rate is taken from its reward (after PARL)."""
+    """The trajectory's entropy rate is taken from its reward (after PARL, arXiv 2311.18703)."""
 
     kind: Literal["entropy_rate"]
     coefficient: Positive = 0.1
