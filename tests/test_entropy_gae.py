@@ -24,7 +24,7 @@ def sums(batch: TokenBatch, reward: list[float], value: list[float], gamma: floa
     result = [0.0] * len(reward)
     for turns in turns_of(batch):
         tokens = [t for turn in turns for t in turn]
-        following = [*(value[t] for t in tokens[1:]), 0.0]
+        following = [*(value[t] for t in tokens), 0.0][1:]
         delta = [reward[t] + gamma * v - value[t] for t, v in zip(tokens, following, strict=True)]
         for i, t in enumerate(tokens):
             result[t] = math.fsum((gamma * lam) ** (k - i) * delta[k] for k in range(i, len(tokens)))

@@ -62,6 +62,7 @@ def _shares(
 
     Where 1 / H is infinite those without entropy share alike, which is the limit; so do successes of which none has any.
     """
+    entropy = entropy.clamp_min(0)  # rounding may leave it below
     cell = torch.unique(2 * place + success.long(), return_inverse=True)[1]
     cells = int(cell.max()) + 1 if len(cell) else 0
     lowest = torch.full((cells,), torch.inf, dtype=entropy.dtype)

@@ -51,8 +51,11 @@ class Method(Section):
             raise ValueError(
                 "reward token_entropy and advantage token_group go together: such a reward stands on every token"
             )
-        apart = isinstance(self.reward, OutcomeEntropyReward) and getattr(self.advantage, "apart", False)
-        if apart and self.reward.failure != type(self.reward).model_fields["failure"].default:
+        if (
+            isinstance(self.reward, OutcomeEntropyReward)
+            and self.reward.failure != OutcomeEntropyReward.model_fields["failure"].default
+            and getattr(self.advantage, "apart", False)
+        ):
             raise ValueError("reward.failure has no effect while advantage.apart is true: all failures have it alike")
         if self.aggregation.count == "with_advantage" and isinstance(self.advantage, CriticAdvantage):
             raise ValueError(
