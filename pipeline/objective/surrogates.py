@@ -198,9 +198,8 @@ def plan_balanced_clip(tokens: UpdateTokens, section: BalancedClip) -> Minibatch
         cost = float((size * ratio.clamp(min=bounds["low"]))[negative].sum())
         return gain >= section.positive_share * (cost + (gain if section.share_of == "total" else 0.0))
 
-    def reached_at(bound: str, moves: int) -> bool:
-        start, end = getattr(section, bound)
-        bounds[bound] = min(end, start + moves * getattr(section, f"{bound}_step"))
+    def reached_at(moves: int) -> bool:
+        bounds["high"] = min(section.high[1], section.high[0] + moves * section.high_step)
         return reached()
 
     for bound in (section.first, "low" if section.first == "high" else "high"):
