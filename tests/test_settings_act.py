@@ -90,7 +90,7 @@ CHANGED: dict[str, Any] = {
 # Where a setting has something to act on: other settings of its section, changed in the baseline too.
 WHERE: dict[str, dict[str, Any]] = {
     "surrogate.covariance_clip": {"band": [0.0, 5.0], "low": 0.2, "high": 0.2},
-    "surrogate.balanced_clip": {"low": [0.5, 1.0], "high": [1.0, 3.0], "high_step": 0.02},
+    "surrogate.balanced_clip": {"low": [0.5, 1.0], "high": [1.0, 3.0], "high_step": 0.02, "positive_share": 0.5},
     "surrogate.sequence_clip": {"low": 0.01, "high": 0.01},
     "regulariser.entropy_target": {"target": 1.5},
     "regulariser.entropy_target.largest": {"target": 1.5, "rate": 1.0},
