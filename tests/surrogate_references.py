@@ -30,12 +30,11 @@ SURROGATE_ROWS: dict[str, dict[str, Any]] = {
     "straight_through_clip_dual": {"kind": "straight_through_clip", "low": 0.2, "high": 0.25, "dual": 1.4},
     "covariance_clip": {"kind": "covariance_clip", "low": 0.2, "high": 0.3, "share": 0.3, "band": (0.05, 2.0)},
     "covariance_kl": {"kind": "covariance_kl", "share": 0.4, "coefficient": 0.7},
-    "balanced_clip": {"kind": "balanced_clip", "low_step": 0.03, "high_step": 0.07},
+    "balanced_clip": {"kind": "balanced_clip", "high_step": 0.07},
     "balanced_clip_code": {
         "kind": "balanced_clip",
         "low": (0.8, 0.95),
         "high": (1.2, 2.0),
-        "low_step": 0.05,
         "high_step": 0.1,
         "positive_share": 0.5,
         "share_of": "negative",

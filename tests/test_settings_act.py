@@ -53,7 +53,6 @@ CHANGED: dict[str, Any] = {
     "surrogate.covariance_kl.share": 0.5,
     "surrogate.balanced_clip.low": [0.9, 1.0],
     "surrogate.balanced_clip.high": [1.3, 3.0],
-    "surrogate.balanced_clip.low_step": 0.2,
     "surrogate.balanced_clip.high_step": 0.2,
     "surrogate.balanced_clip.dual": 1.01,
     "surrogate.balanced_clip.positive_share": 0.9,
@@ -93,7 +92,7 @@ CHANGED: dict[str, Any] = {
 # Where a setting has something to act on: other settings of its section, changed in the baseline too.
 WHERE: dict[str, dict[str, Any]] = {
     "surrogate.covariance_clip": {"band": [0.0, 5.0], "low": 0.2, "high": 0.2},
-    "surrogate.balanced_clip": {"low": [0.5, 1.0], "high": [1.0, 3.0], "low_step": 0.02, "high_step": 0.02},
+    "surrogate.balanced_clip": {"low": [0.5, 1.0], "high": [1.0, 3.0], "high_step": 0.02, "positive_share": 0.5},
     "surrogate.sequence_clip": {"low": 0.01, "high": 0.01},
     "regulariser.entropy_target": {"target": 1.5},
     "regulariser.entropy_target.largest": {"target": 1.5, "rate": 1.0},
@@ -107,6 +106,7 @@ WHERE: dict[str, dict[str, Any]] = {
     "branching.entropy_rise.penalty_per": {"penalty": 0.5},
     "branching.positions.signal": {"discount": None, "bounds": None},
     "branching.positions.among": {"side": "before"},
+    "branching.positions.candidates": {"signal": "entropy", "discount": None, "bounds": None},
     "branching.temperature_shift.low": {"target": 0.0},
 }
 # Settings that the first method with them refuses, or where they have next to nothing to act on.

@@ -141,7 +141,6 @@ def test_plan_of_balanced_clip(
     settings = {
         "low": low,
         "high": high,
-        "low_step": step[0],
         "high_step": step[1],
         "positive_share": share,
         "share_of": share_of,
@@ -172,7 +171,7 @@ def test_balanced_clip_by_hand() -> None:
     its end, and then 1 + 2 at most, so that both end at their ends.
     """
     tokens = few([1.0, 2.0, 0.5, 0.5, 0.5, 0.5], [1.0, 1.0, -1.0, -1.0, -1.0, -1.0])
-    options: dict[str, Any] = {"kind": "balanced_clip", "low_step": 0.15, "high_step": 0.15, "positive_share": 0.5}
+    options: dict[str, Any] = {"kind": "balanced_clip", "high_step": 0.15, "positive_share": 0.5}
     for first, bounds in (("high", [0.6, 1.5]), ("low", [0.9, 3.0])):
         plan = planned(method(surrogate=options | {"first": first}), tokens)
         assert plan is not None
@@ -201,7 +200,7 @@ def test_balanced_clip_counts_a_token_as_often_as_the_behaviour_policy_chooses_i
 
 def test_balanced_clip_as_released() -> None:
     """Twice 1 against 3 * 0.8 is above a half: nothing moves. A ratio of 4 counts as 3 where A < 0, and has no gradient."""
-    code = {"low": (0.8, 0.95), "high": (1.2, 2.0), "low_step": 0.05, "high_step": 0.1, "positive_share": 0.5}
+    code = {"low": (0.8, 0.95), "high": (1.2, 2.0), "high_step": 0.1, "positive_share": 0.5}
     code |= {"share_of": "negative", "first": "low", "by_probability": False, "dual": 3.0}
     row = method(surrogate={"kind": "balanced_clip", **code})
     loss, slope, clipped = loss_and_slope(row, few([1.0, 1.0, 0.7, 0.7, 0.7], [1.0, 1.0, -1.0, -1.0, -1.0]))

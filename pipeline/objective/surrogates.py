@@ -8,7 +8,6 @@ tokens as the policy now scores them; the loss is then given its tokens' rows of
 import math
 from bisect import bisect_left
 from dataclasses import dataclass
-from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -198,19 +197,18 @@ def plan_balanced_clip(tokens: UpdateTokens, section: BalancedClip) -> Minibatch
         cost = float((size * ratio.clamp(min=bounds["low"]))[negative].sum())
         return gain >= section.positive_share * (cost + (gain if section.share_of == "total" else 0.0))
 
-    def reached_at(bound: str, moves: int) -> bool:
-        start, end = getattr(section, bound)
-        bounds[bound] = min(end, start + moves * getattr(section, f"{bound}_step"))
+    def reached_at(moves: int) -> bool:
+        bounds["high"] = min(section.high[1], section.high[0] + moves * section.high_step)
         return reached()
 
     for bound in (section.first, "low" if section.first == "high" else "high"):
-        if (
-            not reached()
-        ):  # a higher upper bound may change that, once and for all; so the moves need not be tried one by one
-            start, end = getattr(section, bound)
-            most = math.ceil((end - start) / getattr(section, f"{bound}_step"))
-            moves = bisect_left(range(most), True, key=partial(reached_at, bound))
-            reached_at(bound, moves)
+        if reached():
+            break
+        if bound == "low":  # on its way it can only get worse
+            bounds["low"] = section.low[1]
+        else:  # on its way it can only get better, so that not every move need be tried
+            most = math.ceil((section.high[1] - section.high[0]) / section.high_step)
+            reached_at(bisect_left(range(most), True, key=reached_at))
     return torch.tensor([bounds["low"], bounds["high"]], dtype=ratio.dtype).expand(len(ratio), 2)
 
 

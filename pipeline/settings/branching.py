@@ -97,6 +97,10 @@ class Positions(Section):
     def check(self) -> None:
         if self.among == "erroneous" and self.side == "after":
             raise ValueError("among erroneous needs side before: the erroneous token is what is to be another one")
+        if self.candidates == "likeliest" and self.signal == "branching_score":
+            raise ValueError(
+                "candidates likeliest needs another signal: behind an update the budget must go to branches alone"
+            )
         if self.signal != "branching_score":
             self.refuse_ignored(f"signal is {self.signal}", "discount", "bounds")
         if not self.bounds[0] < 1 < self.bounds[1]:

@@ -90,11 +90,10 @@ class BalancedClip(Section):
 
     kind: Literal["balanced_clip"]
     low: tuple[Positive, Positive] = (0.6, 0.9)
-    """Lower bound of the ratio: where it starts, and where it ends."""
+    """Lower bound of the ratio: where it starts, and where it ends. Its steps (0.02 in the paper) decide nothing: a higher one
+    never helps, so that it stays or goes to its end."""
     high: tuple[Positive, Positive] = (1.2, 3.0)
     """Upper bound of the ratio: where it starts, and where it ends."""
-    low_step: Step = 0.02
-    """By which the lower bound moves."""
     high_step: Step = 0.05
     """By which the upper bound moves."""
     positive_share: Probability = 0.4
