@@ -58,7 +58,7 @@ def seal_file(path: Path, name: str) -> None:
     """Put a seal behind the end of a file of any size whose format does not mind (checkpoints, shared libraries)."""
     with path.open("ab") as file:
         file.write(b"\n" + BLANK)
-    with path.open("r+b") as file, mmap.mmap(file.fileno(), 0) as content:
+    with path.open("r+b") as whole, mmap.mmap(whole.fileno(), 0) as content:
         place = len(content) - _DIGITS
         content[place:] = _digest(content, place, name)
 

@@ -88,7 +88,8 @@ def parse_yaml(content: bytes, name: str, largest: int = LARGEST) -> Any:
     if len(content) > largest:
         raise UserError(f"{name}: too large; allowed: at most {largest // 1024} KiB")
     yaml = YAML(typ="safe", pure=True)
-    yaml.max_depth, yaml.Composer = DEEPEST, partial(_Plain, largest // BYTES_A_VALUE)
+    yaml.max_depth = DEEPEST
+    yaml.Composer = partial(_Plain, largest // BYTES_A_VALUE)  # type: ignore[assignment]  # it is only called
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")  # of anchors that nothing refers to
