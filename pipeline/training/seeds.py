@@ -51,8 +51,8 @@ def train_seeds(config: Config, environment: str, method: str, layout: Layout) -
     target = layout.trained(environment, method)
     with replacing(target) as partial:
         for task in tasks:
-            place = layout.final_policy(environment, method, task.seed)
-            copy_whole(task.result / "policy", partial / place.relative_to(target))
+            final = layout.final_policy(environment, method, task.seed)
+            copy_whole(task.result / "policy", partial / final.relative_to(target))
     for kind, place in (("curves", layout.curves), ("timings", layout.timings), ("runs", layout.runs)):
         seeds = {str(task.seed): read_json(task.result / f"{kind}.json") for task in tasks}
         found = {"matching": matching} if matching and kind == "curves" else {}
