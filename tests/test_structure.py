@@ -62,7 +62,7 @@ def test_only_its_own_folder_imports_a_heavy_package(package: str, allowed: set[
 
 def test_the_objective_knows_tensors_and_settings_alone() -> None:
     known = ("torch", "jaxtyping", "numpy", "math", "typing", "dataclasses", "__future__", "collections")
-    known += ("importlib", "inspect")  # functions of one's own
+    known += ("bisect", "importlib", "inspect")  # bounds, functions of one's own
     own = ("pipeline.objective", "pipeline.settings", "pipeline.trajectories", "pipeline.workspace")
     for file in (PIPELINE / "objective").glob("*.py"):
         for name in imports(file):
