@@ -71,13 +71,20 @@ def test_the_level_is_the_one_that_was_used(found: dict[str, Any]) -> None:
     assert "Line: 98.8 % interval" in chart.caption
 
 
-def test_a_matched_control_says_how_near_it_is(found: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("off", "role"),
+    [
+        (0.024, "its matched control: moves action tokens as far per update, within 2.4 %"),
+        (-0.773, "its control, which is not matched: 77.3 % off in how far an update moves action tokens"),
+    ],
+)
+def test_a_matched_control_says_how_near_it_is(found: dict[str, Any], off: float, role: str) -> None:
     rows = [
-        {**row, "matched": {"matched_to": "grpo_actfocus", "off": 0.024}} if row["method"] == "grpo_lr_matched" else row
+        {**row, "matched": {"matched_to": "grpo_actfocus", "off": off}} if row["method"] == "grpo_lr_matched" else row
         for row in found["rows"]
     ]
     (text,) = said({**found, "rows": rows}, hypothesis(kind="control", against="grpo_lr_matched"))
-    assert "(its matched control: moves action tokens as far per update, within 2.4 %)" in text
+    assert f"({role})" in text
 
 
 def test_the_primary_methods_answers_come_first(found: dict[str, Any]) -> None:
@@ -110,7 +117,7 @@ def test_costs_name_methods_only_where_they_differ(found: dict[str, Any]) -> Non
     assert costs_text(alike, "lake", {}) == "Cost of one training on lake: 48 thousand sampled tokens each."
     minutes = {("lake", "grpo"): 6.0, ("lake", "grpo_actfocus"): 9.0}
     assert costs_text(alike, "lake", minutes).endswith(
-        "each, 9.0 minutes on one CPU thread (grpo_actfocus), 6.0 minutes on one CPU thread (grpo)."
+        "each, 9.0 minutes of wall clock (grpo_actfocus), 6.0 minutes of wall clock (grpo)."
     )
 
 
@@ -146,11 +153,11 @@ def test_sentences_precede_every_table_and_warnings_precede_the_rest() -> None:
     assert text.startswith(claim[:40])
     before, _, _ = text.partition("\n\n")
     assert "Highest success" in before
-    assert "minutes on one CPU thread" not in text
+    assert "minutes of wall clock" not in text
     assert text.index("[95 % interval over") < text.index("warning: ")
     assert markdown.index(claim) < markdown.index("| method |") < markdown.index("**Warnings**")
     assert markdown.index("**Warnings**") < markdown.index("seeds × states × episodes")
-    assert "minutes on one CPU thread" in comparison_text(found, {("lake", name): 2.0 for name in config.methods})
+    assert "minutes of wall clock" in comparison_text(found, {("lake", name): 2.0 for name in config.methods})
 
 
 def test_where_looks_and_registration_stand_is_below_the_answers() -> None:

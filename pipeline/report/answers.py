@@ -6,6 +6,7 @@ from typing import Any
 
 from pipeline.analysis.comparison import REFERENCE, Row, headline
 from pipeline.report.differences import p_text, seeds_advice
+from pipeline.report.warnings import KL_DRIFT
 
 CORRECTIONS = {
     "holm": "Holm's correction",
@@ -232,9 +233,10 @@ def _role(kind: str, other: Row) -> str:
     matched = other.get("matched")
     if kind != "control" or matched is None:
         return ROLES[kind]
-    return (
-        f"its matched control: moves action tokens as far per update, within {percent(round(abs(matched['off']), 3))}"
-    )
+    off = percent(round(abs(matched["off"]), 3))
+    if abs(matched["off"]) > KL_DRIFT:
+        return f"its control, which is not matched: {off} off in how far an update moves action tokens"
+    return f"its matched control: moves action tokens as far per update, within {off}"
 
 
 def _p(value: float) -> str:
@@ -259,4 +261,4 @@ def _tokens(count: float) -> str:
 
 def _minutes(count: float) -> str:
     spent = f"{count:.1f} minutes" if count >= 1 else f"{60 * count:.0f} seconds"
-    return f"{spent} on one CPU thread"
+    return f"{spent} of wall clock"
